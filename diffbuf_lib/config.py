@@ -1,0 +1,435 @@
+"""Typed configs: one YAML file an experiment, checked before anything runs.
+
+`load_config(path, overrides)` reads a YAML file into a frozen `Config`; unknown keys are refused
+with the nearest valid name, and values that contradict each other (a buffer longer than the clip)
+are refused here rather than minutes into a run.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from diffbuf_lib.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config file.
+
+    Args:
+        path: a file such as `configs/debug.yaml`.
+        overrides: `key.path=value` strings, applied in order; the value is read as YAML.
+
+    Returns:
+        The checked config, with every default filled in.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key, or a value out of its limits.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist: check --config_path") from None
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"config file {path} is not plain YAML: {reason}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file {path} holds {tree!r}, not `section: ...` mappings")
+    return build_config(tree, overrides, source=str(path))
+
+
+def build_config(
+    tree: dict[str, Any], overrides: Sequence[str] = (), source: str = "the config"
+) -> Config:
+    """Check a config given as nested dictionaries; `load_config` without the file.
+
+    Args:
+        tree: nested dictionaries, as YAML would give them. Not changed.
+        overrides: `key.path=value` strings.
+        source: what error messages call the config.
+
+    Raises:
+        ConfigError: as in `load_config`.
+    """
+    for override in overrides:
+        tree = _with_override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = "; ".join(_describe(problem) for problem in error.errors())
+        raise ConfigError(f"{source}: {problems}") from None
+
+
+class Section(BaseModel):
+    """What every part of a config is: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+class STFTConfig(Section):
+    """The short-time Fourier transform."""
+
+    n_fft: int = Field(510, ge=2, description="FFT length in samples; n_fft // 2 + 1 bins")
+    win_length: int = Field(510, ge=2, description="window length in samples, at most n_fft")
+    hop_length: int = Field(256, ge=1, description="samples from one frame to the next")
+    window: Literal["hann", "hamming", "sqrt_hann"] = Field("hann", description="periodic window")
+    center: bool = Field(
+        True, description="frame k is centred on sample k * hop (else it starts there)"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.win_length > self.n_fft:
+            raise ValueError(
+                f"win_length {self.win_length} is larger than n_fft {self.n_fft}: "
+                "lower audio.stft.win_length or raise audio.stft.n_fft"
+            )
+        if self.hop_length > self.win_length:
+            raise ValueError(
+                f"hop_length {self.hop_length} is larger than win_length {self.win_length}, so "
+                "samples between frames would be lost: lower audio.stft.hop_length"
+            )
+        return self
+
+    def num_frames(self, samples: int) -> int:
+        """STFT frames of a signal of `samples` samples: 1 + T // hop, or 1 + (T - n_fft) // hop."""
+        if self.center:
+            return 1 + samples // self.hop_length if samples > 0 else 0
+        return max(0, 1 + (samples - self.n_fft) // self.hop_length)
+
+
+class AudioConfig(Section):
+    """What the wav files are."""
+
+    sample_rate: int = Field(16000, ge=1000, description="Hz; files of another rate are refused")
+    chunk_size: int = Field(16000, ge=1, description="samples of one training clip")
+    stft: STFTConfig = STFTConfig()
+
+    @property
+    def num_frames(self) -> int:
+        """STFT frames of one training clip."""
+        return self.stft.num_frames(self.chunk_size)
+
+
+class CompressionConfig(Section):
+    """Magnitude compression c -> beta |c|^alpha e^{i angle c}."""
+
+    alpha: float = Field(0.5, gt=0, le=1, description="exponent of the magnitude")
+    beta: float = Field(0.15, gt=0, description="factor on the compressed magnitude")
+
+
+class PreprocessingConfig(Section):
+    """What happens between the STFT and the network."""
+
+    magnitude_compression: CompressionConfig = CompressionConfig()
+
+
+class ModelConfig(Section):
+    """The network."""
+
+    name: Literal["conv", "ncsnpp"] = Field("ncsnpp", description="which network")
+    base_channels: int = Field(96, ge=4, multiple_of=4, description="channels of the first level")
+    channel_multipliers: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (1, 2, 2, 2), min_length=1, description="ncsnpp: base_channels times this, one a level"
+    )
+    num_res_blocks: int = Field(1, ge=1, description="ncsnpp: residual blocks a level, going down")
+    num_layers: int = Field(4, ge=1, description="conv: hidden 3x3 convolutions")
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability")
+    output_scale: Literal["sigma", "time", "none"] = Field(
+        "sigma", description="the network's output is divided by sigma(t), by t, or by 1"
+    )
+
+
+class DiffusionBufferConfig(Section):
+    """The buffer: the last B frames, at rising diffusion times."""
+
+    buffer_size: int = Field(20, description="B, frames; the output delay is B - 1 hops")
+    num_frames: int | None = Field(
+        None, description="K, frames that the network sees online; null: those of chunk_size"
+    )
+    t_eps: float = Field(0.03, gt=0, lt=1, description="smallest diffusion time of the buffer")
+    t_max: float = Field(0.8, gt=0, le=1, description="largest diffusion time of the buffer")
+    time_sampling: Literal["random", "linspace"] = Field(
+        "random", description="how training draws the times; inference always takes linspace"
+    )
+    leading_zeros: bool = Field(
+        True,
+        description="put K - 1 zero frames before a training clip, so that training sees starts",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.t_eps >= self.t_max:
+            raise ValueError(
+                f"t_eps {self.t_eps} is not below t_max {self.t_max}: "
+                "lower diffusion_buffer.t_eps or raise diffusion_buffer.t_max"
+            )
+        return self
+
+
+class BBEDDiffusion(Section):
+    """g(t) = c k^t, with c given as itself or as sqrt(theta): never both."""
+
+    k: float = Field(2.6, gt=0, description="base of the diffusion coefficient")
+    c: float | None = Field(None, gt=0, description="factor of the diffusion coefficient (paper)")
+    theta: float | None = Field(None, gt=0, description="c squared (authors' code)")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.c is not None and self.theta is not None:
+            raise ValueError(
+                f"c {self.c} and theta {self.theta} are both given, and c = sqrt(theta): "
+                "remove sde.diffusion.c or sde.diffusion.theta"
+            )
+        if self.k == 1:
+            raise ValueError("k 1 makes log k zero: take sde.diffusion.k such as 2.6")
+        return self
+
+
+class OUVEDiffusion(Section):
+    """g(t) = sigma_min (sigma_max / sigma_min)^t sqrt(2 ln(sigma_max / sigma_min))."""
+
+    gamma: float = Field(1.5, gt=0, description="stiffness of the drift towards Y")
+    sigma_min: float = Field(0.05, gt=0, description="smallest noise scale")
+    sigma_max: float = Field(0.5, gt=0, description="largest noise scale")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(
+                f"sigma_min {self.sigma_min} is not below sigma_max {self.sigma_max}: "
+                "lower sde.diffusion.sigma_min"
+            )
+        return self
+
+
+class BBEDConfig(Section):
+    """Brownian bridge with exponential diffusion."""
+
+    type: Literal["bbed"] = Field("bbed", description="which SDE")
+    diffusion: BBEDDiffusion = BBEDDiffusion()
+
+
+class OUVEConfig(Section):
+    """Ornstein-Uhlenbeck SDE with exploding variance."""
+
+    type: Literal["ouve"] = Field("ouve", description="which SDE")
+    diffusion: OUVEDiffusion = OUVEDiffusion()
+
+
+class DataConfig(Section):
+    """Pairs that are mixed while training (dataset_type 3)."""
+
+    snr_min: float = Field(-30.0, ge=-100, le=100, description="dB, smallest drawn SNR")
+    snr_max: float = Field(0.0, ge=-100, le=100, description="dB, largest drawn SNR")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.snr_min > self.snr_max:
+            raise ValueError(
+                f"snr_min {self.snr_min} is above snr_max {self.snr_max}: lower data.snr_min"
+            )
+        return self
+
+
+class TrainingConfig(Section):
+    """The training run."""
+
+    loss: Literal["score", "weighted_score", "data_prediction"] = Field(
+        "score", description="see diffbuf_lib.diffusion.losses"
+    )
+    optimizer: Literal["adam", "adamw", "radam", "sgd"] = Field("adam", description="torch.optim")
+    lr: float = Field(1e-4, gt=0, description="learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="of the optimizer")
+    batch_size: int = Field(32, ge=1, description="clips a step and process")
+    accumulation_steps: int = Field(1, ge=1, description="batches whose gradients make one step")
+    num_epochs: int = Field(250, ge=1, description="epochs at most")
+    num_steps: int | None = Field(None, ge=1, description="optimizer steps at most; null: no limit")
+    grad_clip: float | None = Field(None, gt=0, description="largest gradient norm; null: no limit")
+    ema_momentum: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights")
+    use_amp: bool = Field(
+        True, description="mixed precision; off on a CPU unless amp_dtype is bf16"
+    )
+    amp_dtype: Literal["fp16", "bf16"] = Field("fp16", description="fp16 has a gradient scaler")
+    seed: int = Field(0, ge=0, description="of weights, crops, diffusion times and noise")
+    deterministic: bool = Field(False, description="torch.use_deterministic_algorithms")
+    num_workers: int = Field(4, ge=0, description="processes that read files")
+
+    metrics: tuple[Literal["si_sdr", "sdr", "pesq", "estoi"], ...] = Field(
+        ("si_sdr",), min_length=1, description="scores of the enhanced validation clips"
+    )
+    metric_for_scheduler: Literal["si_sdr", "sdr", "pesq", "estoi", "loss"] = Field(
+        "si_sdr", description="what lowers the learning rate, stops early and picks the best"
+    )
+    patience: int = Field(10, ge=0, description="validations without gain before lr is lowered")
+    reduce_factor: float = Field(0.5, gt=0, lt=1, description="lr is multiplied by this")
+    early_stopping: int | None = Field(
+        None, ge=1, description="validations without gain before the run ends; null: never"
+    )
+    valid_every: int = Field(1, ge=1, description="epochs from one validation to the next")
+    valid_clips: int = Field(16, ge=1, description="clips enhanced and scored a validation")
+    checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints in an epoch")
+    log_every: int = Field(10, ge=1, description="steps between TensorBoard points")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.metric_for_scheduler not in (*self.metrics, "loss"):
+            raise ValueError(
+                f"metric_for_scheduler {self.metric_for_scheduler} is not among metrics "
+                f"{list(self.metrics)}: add it to training.metrics"
+            )
+        return self
+
+
+class Config(Section):
+    """One experiment."""
+
+    audio: AudioConfig = AudioConfig()
+    preprocessing: PreprocessingConfig = PreprocessingConfig()
+    model: ModelConfig = ModelConfig()
+    diffusion_buffer: DiffusionBufferConfig = DiffusionBufferConfig()
+    sde: Annotated[BBEDConfig | OUVEConfig, Field(discriminator="type")] = BBEDConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        buffer, audio = self.diffusion_buffer, self.audio
+        frames = audio.num_frames
+        if frames < 1:
+            raise ValueError(
+                f"Buffer size must be at least 1. A {audio.chunk_size}-sample chunk gives no STFT "
+                f"frame of n_fft {audio.stft.n_fft}: raise audio.chunk_size or lower "
+                "audio.stft.n_fft"
+            )
+        if buffer.buffer_size < 1:
+            raise ValueError(
+                f"Buffer size must be at least 1. diffusion_buffer.buffer_size is "
+                f"{buffer.buffer_size}: raise it"
+            )
+        if buffer.buffer_size > frames:
+            raise ValueError(
+                f"buffer_size {buffer.buffer_size} is larger than the {frames} STFT frames of a "
+                f"{audio.chunk_size}-sample chunk: lower diffusion_buffer.buffer_size or raise "
+                "audio.chunk_size"
+            )
+        if self.sde.type == "bbed" and buffer.t_max >= 1:
+            raise ValueError(
+                f"t_max {buffer.t_max} is where the bridge ends and sigma is 0, so 1 / sigma is "
+                "infinite: lower diffusion_buffer.t_max below 1"
+            )
+        if buffer.num_frames is not None and buffer.num_frames < buffer.buffer_size:
+            raise ValueError(
+                f"num_frames {buffer.num_frames} is smaller than buffer_size "
+                f"{buffer.buffer_size}: raise diffusion_buffer.num_frames"
+            )
+        return self
+
+    @property
+    def num_frames(self) -> int:
+        """K: frames of the window that the network sees online."""
+        return self.diffusion_buffer.num_frames or self.audio.num_frames
+
+    @property
+    def leading_zero_samples(self) -> int:
+        """Zero samples that go before a training clip: K - 1 hops, or none."""
+        if not self.diffusion_buffer.leading_zeros:
+            return 0
+        return (self.num_frames - 1) * self.audio.stft.hop_length
+
+    def override(self, *overrides: str) -> Config:
+        """Return a changed copy: `cfg.override("training.lr=1e-3", "model.name=conv")`."""
+        return build_config(self.to_dict(), overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return nested dictionaries of plain values, as in the YAML file."""
+        return self.model_dump(mode="json", exclude_none=False)
+
+    def to_yaml(self) -> str:
+        """Return the whole config, defaults included, as YAML that `load_config` reads back."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def describe_keys() -> Iterator[tuple[str, str, str]]:
+    """Yield (key path, default, description with its unit) of every config key."""
+    yield from _describe_section(Config, "")
+
+
+def _describe_section(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
+    for name, field in section.model_fields.items():
+        default = field.get_default()
+        if isinstance(default, Section):
+            yield from _describe_section(type(default), f"{prefix}{name}.")
+            if isinstance(default, BBEDConfig):
+                yield from _describe_section(OUVEDiffusion, f"{prefix}{name}.diffusion.")
+        else:
+            yield f"{prefix}{name}", str(default), field.description or ""
+
+
+def _with_override(tree: dict[str, Any], override: str) -> dict[str, Any]:
+    """Return a copy of `tree` in which `a.b=value` holds."""
+    path, equals, text = override.partition("=")
+    if not equals or not path.strip():
+        raise ConfigError(f"override {override!r} is not of the form key.path=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML") from error
+
+    def replaced(node: Any, keys: list[str]) -> Any:
+        if not keys:
+            return value
+        node = node if isinstance(node, dict) else {}
+        return {**node, keys[0]: replaced(node.get(keys[0]), keys[1:])}
+
+    changed: dict[str, Any] = replaced(tree, [key.strip() for key in path.split(".")])
+    return changed
+
+
+def _describe(problem: Any) -> str:
+    """Return one pydantic problem in one line: where, what, and what would be valid."""
+    tags = ("bbed", "ouve")  # pydantic puts the chosen SDE into the path: it is no key
+    keys = [str(key) for key in problem["loc"] if key not in tags]
+    path = ".".join(keys)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {path}{_nearest(keys, problem['loc'])}"
+    if problem["type"].startswith("union_tag"):
+        return f"sde.type must be bbed or ouve, not {problem['ctx'].get('tag', 'missing')}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return message
+    return f"{path} = {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _nearest(keys: list[str], loc: tuple[Any, ...]) -> str:
+    """Return `; did you mean ...?` and the valid names beside an unknown key."""
+    section: Any = OUVEConfig if "ouve" in loc else Config
+    for key in keys[:-1]:
+        if key == "sde" and section is OUVEConfig:
+            continue
+        field = section.model_fields.get(key)
+        default = field.get_default() if field else None
+        if not isinstance(default, Section):
+            return ""
+        section = type(default)
+    names = list(section.model_fields)
+    close = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.5)
+    if section in (BBEDDiffusion, OUVEDiffusion) and not close:
+        chosen = "bbed" if section is BBEDDiffusion else "ouve"
+        return f": with sde.type {chosen} the names are {', '.join(names)}"
+    if close:
+        return f": did you mean {'.'.join([*keys[:-1], close[0]])}?"
+    elsewhere = [path for path, *_ in describe_keys() if path.endswith(f".{keys[-1]}")]
+    if elsewhere:
+        return f": did you mean {elsewhere[0]}?"
+    return f": valid names are {', '.join(names)}"

@@ -1,0 +1,33 @@
+"""The errors that diffbuf raises on purpose.
+
+Each message names the value, the limit, the config key and the fix, on one line. The command
+line prints it without a traceback; a notebook shows it as any exception.
+"""
+
+
+class DiffbufError(Exception):
+    """What every deliberate error of this library is."""
+
+
+class ConfigError(DiffbufError, ValueError):
+    """A config that cannot be used: unknown key, wrong type, values that contradict each other."""
+
+
+class DataError(DiffbufError, ValueError):
+    """A file or folder of audio that cannot be used."""
+
+
+class ShapeError(DiffbufError, ValueError):
+    """A tensor whose shape is not the documented one."""
+
+
+class CheckpointError(DiffbufError, RuntimeError):
+    """A checkpoint or results folder that cannot be read, written or continued."""
+
+
+class NonFiniteError(DiffbufError, ArithmeticError):
+    """A loss or gradient that became NaN or Inf."""
+
+
+class MissingExtraError(DiffbufError, ImportError):
+    """An optional package that is not installed."""
