@@ -1,1 +1,1 @@
-"""TODO."""
+"""The Diffusion Buffer's mathematics: spectra, SDEs, the buffer, the losses, the sampler."""

@@ -1,1 +1,16 @@
-"""TODO."""
+"""Networks: from [B, 4, F, K] (V and Y, real and imaginary) and times [B, K] to [B, 2, F, K]."""
+
+from torch import nn
+
+from diffbuf_lib.config import ModelConfig
+from diffbuf_lib.networks.conv import ConvNet
+from diffbuf_lib.networks.ncsnpp import NCSNpp
+
+__all__ = ["ConvNet", "NCSNpp", "make_network"]
+
+
+def make_network(cfg: ModelConfig) -> nn.Module:
+    """Make the network of `cfg.model`."""
+    if cfg.name == "conv":
+        return ConvNet(cfg.base_channels, cfg.num_layers, cfg.dropout)
+    return NCSNpp(cfg.base_channels, cfg.channel_multipliers, cfg.num_res_blocks, cfg.dropout)

@@ -1,0 +1,144 @@
+"""The buffer: rising diffusion times over the last B of K frames.
+
+Lay, Makarov, Gerkmann 2025, section 3: V[k] = S[k] for k < K - B, and
+(1 - t) S + t Y + sigma(t) z at the frame's own time t for the last B frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffbuf_lib.config import DiffusionBufferConfig
+from diffbuf_lib.diffusion.sde import SDE, over_frequency
+from diffbuf_lib.errors import ShapeError
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""Where randomness comes from: the global state, one generator, or one for each example."""
+
+
+def perturb(x0: Tensor, y: Tensor, t: Tensor, z: Tensor, sde: SDE) -> Tensor:
+    """Return the perturbed input V.
+
+    Args:
+        x0: clean spectrum S, [B, F, K] complex.
+        y: noisy spectrum Y, [B, F, K] complex.
+        t: diffusion times of the last Kb frames, [B, Kb], rising.
+        z: CN(0, 1) noise, [B, F, Kb] complex: total variance 1, half in each part.
+        sde: gives mean and sigma.
+
+    Returns:
+        V, [B, F, K] complex: x0 before the buffer, mean + sigma z within it.
+
+    Raises:
+        ShapeError: the shapes do not fit each other.
+    """
+    Kb = t.shape[-1]
+    if x0.shape != y.shape or z.shape != (*x0.shape[:-1], Kb) or not 1 <= Kb <= x0.shape[-1]:
+        raise ShapeError(
+            f"x0 {list(x0.shape)} and y {list(y.shape)} must be one [B, F, K], z {list(z.shape)} "
+            f"[B, F, Kb] and t {list(t.shape)} [B, Kb], with 1 <= Kb <= K"
+        )
+    V = x0.clone()
+    buffer = V[..., -Kb:]
+    buffer.copy_(sde.mean(x0[..., -Kb:], y[..., -Kb:], t))
+    buffer.add_(over_frequency(sde.std(t), z) * z)
+    return V
+
+
+def draw_times(
+    cfg: DiffusionBufferConfig,
+    batch: int,
+    generator: Generators = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Draw the diffusion times of a training batch.
+
+    "random": t_1 = t_eps and the other B - 1 uniform on [t_eps, t_max], sorted; "linspace": what
+    inference uses.
+
+    Returns:
+        [batch, B], rising along the buffer.
+    """
+    if cfg.time_sampling == "linspace":
+        return inference_times(cfg, device, dtype).expand(batch, -1)
+    u = _draw(torch.rand, (batch, cfg.buffer_size), generator, device, dtype)
+    u[:, 0] = 0
+    return (cfg.t_eps + (cfg.t_max - cfg.t_eps) * u).sort(dim=-1).values
+
+
+def inference_times(
+    cfg: DiffusionBufferConfig,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return t_1 = t_eps to t_B = t_max in equal steps, [B]."""
+    return torch.linspace(cfg.t_eps, cfg.t_max, cfg.buffer_size, device=device, dtype=dtype)
+
+
+def complex_normal(
+    shape: tuple[int, ...],
+    generator: Generators = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.complex64,
+) -> Tensor:
+    """Draw CN(0, 1): total variance 1, which torch.randn gives complex types (1/2 in each part).
+
+    Args:
+        shape: [B, ...]; a sequence of generators needs one for each of the B examples.
+        generator: see `Generators`.
+        device: where to draw; a generator must live there.
+        dtype: complex.
+    """
+    return _draw(torch.randn, shape, generator, device, dtype)
+
+
+def reverse_step(x: Tensor, y: Tensor, score: Tensor, t: Tensor, z: Tensor, sde: SDE) -> Tensor:
+    """Take every buffer frame from t_i to t_{i-1} by Euler-Maruyama, with t_0 = 0.
+
+    X <- X - (f - g^2 score) dt + g sqrt(dt) z, dt = t_i - t_{i-1}; no noise in the step to t = 0
+    (Lay et al. 2025, algorithm 1).
+
+    Args:
+        x: buffer, [B, F, Kb] complex.
+        y: noisy spectrum of the same frames, [B, F, Kb] complex.
+        score: [B, F, Kb] complex.
+        t: [Kb], rising.
+        z: CN(0, 1), [B, F, Kb] complex; the first frame's is not used.
+        sde: gives f and g.
+    """
+    dt = torch.diff(t, prepend=t.new_zeros(1))
+    g = sde.diffusion(t)
+    noise_scale = g * dt.sqrt()
+    noise_scale[0] = 0
+    return x - (sde.drift(x, y, t) - g**2 * score) * dt + noise_scale * z
+
+
+def renoise_step(x0_hat: Tensor, y: Tensor, t: Tensor, z: Tensor, sde: SDE) -> Tensor:
+    """Put the estimates x0_hat of every buffer frame back to its next time t_{i-1}, t_0 = 0.
+
+    (1 - t') x0_hat + t' Y + sigma(t') z (Lay et al. 2025, arXiv 2510.18744: data prediction).
+    Arguments as in `reverse_step`, with x0_hat [B, F, Kb] for x and score.
+    """
+    later = torch.cat([t.new_zeros(1), t[:-1]])
+    return sde.mean(x0_hat, y, later) + sde.std(later) * z
+
+
+def _draw(
+    sample: object,
+    shape: tuple[int, ...],
+    generator: Generators,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> Tensor:
+    assert callable(sample)
+    if generator is None or isinstance(generator, torch.Generator):
+        drawn: Tensor = sample(shape, generator=generator, device=device, dtype=dtype)
+        return drawn
+    if len(generator) != shape[0]:
+        raise ShapeError(f"{len(generator)} generators were given for a batch of {shape[0]}")
+    rows = [sample(shape[1:], generator=g, device=device, dtype=dtype) for g in generator]
+    return torch.stack(rows)

@@ -1,0 +1,128 @@
+"""Online enhancement: the buffer moves one frame at a time, with one network call a frame.
+
+Algorithm 1 of Lay, Makarov, Gerkmann 2025; with data prediction, arXiv 2510.18744.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffbuf_lib.diffusion.buffer import (
+    Generators,
+    complex_normal,
+    renoise_step,
+    reverse_step,
+)
+from diffbuf_lib.diffusion.sde import SDE, over_frequency
+from diffbuf_lib.errors import ConfigError
+
+Denoise = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(V [B, F, K], Y [B, F, K], t [B, Kb]) -> (score, x0_hat), each [B, F, Kb]."""
+
+
+@dataclass
+class BufferState:
+    """All that one stream remembers, in the open.
+
+    Attributes:
+        V: [B, F, K] complex, the network's perturbed input; its last Kb frames are the buffer.
+        Y: [B, F, K] complex, the noisy frames of the same K moments as V: conditioning on any
+            other window would be misaligned, or leak the future.
+        pushed: frames taken in so far.
+    """
+
+    V: Tensor
+    Y: Tensor
+    pushed: int = 0
+
+
+class BufferSampler:
+    """Moves a buffer along a stream of noisy frames.
+
+    Args:
+        denoise: the network with its output made a score and an estimate of x0.
+        sde: the SDE that it was trained with.
+        t: diffusion times of the buffer, [Kb], rising.
+        num_frames: K, frames that the network sees; at least Kb.
+        predicts_data: whether x0_hat replaces the reverse step (data prediction).
+        delay: d, which frame of the buffer is put out, 1 (the newest) to Kb (the oldest, None).
+
+    Raises:
+        ConfigError: a delay outside [1, Kb], or below Kb without data prediction.
+    """
+
+    def __init__(
+        self,
+        denoise: Denoise,
+        sde: SDE,
+        t: Tensor,
+        num_frames: int,
+        *,
+        predicts_data: bool = False,
+        delay: int | None = None,
+    ) -> None:
+        Kb = t.shape[0]
+        delay = Kb if delay is None else delay
+        if not 1 <= delay <= Kb:
+            raise ConfigError(f"delay {delay} is not within 1 and buffer_size {Kb}")
+        if delay < Kb and not predicts_data:
+            raise ConfigError(
+                f"delay {delay} below buffer_size {Kb} needs a model trained with training.loss "
+                "data_prediction: a score model's estimate is ready when it leaves the buffer"
+            )
+        self.denoise, self.sde, self.t = denoise, sde, t
+        self.num_frames, self.predicts_data, self.delay = num_frames, predicts_data, delay
+
+    def start(
+        self,
+        batch: int,
+        num_bins: int,
+        generator: Generators = None,
+        dtype: torch.dtype | None = None,
+    ) -> BufferState:
+        """Begin `batch` streams with silence as their past.
+
+        The buffer's slots hold sigma(t) z, not zeros: in training, too, the buffer of a clip's
+        leading zeros is noise.
+        """
+        dtype = dtype or torch.complex64
+        shape = (batch, num_bins, self.num_frames)
+        V = torch.zeros(shape, dtype=dtype, device=self.t.device)
+        Kb = self.t.shape[0]
+        z = complex_normal((batch, num_bins, Kb), generator, self.t.device, dtype)
+        V[..., -Kb:] = over_frequency(self.sde.std(self.t), z) * z
+        return BufferState(V=V, Y=torch.zeros_like(V))
+
+    def step(self, state: BufferState, R: Tensor, generator: Generators = None) -> Tensor:
+        """Take in one noisy frame and put out one clean frame.
+
+        Args:
+            state: changed in place.
+            R: the newest noisy frame, [B, F] complex.
+            generator: of the frame's noise; two draws a frame, whatever the batch holds.
+
+        Returns:
+            [B, F] complex: the estimate of the frame that came `delay - 1` frames before.
+        """
+        Kb = self.t.shape[0]
+        z = complex_normal((*R.shape, Kb + 1), generator, R.device, R.dtype)
+        entering = R + self.sde.std(self.t[-1]) * z[..., -1]
+        state.V = torch.cat([state.V[..., 1:], entering.unsqueeze(-1)], dim=-1)
+        state.Y = torch.cat([state.Y[..., 1:], R.unsqueeze(-1)], dim=-1)
+        state.pushed += 1
+
+        t = self.t.expand(R.shape[0], -1)
+        score, x0_hat = self.denoise(state.V, state.Y, t)
+        x, y = state.V[..., -Kb:], state.Y[..., -Kb:]
+        if self.predicts_data:
+            moved = renoise_step(x0_hat, y, self.t, z[..., :-1], self.sde)
+            out = x0_hat[..., Kb - self.delay]
+        else:
+            moved = reverse_step(x, y, score, self.t, z[..., :-1], self.sde)
+            out = moved[..., 0]
+        state.V[..., -Kb:] = moved
+        return out

@@ -1,0 +1,250 @@
+"""The Diffusion Buffer: waveforms in, a loss or enhanced waveforms out.
+
+`trace` walks one batch through every stage of training and names each; `forward` is
+`trace(...).loss`, so what a notebook inspects is what trains.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from diffbuf_lib.config import Config, build_config
+from diffbuf_lib.diffusion.buffer import (
+    Generators,
+    complex_normal,
+    draw_times,
+    inference_times,
+    perturb,
+)
+from diffbuf_lib.diffusion.losses import LOSSES
+from diffbuf_lib.diffusion.sampler import BufferSampler
+from diffbuf_lib.diffusion.sde import make_sde, over_frequency
+from diffbuf_lib.diffusion.spectral import Spectral
+from diffbuf_lib.errors import ShapeError
+from diffbuf_lib.networks import make_network
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Every stage of one training batch; B examples, F bins, K frames, Kb of them in the buffer.
+
+    Attributes:
+        mix: [B, C, T], the noisy signal as it was given.
+        target: [B, C, T], the clean signal as it was given.
+        Y: [B, F, K] complex, compressed spectrum of the noisy signal.
+        S: [B, F, K] complex, compressed spectrum of the clean signal.
+        t: [B, Kb], diffusion times, rising.
+        sigma: [B, Kb], standard deviation of the noise at t.
+        z: [B, F, Kb] complex, the noise, CN(0, 1).
+        V: [B, F, K] complex, the perturbed input.
+        score: [B, F, Kb] complex, the network's estimate of grad log p.
+        x0_hat: [B, F, Kb] complex, its estimate of S in the buffer.
+        target_score: [B, F, Kb] complex, -z / sigma.
+        loss_map: [B, F, Kb], the loss of every bin.
+        loss: scalar, the mean of loss_map.
+    """
+
+    mix: Tensor
+    target: Tensor
+    Y: Tensor
+    S: Tensor
+    t: Tensor
+    sigma: Tensor
+    z: Tensor
+    V: Tensor
+    score: Tensor
+    x0_hat: Tensor
+    target_score: Tensor
+    loss_map: Tensor
+    loss: Tensor
+
+
+class DiffusionBufferModel(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="diffbuf",
+    tags=["speech-enhancement", "diffusion"],
+    coders={Config: (Config.to_dict, build_config)},
+):
+    """The Diffusion Buffer (Lay, Makarov, Gerkmann 2025) of one config.
+
+    Args:
+        cfg: which network, SDE, buffer, spectrum and loss.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.spectral = Spectral.from_config(
+            cfg.audio.stft, cfg.preprocessing.magnitude_compression
+        )
+        self.sde = make_sde(cfg.sde)
+        self.network = make_network(cfg.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.loss_map = LOSSES[cfg.training.loss]
+
+    @property
+    def predicts_data(self) -> bool:
+        """Whether the network's output is x0_hat rather than a score."""
+        return self.cfg.training.loss == "data_prediction"
+
+    def forward(
+        self, mix: Tensor, target: Tensor | None = None, generator: Generators = None
+    ) -> Tensor:
+        """Return the training loss, or without `target` the enhanced signal.
+
+        Args:
+            mix: [B, C, T] float32, full scale 1.
+            target: [B, C, T] float32, the clean signal at the same moments.
+            generator: where the randomness comes from: one, or one for each example.
+
+        Returns:
+            A scalar loss, or [B, C, T] as from `enhance`.
+
+        Raises:
+            ShapeError: as in `trace`.
+        """
+        if target is None:
+            return self.enhance(mix, generator)
+        return self.trace(mix, target, generator).loss
+
+    def trace(self, mix: Tensor, target: Tensor, generator: Generators = None) -> Trace:
+        """Walk one batch through training and keep every stage.
+
+        Args:
+            mix: [B, C, T] float32, full scale 1.
+            target: [B, C, T] float32, the clean signal at the same moments.
+            generator: of diffusion times and noise: one, or one for each example.
+
+        Raises:
+            ShapeError: not [B, C, T], mix and target of different shapes, or a signal with
+                fewer STFT frames than the buffer has.
+        """
+        if mix.shape != target.shape:
+            raise ShapeError(
+                f"mix {list(mix.shape)} and target {list(target.shape)} differ: both must be "
+                "one [B, C, T] (mono and stereo do not mix)"
+            )
+        Y, S = self.spectral(_mono(mix)), self.spectral(_mono(target))
+        B, num_bins, K = Y.shape
+        Kb = self.cfg.diffusion_buffer.buffer_size
+        if Kb > K:
+            raise ShapeError(
+                f"buffer_size {Kb} is larger than the {K} STFT frames of a "
+                f"{mix.shape[-1]}-sample signal: lower diffusion_buffer.buffer_size or raise "
+                "audio.chunk_size"
+            )
+        t = draw_times(self.cfg.diffusion_buffer, B, generator, Y.device, Y.real.dtype)
+        z = complex_normal((B, num_bins, Kb), generator, Y.device, Y.dtype)
+        sigma = self.sde.std(t)
+        V = perturb(S, Y, t, z, self.sde)
+        score, x0_hat = self.denoise(V, Y, t)
+        loss_map = self.loss_map(score, x0_hat, S[..., -Kb:], z, over_frequency(sigma, z))
+        return Trace(
+            mix=mix,
+            target=target,
+            Y=Y,
+            S=S,
+            t=t,
+            sigma=sigma,
+            z=z,
+            V=V,
+            score=score,
+            x0_hat=x0_hat,
+            target_score=-z / over_frequency(sigma, z),
+            loss_map=loss_map,
+            loss=loss_map.mean(),
+        )
+
+    def denoise(self, V: Tensor, Y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the network once.
+
+        A score model's x0_hat follows from Tweedie's formula, E[mean | V] = V + sigma^2 score; a
+        data-prediction model's score from its inverse.
+
+        Args:
+            V: [B, F, K] complex, perturbed input.
+            Y: [B, F, K] complex, noisy spectrum of the same frames.
+            t: [B, Kb], diffusion times of the last Kb frames.
+
+        Returns:
+            (score, x0_hat), each [B, F, Kb] complex in the precision of V: scaling and loss stay
+            in float32 under mixed precision.
+        """
+        K, Kb = V.shape[-1], t.shape[-1]
+        x = torch.stack([V.real, V.imag, Y.real, Y.imag], dim=1)  # [B, 4, F, K]
+        x = x.contiguous(memory_format=torch.channels_last)
+        out = self.network(x, F.pad(t, (K - Kb, 0)))[..., -Kb:].to(V.real.dtype)
+        out = torch.complex(out[:, 0], out[:, 1])  # [B, F, Kb]
+        sigma = over_frequency(self.sde.std(t), out)
+        scale = self.cfg.model.output_scale
+        if scale == "time":
+            out = out / over_frequency(t, out)
+        elif scale == "sigma" and not self.predicts_data:
+            out = out / sigma
+
+        Vb, Yb = V[..., -Kb:], Y[..., -Kb:]
+        if self.predicts_data:
+            return (self.sde.mean(out, Yb, t) - Vb) / sigma**2, out
+        return out, self.sde.denoised(Vb + sigma**2 * out, Yb, t)
+
+    def sampler(self, delay: int | None = None) -> BufferSampler:
+        """Make what moves this model's buffer along a stream.
+
+        Args:
+            delay: d, 1 to B, of a data-prediction model; None for B.
+        """
+        device = next(self.parameters()).device
+        dtype = next(self.parameters()).dtype
+        return BufferSampler(
+            self.denoise,
+            self.sde,
+            inference_times(self.cfg.diffusion_buffer, device, dtype),
+            self.cfg.num_frames,
+            predicts_data=self.predicts_data,
+            delay=delay,
+        )
+
+    @torch.inference_mode()
+    def enhance(self, mix: Tensor, generator: Generators = None) -> Tensor:
+        """Enhance whole signals as a stream would, one network call a frame.
+
+        Sample for sample what `OnlineEnhancer` puts out for the same noise.
+
+        Args:
+            mix: [B, C, T] float32, full scale 1; channels are averaged to mono, as in training.
+            generator: of the diffusion noise; None for the global state.
+
+        Returns:
+            [B, C, T], aligned with mix; C equal channels.
+
+        Raises:
+            ShapeError: not [B, C, T], or empty.
+        """
+        mono = _mono(mix)
+        length, hop = mono.shape[-1], self.spectral.hop_length
+        # To a whole number of hops: else the last samples lie under the flank of one window, and
+        # the overlap-add would divide a modified spectrum by almost nothing.
+        Y = self.spectral(F.pad(mono, (0, -length % hop)))
+        sampler = self.sampler()
+        state = sampler.start(Y.shape[0], Y.shape[1], generator, Y.dtype)
+        silence = torch.zeros_like(Y[..., 0])
+        K = Y.shape[-1]
+        frames = [
+            sampler.step(state, Y[..., k] if k < K else silence, generator)
+            for k in range(K + sampler.delay - 1)
+        ]
+        estimate = self.spectral.inverse(torch.stack(frames[sampler.delay - 1 :], dim=-1), length)
+        return estimate.unsqueeze(1).expand(mix.shape).to(mix.dtype).contiguous()
+
+
+def _mono(wave: Tensor) -> Tensor:
+    """[B, C, T] to [B, T]: the mean of the channels."""
+    if wave.ndim != 3:
+        hint = ": add the batch axis with .unsqueeze(0)" if wave.ndim == 2 else ""
+        raise ShapeError(f"a batch must be [B, C, T], not {list(wave.shape)}{hint}")
+    if 0 in wave.shape:
+        raise ShapeError(f"a batch must not be empty, and this one is {list(wave.shape)}")
+    return wave.mean(dim=1)

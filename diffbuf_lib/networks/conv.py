@@ -1,0 +1,42 @@
+"""A plain stack of 3x3 convolutions: small enough to read in a debugger."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from diffbuf_lib.networks.layers import FrameTimeEmbedding, NormAct, conv3x3
+
+
+class ConvNet(nn.Module):
+    """3x3 convolutions with residual connections and the time of every frame added to each.
+
+    For debugging, not for quality: it sees num_layers + 2 frames and bins to each side.
+
+    Args:
+        base_channels: channels of every hidden layer.
+        num_layers: hidden layers.
+        dropout: probability, after every hidden layer.
+    """
+
+    def __init__(self, base_channels: int = 16, num_layers: int = 4, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embed_time = FrameTimeEmbedding(base_channels)
+        self.first = conv3x3(4, base_channels)
+        self.times = nn.ModuleList(
+            nn.Conv1d(4 * base_channels, base_channels, 1) for _ in range(num_layers)
+        )
+        self.norms = nn.ModuleList(NormAct(base_channels) for _ in range(num_layers))
+        self.layers = nn.ModuleList(
+            conv3x3(base_channels, base_channels) for _ in range(num_layers)
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.last = conv3x3(base_channels, 2, zero=True)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Take [B, 4, F, K] and times [B, K] to [B, 2, F, K]."""
+        time = self.embed_time(t)
+        h = self.first(x)
+        for norm, layer, add_time in zip(self.norms, self.layers, self.times, strict=True):
+            h = h + self.dropout(layer(norm(h + add_time(time).unsqueeze(2))))
+        out: Tensor = self.last(h)
+        return out

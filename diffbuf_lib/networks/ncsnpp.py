@@ -1,0 +1,245 @@
+"""NCSN++ as the Diffusion Buffer uses it: a U-Net that knows the diffusion time of every frame."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffbuf_lib.networks.layers import (
+    FrameTimeEmbedding,
+    NormAct,
+    Resample,
+    conv1x1,
+    conv3x3,
+    num_groups_for,
+)
+
+IO_CHANNELS = 4  # real and imaginary parts of V and Y
+
+
+class NCSNpp(nn.Module):
+    """The noise-conditional U-Net of Song et al. 2021 in the reduction of Lay et al. 2025.
+
+    With 96 channels, multipliers (1, 2, 2, 2) and one residual block a level it has 18.28 M
+    parameters. A pyramid of the resampled input is added to the features of every level, and a
+    pyramid of outputs is summed from the coarsest level up. The time embedding is a sequence over
+    frames, brought to each level's frame rate by a strided convolution.
+
+    Args:
+        base_channels: channels of the finest level.
+        channel_multipliers: channels of each level over base_channels.
+        num_res_blocks: residual blocks of each level on the way down; one more on the way up.
+        dropout: probability, in every residual block.
+    """
+
+    def __init__(
+        self,
+        base_channels: int = 96,
+        channel_multipliers: Sequence[int] = (1, 2, 2, 2),
+        num_res_blocks: int = 1,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        widths = [base_channels * multiplier for multiplier in channel_multipliers]
+        self.stride = 2 ** (len(widths) - 1)  # frames and bins of a step of the coarsest level
+
+        def block(in_channels: int, out_channels: int, level: int, resample: str = "") -> ResBlock:
+            return ResBlock(
+                in_channels,
+                out_channels,
+                time_channels=4 * base_channels,
+                time_stride=2**level,
+                resample=resample,
+                dropout=dropout,
+            )
+
+        self.embed_time = FrameTimeEmbedding(base_channels)
+        self.first = conv3x3(IO_CHANNELS, base_channels)
+
+        skips = [base_channels]  # channels of the features that the way up takes over
+        width = base_channels
+        self.down = nn.ModuleList()
+        for level, next_width in enumerate(widths):
+            blocks = []
+            for _ in range(num_res_blocks):
+                blocks.append(block(width, next_width, level))
+                width = next_width
+                skips.append(width)
+            shrink = None
+            if level + 1 < len(widths):
+                shrink = block(width, width, level + 1, "down")
+                skips.append(width)
+            self.down.append(DownStage(blocks, shrink, width))
+
+        coarsest = len(widths) - 1
+        self.middle_in = block(width, width, coarsest)
+        self.attention = Attention(width)
+        self.middle_out = block(width, width, coarsest)
+
+        self.up = nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            blocks = []
+            for _ in range(num_res_blocks + 1):
+                blocks.append(block(width + skips.pop(), widths[level], level))
+                width = widths[level]
+            grow = block(width, width, level - 1, "up") if level > 0 else None
+            self.up.append(UpStage(blocks, grow, width))
+        self.last = nn.Conv2d(IO_CHANNELS, 2, 1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Run the U-Net.
+
+        Args:
+            x: [B, 4, F, K], channels-last: V.real, V.imag, Y.real, Y.imag.
+            t: [B, K], the diffusion time of every frame, 0 in the history.
+
+        Returns:
+            [B, 2, F, K], real and imaginary part.
+        """
+        bins, frames = x.shape[2:]
+        # Whole steps of the coarsest level: zeros above the band and before the past, so that the
+        # buffer keeps its place at the end.
+        missing_bins, missing_frames = -bins % self.stride, -frames % self.stride
+        if missing_bins or missing_frames:
+            x = F.pad(x, (missing_frames, 0, 0, missing_bins))
+            t = F.pad(t, (missing_frames, 0))
+        out = self._unet(x, self.embed_time(t))
+        return out[:, :, :bins, missing_frames:]
+
+    def _unet(self, x: Tensor, time: Tensor) -> Tensor:
+        h = self.first(x)
+        skips = [h]
+        for down in self.down:
+            h, x, features = down(h, x, time)
+            skips += features
+        h = self.middle_out(self.attention(self.middle_in(h, time)), time)
+        out: Tensor | None = None
+        for up in self.up:
+            h, out = up(h, out, skips, time)
+        result: Tensor = self.last(out)
+        return result
+
+
+class DownStage(nn.Module):
+    """One level on the way down: residual blocks, then to half the bins and frames.
+
+    Args:
+        blocks: residual blocks at this level.
+        shrink: the block that halves; None at the coarsest level.
+        width: channels of what leaves the level.
+    """
+
+    def __init__(self, blocks: list[ResBlock], shrink: ResBlock | None, width: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.shrink = shrink
+        self.downsample = Resample("down") if shrink else None
+        self.add_input = conv1x1(IO_CHANNELS, width) if shrink else None
+
+    def forward(self, h: Tensor, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return the features, the input at the next level's size, and what to skip across."""
+        features = []
+        for block in self.blocks:
+            h = block(h, time)
+            features.append(h)
+        if self.shrink and self.downsample and self.add_input:
+            x = self.downsample(x)
+            h = self.shrink(h, time) + self.add_input(x)
+            features.append(h)
+        return h, x, features
+
+
+class UpStage(nn.Module):
+    """One level on the way up: blocks with skips, a term of the output, then to double the size.
+
+    Args:
+        blocks: residual blocks at this level, one for each skip.
+        grow: the block that doubles; None at the finest level.
+        width: channels of the blocks' output.
+    """
+
+    def __init__(self, blocks: list[ResBlock], grow: ResBlock | None, width: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.grow = grow
+        self.upsample = Resample("up")
+        self.norm_out = NormAct(width)
+        self.conv_out = conv3x3(width, IO_CHANNELS, zero=True)
+
+    def forward(
+        self, h: Tensor, out: Tensor | None, skips: list[Tensor], time: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the features and the sum of outputs so far; takes its skips from the list."""
+        for block in self.blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), time)
+        term = self.conv_out(self.norm_out(h))
+        out = term if out is None else self.upsample(out) + term
+        return (self.grow(h, time) if self.grow else h), out
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU, convolution, plus time, norm, SiLU, convolution, plus the input, over sqrt 2.
+
+    The residual block of BigGAN in Song et al. 2021: resampling comes after the first activation
+    and on the shortcut.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        time_channels: channels of the time embedding.
+        time_stride: frames of the input clip to one frame of the output.
+        resample: "down", "up" or nothing.
+        dropout: probability.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        time_channels: int,
+        time_stride: int,
+        resample: str = "",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm_in = NormAct(in_channels)
+        self.resample = Resample(resample) if resample else nn.Identity()
+        self.conv_in = conv3x3(in_channels, out_channels)
+        self.time = nn.Conv1d(time_channels, out_channels, 3, stride=time_stride, padding=1)
+        self.norm_out = NormAct(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_out = conv3x3(out_channels, out_channels, zero=True)
+        same = in_channels == out_channels and not resample
+        self.shortcut = nn.Identity() if same else conv1x1(in_channels, out_channels)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """[B, C, F, K] and time [B, E, K of the clip] to [B, C', F', K']."""
+        h = self.conv_in(self.resample(self.norm_in(x)))
+        h = h + self.time(time).unsqueeze(2)
+        h = self.conv_out(self.dropout(self.norm_out(h)))
+        return (self.shortcut(self.resample(x)) + h) * math.sqrt(0.5)
+
+
+class Attention(nn.Module):
+    """Self-attention over all bins and frames of the coarsest level, plus the input, over sqrt 2.
+
+    One head (Song et al. 2021).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(num_groups_for(channels), channels, eps=1e-6)
+        self.qkv = conv1x1(channels, 3 * channels)
+        self.out = conv1x1(channels, channels, zero=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Keep the shape [B, C, F, K]."""
+        tokens = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # [B, F * K, 3 C]
+        q, k, v = tokens.chunk(3, dim=-1)
+        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return (x + self.out(h.transpose(1, 2).unflatten(2, x.shape[2:]))) * math.sqrt(0.5)
