@@ -2,6 +2,14 @@
 
 from diffbuf_lib.config import Config, load_config
 from diffbuf_lib.model import DiffusionBufferModel, Trace
+from diffbuf_lib.streaming import OnlineEnhancer
 
 __version__ = "0.1.0"
-__all__ = ["Config", "DiffusionBufferModel", "Trace", "__version__", "load_config"]
+__all__ = [
+    "Config",
+    "DiffusionBufferModel",
+    "OnlineEnhancer",
+    "Trace",
+    "__version__",
+    "load_config",
+]

@@ -4,6 +4,8 @@
 `trace(...).loss`, so what a notebook inspects is what trains.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +82,12 @@ class DiffusionBufferModel(
         self.cfg = cfg
         self.spectral = Spectral.from_config(
             cfg.audio.stft, cfg.preprocessing.magnitude_compression
+        )
+        # Enhancement always centres its frames: with frames that start at sample 0 the first
+        # samples lie under one window's flank, where overlap-add blows up a modified spectrum.
+        self.framing = Spectral.from_config(
+            cfg.audio.stft.model_copy(update={"center": True}),
+            cfg.preprocessing.magnitude_compression,
         )
         self.sde = make_sde(cfg.sde)
         self.network = make_network(cfg.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -224,20 +232,28 @@ class DiffusionBufferModel(
             ShapeError: not [B, C, T], or empty.
         """
         mono = _mono(mix)
-        length, hop = mono.shape[-1], self.spectral.hop_length
+        length, hop = mono.shape[-1], self.framing.hop_length
         # To a whole number of hops: else the last samples lie under the flank of one window, and
         # the overlap-add would divide a modified spectrum by almost nothing.
-        Y = self.spectral(F.pad(mono, (0, -length % hop)))
+        Y = self.framing(F.pad(mono, (0, -length % hop)))
         sampler = self.sampler()
         state = sampler.start(Y.shape[0], Y.shape[1], generator, Y.dtype)
-        silence = torch.zeros_like(Y[..., 0])
-        K = Y.shape[-1]
-        frames = [
-            sampler.step(state, Y[..., k] if k < K else silence, generator)
-            for k in range(K + sampler.delay - 1)
-        ]
-        estimate = self.spectral.inverse(torch.stack(frames[sampler.delay - 1 :], dim=-1), length)
+        Y = F.pad(Y, (0, sampler.delay - 1))  # silence until the last frame has left the buffer
+        with evaluating(self):
+            frames = [sampler.step(state, R, generator) for R in Y.unbind(dim=-1)]
+        estimate = self.framing.inverse(torch.stack(frames[sampler.delay - 1 :], dim=-1), length)
         return estimate.unsqueeze(1).expand(mix.shape).to(mix.dtype).contiguous()
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Hold a module in evaluation mode, and leave it as it was."""
+    was_training = module.training
+    module.train(False)
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 def _mono(wave: Tensor) -> Tensor:

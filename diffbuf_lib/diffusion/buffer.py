@@ -79,6 +79,11 @@ def inference_times(
     return torch.linspace(cfg.t_eps, cfg.t_max, cfg.buffer_size, device=device, dtype=dtype)
 
 
+def next_times(t: Tensor) -> Tensor:
+    """Return the times [Kb] that a step takes the buffer to: 0, t_1, ..., t_{B-1}."""
+    return torch.cat([t.new_zeros(1), t[:-1]])
+
+
 def complex_normal(
     shape: tuple[int, ...],
     generator: Generators = None,
@@ -110,7 +115,7 @@ def reverse_step(x: Tensor, y: Tensor, score: Tensor, t: Tensor, z: Tensor, sde:
         z: CN(0, 1), [B, F, Kb] complex; the first frame's is not used.
         sde: gives f and g.
     """
-    dt = torch.diff(t, prepend=t.new_zeros(1))
+    dt = t - next_times(t)
     g = sde.diffusion(t)
     noise_scale = g * dt.sqrt()
     noise_scale[0] = 0
@@ -123,8 +128,8 @@ def renoise_step(x0_hat: Tensor, y: Tensor, t: Tensor, z: Tensor, sde: SDE) -> T
     (1 - t') x0_hat + t' Y + sigma(t') z (Lay et al. 2025, arXiv 2510.18744: data prediction).
     Arguments as in `reverse_step`, with x0_hat [B, F, Kb] for x and score.
     """
-    later = torch.cat([t.new_zeros(1), t[:-1]])
-    return sde.mean(x0_hat, y, later) + sde.std(later) * z
+    t = next_times(t)
+    return sde.mean(x0_hat, y, t) + sde.std(t) * z
 
 
 def _draw(

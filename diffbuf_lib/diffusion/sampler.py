@@ -14,10 +14,11 @@ from torch import Tensor
 from diffbuf_lib.diffusion.buffer import (
     Generators,
     complex_normal,
+    next_times,
     renoise_step,
     reverse_step,
 )
-from diffbuf_lib.diffusion.sde import SDE, over_frequency
+from diffbuf_lib.diffusion.sde import SDE
 from diffbuf_lib.errors import ConfigError
 
 Denoise = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -86,15 +87,15 @@ class BufferSampler:
     ) -> BufferState:
         """Begin `batch` streams with silence as their past.
 
-        The buffer's slots hold sigma(t) z, not zeros: in training, too, the buffer of a clip's
-        leading zeros is noise.
+        The buffer's slots hold sigma z, not zeros: in training, too, the buffer of a clip's
+        leading zeros is noise. Between two steps slot i has reached t_{i-1}, since the next
+        frame will shift it to slot i - 1.
         """
         dtype = dtype or torch.complex64
-        shape = (batch, num_bins, self.num_frames)
-        V = torch.zeros(shape, dtype=dtype, device=self.t.device)
         Kb = self.t.shape[0]
+        V = torch.zeros(batch, num_bins, self.num_frames, dtype=dtype, device=self.t.device)
         z = complex_normal((batch, num_bins, Kb), generator, self.t.device, dtype)
-        V[..., -Kb:] = over_frequency(self.sde.std(self.t), z) * z
+        V[..., -Kb:] = self.sde.std(next_times(self.t)) * z
         return BufferState(V=V, Y=torch.zeros_like(V))
 
     def step(self, state: BufferState, R: Tensor, generator: Generators = None) -> Tensor:

@@ -124,9 +124,12 @@ class Spectral(nn.Module):
         total = max(self.n_fft + (frames.shape[1] - 1) * self.hop_length, start + length)
         signal = self.overlap_add(frames * window, total)
         envelope = self.overlap_add(window.square().expand(1, *frames.shape[1:]), total)
-        floor = 1e-8  # of the squared window
-        signal = torch.where(envelope > floor, signal / envelope.clamp_min(floor), signal)
-        return signal[:, start : start + length]
+        return self.normalise(signal, envelope)[:, start : start + length]
+
+    def normalise(self, signal: Tensor, envelope: Tensor) -> Tensor:
+        """Divide overlap-added samples by the sum of squared windows, where there is one."""
+        floor = 1e-8
+        return torch.where(envelope > floor, signal / envelope.clamp_min(floor), signal)
 
     def overlap_add(self, frames: Tensor, total: int) -> Tensor:
         """Add [B, K, n_fft] frames at their hops; returns [B, total] samples."""

@@ -1,0 +1,35 @@
+import pytest
+import torch
+
+from diffbuf_lib import Config, DiffusionBufferModel
+from diffbuf_lib.config import build_config
+
+# Two xdist workers on two cores: more threads each would only wait for one another.
+torch.set_num_threads(1)
+
+TINY = {
+    "audio": {"chunk_size": 1600, "stft": {"n_fft": 62, "win_length": 62, "hop_length": 32}},
+    "model": {"name": "conv", "base_channels": 4, "num_layers": 1},
+    "diffusion_buffer": {"buffer_size": 4, "num_frames": 10},
+    "training": {"use_amp": False, "num_workers": 0, "batch_size": 2, "loss": "weighted_score"},
+}
+
+
+@pytest.fixture
+def tiny_cfg() -> Config:
+    """A config whose model runs in milliseconds: 51 frames of 32 bins, B = 4, K = 10."""
+    return build_config(TINY)
+
+
+def make_model(cfg: Config, seed: int = 0) -> DiffusionBufferModel:
+    """A model whose last layers, zero at the start, are not: its output says something."""
+    torch.manual_seed(seed)
+    model = DiffusionBufferModel(cfg)
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

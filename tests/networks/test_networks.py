@@ -1,0 +1,94 @@
+"""Shapes, the paper's size, the FIR filter against scipy, and that time and conditioning matter."""
+
+import pytest
+import torch
+from scipy import signal
+
+from diffbuf_lib.networks import ConvNet, NCSNpp
+from diffbuf_lib.networks.layers import FrameTimeEmbedding, Resample, num_groups_for
+
+
+def small_ncsnpp(**changes):
+    torch.manual_seed(0)
+    net = NCSNpp(**{"base_channels": 8, "channel_multipliers": (1, 2, 2), **changes})
+    for parameter in net.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return net.eval()
+
+
+def test_the_papers_reduction_has_18_28_million_parameters():
+    with torch.device("meta"):
+        net = NCSNpp(base_channels=96, channel_multipliers=(1, 2, 2, 2), num_res_blocks=1)
+    assert sum(p.numel() for p in net.parameters()) == 18_282_746
+
+
+@pytest.mark.parametrize("net", [small_ncsnpp(), ConvNet(8, 2)])
+@pytest.mark.parametrize(("bins", "frames"), [(32, 16), (33, 13), (7, 1)])
+def test_any_number_of_bins_and_frames(net, bins, frames):
+    out = net(torch.randn(2, 4, bins, frames), torch.rand(2, frames))
+    assert out.shape == (2, 2, bins, frames)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_every_parameter_gets_a_gradient(blocks):
+    net = small_ncsnpp(num_res_blocks=blocks)
+    net(torch.randn(1, 4, 16, 16), torch.rand(1, 16)).square().sum().backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("channel", range(4))
+def test_the_output_depends_on_both_parts_of_v_and_y(channel):
+    net, x, t = small_ncsnpp(), torch.randn(1, 4, 16, 8), torch.rand(1, 8)
+    changed = x.clone()
+    changed[:, channel] += 1
+    assert (net(x, t) - net(changed, t)).abs().max() > 1e-3
+
+
+def test_the_output_depends_on_the_time_of_the_frame():
+    net, x = small_ncsnpp(), torch.randn(1, 4, 16, 8)
+    t = torch.full((1, 8), 0.1)
+    later = t.clone()
+    later[:, -1] = 0.7
+    assert (net(x, t) - net(x, later)).abs().max() > 1e-3
+
+
+def test_padding_keeps_the_buffer_at_the_end():
+    """13 frames are padded on the left: the same 16 frames with a zero past give the same end."""
+    net = small_ncsnpp()
+    x, t = torch.randn(1, 4, 16, 13), torch.rand(1, 13)
+    padded = net(torch.nn.functional.pad(x, (3, 0)), torch.nn.functional.pad(t, (3, 0)))
+    torch.testing.assert_close(net(x, t), padded[..., 3:])
+
+
+@pytest.mark.parametrize("direction", ["down", "up"])
+def test_resampling_agrees_with_scipy(direction):
+    x = torch.randn(1, 3, 8, 12, dtype=torch.float64)
+    taps = [1 / 8, 3 / 8, 3 / 8, 1 / 8]
+    rows = x.numpy()
+    for axis in (2, 3):
+        if direction == "down":
+            rows = signal.upfirdn(taps, rows, up=1, down=1, axis=axis)
+            rows = rows.take(range(2, rows.shape[axis], 2), axis=axis)
+            rows = rows.take(range(x.shape[axis] // 2), axis=axis)
+        else:
+            rows = signal.upfirdn([2 * tap for tap in taps], rows, up=2, axis=axis)
+            rows = rows.take(range(1, 1 + 2 * x.shape[axis]), axis=axis)
+    torch.testing.assert_close(Resample(direction)(x), torch.from_numpy(rows))
+
+
+def test_time_embedding_is_finite_at_zero_and_tells_times_apart():
+    embed = FrameTimeEmbedding(16)
+    out = embed(torch.tensor([[0.0, 0.03, 0.031, 1.0]]))
+    assert out.isfinite().all()
+    assert (out[0, :, 1:] - out[0, :, :-1]).abs().amax(dim=0).min() > 1e-2
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 12, 96, 288, 1000])
+def test_groups_divide_the_channels(channels):
+    assert channels % num_groups_for(channels) == 0
+    assert num_groups_for(96) == 24
+    assert num_groups_for(288) == 32

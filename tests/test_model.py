@@ -1,0 +1,209 @@
+"""trace is forward, alignment, online enhancement, saving, and the errors of wrong shapes."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from diffbuf_lib import DiffusionBufferModel
+from diffbuf_lib.diffusion.buffer import perturb
+from diffbuf_lib.errors import ConfigError, ShapeError
+from tests.conftest import make_model, seeded
+
+
+@pytest.fixture
+def batch():
+    return torch.randn(2, 3, 1, 1600, generator=seeded(9)).mul(0.1).unbind(0)
+
+
+def test_trace_names_every_stage_with_its_documented_shape(tiny_cfg, batch):
+    trace = make_model(tiny_cfg).trace(*batch, seeded())
+    B, F, K, Kb = 3, 32, 51, 4
+    shapes = {
+        "mix": (B, 1, 1600), "target": (B, 1, 1600), "Y": (B, F, K), "S": (B, F, K),
+        "t": (B, Kb), "sigma": (B, Kb), "z": (B, F, Kb), "V": (B, F, K), "score": (B, F, Kb),
+        "x0_hat": (B, F, Kb), "target_score": (B, F, Kb), "loss_map": (B, F, Kb), "loss": (),
+    }  # fmt: skip
+    assert {f.name: getattr(trace, f.name).shape for f in dataclasses.fields(trace)} == shapes
+
+
+@pytest.mark.parametrize("loss", ["score", "weighted_score", "data_prediction"])
+def test_forward_is_the_loss_of_trace(tiny_cfg, batch, loss):
+    model = make_model(tiny_cfg.override(f"training.loss={loss}"))
+    trace = model.trace(*batch, seeded(5))
+    assert torch.equal(model(*batch, generator=seeded(5)), trace.loss)
+    assert torch.equal(trace.loss, trace.loss_map.mean())
+    torch.testing.assert_close(trace.target_score, -trace.z / trace.sigma[:, None])
+    assert torch.equal(trace.V, perturb(trace.S, trace.Y, trace.t, trace.z, model.sde))
+
+
+@pytest.mark.parametrize("loss", ["weighted_score", "data_prediction"])
+def test_score_and_x0_hat_say_the_same(tiny_cfg, batch, loss):
+    """score = (mean(x0_hat) - V) / sigma^2, whichever of the two the network predicts."""
+    model = make_model(tiny_cfg.override(f"training.loss={loss}")).double()
+    trace = model.trace(*(signal.double() for signal in batch), seeded())
+    Kb = trace.t.shape[-1]
+    mean = model.sde.mean(trace.x0_hat, trace.Y[..., -Kb:], trace.t)
+    residual = mean - trace.V[..., -Kb:]
+    torch.testing.assert_close(trace.score * trace.sigma[:, None] ** 2, residual)
+
+
+@pytest.mark.parametrize("scale", ["sigma", "time", "none"])
+def test_output_scale(tiny_cfg, batch, scale):
+    model = make_model(tiny_cfg.override(f"model.output_scale={scale}"))
+    trace = model.trace(*batch, seeded())
+    plain = make_model(tiny_cfg.override("model.output_scale=none")).trace(*batch, seeded())
+    divisor = {"sigma": trace.sigma, "time": trace.t, "none": torch.ones_like(trace.t)}[scale]
+    torch.testing.assert_close(trace.score * divisor[:, None], plain.score)
+
+
+def test_stereo_is_averaged_to_mono(tiny_cfg):
+    model = make_model(tiny_cfg)
+    stereo = torch.randn(2, 2, 1600)
+    mono = stereo.mean(dim=1, keepdim=True)
+    assert torch.equal(model.trace(stereo, stereo).Y, model.trace(mono, mono).Y)
+    enhanced = model(stereo, generator=seeded())
+    assert enhanced.shape == stereo.shape
+    assert torch.equal(enhanced[:, 1:], model(mono, generator=seeded()))
+
+
+def test_an_untrained_zero_network_has_the_loss_of_noise(tiny_cfg, batch):
+    """The last layer starts at zero, and E|z|^2 = 1."""
+    torch.manual_seed(0)
+    model = DiffusionBufferModel(tiny_cfg)
+    big = torch.randn(64, 1, 1600) * 0.1
+    assert model(big, big, generator=seeded()).item() == pytest.approx(1, abs=0.03)
+
+
+def test_noise_of_an_example_does_not_depend_on_its_batch(tiny_cfg, batch):
+    model = make_model(tiny_cfg)
+    whole = model.trace(*batch, [seeded(i) for i in range(3)])
+    alone = model.trace(batch[0][1:2], batch[1][1:2], [seeded(1)])
+    assert torch.equal(whole.V[1:2], alone.V)
+    torch.testing.assert_close(whole.loss_map[1:2], alone.loss_map)
+
+
+@pytest.mark.parametrize("loss", ["weighted_score", "data_prediction"])
+@pytest.mark.parametrize("name", ["conv", "ncsnpp"])
+def test_a_future_sample_changes_no_past_output(tiny_cfg, loss, name):
+    cfg = tiny_cfg.override(f"training.loss={loss}", f"model.name={name}")
+    model = make_model(cfg.override("model.channel_multipliers=[1, 2]"))
+    mix = torch.randn(1, 1, 1600) * 0.1
+    later = mix.clone()
+    later[..., 960:] += 0.1
+    changed = (model(mix, generator=seeded()) != model(later, generator=seeded()))[0, 0]
+    # The first frame that sees sample 960 is k = 30, and leaves the buffer B - 1 = 3 frames on,
+    # so frame 27 leaves with it: its first sample is 27 * 32 - 31.
+    first = int(changed.nonzero()[0])
+    assert first >= 960 - 4 * 32 - 62
+    assert first >= 27 * 32 - 31
+
+
+def test_conditioning_is_the_window_of_v(tiny_cfg, monkeypatch):
+    """With a network that returns nothing, V's history and Y are one stream of frames."""
+    cfg = tiny_cfg.override("training.loss=data_prediction")
+    model = make_model(cfg)
+    seen = []
+
+    def perfect(V, Y, t):
+        seen.append((V.clone(), Y.clone()))
+        return torch.zeros_like(Y[..., -4:]), Y[..., -4:]  # x0_hat = Y
+
+    monkeypatch.setattr(model, "denoise", perfect)
+    mix = torch.randn(1, 1, 1600)
+    model.enhance(mix, seeded())
+    Y = model.framing(mix[:, 0])
+    for k in (0, 7, 20, 49):
+        V, window = seen[k]
+        expected = torch.nn.functional.pad(Y, (9, 3))[..., k : k + 10]
+        torch.testing.assert_close(window, expected)
+        torch.testing.assert_close(V[..., :6], expected[..., :6])  # history: the same moments
+
+
+def test_enhance_with_the_true_signal_returns_it(tiny_cfg, monkeypatch):
+    model = make_model(tiny_cfg.override("training.loss=data_prediction"))
+    monkeypatch.setattr(model, "denoise", lambda V, Y, t: (Y[..., -4:], Y[..., -4:]))
+    mix = torch.randn(2, 1, 1597)
+    torch.testing.assert_close(model.enhance(mix), mix, rtol=1e-4, atol=1e-4)
+
+
+def test_enhance_batches_and_repeats(tiny_cfg):
+    model = make_model(tiny_cfg)
+    mix = torch.randn(2, 1, 800) * 0.1
+    together = model.enhance(mix, [seeded(1), seeded(2)])
+    torch.testing.assert_close(together[1:], model.enhance(mix[1:], [seeded(2)]))
+    assert torch.equal(model.enhance(mix, seeded(3)), model.enhance(mix, seeded(3)))
+
+
+def test_enhance_turns_dropout_off_and_leaves_the_mode(tiny_cfg):
+    model = make_model(tiny_cfg.override("model.dropout=0.5")).train()
+    mix = torch.randn(1, 1, 400)
+    assert torch.equal(model.enhance(mix, seeded()), model.enhance(mix, seeded()))
+    assert model.training
+    assert model.network.training
+
+
+@pytest.mark.parametrize("sde", ["{type: ouve}", "{type: bbed, diffusion: {c: 0.08}}"])
+def test_save_and_load_keep_config_and_numbers(tiny_cfg, tmp_path, sde):
+    model = make_model(tiny_cfg.override(f"sde={sde}"))
+    model.save_pretrained(tmp_path)
+    loaded = DiffusionBufferModel.from_pretrained(tmp_path)
+    assert loaded.cfg == model.cfg
+    mix = torch.randn(1, 1, 400)
+    assert torch.equal(model(mix, generator=seeded()), loaded(mix, generator=seeded()))
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_one_batch_overfits(tiny_cfg):
+    """300 steps on one clip with its noise: the weighted loss falls far below that of noise."""
+    cfg = tiny_cfg.override("model.base_channels=16", "model.num_layers=3")
+    torch.manual_seed(0)
+    model = DiffusionBufferModel(cfg)
+    target = torch.sin(torch.arange(1600) * 0.3)[None, None] * 0.3
+    mix = target + 0.1 * torch.randn(1, 1, 1600, generator=seeded())
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        loss = model(mix, target, generator=seeded(1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+
+
+def test_float64_runs_throughout(tiny_cfg):
+    model = make_model(tiny_cfg).double()
+    mix = torch.randn(1, 1, 800, dtype=torch.float64)
+    trace = model.trace(mix, mix, seeded())
+    assert trace.V.dtype == torch.complex128
+    assert trace.loss.dtype == torch.float64
+    assert model.enhance(mix).dtype == torch.float64
+
+
+def test_bfloat16_autocast_keeps_sigma_and_loss_in_float32(tiny_cfg, batch):
+    model = make_model(tiny_cfg)
+    with torch.autocast("cpu", torch.bfloat16):
+        trace = model.trace(*batch, seeded())
+    assert {trace.sigma.dtype, trace.loss_map.dtype, trace.loss.dtype} == {torch.float32}
+    plain = model.trace(*batch, seeded())
+    assert torch.equal(trace.V, plain.V)
+    assert trace.loss.item() == pytest.approx(plain.loss.item(), rel=0.05)
+
+
+def test_wrong_shapes_say_what_to_do(tiny_cfg):
+    model = make_model(tiny_cfg)
+    ok = torch.zeros(1, 1, 1600)
+    for mix, target, message in [
+        (ok[0], ok[0], r"\[B, C, T\].*unsqueeze"),
+        (ok, ok.expand(1, 2, -1), "mono and stereo"),
+        (ok[..., :80], ok[..., :80], "buffer_size 4 is larger than the 3 STFT frames"),
+        (ok[..., :0], ok[..., :0], "empty"),
+    ]:
+        with pytest.raises(ShapeError, match=message):
+            model(mix, target)
+
+
+def test_delay_needs_data_prediction(tiny_cfg):
+    with pytest.raises(ConfigError, match="data_prediction"):
+        make_model(tiny_cfg).sampler(delay=2)
+    with pytest.raises(ConfigError, match="not within 1 and buffer_size 4"):
+        make_model(tiny_cfg).sampler(delay=5)
