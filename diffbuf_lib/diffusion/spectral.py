@@ -93,13 +93,14 @@ class Spectral(nn.Module):
                 f"n_fft {self.n_fft}: give a longer signal or lower audio.stft.n_fft"
             )
         wave = wave if wave.dtype == torch.float64 else wave.float()
+        if self.center:  # torch.stft's own padding loses the last frame of an odd n_fft
+            wave = F.pad(wave, (self.n_fft // 2, self.n_fft - self.n_fft // 2))
         frames = torch.stft(
             wave,
             self.n_fft,
             self.hop_length,
             window=self.window.to(wave.dtype),
-            center=self.center,
-            pad_mode="constant",
+            center=False,
             return_complex=True,
         )
         return self.compress(frames)

@@ -1,1 +1,18 @@
-"""TODO."""
+"""Training: a generator of steps, checkpoints that survive a crash, and scores.
+
+`train` is the way in. `metrics` scores clips and needs nothing else of this package.
+"""
+
+from diffbuf_lib.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from diffbuf_lib.training.loop import StepRecord, train
+from diffbuf_lib.training.metrics import mean_scores, score_clips
+
+__all__ = [
+    "StepRecord",
+    "load_checkpoint",
+    "load_weights",
+    "mean_scores",
+    "save_checkpoint",
+    "score_clips",
+    "train",
+]
