@@ -1,0 +1,253 @@
+"""The three dataset layouts, each giving (mix, target) clips: what --dataset_type chooses from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffbuf_lib.config import Config
+from diffbuf_lib.data.clips import ClipDataset, Crop, apply_crop, draw_crop
+from diffbuf_lib.data.files import EXTENSIONS, check_rate, list_audio, read_info
+from diffbuf_lib.data.mixing import is_silent, mix_pair
+from diffbuf_lib.errors import DataError
+
+LAYOUTS = {
+    1: "sample_*/ folders with mixture.wav and vocals.wav (DN-LM)",
+    2: "clean/ and noisy/ folders with files of equal names",
+    3: "speech/ and noise/ folders, mixed while training",
+}
+_TRIES = 20  # excerpts drawn before a file counts as silent
+_NAMED = 3  # files that an error message names before it only counts
+
+
+def open_dataset(
+    dataset_type: int, root: str | Path, cfg: Config, *, training: bool
+) -> ClipDataset:
+    """Open a dataset folder with what the config says about audio, crops and SNR.
+
+    Args:
+        dataset_type: 1, 2 or 3: see `LAYOUTS`.
+        root: the dataset's folder.
+        cfg: audio, training.seed, diffusion_buffer.leading_zeros, data.snr_min and data.snr_max.
+        training: random crops; else from the start.
+
+    Returns:
+        A dataset of (mix, target), [C, T] float32 each.
+
+    Raises:
+        DataError: another dataset_type, or a folder that does not fit it.
+    """
+    audio = cfg.audio
+    if dataset_type == 1:
+        kind: type[ClipDataset] = DNLMDataset
+    elif dataset_type == 2:
+        kind = PairedFolderDataset
+    elif dataset_type == 3:
+        return MixingDataset(
+            root,
+            audio.chunk_size,
+            sample_rate=audio.sample_rate,
+            training=training,
+            seed=cfg.training.seed,
+            leading_zeros=cfg.leading_zero_samples,
+            snr=(cfg.data.snr_min, cfg.data.snr_max),
+        )
+    else:
+        known = "; ".join(f"{number}: {layout}" for number, layout in LAYOUTS.items())
+        raise DataError(f"--dataset_type {dataset_type} is none of {known}")
+    return kind(
+        root,
+        audio.chunk_size,
+        sample_rate=audio.sample_rate,
+        training=training,
+        seed=cfg.training.seed,
+        leading_zeros=cfg.leading_zero_samples,
+    )
+
+
+class DNLMDataset(ClipDataset):
+    """DN-LM: `sample_*/mixture.wav` is the mix and `sample_*/vocals.wav` the target (or .flac).
+
+    The arguments are those of `ClipDataset`; `root` is one split, such as `DN-LM/train`.
+    """
+
+    def _find(self) -> Sequence[tuple[Path, ...]]:
+        folders = sorted(path for path in self.root.glob("sample_*") if path.is_dir())
+        if not folders:
+            raise _nothing_found(self.root, 1)
+        return [(_stem(folder, "mixture"), _stem(folder, "vocals")) for folder in folders]
+
+
+class PairedFolderDataset(ClipDataset):
+    """`noisy/NAME` is the mix and `clean/NAME` the target, at any depth, for every NAME.
+
+    The arguments are those of `ClipDataset`. Files that only one of the folders has are an error.
+    """
+
+    def _find(self) -> Sequence[tuple[Path, ...]]:
+        if not all((self.root / name).is_dir() for name in ("clean", "noisy")):
+            raise _nothing_found(self.root, 2)
+        clean, noisy = (
+            {path.relative_to(folder).as_posix(): path for path in list_audio(folder)}
+            for folder in (self.root / "clean", self.root / "noisy")
+        )
+        for ours, theirs, missing in ((clean, noisy, "noisy"), (noisy, clean, "clean")):
+            alone = sorted(set(ours) - set(theirs))
+            if alone:
+                more = f" and {len(alone) - _NAMED} more" if len(alone) > _NAMED else ""
+                raise DataError(
+                    f"{self.root / missing} lacks {', '.join(alone[:_NAMED])}{more}: clean/ and "
+                    "noisy/ must hold files of equal names, so add or remove them"
+                )
+        if not clean:
+            raise _nothing_found(self.root, 2)
+        return [(noisy[name], clean[name]) for name in sorted(clean)]
+
+
+class MixingDataset(ClipDataset):
+    """Files below `speech/` mixed with excerpts of those below `noise/`, by the DN-LM recipe.
+
+    Every speech file is one item; the noise file, both excerpts, the SNR and the distance are
+    drawn, keyed by (seed, epoch, index). Validation always mixes as in epoch 0 and takes speech
+    from the start of the file (from elsewhere only if the start is silent). Nothing is resampled.
+
+    Args:
+        root: a folder with `speech/` and `noise/`.
+        chunk_size: samples of a clip (audio.chunk_size).
+        sample_rate: Hz (audio.sample_rate).
+        training: as in `ClipDataset`.
+        seed: of everything drawn (training.seed).
+        leading_zeros: zero samples put before each mixture in training.
+        snr: lowest and highest SNR, dB (data.snr_min, data.snr_max); of the whole chunk, before
+            leading zeros push its end out.
+        distance: nearest and farthest talker, m.
+
+    Raises:
+        DataError: as in `ClipDataset`; or snr is no range.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        chunk_size: int = 16000,
+        *,
+        sample_rate: int = 16000,
+        training: bool = True,
+        seed: int = 0,
+        leading_zeros: int = 0,
+        snr: tuple[float, float] = (-30.0, 0.0),
+        distance: tuple[float, float] = (5.0, 20.0),
+    ) -> None:
+        if not snr[0] <= snr[1]:
+            raise DataError(f"snr {snr[0]} is above {snr[1]} dB: lower data.snr_min")
+        self.snr = snr
+        self.distance = distance
+        self.noise_files: list[Path] = []
+        super().__init__(
+            root,
+            chunk_size,
+            sample_rate=sample_rate,
+            training=training,
+            seed=seed,
+            leading_zeros=leading_zeros,
+        )
+
+    def _find(self) -> Sequence[tuple[Path, ...]]:
+        if not all((self.root / name).is_dir() for name in ("speech", "noise")):
+            raise _nothing_found(self.root, 3)
+        speech = list_audio(self.root / "speech")
+        self.noise_files = list_audio(self.root / "noise")
+        for name, files in (("speech", speech), ("noise", self.noise_files)):
+            if not files:
+                raise DataError(
+                    f"{self.root / name} holds no .wav or .flac file: add some, or check the path"
+                )
+        return [(path,) for path in speech]
+
+    def _load(self, index: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        (speech_file,) = self.items[index]
+        noise_file = self.noise_files[int(rng.integers(len(self.noise_files)))]
+        snr_db, distance = float(rng.uniform(*self.snr)), float(rng.uniform(*self.distance))
+        speech, zeros = self._speech(speech_file, rng)
+        noise = self._noise(noise_file, rng)
+        if len(speech) != len(noise):
+            raise DataError(
+                f"{speech_file} has {len(speech)} channels but {noise_file} has {len(noise)}: "
+                "bring both to one number of channels"
+            )
+        mixture = mix_pair(speech, noise, snr_db, distance)
+        # Zeros come last, so that the SNR is that of the whole chunk however short the rest is.
+        mix, target = (
+            torch.nn.functional.pad(wave, (zeros, 0))[:, : self.chunk_size]
+            for wave in (mixture.mix, mixture.target)
+        )
+        return mix, target
+
+    def _speech(self, path: Path, rng: np.random.Generator) -> tuple[Tensor, int]:
+        """Return an excerpt that is not silent, [C, T], and the zeros to put before it."""
+        info = read_info(path)
+        check_rate(info, self.sample_rate)
+        for attempt in range(_TRIES):
+            from_start = attempt == 0 and not self.training
+            crop = draw_crop(
+                info.frames, self.chunk_size, self.leading_zeros, None if from_start else rng
+            )
+            frames = min(info.frames - crop.start, self.chunk_size)
+            wave = apply_crop(path, Crop(0, crop.start, frames), self.chunk_size)
+            if not is_silent(wave):
+                return wave, crop.zeros
+        raise DataError(f"{path} is silent in {_TRIES} drawn excerpts: remove it from speech/")
+
+    def _noise(self, path: Path, rng: np.random.Generator) -> Tensor:
+        """Return an excerpt that is not silent, [C, T]."""
+        info = read_info(path)
+        check_rate(info, self.sample_rate)
+        if info.frames < self.chunk_size:
+            raise DataError(
+                f"noise file {path} has {info.frames} samples, fewer than audio.chunk_size "
+                f"{self.chunk_size}: remove it or lower audio.chunk_size"
+            )
+        for _ in range(_TRIES):
+            wave = apply_crop(
+                path, draw_crop(info.frames, self.chunk_size, 0, rng), self.chunk_size
+            )
+            if not is_silent(wave):
+                return wave
+        raise DataError(f"{path} is silent in {_TRIES} drawn excerpts: remove it from noise/")
+
+
+def _stem(folder: Path, stem: str) -> Path:
+    """Return the path of one stem of a sample."""
+    for extension in EXTENSIONS:
+        path = folder / f"{stem}{extension}"
+        if path.is_file():
+            return path
+    raise DataError(
+        f"{folder} has no {stem}.wav (or .flac): add it, or remove the folder {folder.name}"
+    )
+
+
+def _nothing_found(root: Path, dataset_type: int) -> DataError:
+    """Explain why a folder does not fit its dataset_type, and what would."""
+    here = f"{root} has no {LAYOUTS[dataset_type]}"
+    other = _layout(root)
+    if other not in (None, dataset_type):
+        return DataError(f"{here}, but {LAYOUTS[other]}: use --dataset_type {other}")
+    splits = [name for name in ("train", "valid", "test") if _layout(root / name)]
+    if splits:
+        return DataError(f"{here}: its splits are one level down, so use {root / splits[0]}")
+    return DataError(f"{here}: check the path, or make the data with `diffbuf data build`")
+
+
+def _layout(root: Path) -> int | None:
+    """Return the dataset_type that fits a folder, if any does."""
+    if any(root.glob("sample_*/")):
+        return 1
+    for dataset_type, names in ((2, ("clean", "noisy")), (3, ("speech", "noise"))):
+        if all((root / name).is_dir() for name in names):
+            return dataset_type
+    return None

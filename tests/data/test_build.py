@@ -1,0 +1,238 @@
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import diffbuf_lib.data.build as build_module
+from diffbuf_lib.data import DNLMDataset, build_dnlm, read_audio, read_info
+from diffbuf_lib.errors import DataError
+
+SMALL = {"train": 6, "valid": 3, "seconds": 0.5, "seed": 3}
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def built(tmp_path, sources):
+    return build_dnlm(*sources, tmp_path / "out", **SMALL)
+
+
+def records(folder, split):
+    return json.loads((folder / split / "metadata.json").read_text())[split]
+
+
+def test_the_tree_is_a_dnlm_dataset(built):
+    names = set(contents(built))
+    expected = {"build.json", "train/metadata.json", "valid/metadata.json"}
+    for split, count in (("train", 6), ("valid", 3)):
+        for i in range(count):
+            stems = ("mixture", "vocals", "noise")
+            expected |= {f"{split}/sample_{i:05d}/{stem}.wav" for stem in stems}
+    assert names == expected
+    info = read_info(built / "valid" / "sample_00002" / "noise.wav")
+    assert (info.sample_rate, info.channels, info.frames) == (16000, 1, 8000)
+    data = DNLMDataset(built / "train", 8000, training=False)
+    assert len(data) == 6
+    assert data[5][0].shape == (1, 8000)
+    keys = {"id", "input_snr", "speech_source", "noise_source", "speech_distance"}
+    assert all(set(record) == keys for record in records(built, "train"))
+
+
+def test_the_files_have_the_drawn_snr_and_add_up(built):
+    for split in ("train", "valid"):
+        for record in records(built, split):
+            folder = built / split / record["id"]
+            mix, target, noise = (
+                read_audio(folder / f"{stem}.wav")[0] for stem in ("mixture", "vocals", "noise")
+            )
+            assert torch.equal(mix, target + noise)
+            powers = [float(wave.double().square().sum()) for wave in (target, noise)]
+            found = 10 * math.log10(powers[0] / powers[1])
+            assert found == pytest.approx(record["input_snr"], abs=0.05)
+            assert -30 <= record["input_snr"] <= 0
+            assert 5 <= record["speech_distance"] <= 20
+            assert float(mix.abs().max()) < 1
+
+
+def test_speech_is_never_a_pause(built):
+    for path in built.glob("*/sample_*/vocals.wav"):
+        wave, _ = read_audio(path)
+        assert float((wave.abs() > 0.02 * wave.abs().max()).float().mean()) > 0.05
+
+
+def test_train_and_valid_share_no_speaker_and_no_noise(built):
+    train, valid = records(built, "train"), records(built, "valid")
+    for of in (
+        lambda record: record["speech_source"].split("/")[0],
+        lambda record: record["noise_source"],
+    ):
+        assert not {of(record) for record in train} & {of(record) for record in valid}
+    # Every file is used before any is used twice.
+    used = [record["speech_source"] for record in train]
+    assert len(set(used)) == min(len(used), 6)
+
+
+def test_one_process_and_two_write_the_same_bytes(tmp_path, sources, built):
+    other = build_dnlm(*sources, tmp_path / "two", **SMALL, processes=2)
+    assert contents(other) == contents(built)
+
+
+def test_another_seed_writes_other_bytes(tmp_path, sources, built):
+    other = build_dnlm(*sources, tmp_path / "other", **{**SMALL, "seed": 4})
+    a, b = contents(built), contents(other)
+    same = [name for name in a if name.endswith("mixture.wav") and a[name] == b[name]]
+    assert same == []
+
+
+def test_a_stopped_build_goes_on_and_ends_the_same(tmp_path, sources, built, monkeypatch):
+    made = []
+    real = build_module.make_sample
+
+    def counting(split, index):
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        made.append((split.name, index))
+        real(split, index)
+
+    monkeypatch.setattr(build_module, "make_sample", counting)
+    out = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        build_dnlm(*sources, out, **SMALL)
+    assert not list(out.rglob("metadata.json"))  # written last
+    (out / "train" / "sample_00001" / "noise.wav").unlink()
+    (out / "train" / ".sample_00004.123.tmp").mkdir()  # what a killed process leaves
+    kept = (out / "train" / "sample_00000" / "mixture.wav").stat().st_mtime_ns
+    again = []
+    monkeypatch.setattr(
+        build_module,
+        "make_sample",
+        lambda split, i: (again.append((split.name, i)), real(split, i)),
+    )
+    build_dnlm(*sources, out, **SMALL)
+    assert sorted(again) == sorted(
+        [("train", i) for i in (1, 4, 5)] + [("valid", i) for i in range(3)]
+    )
+    assert (out / "train" / "sample_00000" / "mixture.wav").stat().st_mtime_ns == kept
+    assert contents(out) == contents(built)
+    again.clear()
+    build_dnlm(*sources, out, **SMALL)
+    assert again == []
+
+
+def test_other_arguments_or_sources_into_the_same_folder_are_refused(sources, built, save):
+    before = contents(built)
+    with pytest.raises(DataError, match="was built with seed 3, not 9: choose another out_dir"):
+        build_dnlm(*sources, built, **{**SMALL, "seed": 9})
+    with pytest.raises(DataError, match="snr"):
+        build_dnlm(*sources, built, **SMALL, snr=(-5.0, 5.0))
+    save(sources[1] / "drone9.wav", np.full((1, 20000), 0.1))
+    with pytest.raises(DataError, match="other speech or noise files"):
+        build_dnlm(*sources, built, **SMALL)
+    (built / "build.json").unlink()
+    with pytest.raises(DataError, match=r"without build\.json"):
+        build_dnlm(*sources, built, **SMALL)
+    before.pop("build.json")
+    assert contents(built) == before
+
+
+def test_sources_may_move(tmp_path, sources, built):
+    moved = tmp_path / "elsewhere"
+    shutil.move(sources[0], moved)
+    build_dnlm(moved, sources[1], built, **SMALL)
+
+
+def test_one_noise_file_is_split_in_time(tmp_path, sources, save):
+    noise = tmp_path / "one"
+    ramp = np.linspace(0.01, 0.9, 3 * 16000)[None] * np.sign(np.sin(np.arange(48000) * 3.0))
+    save(noise / "a.wav", ramp)
+    out = build_dnlm(sources[0], noise, tmp_path / "out", **SMALL)
+
+    def growth(split):
+        """The noise's level rises over the file: after normalising, its slope tells the place."""
+        waves = [read_audio(path)[0][0] for path in (out / split).glob("*/noise.wav")]
+        return [float(wave[:100].abs().mean() / wave[-100:].abs().mean()) for wave in waves]
+
+    assert max(growth("train")) < min(growth("valid"))
+
+
+def test_test_split_and_named_valid_speakers(tmp_path, sources):
+    out = build_dnlm(
+        *sources, tmp_path / "out", **SMALL, test=2, test_seconds=1.0, valid_speakers=["spk2"]
+    )
+    for split in ("valid", "test"):
+        assert {r["speech_source"].split("/")[0] for r in records(out, split)} == {"spk2"}
+    assert "spk2" not in {r["speech_source"].split("/")[0] for r in records(out, "train")}
+    assert read_info(out / "test" / "sample_00001" / "vocals.wav").frames == 16000
+    only = build_dnlm(*sources, tmp_path / "only", **{**SMALL, "valid": 0})
+    assert not (only / "valid").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"train": 0}, "train 0 is below 1: raise --train"),
+        ({"valid": -1}, "valid -1 is below 0"),
+        ({"seconds": 0.0}, "seconds 0.0 is not in"),
+        ({"snr": (0.0, -30.0)}, r"snr \(0.0, -30.0\) is not a range"),
+        ({"distance": (0.0, 20.0)}, "distance"),
+        ({"sample_rate": 1}, "sample_rate 1 Hz"),
+        ({"processes": 0}, "processes 0"),
+        ({"seconds": 2.5}, r"noise file .*drone.*lower --seconds"),
+        ({"valid_speakers": ["nobody"]}, "'nobody' is none of the 4 speakers"),
+        ({"valid_speakers": []}, "leave at least one"),
+    ],
+)
+def test_arguments_out_of_their_limits(tmp_path, sources, arguments, message):
+    with pytest.raises(DataError, match=message) as error:
+        build_dnlm(*sources, tmp_path / "out", **{**SMALL, **arguments})
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_do_not_fit(tmp_path, sources, save, noise_wave):
+    speech, noise = sources
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "out"
+    for arguments, message in (
+        ((tmp_path / "none", noise, out), "none does not exist"),
+        ((tmp_path / "empty", noise, out), "holds no .wav"),
+        ((speech, tmp_path / "empty", out), "holds no .wav"),
+        ((speech, noise, speech / "out"), "out_dir .* lies inside speech_dir"),
+        ((tmp_path, noise, out), "lies inside"),
+    ):
+        with pytest.raises(DataError, match=message):
+            build_dnlm(*arguments, **SMALL)
+    save(tmp_path / "lonely" / "a.wav", noise_wave(0, 16000))
+    with pytest.raises(DataError, match="too few speech files"):
+        build_dnlm(tmp_path / "lonely", noise, out, **SMALL)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_bad_source_is_named_from_any_process(tmp_path, sources, save, processes):
+    silent = save(sources[0] / "spk0" / "ch" / "0.wav", torch.zeros(1, 16000))
+    for other in ("spk1", "spk2", "spk3"):
+        shutil.rmtree(sources[0] / other)
+    with pytest.raises(DataError) as error:
+        build_dnlm(*sources, tmp_path / "out", **SMALL, processes=processes)
+    assert f"{silent} is silent" in str(error.value)
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def test_multichannel_sources_become_mono_and_short_speech_is_padded(tmp_path, save, noise_wave):
+    for name in ("a", "b"):
+        save(tmp_path / "speech" / f"{name}.wav", noise_wave(ord(name), 3000, channels=2))
+        save(tmp_path / "noise" / f"{name}.wav", noise_wave(1, 20000, channels=2))
+    out = build_dnlm(tmp_path / "speech", tmp_path / "noise", tmp_path / "out", **SMALL)
+    vocals, _ = read_audio(out / "train" / "sample_00000" / "vocals.wav")
+    assert vocals.shape == (1, 8000)
+    assert bool(vocals[0, 2900:3000].any())
+    assert not vocals[0, 3000:].any()

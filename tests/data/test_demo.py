@@ -1,0 +1,60 @@
+import json
+import time
+
+import pytest
+
+import diffbuf_lib.data.demo as demo_module
+from diffbuf_lib.data import DNLMDataset, MixingDataset, build_demo, read_audio, read_info
+from diffbuf_lib.errors import DataError, MissingExtraError
+
+
+@pytest.fixture(scope="module", name="small")
+def _small():
+    """Fewer sentences and drones than the real one: the path is the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_module, "SENTENCES", demo_module.SENTENCES[:3])
+        patch.setattr(demo_module, "_DRONES", 3)
+        patch.setattr(demo_module, "_DRONE_SECONDS", 6.5)
+        yield {"train": 5, "valid": 2, "seconds": 0.5}
+
+
+@pytest.fixture(scope="module")
+def demo(small, tmp_path_factory):
+    return build_demo(tmp_path_factory.mktemp("demo") / "set", **small)
+
+
+def test_the_demo_set_trains_validates_and_can_be_listened_to(demo):
+    for split, count, seconds in (("train", 5, 0.5), ("valid", 2, 0.5), ("test", 3, 6.0)):
+        data = DNLMDataset(demo / split, 8000)
+        assert len(data) == count
+        info = read_info(demo / split / "sample_00000" / "mixture.wav")
+        assert info.frames == round(seconds * 16000)
+        for record in json.loads((demo / split / "metadata.json").read_text())[split]:
+            assert -5 <= record["input_snr"] <= 10
+            held_out = record["speech_source"].split("/")[0].removeprefix("audioeval-")
+            assert (held_out in demo_module.VALID_LANGUAGES) == (split != "train")
+    assert len(MixingDataset(demo / "sources", 8000, snr=(-5.0, 10.0))) == 3 + 9
+    spoken, _ = read_audio(demo / "sources" / "speech" / "joe" / "joe-00.wav")
+    assert 1.5 < spoken.shape[1] / 16000 < 5
+
+
+def test_the_same_arguments_give_the_same_bytes(demo, small, tmp_path):
+    again = build_demo(tmp_path / "again", **small)
+    for path in demo.rglob("*"):
+        if path.is_file():
+            assert path.read_bytes() == (again / path.relative_to(demo)).read_bytes(), path
+
+
+def test_a_demo_set_that_is_there_is_kept(demo, small):
+    start = time.perf_counter()
+    assert build_demo(demo, **small) == demo
+    assert time.perf_counter() - start < 0.2
+    with pytest.raises(DataError, match="other arguments"):
+        build_demo(demo, **{**small, "seed": 1})
+
+
+def test_missing_packages_name_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_module, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'diffbuf\[demo\]'"):
+        build_demo(tmp_path / "set")
+    assert not (tmp_path / "set").exists()

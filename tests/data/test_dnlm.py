@@ -1,0 +1,403 @@
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from diffbuf_lib import load_config
+from diffbuf_lib.config import Config
+from diffbuf_lib.data import (
+    DNLMDataset,
+    MixingDataset,
+    PairedFolderDataset,
+    collate,
+    draw_crop,
+    open_dataset,
+    read_audio,
+)
+from diffbuf_lib.errors import DataError
+
+CHUNK = 1000
+REPOSITORY = Path(__file__).parents[2]
+
+
+def refused(make, *parts):
+    """Check that the error is one line and names all of `parts`."""
+    with pytest.raises(DataError) as error:
+        make()
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message
+
+
+# --- the crop, without files ---------------------------------------------------------------------
+
+
+@given(
+    length=st.integers(1, 500),
+    chunk=st.integers(1, 300),
+    zeros=st.integers(0, 700),
+    seed=st.integers(0, 99),
+)
+def test_a_crop_is_a_window_of_zeros_then_file_then_padding(length, chunk, zeros, seed):
+    crop = draw_crop(length, chunk, zeros, np.random.default_rng(seed))
+    # The oracle: the whole virtual signal, cut at the offset that the crop implies.
+    signal = np.concatenate([np.zeros(zeros), np.arange(1, length + 1), np.zeros(chunk)])
+    offset = int(np.random.default_rng(seed).integers(zeros + max(length - chunk, 0) + 1))
+    file = np.arange(1, length + 1)[crop.start : crop.start + crop.frames]
+    clip = np.concatenate([np.zeros(crop.zeros), file, np.zeros(chunk)])[:chunk]
+    assert np.array_equal(clip, signal[offset : offset + chunk])
+    assert crop.frames == len(file) >= 0
+    assert crop.zeros + crop.frames <= chunk
+
+
+def test_every_offset_is_equally_likely():
+    rng = np.random.default_rng(0)
+    crops = [draw_crop(12, 8, 3, rng) for _ in range(8000)]  # 3 + 12 - 8 + 1 = 8 offsets
+    counts = np.unique([crop.start - crop.zeros for crop in crops], return_counts=True)
+    assert counts[0].tolist() == list(range(-3, 5))
+    assert counts[1].min() > 850
+    assert counts[1].max() < 1150
+
+
+# --- DN-LM ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 999, 1000, 1001, 4000])
+@pytest.mark.parametrize("training", [True, False])
+def test_clips_have_one_length_and_stay_aligned(make_dnlm, length, training):
+    root = make_dnlm([length])
+    data = DNLMDataset(root, CHUNK, training=training, leading_zeros=300)
+    noise, _ = read_audio(root / "sample_00000" / "noise.wav")
+    found = 0
+    for epoch in range(5):
+        data.set_epoch(epoch)
+        mix, target = data[0]
+        assert mix.shape == target.shape == (1, CHUNK)
+        assert mix.dtype == target.dtype == torch.float32
+        left = (mix - target)[0]
+        filled = left.nonzero().flatten()
+        if not len(filled):  # one sample may be pushed out
+            continue
+        first, last = int(filled[0]), int(filled[-1])
+        windows = noise[0].unfold(0, last - first + 1, 1)
+        found += bool((windows == left[first : last + 1]).all(1).any())
+    assert found >= (1 if length == 1 else 5)
+
+
+def test_validation_starts_at_the_start_in_every_epoch(make_dnlm):
+    root = make_dnlm([3000, 400])
+    data = DNLMDataset(root, CHUNK, training=False, leading_zeros=500)
+    whole, _ = read_audio(root / "sample_00000" / "mixture.wav")
+    assert torch.equal(data[0][0], whole[:, :CHUNK])
+    data.set_epoch(3)
+    assert torch.equal(data[0][0], whole[:, :CHUNK])
+    short, _ = read_audio(root / "sample_00001" / "vocals.wav")
+    assert torch.equal(data[1][1][:, :400], short)
+    assert not data[1][1][:, 400:].any()
+
+
+def test_a_crop_depends_on_seed_epoch_and_index_and_nothing_else(make_dnlm):
+    root = make_dnlm([9000] * 4)
+
+    def read(order, seed=0, epoch=2, disturb=0):
+        torch.manual_seed(disturb)
+        np.random.seed(disturb)
+        random.seed(disturb)
+        data = DNLMDataset(root, CHUNK, seed=seed, leading_zeros=100)
+        data.set_epoch(epoch)
+        return {i: data[i][0] for i in order}
+
+    before = torch.get_rng_state()
+    reference = read([0, 1, 2, 3])
+    again = read([3, 1, 0, 2, 2], disturb=7)
+    assert all(torch.equal(reference[i], again[i]) for i in range(4))
+    assert torch.equal(read([0], seed=0)[0], reference[0])
+    for other in (read([0, 1, 2, 3], seed=1), read([0, 1, 2, 3], epoch=3)):
+        assert not any(torch.equal(reference[i], other[i]) for i in range(4))
+    torch.set_rng_state(before)
+    DNLMDataset(root, CHUNK)[0]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_items_of_one_epoch_are_cropped_differently(make_dnlm):
+    data = DNLMDataset(make_dnlm([2000] * 8), CHUNK, leading_zeros=900)
+    assert len({int(mix[0].nonzero()[0]) for mix, _ in data}) >= 3
+
+
+def test_leading_zeros_are_seen_and_the_file_too(make_dnlm):
+    data = DNLMDataset(make_dnlm([2000]), CHUNK, leading_zeros=800)
+    zeros = []
+    for epoch in range(60):
+        data.set_epoch(epoch)
+        mix = data[0][0][0]
+        zeros.append(int(mix.nonzero()[0]))
+    assert max(zeros) > 400
+    assert min(zeros) == 0
+    assert max(zeros) <= 800
+
+
+def test_workers_that_outlive_an_epoch_follow_it(make_dnlm):
+    data = DNLMDataset(make_dnlm([9000] * 2), CHUNK)
+    loader = DataLoader(
+        data, batch_size=2, num_workers=1, persistent_workers=True, collate_fn=collate
+    )
+    for epoch in (0, 5):
+        data.set_epoch(epoch)
+        (batch,) = list(loader)
+        assert torch.equal(batch[0], torch.stack([data[0][0], data[1][0]]))
+
+
+def test_a_dataset_is_a_sequence_and_can_be_pickled(make_dnlm):
+    data = DNLMDataset(make_dnlm([1500] * 3), CHUNK)
+    assert len(data) == 3
+    assert len(list(data)) == 3
+    assert torch.equal(data[-1][0], data[2][0])
+    with pytest.raises(IndexError):
+        data[3]
+    with pytest.raises(IndexError):
+        data[-4]
+    assert "sample_00001" in data.name(1)
+    assert "mixture.wav" in data.name(1)
+    assert "vocals.wav" in data.name(1)
+    assert torch.equal(pickle.loads(pickle.dumps(data))[1][0], data[1][0])
+
+
+def test_stereo_stays_stereo_and_flac_is_read(make_dnlm, save, noise_wave):
+    root = make_dnlm([1500], channels=2)
+    wave = noise_wave(0, 1500, 2)
+    (root / "sample_00000" / "mixture.wav").unlink()
+    save(root / "sample_00000" / "mixture.flac", wave)
+    assert DNLMDataset(root, CHUNK)[0][0].shape == (2, CHUNK)
+
+
+def test_only_the_needed_part_is_read(make_dnlm, monkeypatch):
+    import diffbuf_lib.data.clips as clips
+
+    asked = []
+
+    def spy(path, start=0, frames=None):
+        asked.append(frames)
+        return read_audio(path, start, frames)
+
+    monkeypatch.setattr(clips, "read_audio", spy)
+    data = DNLMDataset(make_dnlm([50000]), CHUNK, leading_zeros=500)
+    assert asked == []
+    data[0]
+    assert len(asked) == 2
+    assert max(asked) <= CHUNK
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def test_folders_without_data(tmp_path, make_dnlm):
+    for kind in (DNLMDataset, PairedFolderDataset, MixingDataset):
+        refused(lambda kind=kind: kind(tmp_path / "none"), tmp_path / "none", "does not exist")
+        refused(lambda kind=kind: kind(tmp_path), tmp_path, "check the path")
+    make_dnlm([100], root=tmp_path / "set" / "train")
+    refused(lambda: DNLMDataset(tmp_path / "set"), "one level down", tmp_path / "set" / "train")
+
+
+def test_a_missing_stem_is_named(make_dnlm):
+    root = make_dnlm([100, 100])
+    (root / "sample_00001" / "vocals.wav").unlink()
+    refused(lambda: DNLMDataset(root), "sample_00001", "vocals.wav", "add it")
+
+
+def test_another_layout_names_its_dataset_type(tmp_path, make_dnlm):
+    first = make_dnlm([100])
+    second, third = tmp_path / "second", tmp_path / "third"
+    for root, names in ((second, ("clean", "noisy")), (third, ("speech", "noise"))):
+        for name in names:
+            (root / name).mkdir(parents=True)
+    for number, root in ((1, first), (2, second), (3, third)):
+        for kind in (DNLMDataset, PairedFolderDataset, MixingDataset):
+            own = {DNLMDataset: 1, PairedFolderDataset: 2, MixingDataset: 3}[kind]
+            if own != number:
+                refused(lambda kind=kind, root=root: kind(root), f"--dataset_type {number}")
+
+
+@pytest.mark.parametrize(
+    ("length", "channels", "rate", "parts"),
+    [
+        (1400, 1, 16000, ("1500 samples", "1400", "same length")),
+        (1500, 2, 16000, ("1 channels", "has 2", "one number of channels")),
+        (1500, 1, 8000, ("16000 Hz", "has 8000", "resample")),
+    ],
+)
+def test_pairs_that_do_not_match(make_dnlm, save, noise_wave, length, channels, rate, parts):
+    root = make_dnlm([1500])
+    target = save(root / "sample_00000" / "vocals.wav", noise_wave(9, length, channels), rate)
+    data = DNLMDataset(root, CHUNK)
+    refused(lambda: data[0], target, "mixture.wav", *parts)
+
+
+def test_a_wrong_rate_names_the_key(make_dnlm):
+    data = DNLMDataset(make_dnlm([1500], rate=8000), CHUNK)
+    refused(lambda: data[0], "mixture.wav", "8000", "audio.sample_rate", "16000")
+
+
+def test_a_damaged_file_is_named_when_it_is_read(make_dnlm):
+    root = make_dnlm([1500, 1500])
+    path = root / "sample_00001" / "mixture.wav"
+    path.write_bytes(path.read_bytes()[:1000])
+    data = DNLMDataset(root, CHUNK)
+    data[0]
+    refused(lambda: data[1], path, "cut short")
+
+
+def test_arguments_out_of_their_limits(make_dnlm):
+    root = make_dnlm([100])
+    refused(lambda: DNLMDataset(root, 0), "audio.chunk_size")
+    refused(lambda: DNLMDataset(root, seed=-1), "training.seed")
+    refused(lambda: DNLMDataset(root).set_epoch(-1), "epoch -1")
+    refused(lambda: MixingDataset(root, snr=(3.0, 1.0)), "data.snr_min")
+
+
+def test_collate_stacks_or_names_the_channels(make_dnlm):
+    mono = DNLMDataset(make_dnlm([1500] * 3), CHUNK)
+    mix, target = collate([mono[0], mono[2]])
+    assert mix.shape == target.shape == (2, 1, CHUNK)
+    assert torch.equal(mix[1], mono[2][0])
+    stereo = (torch.zeros(2, CHUNK), torch.zeros(2, CHUNK))
+    refused(lambda: collate([mono[0], stereo]), "1 and 2 channels", "training.batch_size=1")
+    short = (torch.zeros(1, 9), torch.zeros(1, 9))
+    refused(lambda: collate([mono[0], short]), "9 and 1000 samples", "audio.chunk_size")
+
+
+# --- the other layouts ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def paired(tmp_path, save, noise_wave):
+    root = tmp_path / "paired"
+    for number in range(3):
+        clean, noise = noise_wave(number, 2500), noise_wave(100 + number, 2500)
+        save(root / "clean" / "a" / f"{number}.wav", clean)
+        save(root / "noisy" / "a" / f"{number}.wav", clean + noise, subtype="FLOAT")
+    return root
+
+
+def test_paired_folders_share_the_crop_and_name_what_is_alone(paired, save, noise_wave):
+    data = PairedFolderDataset(paired, CHUNK)
+    assert len(data) == 3
+    mix, target = data[1]
+    whole, _ = read_audio(paired / "clean" / "a" / "1.wav")
+    start = (whole[0].unfold(0, CHUNK, 1) == target[0]).all(1).nonzero()
+    noisy, _ = read_audio(paired / "noisy" / "a" / "1.wav")
+    assert torch.equal(mix, noisy[:, int(start) : int(start) + CHUNK])
+    for number in range(5):
+        save(paired / "noisy" / f"new{number}.wav", noise_wave(0, 9))
+    refused(lambda: PairedFolderDataset(paired), "clean lacks new0.wav, new1.wav", "2 more")
+
+
+@pytest.fixture
+def to_mix(tmp_path, save, noise_wave):
+    root = tmp_path / "to_mix"
+    for number in range(3):
+        save(root / "speech" / f"s{number}" / "a.wav", noise_wave(number, 3000))
+        save(root / "noise" / f"{number}.wav", noise_wave(50 + number, 4000))
+    return root
+
+
+def test_mixing_gives_the_drawn_snr_keyed_by_seed_epoch_and_index(to_mix):
+    def read(seed=0, epoch=0):
+        data = MixingDataset(to_mix, CHUNK, seed=seed, snr=(-7.0, -7.0))
+        data.set_epoch(epoch)
+        return [data[i] for i in (2, 0, 1)]
+
+    items = read()
+    for mix, target in items:
+        noise = (mix - target).double()
+        ratio = float(target.double().square().sum() / noise.square().sum())
+        assert 10 * np.log10(ratio) == pytest.approx(-7.0, abs=1e-3)
+    again = read()
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(items, again, strict=True))
+    for other in (read(seed=1), read(epoch=1)):
+        assert not any(torch.equal(a[0], b[0]) for a, b in zip(items, other, strict=True))
+
+
+def test_mixing_spans_the_snr_range_and_validation_does_not_change(to_mix):
+    data = MixingDataset(to_mix, CHUNK, snr=(-20.0, 20.0))
+    ratios = []
+    for epoch in range(40):
+        data.set_epoch(epoch)
+        mix, target = data[0]
+        ratios.append(10 * np.log10(float(target.square().sum() / (mix - target).square().sum())))
+    assert min(ratios) < -12
+    assert max(ratios) > 12
+    assert min(ratios) > -20.01
+    assert max(ratios) < 20.01
+    fixed = MixingDataset(to_mix, CHUNK, training=False, leading_zeros=300)
+    first = fixed[1]
+    fixed.set_epoch(9)
+    assert torch.equal(fixed[1][0], first[0])
+    whole, _ = read_audio(to_mix / "speech" / "s1" / "a.wav")
+    correlation = torch.nn.functional.cosine_similarity(first[1], whole[:, :CHUNK])
+    assert float(correlation) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_mixing_never_takes_a_pause_for_speech(to_mix, save, noise_wave):
+    wave = noise_wave(0, 12000)
+    wave[:, :9000] = 0
+    save(to_mix / "speech" / "s0" / "a.wav", wave)
+    for training in (True, False):
+        data = MixingDataset(to_mix, CHUNK, training=training)
+        for epoch in range(10):
+            data.set_epoch(epoch)
+            assert bool(data[0][1].any())
+    save(to_mix / "speech" / "s0" / "a.wav", torch.zeros(1, 12000))
+    refused(lambda: data[0], "s0", "is silent", "remove it")
+
+
+def test_mixing_leading_zeros_come_first(to_mix):
+    data = MixingDataset(to_mix, CHUNK, leading_zeros=100000)
+    mix, target = data[0]  # such an offset is almost surely in the zeros
+    assert mix.shape == (1, CHUNK)
+    assert not mix.any()
+    assert not target.any()
+
+
+def test_mixing_refuses_what_does_not_fit(to_mix, save, noise_wave):
+    for number in range(3):
+        save(to_mix / "noise" / f"{number}.wav", noise_wave(0, 4000, channels=2))
+    refused(lambda: MixingDataset(to_mix, CHUNK)[0], "1 channels", "has 2")
+    for number in range(3):
+        save(to_mix / "noise" / f"{number}.wav", noise_wave(0, 999))
+    refused(lambda: MixingDataset(to_mix, CHUNK)[0], "999 samples", "audio.chunk_size")
+    for number in range(3):
+        save(to_mix / "noise" / f"{number}.wav", noise_wave(0, 4000), 8000)
+    refused(lambda: MixingDataset(to_mix, CHUNK)[0], "8000 Hz", "diffbuf data build")
+    for path in (to_mix / "noise").iterdir():
+        path.unlink()
+    refused(lambda: MixingDataset(to_mix, CHUNK), to_mix / "noise", "holds no .wav")
+
+
+# --- from a config -------------------------------------------------------------------------------
+
+
+def test_open_dataset_passes_the_config_on(make_dnlm, paired, to_mix):
+    cfg = load_config(
+        REPOSITORY / "configs" / "debug.yaml",
+        ["training.seed=5", "data.snr_min=-3", "data.snr_max=-2"],
+    )
+    roots = {1: make_dnlm([1500]), 2: paired, 3: to_mix}
+    kinds = {1: DNLMDataset, 2: PairedFolderDataset, 3: MixingDataset}
+    for number, root in roots.items():
+        data = open_dataset(number, root, cfg, training=True)
+        assert type(data) is kinds[number]
+        assert data.chunk_size == cfg.audio.chunk_size
+        assert data.sample_rate == cfg.audio.sample_rate
+        assert data.seed == 5
+        assert data.leading_zeros == cfg.leading_zero_samples
+        valid = open_dataset(number, root, cfg, training=False)
+        assert valid.leading_zeros == 0
+    assert data.snr == (-3.0, -2.0)
+    refused(lambda: open_dataset(4, to_mix, Config(), training=True), "1: sample_", "2:", "3:")

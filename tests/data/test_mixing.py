@@ -1,0 +1,71 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffbuf_lib.data import mix_pair
+from diffbuf_lib.data.mixing import PEAK_LIMIT, attenuate, peak_normalize, scale_to_snr, snr
+from diffbuf_lib.errors import DataError
+
+
+def wave(seed, samples=800, channels=1):
+    return torch.randn(channels, samples, generator=torch.Generator().manual_seed(seed)) * 0.1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    snr_db=st.floats(-40, 40),
+    distance=st.floats(0.5, 50),
+    loudness=st.floats(0.01, 50),
+    seed=st.integers(0, 1000),
+)
+def test_laws_of_a_mixture(snr_db, distance, loudness, seed):
+    speech, noise = wave(seed), wave(seed + 5000)
+    made = mix_pair(loudness * speech, noise, snr_db, distance)
+    power = [float(part.double().square().sum()) for part in (made.target, made.noise)]
+    assert 10 * math.log10(power[0] / power[1]) == pytest.approx(snr_db, abs=1e-3)
+    assert torch.equal(made.mix, made.target + made.noise)
+    assert max(float(part.abs().max()) for part in made[:3]) <= PEAK_LIMIT + 1e-6
+    # The target is the speech but for one factor, 1 / (peak distance) times the joint scale.
+    factor = made.scale / (distance * float(loudness * speech.abs().max()))
+    torch.testing.assert_close(made.target, loudness * speech * factor, rtol=1e-4, atol=1e-9)
+
+
+def test_the_joint_factor_acts_only_where_full_scale_is_exceeded():
+    quiet = mix_pair(wave(0), wave(1), 0.0, 20.0)
+    assert quiet.scale == 1
+    assert float(quiet.target.abs().max()) == pytest.approx(1 / 20, rel=1e-6)
+    loud = mix_pair(wave(0), wave(1), -40.0, 0.5)
+    assert loud.scale < 1
+    assert max(float(part.abs().max()) for part in loud[:3]) == pytest.approx(PEAK_LIMIT, rel=1e-5)
+
+
+def test_the_noise_distance_is_undone_by_the_snr():
+    near, far = (mix_pair(wave(0), wave(1), -5.0, 10.0, distance) for distance in (0.5, 4.0))
+    torch.testing.assert_close(near.mix, far.mix)
+
+
+def test_the_parts_of_the_recipe():
+    assert float(peak_normalize(wave(3)).abs().max()) == 1
+    torch.testing.assert_close(attenuate(wave(3), 4.0), wave(3) / 4)
+    scaled = scale_to_snr(wave(0), wave(1), -12.5)
+    assert snr(wave(0), scaled) == pytest.approx(-12.5, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(1, 800), wave(1), 0.0, 5.0), "speech is silent"),
+        ((wave(0), torch.full((1, 800), 1e-5), 0.0, 5.0), "noise is silent"),
+        ((wave(0), wave(1, 799), 0.0, 5.0), "differ in shape"),
+        ((wave(0, channels=2), wave(1), 0.0, 5.0), "differ in shape"),
+        ((wave(0), wave(1), 0.0, 0.0), "distance 0.0 m is not above 0"),
+        ((wave(0), wave(1), math.nan, 5.0), "SNR nan dB"),
+    ],
+)
+def test_what_cannot_be_mixed(arguments, message):
+    with pytest.raises(DataError, match=message) as error:
+        mix_pair(*arguments)
+    assert "\n" not in str(error.value)
