@@ -1,12 +1,14 @@
 """diffbuf: a workbench for the Diffusion Buffer, online diffusion-based speech enhancement."""
 
 from diffbuf_lib.config import Config, load_config
+from diffbuf_lib.data import DNLMDataset
 from diffbuf_lib.model import DiffusionBufferModel, Trace
 from diffbuf_lib.streaming import OnlineEnhancer
 
 __version__ = "0.1.0"
 __all__ = [
     "Config",
+    "DNLMDataset",
     "DiffusionBufferModel",
     "OnlineEnhancer",
     "Trace",

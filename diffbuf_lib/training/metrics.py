@@ -1,0 +1,172 @@
+"""Scores of enhanced clips: SI-SDR, SDR, PESQ and ESTOI, one value a clip.
+
+A score that is undefined for a clip is NaN and is left out of the mean: a silent target has no
+speech to score, an all-zero estimate has no scale, PESQ and STOI need a minimum of speech. No clip
+stops a run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+
+from diffbuf_lib.errors import ConfigError, MissingExtraError, ShapeError
+
+SILENCE_RMS = 1e-5
+"""Full scale 1. Below it (-100 dB, a third of a 16-bit step) a clip counts as silent."""
+
+PESQ_SAMPLE_RATES = {8000: "nb", 16000: "wb"}
+"""Hz and the mode that ITU-T P.862 (narrow band) and P.862.2 (wide band) define there."""
+
+_PACKAGES = {"pesq": "pesq", "estoi": "pystoi"}
+
+
+class MeanScore(NamedTuple):
+    """The mean of a score over the clips for which it is defined."""
+
+    mean: float
+    scored: int
+    total: int
+
+
+def score_clips(
+    estimate: torch.Tensor, target: torch.Tensor, sample_rate: int, metrics: Iterable[str]
+) -> dict[str, torch.Tensor]:
+    """Score estimates against their targets.
+
+    Args:
+        estimate: [B, T] float, full scale 1.
+        target: [B, T] float, full scale 1, the clean speech.
+        sample_rate: Hz.
+        metrics: of "si_sdr" (dB), "sdr" (dB, BSS eval with a 512-tap filter), "pesq" (MOS-LQO,
+            wide band at 16 kHz, narrow band at 8 kHz), "estoi" (0 to 1).
+
+    Returns:
+        [B] float32 on the CPU for every metric; NaN where it is undefined.
+
+    Raises:
+        ShapeError: the two are not [B, T] of one shape.
+        MissingExtraError, ConfigError: as in `check_metrics`.
+    """
+    metrics = list(metrics)
+    check_metrics(metrics, sample_rate)
+    if estimate.dim() != 2 or estimate.shape != target.shape:
+        raise ShapeError(
+            f"estimate {list(estimate.shape)} and target {list(target.shape)} must both be [B, T]: "
+            "average the channels first"
+        )
+    estimate, target = estimate.detach().float().cpu(), target.detach().float().cpu()
+    return {
+        metric: torch.tensor(
+            [
+                _score_or_nan(_METRICS[metric], one_estimate, one_target, sample_rate)
+                for one_estimate, one_target in zip(estimate, target, strict=True)
+            ],
+            dtype=torch.float32,
+        )
+        for metric in metrics
+    }
+
+
+def mean_scores(scores: Mapping[str, torch.Tensor]) -> dict[str, MeanScore]:
+    """Average each score over the clips for which it is defined.
+
+    Args:
+        scores: [B] for every metric, NaN where undefined, as `score_clips` gives them.
+
+    Returns:
+        For every metric the mean (NaN when no clip could be scored), how many clips it is over,
+        and how many there were.
+    """
+    means = {}
+    for metric, values in scores.items():
+        defined = values[~values.isnan()]
+        mean = defined.double().mean().item() if len(defined) else math.nan
+        means[metric] = MeanScore(mean, len(defined), len(values))
+    return means
+
+
+def check_metrics(metrics: Iterable[str], sample_rate: int) -> None:
+    """Check, before a run rather than at its first validation, that metrics can be computed.
+
+    Raises:
+        ConfigError: an unknown metric, or PESQ at a rate that it is not defined for.
+        MissingExtraError: a package is missing; the message has the command that installs it.
+    """
+    for metric in metrics:
+        if metric not in _METRICS:
+            raise ConfigError(f"metric {metric!r} is unknown: the names are {', '.join(_METRICS)}")
+        package = _PACKAGES.get(metric)
+        if package and importlib.util.find_spec(package) is None:
+            raise MissingExtraError(
+                f"metric {metric} needs the package {package}: pip install 'diffbuf[metrics]', or "
+                f"take {metric} out of training.metrics"
+            )
+        if metric == "pesq" and sample_rate not in PESQ_SAMPLE_RATES:
+            raise ConfigError(
+                f"pesq is defined at 8000 and 16000 Hz, not at {sample_rate} Hz: take pesq out of "
+                "training.metrics or change audio.sample_rate"
+            )
+
+
+def _score_or_nan(
+    metric: Callable[[torch.Tensor, torch.Tensor, int], float],
+    estimate: torch.Tensor,
+    target: torch.Tensor,
+    sample_rate: int,
+) -> float:
+    if not (_audible(estimate) and _audible(target)):
+        return math.nan
+    try:
+        value = metric(estimate, target, sample_rate)
+    except Exception:  # pesq has its own errors, linear solvers theirs: all mean "undefined here"
+        return math.nan
+    return value if math.isfinite(value) else math.nan
+
+
+def _audible(wave: torch.Tensor) -> bool:
+    return bool(wave.isfinite().all() and wave.square().mean().sqrt() >= SILENCE_RMS)
+
+
+def _si_sdr(estimate: torch.Tensor, target: torch.Tensor, sample_rate: int) -> float:
+    from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
+
+    # float64: in float32 a good estimate's residual is rounding noise above about 70 dB.
+    return scale_invariant_signal_distortion_ratio(estimate.double(), target.double()).item()
+
+
+def _sdr(estimate: torch.Tensor, target: torch.Tensor, sample_rate: int) -> float:
+    from torchmetrics.functional.audio import signal_distortion_ratio
+
+    return signal_distortion_ratio(estimate.double(), target.double()).item()
+
+
+def _pesq(estimate: torch.Tensor, target: torch.Tensor, sample_rate: int) -> float:
+    from torchmetrics.functional.audio import perceptual_evaluation_speech_quality
+
+    mode = PESQ_SAMPLE_RATES[sample_rate]
+    return perceptual_evaluation_speech_quality(estimate, target, sample_rate, mode).item()
+
+
+def _estoi(estimate: torch.Tensor, target: torch.Tensor, sample_rate: int) -> float:
+    from torchmetrics.functional.audio import short_time_objective_intelligibility
+
+    with warnings.catch_warnings():
+        # Where too little speech is left pystoi warns and returns 1e-5, which is no score.
+        warnings.filterwarnings("error", message="Not enough STFT frames", category=RuntimeWarning)
+        return short_time_objective_intelligibility(
+            estimate, target, sample_rate, extended=True
+        ).item()
+
+
+_METRICS: dict[str, Callable[[torch.Tensor, torch.Tensor, int], float]] = {
+    "si_sdr": _si_sdr,
+    "sdr": _sdr,
+    "pesq": _pesq,
+    "estoi": _estoi,
+}

@@ -1,0 +1,316 @@
+"""One training run: where it stands, and how it gets from one record to the next.
+
+A run is "whole" between two steps; only then is a checkpoint taken. What a checkpoint holds beside
+the engine is its place: steps made, epoch, next round, and the scores that decide on the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import nn
+
+import diffbuf_lib
+from diffbuf_lib.config import Config
+from diffbuf_lib.errors import DataError, NonFiniteError
+from diffbuf_lib.training.checkpoint import apply_weights, load_weights, save_checkpoint
+from diffbuf_lib.training.engine import Batch, Engine, make_accelerator
+from diffbuf_lib.training.feed import Feed
+from diffbuf_lib.training.finite import check_finite
+from diffbuf_lib.training.isolation import StopRequest, isolated
+from diffbuf_lib.training.judge import Judge
+from diffbuf_lib.training.logs import RunLog
+from diffbuf_lib.training.metrics import check_metrics
+from diffbuf_lib.training.plan import EpochPlan, Stream, seed_everything
+from diffbuf_lib.training.reading import ClipSource
+from diffbuf_lib.training.record import StepRecord
+from diffbuf_lib.training.results import ResultsFolder
+from diffbuf_lib.training.validation import Validation, validate
+
+
+class Run:
+    """A run; `diffbuf_lib.training.loop.train` has the arguments' meaning."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        train_set: ClipSource,
+        valid_set: ClipSource | None,
+        results_path: str | Path,
+        device: str,
+        model: nn.Module | None,
+        stop: StopRequest,
+    ) -> None:
+        training = cfg.training
+        check_metrics(training.metrics, cfg.audio.sample_rate)
+        self.cfg, self.stop, self.train_set = cfg, stop, train_set
+        self.valid_set = valid_set if valid_set is not None and len(valid_set) else None
+        self.folder = ResultsFolder(results_path)
+        self.accelerator = make_accelerator(training, device)
+        self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.plan = EpochPlan(
+            size=len(train_set),
+            batch_size=training.batch_size,
+            accumulation=training.accumulation_steps,
+            processes=self.processes,
+            seed=training.seed,
+        )
+        with self._isolated():
+            seed_everything(training.seed, Stream.WEIGHTS)
+            model = _new_model(cfg) if model is None else model
+            self.engine = Engine(cfg, model, self.accelerator)
+        self.log: RunLog | None = None  # in the main process
+        self.feed = Feed(self.plan, training, train_set, self.accelerator.device, self.rank)
+        self.judge = Judge(training)
+
+        self.step = self.epoch = self.round = 0  # steps made; epoch and round of the next one
+        self.pending: StepRecord | None = None  # its step is made; it has not been handed out
+        self.whole = False
+        self.saved: tuple[int, int, bool] | None = None
+
+    def begin(self, *, resume: bool, start_check_point: str | Path | None, progress: bool) -> None:
+        """Open the results folder, load what there is to load, save the starting point."""
+        if resume:
+            self._load(self.folder.load_last(self.cfg))
+        else:
+            self.folder.check_fresh()
+            if start_check_point is not None:
+                weights = load_weights(start_check_point)
+                for model in (self.engine.model, self.engine.ema.module):
+                    apply_weights(model, weights, Path(start_check_point))
+        self.accelerator.wait_for_everyone()  # all have looked before the first one writes
+        if self.accelerator.is_main_process:
+            self.folder.tidy()
+            if not resume:
+                self._save()  # of step 0: a full disk shows now, and resuming always works
+            self.folder.write_config(self.cfg)
+            if not self._over():
+                self.folder.truncate_history(self.step, validated=self.pending is None)
+            self.log = RunLog(
+                self.cfg, self.folder, step=self.step, total=self._total(), progress=progress
+            )
+        self.saved = self._place()
+        self.whole = True
+
+    def advance(self) -> StepRecord | None:
+        """Make the next step and what is due after it.
+
+        Returns:
+            The step's record; None at the end of the run.
+
+        Raises:
+            KeyboardInterrupt: a signal has come; the run is whole.
+        """
+        with self.stop.running(), self._isolated():
+            if self.pending is None:
+                if self._over():
+                    return None
+                self.pending = self._train_step()
+            return self._finish_step(self.pending)
+
+    def close(self, *, abandoned: bool) -> None:
+        """Save where the run stands if it is whole, and close the logs.
+
+        Args:
+            abandoned: by its caller, rather than at its end or by an error. Then, as at its end,
+                model/ is written where no validation has picked a best one.
+        """
+        self.feed.stop()
+        try:
+            if self.whole and self.accelerator.is_main_process:
+                if not self.engine.is_finite():
+                    warnings.warn(
+                        f"weights are not finite: step {self.step} is not saved", stacklevel=2
+                    )
+                    return
+                if self.saved != self._place():
+                    self._save()
+                if (abandoned or self._over()) and self.judge.best is None and self.step:
+                    self.folder.export_model(self.engine.ema.module)
+        finally:
+            if self.log is not None:
+                self.log.close()
+            self.engine.close()
+
+    # One step.
+
+    def _train_step(self) -> StepRecord:
+        started, lr, training = time.perf_counter(), self.engine.lr, self.cfg.training
+        if self.stop.requested and self.processes == 1:
+            raise KeyboardInterrupt
+        end = min(self.round + training.accumulation_steps, self.plan.rounds)
+        rounds = range(self.round, end)
+        batches = [self._next_batch(round_) for round_ in rounds]
+
+        self.whole = False
+        seed_everything(training.seed, Stream.STEP, self.step, self.rank)  # for dropout
+        outcome = self.engine.step(batches, stop=self.stop.requested)
+        step = self.step + 1
+        check_finite(
+            outcome,
+            batches,
+            rounds,
+            engine=self.engine,
+            plan=self.plan,
+            train_set=self.train_set,
+            step=step,
+            epoch=self.epoch,
+        )
+        self.step, self.round = step, end
+        self.whole = True
+
+        record = StepRecord(
+            step=self.step,
+            epoch=self.epoch,
+            loss=outcome.loss,
+            grad_norm=outcome.grad_norm,
+            lr=lr,
+            seconds=time.perf_counter() - started,
+            skipped=outcome.skipped,
+        )
+        if self.log is not None:
+            self.log.step(record)
+        if outcome.stop:
+            self._interrupt(record)
+        return record
+
+    def _next_batch(self, round_: int) -> Batch:
+        try:
+            return self.feed.batch(self.epoch, round_)
+        except DataError:
+            if self.stop.requested and self.processes == 1:
+                raise KeyboardInterrupt from None  # the same signal has ended our readers
+            raise
+
+    def _interrupt(self, record: StepRecord) -> NoReturn:
+        """Stop after a step whose record was not handed out: a resumed run will begin with it."""
+        self.pending = record
+        raise KeyboardInterrupt
+
+    # After a step.
+
+    def _finish_step(self, record: StepRecord) -> StepRecord:
+        """Validate, turn to the next epoch and save, as far as each is due."""
+        epoch_over = self.round >= self.plan.rounds
+        due = epoch_over and (self.epoch + 1) % self.cfg.training.valid_every == 0
+        result = None
+        if self.valid_set is not None and (due or self._is_last(epoch_over)):
+            result = self._validate(record)
+            record = dataclasses.replace(record, valid=result.values)
+            if self.log is not None:
+                self.log.validation(record, result.values, result.example, final=not due)
+
+        self.whole = False
+        # Where a run is cut off, an extra validation is written down but changes nothing that a
+        # longer run would not have changed: so going on equals never having stopped.
+        is_best = due and result is not None and self._judge(result.values)
+        if epoch_over:
+            self.epoch, self.round = self.epoch + 1, 0
+            self.feed.stop()
+        self.pending = None
+        self.whole = True
+
+        every = self.cfg.training.checkpoint_every
+        if epoch_over or self.step % every == 0 or self._over():
+            self._check_weights()
+            if is_best and self.accelerator.is_main_process:
+                self._save(best=True)
+                self.folder.export_model(self.engine.ema.module)
+            if self.accelerator.is_main_process:
+                self._save()
+            self.saved = self._place()
+        return record
+
+    def _validate(self, record: StepRecord) -> Validation:
+        assert self.valid_set is not None
+        result = validate(
+            self.cfg,
+            self.engine.ema.module,
+            self.valid_set,
+            self.accelerator,
+            lambda: self.stop.requested,
+        )
+        if result is None:
+            self._interrupt(record)
+        return result
+
+    def _judge(self, values: dict[str, float]) -> bool:
+        """Let a validation change the learning rate; return whether it is the best one."""
+        score = self.judge.score(values)
+        if score is None:
+            return False
+        self.engine.scheduler.step(score)
+        return self.judge.gains(score)
+
+    # Where the run stands.
+
+    def _total(self) -> int:
+        """Steps of the whole run, unless it stops early."""
+        steps = self.cfg.training.num_epochs * self.plan.steps
+        return min(steps, self.cfg.training.num_steps or steps)
+
+    def _is_last(self, epoch_over: bool) -> bool:
+        training = self.cfg.training
+        enough = training.num_steps is not None and self.step >= training.num_steps
+        return enough or (epoch_over and self.epoch + 1 >= training.num_epochs)
+
+    def _over(self) -> bool:
+        return (
+            self._is_last(False) or self.judge.enough or self.epoch >= self.cfg.training.num_epochs
+        )
+
+    def _place(self) -> tuple[int, int, bool]:
+        return self.step, self.epoch, self.pending is None
+
+    def _isolated(self) -> AbstractContextManager[None]:
+        return isolated(self.accelerator.device, deterministic=self.cfg.training.deterministic)
+
+    def _check_weights(self) -> None:
+        if not self.engine.is_finite():
+            self.whole = False
+            raise NonFiniteError(
+                f"step {self.step} (epoch {self.epoch}): weights are not finite after the update "
+                f"with lr {self.engine.lr:g}: lower training.lr or set training.grad_clip; the "
+                "checkpoints are from before"
+            )
+
+    def _save(self, *, best: bool = False) -> None:
+        state: dict[str, Any] = {
+            "version": diffbuf_lib.__version__,
+            "config": self.cfg.to_dict(),
+            "step": self.step,
+            "epoch": self.epoch,
+            "examples": self.round * self.plan.examples_per_round,
+            "processes": self.processes,
+            "pending": None if self.pending is None else self.pending.to_dict(),
+            "best": self.judge.best,
+            "bad_validations": self.judge.bad_validations,
+        }
+        save_checkpoint(
+            self.folder.best if best else self.folder.last, {**state, **self.engine.state_dict()}
+        )
+
+    def _load(self, state: dict[str, Any]) -> None:
+        if state["processes"] != self.processes:
+            warnings.warn(
+                f"the run had {state['processes']} processes and goes on with {self.processes}: "
+                "its batches change in size",
+                stacklevel=2,
+            )
+        self.engine.load_state_dict(state)
+        self.step, self.epoch = state["step"], state["epoch"]
+        self.round = min(-(-state["examples"] // self.plan.examples_per_round), self.plan.rounds)
+        self.pending = StepRecord(**state["pending"]) if state["pending"] else None
+        self.judge.best, self.judge.bad_validations = state["best"], state["bad_validations"]
+
+
+def _new_model(cfg: Config) -> nn.Module:
+    from diffbuf_lib.model import DiffusionBufferModel
+
+    model: nn.Module = DiffusionBufferModel(cfg)
+    return model

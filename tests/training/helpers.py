@@ -1,0 +1,148 @@
+"""A tiny run: a synthetic data set and a config whose steps take milliseconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffbuf_lib.config import Config, build_config
+from diffbuf_lib.errors import DataError
+from diffbuf_lib.training import StepRecord, load_checkpoint, train
+
+TREE = {
+    "audio": {"chunk_size": 4000, "stft": {"n_fft": 62, "win_length": 62, "hop_length": 62}},
+    "model": {"name": "conv", "base_channels": 4, "num_layers": 1},
+    "diffusion_buffer": {"buffer_size": 3, "num_frames": 6},
+    "training": {
+        "loss": "weighted_score",
+        "lr": 1e-3,
+        "batch_size": 2,
+        "ema_momentum": 0.9,
+        "num_epochs": 2,
+        "use_amp": False,
+        "num_workers": 0,
+        "valid_clips": 2,
+        "log_every": 1,
+    },
+}
+
+
+def config(*overrides: str) -> Config:
+    return build_config(TREE, overrides)
+
+
+class Clips:
+    """Deterministic noisy tones; `bad` clips hold a NaN, `broken` ones cannot be read."""
+
+    def __init__(
+        self, size: int = 7, bad: Sequence[int] = (), broken: Sequence[int] = (), seed: int = 0
+    ) -> None:
+        self.size, self.bad, self.broken, self.seed, self.epoch = size, bad, broken, seed, 0
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if index in self.broken:
+            raise DataError("the header is damaged")
+        self.read.append(index)
+        generator = torch.Generator().manual_seed(1000 * self.seed + 100 * index + self.epoch)
+        time = torch.arange(4000) / 16000
+        target = 0.3 * torch.sin(2 * torch.pi * (200 + 50 * index) * time)[None]
+        mix = target + 0.3 * torch.randn(1, 4000, generator=generator)
+        if index in self.bad:
+            mix[0, 17] = torch.nan
+        return mix, target
+
+    def name(self, index: int) -> str:
+        return f"clip_{index:03}.wav"
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+def fit(cfg: Config, path: Path, steps: int | None = None, **options: Any) -> list[StepRecord]:
+    """Take all records of a run, or only the first so many, and close it."""
+    valid_set = options.pop("valid_set", Clips(3, seed=1))
+    train_set = options.pop("train_set", Clips())
+    run = train(cfg, train_set, valid_set, path, device="cpu", **options)
+    records = []
+    for record in run:
+        records.append(record)
+        if len(records) == steps:
+            run.close()
+    return records
+
+
+def last(path: Path) -> dict[str, Any]:
+    return load_checkpoint(path / "checkpoints" / "last.pt")
+
+
+def history(path: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (path / "history.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two trees are equal, tensors to the bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+LEARNT = ("model", "ema", "optimizer", "scheduler", "step", "epoch", "examples", "best")
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    a, b = last(one), last(other)
+    for key in (*LEARNT, "bad_validations"):
+        assert same(a[key], b[key]), f"{key} differs"
+
+
+def kill_at(moment: str) -> Clips:
+    """Arrange for SIGKILL at a moment of the run; return the training set."""
+
+    class Killing(Clips):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+            if moment == "reading" and len(self.read) == 11:  # step 6; the checkpoint is of step 4
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getitem__(index)
+
+    def killing(name: str, times: int) -> Any:
+        original, left = getattr(os, name), iter(range(times, -1, -1))
+
+        def call(source: Any, *arguments: Any) -> Any:
+            if moment in str(source) and next(left) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(source, *arguments)
+
+        return call
+
+    if moment == "writing":  # last.pt was renamed at steps 0 and 2: the third rename never comes
+        moment = "last.pt"
+        os.replace = killing("replace", 2)
+    if moment == "exporting":  # model/ is complete but not yet there, at the end of epoch 0
+        moment = ".model.new"
+        os.rename = killing("rename", 0)
+    return Killing()
+
+
+if __name__ == "__main__":  # for tests that need a process of their own
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    folder, moment, *changes = sys.argv[1:]
+    for _ in train(config(*changes), kill_at(moment), Clips(3, seed=1), folder, device="cpu"):
+        pass

@@ -1,0 +1,223 @@
+"""Checkpoint files: whole or not there, and read without running what is in them."""
+
+import errno
+import os
+import pickle
+import warnings
+
+import pytest
+import torch
+
+from diffbuf_lib.errors import CheckpointError
+from diffbuf_lib.model import DiffusionBufferModel
+from diffbuf_lib.training import load_checkpoint, load_weights, save_checkpoint, train
+from diffbuf_lib.training.checkpoint import KEYS
+from diffbuf_lib.training.results import CHANGEABLE, ResultsFolder, check_same_config
+from tests.training.helpers import Clips, config, fit, last, same
+
+
+def state(value=1.0):
+    return dict.fromkeys(KEYS) | {"version": "0", "model": {"w": torch.full((99,), value)}}
+
+
+def stored(path):
+    return load_checkpoint(path)["model"]["w"][0].item()
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "checkpoints" / "last.pt"
+    save_checkpoint(path, {k: v for k, v in state().items() if k != "format"})
+    return path
+
+
+def save(path, value):
+    save_checkpoint(path, {k: v for k, v in state(value).items() if k != "format"})
+
+
+def test_round_trip(path):
+    assert same(load_checkpoint(path), state() | {"format": 1})
+
+
+def full_disk(*_args, **_kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_full_disk_keeps_the_old_checkpoint(path, monkeypatch, name):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, full_disk)
+        with pytest.raises(CheckpointError, match="No space left on device") as caught:
+            save(path, 2.0)
+    assert str(path) in str(caught.value)
+    assert stored(path) == 1
+    assert list(path.parent.iterdir()) == [path]
+    save(path, 3.0)
+    assert stored(path) == 3
+
+
+def test_full_disk_in_the_middle_of_the_file(path):
+    """A real one: the system refuses to let a file grow beyond 16 kB."""
+    import resource
+    import signal
+
+    limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16000, limit[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"last\.pt cannot be written"):
+            save_checkpoint(path, state() | {"ema": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert stored(path) == 1
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_checkpoint_is_on_the_disk_before_it_takes_its_name(path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, n=name, f=original: (calls.append(n), f(*a))[1])
+    save(path, 2.0)
+    assert calls == ["fsync", "replace", "fsync"]  # file, rename, folder
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="results_path"):
+        save(tmp_path / "file" / "last.pt", 1.0)
+
+
+def test_missing(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_checkpoint(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize("size", [0, 10, 0.5, 0.99])
+def test_cut_short(path, size):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(size * len(content)) if isinstance(size, float) else size])
+    with pytest.raises(CheckpointError, match="damaged or cut short") as caught:
+        load_checkpoint(path)
+    assert str(path) in str(caught.value)
+
+
+def test_one_wrong_bit_in_the_weights(path):
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.ones(99).numpy().tobytes()) + 20] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_checkpoint(path)
+
+
+class Malicious:
+    def __reduce__(self):
+        return (os.mkdir, (os.environ["DIFFBUF_TEST_TARGET"],))
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch, plain):
+    target = tmp_path / "pwned"
+    monkeypatch.setenv("DIFFBUF_TEST_TARGET", str(target))
+    path = tmp_path / "last.pt"
+    if plain:  # a bare pickle, which torch.load would take
+        path.write_bytes(pickle.dumps({"model": Malicious()}))
+    else:
+        torch.save(state() | {"config": Malicious()}, path)
+    with pytest.raises(CheckpointError, match=r"refused|damaged"):
+        load_checkpoint(path)
+    assert not target.exists()
+    if not plain:
+        with warnings.catch_warnings():
+            torch.load(path, weights_only=False)
+        assert target.exists(), "the test's file must be able to do harm"
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], torch.zeros(2)])
+def test_another_programs_file(tmp_path, content):
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="not a training checkpoint"):
+        load_checkpoint(tmp_path / "other.pt")
+
+
+def test_another_format(path):
+    torch.save(state() | {"format": 99, "version": "9.9"}, path)
+    with pytest.raises(CheckpointError, match=r"format 99, written by diffbuf 9\.9"):
+        load_checkpoint(path)
+
+
+def test_full_disk_in_a_run_leaves_the_older_checkpoint(tmp_path, monkeypatch):
+    run = train(config("training.checkpoint_every=2"), Clips(), None, tmp_path, device="cpu")
+    next(run)
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(CheckpointError, match="No space left"):
+        next(run)
+    monkeypatch.undo()
+    assert last(tmp_path)["step"] == 0
+    assert len(fit(config("training.checkpoint_every=2"), tmp_path, resume=True)) == 6
+
+
+def test_weights_only_start(tmp_path):
+    """Averaged weights, no optimizer, from a checkpoint and from the exported folder."""
+    fit(config("training.metric_for_scheduler=loss", "training.num_epochs=1"), tmp_path / "a")
+    source = tmp_path / "a" / "checkpoints" / "best.pt"
+    averaged = load_weights(source)
+    assert not same(averaged, load_checkpoint(source)["model"])
+    for i, start in enumerate((source, tmp_path / "a" / "model")):
+        model = DiffusionBufferModel(config())
+        seen = {}
+        run = train(
+            config("training.lr=1e-30"), Clips(), None, tmp_path / f"b{i}", device="cpu",
+            start_check_point=start, model=model,
+        )  # fmt: skip
+        seen = next(run)
+        run.close()
+        assert seen.step == 1
+        assert same(dict(model.state_dict()), averaged)
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    fit(config(), tmp_path / "a", steps=1)
+    larger = config("model.base_channels=8")
+    with pytest.raises(CheckpointError, match=r"network\.\S+ is \[.*4.*\], in this model \[.*8"):
+        fit(larger, tmp_path / "b", start_check_point=tmp_path / "a" / "checkpoints" / "last.pt")
+    deeper = config("model.num_layers=2")
+    with pytest.raises(CheckpointError, match=r"it has no network|is not in this model"):
+        fit(deeper, tmp_path / "b", start_check_point=tmp_path / "a" / "model")
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        fit(larger, tmp_path / "b", start_check_point=tmp_path / "a" / "checkpoints")
+    assert not (tmp_path / "b").exists() or not list((tmp_path / "b").iterdir())
+
+
+def test_half_made_swap_of_the_model_is_undone(tmp_path):
+    folder = ResultsFolder(tmp_path)
+    (tmp_path / ".model.old").mkdir()
+    (tmp_path / ".model.old" / "model.safetensors").write_text("whole")
+    (tmp_path / ".model.new").mkdir()
+    folder.tidy()
+    assert (tmp_path / "model" / "model.safetensors").read_text() == "whole"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_export_replaces_the_folder(tmp_path):
+    folder = ResultsFolder(tmp_path)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = DiffusionBufferModel(config())
+        folder.export_model(model)
+        loaded = DiffusionBufferModel.from_pretrained(folder.model)
+        assert same(dict(loaded.state_dict()), dict(model.state_dict()))
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_changeable_keys_exist():
+    names = {f"training.{name}" for name in config().to_dict()["training"]}
+    assert names >= CHANGEABLE.keys()
+
+
+def test_config_difference_counts_what_it_does_not_name(tmp_path):
+    old, new = config().to_dict(), config("sde.type=ouve", "training.seed=3").to_dict()
+    with pytest.raises(CheckpointError, match=r"sde\.type was bbed, is ouve.* and \d more"):
+        check_same_config(old, new, tmp_path)
+    check_same_config(old, config("training.num_steps=9").to_dict(), tmp_path)

@@ -1,0 +1,341 @@
+"""What a run computes, and how it ends."""
+
+import contextlib
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffbuf_lib.errors import ConfigError, DataError, NonFiniteError
+from diffbuf_lib.model import DiffusionBufferModel
+from diffbuf_lib.training import StepRecord, load_checkpoint, load_weights, train
+from diffbuf_lib.training.plan import EpochPlan, Stream, example_generators, stream_seed
+from diffbuf_lib.training.validation import validate
+from tests.training.helpers import Clips, config, fit, history, last
+
+
+def test_one_clip_is_learnt(tmp_path):
+    """The whole chain learns: with a single clip the loss falls to a fraction."""
+    cfg = config("training.num_epochs=150", "training.lr=0.01", "model.base_channels=8")
+    losses = [r.loss for r in fit(cfg, tmp_path, train_set=Clips(1), valid_set=None)]
+    assert sum(losses[-20:]) < 0.6 * sum(losses[:20])
+
+
+def test_records_and_their_history(tmp_path):
+    cfg = config("training.num_epochs=2", "training.valid_every=2")
+    records = fit(cfg, tmp_path)
+    assert [(r.step, r.epoch) for r in records] == [(1, 0), (2, 0), (3, 0), (4, 1), (5, 1), (6, 1)]
+    assert all(isinstance(r, StepRecord) and r.lr == 1e-3 and r.seconds > 0 for r in records)
+    assert [r.valid is not None for r in records] == [False] * 5 + [True]
+    assert set(records[-1].valid) == {"loss", "si_sdr", "si_sdr_clips"}
+    lines = history(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 6]
+    assert lines[0]["loss"] == records[0].loss
+    assert lines[-1]["valid"] == records[-1].valid
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"config.yaml", "history.jsonl", "checkpoints", "model", "tensorboard"}
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
+
+
+def test_loss_and_gradient_are_those_of_the_model(tmp_path):
+    """The first record against a forward and backward pass by hand."""
+    cfg = config("training.grad_clip=1e-3")
+    torch.manual_seed(0)
+    model, twin = DiffusionBufferModel(cfg), DiffusionBufferModel(cfg)
+    twin.load_state_dict(model.state_dict())
+    record = fit(cfg, tmp_path, steps=1, model=model)[0]
+    indices = EpochPlan(7, 2, 1, 1, seed=0).batches(0, 0)[0]
+    mix, target = map(torch.stack, zip(*(Clips()[i] for i in indices), strict=True))
+    cpu = torch.device("cpu")
+    loss = twin(mix, target, generator=example_generators([(0, 0), (0, 1)], 0, Stream.EXAMPLE, cpu))
+    loss.backward()
+    norm = torch.stack([p.grad.square().sum() for p in twin.parameters()]).sum().sqrt()
+    assert record.loss == pytest.approx(loss.item(), rel=1e-6)
+    assert record.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+    assert record.grad_norm > 1e-3  # measured before clipping
+
+
+def test_clipping_bounds_the_update(tmp_path):
+    cfg = config("training.optimizer=sgd", "training.lr=1", "training.grad_clip=1e-3")
+    model = DiffusionBufferModel(cfg)
+    before = [p.detach().clone() for p in model.parameters()]
+    fit(cfg, tmp_path, steps=1, model=model)
+    moved = sum((p - q).square().sum() for p, q in zip(model.parameters(), before, strict=True))
+    assert moved.sqrt().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "radam", "sgd"])
+def test_optimizers_step(tmp_path, optimizer):
+    cfg = config(f"training.optimizer={optimizer}", "training.weight_decay=0.1")
+    model = DiffusionBufferModel(cfg)
+    before = [p.detach().clone() for p in model.parameters()]
+    fit(cfg, tmp_path, steps=2, model=model)
+    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_accumulation_equals_a_larger_batch(tmp_path):
+    """Two batches of 1 make the step of one batch of 2: same noise, same mean gradient."""
+    small = config("training.batch_size=1", "training.accumulation_steps=2")
+    fit(small, tmp_path / "small", train_set=Clips(6))
+    fit(config(), tmp_path / "large", train_set=Clips(6))
+    a, b = last(tmp_path / "small"), last(tmp_path / "large")
+    assert a["step"] == b["step"] == 6
+    for name, value in a["model"].items():
+        torch.testing.assert_close(value, b["model"][name], rtol=1e-4, atol=1e-5)
+
+
+def test_averaged_weights_follow_their_formula(tmp_path):
+    cfg = config("training.ema_momentum=0.7")
+    model = DiffusionBufferModel(cfg)
+    expected, name = None, "network"
+    name = next(n for n, _ in model.named_parameters())
+    with contextlib.closing(train(cfg, Clips(), None, tmp_path, device="cpu", model=model)) as run:
+        for _ in run:
+            value = dict(model.named_parameters())[name].detach().clone()
+            expected = value if expected is None else 0.7 * expected + 0.3 * value
+    averaged = load_weights(tmp_path / "checkpoints" / "last.pt")[name]
+    torch.testing.assert_close(averaged, expected, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(averaged, value)
+    exported = DiffusionBufferModel.from_pretrained(tmp_path / "model")
+    assert torch.equal(dict(exported.named_parameters())[name], averaged)
+
+
+def test_noise_of_an_example_depends_on_its_position_only():
+    one, two = EpochPlan(12, 4, 1, 1, seed=5), EpochPlan(12, 1, 2, 2, seed=5)
+    assert [i for b in one.batches(3, 0) for i in b] == one.order(3)
+    shares = [two.batches(3, rank) for rank in (0, 1)]
+    together = [i for pair in zip(*shares, strict=True) for batch in pair for i in batch]
+    assert together == one.order(3)
+    assert one.order(3) != one.order(4)
+    draws = [
+        torch.randn(3, generator=g)
+        for keys in ([(3, 0), (3, 1), (3, 2)], [(3, 2)])
+        for g in example_generators(keys, 5, Stream.EXAMPLE, torch.device("cpu"))
+    ]
+    assert torch.equal(draws[2], draws[3])
+    assert not torch.equal(draws[0], draws[1])
+    assert stream_seed(5, Stream.EXAMPLE, 3, 0) != stream_seed(5, Stream.STEP, 3, 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "processes"), [(7, 2, 1), (8, 2, 2), (3, 4, 1), (1, 4, 3)]
+)
+def test_every_process_has_equal_batches(size, batch, processes):
+    plan = EpochPlan(size, batch, 1, processes, seed=0)
+    shares = [plan.batches(0, rank) for rank in range(processes)]
+    assert len({tuple(map(len, share)) for share in shares}) == 1
+    seen = [i for share in shares for b in share for i in b]
+    if size >= batch * processes:
+        assert len(seen) == len(set(seen)) == size - size % (batch * processes)
+    else:
+        assert set(seen) == set(range(size))
+
+
+def test_a_set_smaller_than_a_batch_is_used(tmp_path):
+    records = fit(config("training.batch_size=16"), tmp_path, train_set=Clips(3), valid_set=None)
+    assert len(records) == 2
+
+
+def test_empty_set(tmp_path):
+    with pytest.raises(DataError, match="no clip"):
+        fit(config(), tmp_path, train_set=Clips(0))
+    assert not list(tmp_path.iterdir())
+
+
+def test_plateau_lowers_the_learning_rate_and_early_stopping_ends(tmp_path):
+    """A loss that never falls, because the steps are too small to change a thing."""
+    cfg = config(
+        "training.ema_momentum=0", "training.lr=1e-30", "training.metric_for_scheduler=loss",
+        "training.patience=1", "training.reduce_factor=0.1", "training.early_stopping=4",
+        "training.num_epochs=50",
+    )  # fmt: skip
+    records = fit(cfg, tmp_path)
+    # Epoch 0 is the best; 1 is borne, 2 lowers the rate, 4 lowers it again and is the last.
+    assert records[-1].epoch == 4
+    rates = {r.epoch: r.lr for r in records}
+    assert [rates[e] / 1e-30 for e in range(5)] == pytest.approx([1, 1, 1, 0.1, 0.1])
+    assert last(tmp_path)["bad_validations"] == 4
+    assert load_checkpoint(tmp_path / "checkpoints" / "best.pt")["step"] == 3
+    assert fit(cfg, tmp_path, resume=True) == []
+
+
+def test_validation_does_not_depend_on_the_batch_size(tmp_path):
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = DiffusionBufferModel(config())
+    values = [
+        validate(
+            config(f"training.batch_size={size}", "training.valid_clips=3"),
+            model, Clips(5), accelerator,
+        ).values
+        for size in (1, 3)
+    ]  # fmt: skip
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
+    assert values[0]["si_sdr_clips"] == 3
+
+
+def test_validation_scores_the_averaged_weights(tmp_path):
+    from accelerate import Accelerator
+
+    cfg, model = config("training.num_epochs=1", "training.lr=0.01"), DiffusionBufferModel(config())
+    valid = fit(cfg, tmp_path, model=model)[-1].valid
+    accelerator = Accelerator(cpu=True)
+    averaged = DiffusionBufferModel.from_pretrained(tmp_path / "model")
+    assert validate(cfg, averaged, Clips(3, seed=1), accelerator).values == pytest.approx(valid)
+    assert validate(cfg, model, Clips(3, seed=1), accelerator).values["loss"] != valid["loss"]
+
+
+def test_unscorable_validation_decides_nothing(tmp_path):
+    class Silent(Clips):
+        def __getitem__(self, index):
+            mix, target = super().__getitem__(index)
+            return mix, 0 * target
+
+    with pytest.warns(UserWarning, match="no validation clip has a finite si_sdr"):
+        records = fit(config("training.num_epochs=1"), tmp_path, valid_set=Silent(3))
+    assert records[-1].valid["si_sdr_clips"] == 0
+    assert last(tmp_path)["best"] is None
+    assert '"si_sdr": null' in (tmp_path / "history.jsonl").read_text()
+    assert (tmp_path / "model").is_dir()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nan_clip_is_named_and_reaches_no_checkpoint(tmp_path, workers):
+    cfg = config("training.batch_size=1", "training.checkpoint_every=1",
+                 f"training.num_workers={workers}")  # fmt: skip
+    bad = EpochPlan(7, 1, 1, 1, seed=0).order(0)[3]
+    with pytest.raises(NonFiniteError) as caught:
+        fit(cfg, tmp_path, train_set=Clips(bad=[bad]))
+    message = str(caught.value)
+    assert f"clip_{bad:03}.wav holds samples that are not finite" in message
+    for part in ("step 4 (epoch 0)", "the loss is nan", "lr 0.001", "mixed precision off"):
+        assert part in message
+    state = last(tmp_path)
+    assert state["step"] == 3
+    for name in ("model", "ema"):
+        assert all(v.isfinite().all() for v in state[name].values())
+    assert len(fit(cfg, tmp_path, resume=True)) == 14 - 3
+
+
+def test_infinite_gradient_is_an_error(tmp_path):
+    class Steep(DiffusionBufferModel):
+        def forward(self, mix, target=None, generator=None):
+            loss = super().forward(mix, target, generator)
+            return loss + 0 * next(self.parameters()).abs().sum().mul(0).sqrt()  # 0 * inf
+
+    model = Steep(config())
+    with pytest.raises(NonFiniteError, match="but the gradient norm is nan"):
+        fit(config(), tmp_path, model=model)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_exploded_weights_are_not_saved(tmp_path):
+    class Steep(DiffusionBufferModel):
+        def forward(self, mix, target=None, generator=None):
+            return 1e9 * super().forward(mix, target, generator)
+
+    cfg = config("training.lr=1e38", "training.optimizer=sgd", "training.checkpoint_every=1")
+    with pytest.raises(NonFiniteError, match=r"step 1 .* weights are not finite .* training\.lr"):
+        fit(cfg, tmp_path, valid_set=None, model=Steep(cfg))
+    assert last(tmp_path)["step"] == 0
+    assert all(v.isfinite().all() for v in last(tmp_path)["model"].values())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_clip_is_named(tmp_path, workers):
+    cfg = config(f"training.num_workers={workers}")
+    with pytest.raises(DataError) as caught:
+        fit(cfg, tmp_path, train_set=Clips(broken=[2]))
+    assert str(caught.value) == "clip_002.wav: the header is damaged"
+
+
+def test_unexpected_error_in_a_worker_keeps_its_traceback(tmp_path):
+    class Buggy(Clips):
+        def __getitem__(self, index):
+            raise KeyError("speed")
+
+    with pytest.raises(DataError, match=r"clip_\d+\.wav: KeyError: 'speed'") as caught:
+        fit(config("training.num_workers=1"), tmp_path, train_set=Buggy())
+    assert "__getitem__" in caught.value.__notes__[0]
+
+
+def test_missing_gpu_is_one_warning(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    cfg = config("training.use_amp=true", "training.num_steps=1")
+    for device in ("cuda", "cuda:0", "auto", "cpu"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert len(list(train(cfg, Clips(), None, tmp_path / device, device=device))) == 1
+        assert len(caught) == 1
+        assert "on the CPU in float32" in str(caught[0].message)
+    with pytest.raises(ConfigError, match="none of auto"):
+        next(train(cfg, Clips(), None, tmp_path / "x", device="0"))
+
+
+def test_bfloat16_on_the_cpu_after_float32(tmp_path):
+    """Two precisions in one process, as in a notebook; the losses are alike but not equal."""
+    exact = fit(config(), tmp_path / "a", steps=2)
+    cfg = config("training.use_amp=true", "training.amp_dtype=bf16")
+    rough = fit(cfg, tmp_path / "b", steps=2)
+    assert rough[0].loss == pytest.approx(exact[0].loss, rel=0.05)
+    assert rough[1].loss != exact[1].loss
+    assert last(tmp_path / "b")["model"].keys() == last(tmp_path / "a")["model"].keys()
+
+
+def test_progress_and_tensorboard(tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    fit(config("training.num_epochs=1"), tmp_path, progress=True)
+    assert "3/3" in capsys.readouterr().err
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    tags = events.Tags()
+    assert {"train/loss", "train/grad_norm", "train/lr", "train/steps_per_second"} <= set(
+        tags["scalars"]
+    )
+    assert "valid/si_sdr" in tags["scalars"]
+    assert set(tags["audio"]) == {"audio/mix", "audio/target", "audio/estimate"}
+    assert tags["images"] == ["spectrogram"]
+    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3]
+
+
+def test_training_leaves_no_figure_in_pyplot(tmp_path):
+    """Pyplot keeps every figure and is not thread-safe; a notebook trains in a thread."""
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    fit(config("training.num_epochs=1"), tmp_path)
+    assert plt.get_fignums() == before
+
+
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
+    """Under torchrun: averaged gradients, shared-out clips and noise, gathered scores."""
+    torchrun = Path(sys.executable).with_name("torchrun")
+    settings = ["training.num_epochs=3", "training.valid_clips=3"]
+    process = subprocess.run(
+        [torchrun, "--nproc_per_node=2", "--master_addr=127.0.0.1", "--master_port=0",
+         "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0",
+         "-m", "tests.training.helpers", str(tmp_path / "two"), "never", *settings,
+         "training.batch_size=1"],
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    if process.returncode and "Permission denied" in process.stderr:
+        pytest.skip("torchrun cannot open a loopback port here")
+    assert process.returncode == 0, process.stderr[-3000:]
+    fit(config(*settings), tmp_path / "one")
+    two, one = last(tmp_path / "two"), last(tmp_path / "one")
+    assert (two["processes"], two["step"], two["examples"]) == (2, one["step"], one["examples"])
+    for name, value in one["model"].items():
+        torch.testing.assert_close(two["model"][name], value, rtol=1e-4, atol=1e-5)
+    for a, b in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
+        for values in ("valid",) if "valid" in a else ():
+            assert a[values] == pytest.approx(b[values], rel=1e-3)
+        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-4)
+    assert json.loads((tmp_path / "two" / "history.jsonl").read_text().splitlines()[0])["step"] == 1
