@@ -181,10 +181,9 @@ class DiffusionBufferModel(
             (score, x0_hat), each [B, F, Kb] complex in the precision of V: scaling and loss stay
             in float32 under mixed precision.
         """
-        K, Kb = V.shape[-1], t.shape[-1]
         x = torch.stack([V.real, V.imag, Y.real, Y.imag], dim=1)  # [B, 4, F, K]
         x = x.contiguous(memory_format=torch.channels_last)
-        out = self.network(x, F.pad(t, (K - Kb, 0)))[..., -Kb:].to(V.real.dtype)
+        out = self.network(x, t).to(V.real.dtype)  # [B, 2, F, Kb]
         out = torch.complex(out[:, 0], out[:, 1])  # [B, F, Kb]
         sigma = over_frequency(self.sde.std(t), out)
         scale = self.cfg.model.output_scale
@@ -193,6 +192,7 @@ class DiffusionBufferModel(
         elif scale == "sigma" and not self.predicts_data:
             out = out / sigma
 
+        Kb = t.shape[-1]
         Vb, Yb = V[..., -Kb:], Y[..., -Kb:]
         if self.predicts_data:
             return (self.sde.mean(out, Yb, t) - Vb) / sigma**2, out

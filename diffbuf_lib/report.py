@@ -153,7 +153,8 @@ _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True
 <tr><th>mean over the clips below</th><th>noisy</th><th>enhanced</th><th>gain</th>
 <th>clips scored</th></tr>
 {% for row in rows %}
-<tr><td>{{ labels[row.metric] }}</td><td>{{ "%.2f" % row.noisy }}</td><td>{{ "%.2f" % row.enhanced }}</td>
+<tr><td>{{ labels[row.metric] }}</td><td>{{ "%.2f" % row.noisy }}</td>
+<td>{{ "%.2f" % row.enhanced }}</td>
 <td>{{ "%+.2f" % row.gain }}</td><td>{{ row.scored }} of {{ row.clips }}</td></tr>
 {% endfor %}
 </table>

@@ -1,4 +1,4 @@
-"""Networks: from [B, 4, F, K] (V and Y, real and imaginary) and times [B, K] to [B, 2, F, K]."""
+"""Networks: from [B, 4, F, K] (V and Y, real and imaginary) and times [B, Kb] to [B, 2, F, Kb]."""
 
 from torch import nn
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from diffbuf_lib.networks.layers import FrameTimeEmbedding, NormAct, conv3x3
+from diffbuf_lib.networks.layers import FrameTimeEmbedding, NormAct, conv3x3, frame_times
 
 
 class ConvNet(nn.Module):
@@ -33,10 +33,10 @@ class ConvNet(nn.Module):
         self.last = conv3x3(base_channels, 2, zero=True)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Take [B, 4, F, K] and times [B, K] to [B, 2, F, K]."""
-        time = self.embed_time(t)
+        """Take [B, 4, F, K] and the buffer's times [B, Kb] to [B, 2, F, Kb]."""
+        time = self.embed_time(frame_times(t, x.shape[-1]))
         h = self.first(x)
         for norm, layer, add_time in zip(self.norms, self.layers, self.times, strict=True):
             h = h + self.dropout(layer(norm(h + add_time(time).unsqueeze(2))))
-        out: Tensor = self.last(h)
+        out: Tensor = self.last(h)[..., -t.shape[-1] :]
         return out

@@ -51,6 +51,11 @@ class NormAct(nn.GroupNorm):
         return F.silu(super().forward(x))
 
 
+def frame_times(t: Tensor, num_frames: int) -> Tensor:
+    """Give every frame its time: those of the buffer, [B, Kb], and 0 before it, [B, K]."""
+    return F.pad(t, (num_frames - t.shape[-1], 0))
+
+
 def num_groups_for(channels: int) -> int:
     """Return the groups of a GroupNorm: four channels each, 32 at most, dividing `channels`."""
     groups = min(max(channels // 4, 1), 32)

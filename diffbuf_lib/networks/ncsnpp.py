@@ -15,6 +15,7 @@ from diffbuf_lib.networks.layers import (
     Resample,
     conv1x1,
     conv3x3,
+    frame_times,
     num_groups_for,
 )
 
@@ -95,20 +96,20 @@ class NCSNpp(nn.Module):
 
         Args:
             x: [B, 4, F, K], channels-last: V.real, V.imag, Y.real, Y.imag.
-            t: [B, K], the diffusion time of every frame, 0 in the history.
+            t: [B, Kb], the diffusion times of the last Kb frames.
 
         Returns:
-            [B, 2, F, K], real and imaginary part.
+            [B, 2, F, Kb], real and imaginary part of what the last Kb frames are given.
         """
         bins, frames = x.shape[2:]
+        Kb = t.shape[-1]
         # Whole steps of the coarsest level: zeros above the band and before the past, so that the
         # buffer keeps its place at the end.
         missing_bins, missing_frames = -bins % self.stride, -frames % self.stride
         if missing_bins or missing_frames:
             x = F.pad(x, (missing_frames, 0, 0, missing_bins))
-            t = F.pad(t, (missing_frames, 0))
-        out = self._unet(x, self.embed_time(t))
-        return out[:, :, :bins, missing_frames:]
+        out = self._unet(x, self.embed_time(frame_times(t, x.shape[-1])))
+        return out[:, :, :bins, -Kb:]
 
     def _unet(self, x: Tensor, time: Tensor) -> Tensor:
         h = self.first(x)
