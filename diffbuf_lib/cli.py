@@ -37,7 +37,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "config": config_command,
     }
     argv = list(sys.argv[1:] if args is None else args)
-    if argv[:1] == ["data"]:
+    if argv[:1] == ["data"] and argv[1:]:
         run(lambda: data.cli(args=argv[1:], prog="diffbuf data", use_underscores=True))
         return
     app = tyro.extras.SubcommandApp()

@@ -148,6 +148,9 @@ class ModelConfig(Section):
     output_scale: Literal["sigma", "time", "none"] = Field(
         "sigma", description="the network's output is divided by sigma(t), by t, or by 1"
     )
+    x0_output: Literal["spectrum", "mask"] = Field(
+        "spectrum", description="data prediction: the output is x0_hat, or M in (1 + M) Y"
+    )
 
 
 class DiffusionBufferConfig(Section):

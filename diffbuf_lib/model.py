@@ -195,6 +195,8 @@ class DiffusionBufferModel(
         Kb = t.shape[-1]
         Vb, Yb = V[..., -Kb:], Y[..., -Kb:]
         if self.predicts_data:
+            if self.cfg.model.x0_output == "mask":
+                out = Yb + out * Yb
             return (self.sde.mean(out, Yb, t) - Vb) / sigma**2, out
         return out, self.sde.denoised(Vb + sigma**2 * out, Yb, t)
 

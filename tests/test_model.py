@@ -57,6 +57,17 @@ def test_output_scale(tiny_cfg, batch, scale):
     torch.testing.assert_close(trace.score * divisor[:, None], plain.score)
 
 
+def test_a_mask_multiplies_the_noisy_spectrum(tiny_cfg, batch):
+    """x0_hat = (1 + M) Y; untrained, where M is 0, the model gives its input back."""
+    cfg = tiny_cfg.override("training.loss=data_prediction")
+    plain = make_model(cfg).trace(*batch, seeded())
+    masked = make_model(cfg.override("model.x0_output=mask")).trace(*batch, seeded())
+    torch.testing.assert_close(masked.x0_hat, (1 + plain.x0_hat) * plain.Y[..., -4:])
+    torch.manual_seed(0)
+    untrained = DiffusionBufferModel(cfg.override("model.x0_output=mask"))
+    torch.testing.assert_close(untrained(batch[0]), batch[0], rtol=1e-4, atol=1e-4)
+
+
 def test_stereo_is_averaged_to_mono(tiny_cfg):
     model = make_model(tiny_cfg)
     stereo = torch.randn(2, 2, 1600)

@@ -1,0 +1,160 @@
+"""The command line as a newcomer types it, and what it says when something is wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from diffbuf_lib import cli
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "--set", "model.name=conv", "--set", "model.base_channels=4", "--set", "model.num_layers=1",
+    "--set", "training.batch_size=2", "--set", "diffusion_buffer.buffer_size=3",
+    "--set", "training.valid_clips=1", "--set", "diffusion_buffer.num_frames=4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two small DN-LM splits and the same as clean/noisy folders."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("valid", 1)):
+        for i in range(count):
+            clean, noise = 0.1 * rng.standard_normal((2, 16000))
+            folder = root / split / f"sample_{i:05}"
+            folder.mkdir(parents=True)
+            soundfile.write(folder / "vocals.wav", clean, 16000)
+            soundfile.write(folder / "mixture.wav", clean + noise, 16000)
+            for name, wave in (("clean", clean), ("noisy", clean + noise)):
+                (root / f"pairs-{split}" / name).mkdir(parents=True, exist_ok=True)
+                soundfile.write(root / f"pairs-{split}" / name / f"{i}.wav", wave, 16000)
+    return root
+
+
+def the_command(data, results, *extra):
+    """The command of the README, to the letter, on small data."""
+    return [
+        sys.executable, "train.py", "--model_type", "diffusion_buffer",
+        "--config_path", "configs/9_Diffusion_Buffer_BBED.yaml",
+        "--results_path", str(results), "--data_path", str(data / "train"),
+        "--valid_path", str(data / "valid"), "--dataset_type", "1", "--device_ids", "0",
+        "--num_workers", "0", "--metrics", "si_sdr", "sdr", "--metric_for_scheduler", "si_sdr",
+        *SMALL, *extra,
+    ]  # fmt: skip
+
+
+def run(command):
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+
+
+def call(monkeypatch, capsys, *args):
+    """Run `diffbuf ...` in this process; returns (exit status, stdout, stderr)."""
+    monkeypatch.setattr(cli.warnings, "showwarning", cli.warnings.showwarning)
+    monkeypatch.setattr(cli.faulthandler, "enable", lambda: None)  # pytest has its own
+    status = 0
+    try:
+        cli.main([str(arg) for arg in args])
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    results = tmp_path_factory.mktemp("results") / "run"
+    done = run(the_command(data, results, "--max_steps", "3", "--seed", "1"))
+    assert done.returncode == 0, done.stderr
+    return results, done
+
+
+def test_the_command_trains_and_warns_once_about_the_cpu(trained):
+    results, done = trained
+    warned = [line for line in done.stderr.splitlines() if line.startswith("warning")]
+    assert len(warned) == 1, done.stderr
+    assert "CPU" in warned[0]
+    assert "4 training clips, 1 validation clips" in done.stdout
+    assert "si_sdr" in done.stdout
+    for name in ("config.yaml", "history.jsonl", "checkpoints/last.pt", "model/config.json"):
+        assert (results / name).is_file(), name
+
+
+def test_a_second_start_asks_for_resume_and_resume_goes_on(trained, data):
+    results, _ = trained
+    again = run(the_command(data, results, "--max_steps", "3", "--seed", "1"))
+    assert again.returncode == 2
+    assert again.stderr.splitlines()[-1].startswith("error: ")
+    assert "--resume" in again.stderr
+    more = run(the_command(data, results, "--max_steps", "4", "--seed", "1", "--resume"))
+    assert more.returncode == 0, more.stderr
+    steps = [line for line in (results / "history.jsonl").read_text().splitlines() if "lr" in line]
+    assert len(steps) == 4
+
+
+def test_enhance_and_evaluate_with_what_was_trained(trained, data, tmp_path, monkeypatch, capsys):
+    model = trained[0] / "model"
+    noisy = data / "valid" / "sample_00000" / "mixture.wav"
+    status, out, err = call(
+        monkeypatch, capsys, "enhance", noisy, "-o", tmp_path / "clean.wav", "--model", model
+    )
+    assert (status, err) == (0, "")
+    assert str(tmp_path / "clean.wav") in out
+    assert soundfile.info(tmp_path / "clean.wav").frames == 16000
+
+    status, out, _ = call(
+        monkeypatch, capsys, "evaluate", "--model", model, "--data_path", data / "pairs-valid",
+        "--dataset_type", 2, "--metrics", "si_sdr", "estoi", "--csv_path", tmp_path / "s.csv",
+        "--seconds", 0.9,
+    )  # fmt: skip
+    assert status == 0
+    assert "estoi" in out
+    assert "1 of 1" in out
+    assert len((tmp_path / "s.csv").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["train", "--config_path", "none.yaml"], "none.yaml does not exist"),
+        (["train", "--set", "training.lrr=1"], "did you mean training.lr?"),
+        (["train", "--model_type", "unet"], "--model_type unet is unknown"),
+        (["train", "--dataset_type", "4"], "--dataset_type 4"),
+        (["train", "--dataset_type", "2"], "--dataset_type 1"),
+        (["train", "--device_ids", "0", "1"], "torchrun --nproc_per_node 2"),
+        (["train", "--metrics", "mos"], "training.metrics"),
+        (["train", "--data_path", "nowhere"], "nowhere"),
+        (["enhance", "a.wav", "-o", "b.wav", "--model", "nowhere"], "no trained model"),
+        (["data"], "diffbuf data demo"),
+        (["data", "download", "timit"], "librispeech is the only one"),
+        (["config", "configs/debug.yaml", "--set", "x"], "not of the form key.path=value"),
+    ],
+)
+def test_errors_are_one_line_with_status_2(args, message, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    if args[0] == "train":
+        defaults = {
+            "--config_path": "configs/debug.yaml",
+            "--results_path": tmp_path / "r",
+            "--data_path": data / "train",
+        }
+        args = [*args, *(x for key, v in defaults.items() if key not in args for x in (key, v))]
+    status, _, err = call(monkeypatch, capsys, *args)
+    assert status == 2
+    (line,) = [line for line in err.splitlines() if line]
+    assert line.startswith("error: ")
+    assert message in line
+    assert not (tmp_path / "r").exists()
+
+
+def test_config_prints_what_load_config_reads(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(ROOT)
+    _, out, _ = call(monkeypatch, capsys, "config", "configs/debug.yaml", "--set", "training.lr=5")
+    (tmp_path / "c.yaml").write_text(out)
+    assert cli.load_config(tmp_path / "c.yaml").training.lr == 5
+    _, out, _ = call(monkeypatch, capsys, "config")
+    assert "diffusion_buffer.buffer_size = 20" in out
