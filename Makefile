@@ -16,17 +16,15 @@ help:            ## show this list
 demo: $(VENV)/.demo   ## dataset, training, enhanced wavs, report: results/demo/report.html
 	$(BIN)/diffbuf demo
 
-test: $(VENV)/.test   ## every check: lint, types, unit tests
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+test: lint            ## every check: lint, types, unit tests, notebooks
 	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 120 notebooks
 
 test-long: $(VENV)/.test   ## the slow tests too
 	$(BIN)/pytest -n 2
 
 lab: $(VENV)/.lab     ## JupyterLab on the notebooks, on loopback, with a token
-	PYTHONFAULTHANDLER=1 $(BIN)/jupyter lab --ip=127.0.0.1 notebooks
+	PYTHONFAULTHANDLER=1 $(BIN)/jupyter lab --ip=127.0.0.1 $(LAB_OPTIONS) notebooks/00_start_here.ipynb
 
 bench: $(VENV)/.test  ## speed and memory on this machine, as a table and JSON
 	$(BIN)/python -m benchmarks

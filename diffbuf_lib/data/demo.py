@@ -26,8 +26,8 @@ _DRONES = 16
 _DRONE_SECONDS = 15.0
 _TEST_SAMPLES = 3
 _TEST_SECONDS = 6.0
-# m. Nearer than DN-LM's 5 to 20: attenuated by 1/20, speech lies so far below the diffusion's sigma of
-# up to 0.21 that a short training learns nothing from the perturbed input.
+# m. Nearer than DN-LM's 5 to 20: attenuated by 1/20, speech lies so far below the diffusion's sigma
+# of up to 0.21 that a short training learns nothing from the perturbed input.
 _DISTANCE = (1.0, 3.0)
 _PAUSE = 0.25  # s between the recordings of one language, which are joined into one file
 _RATES = (0.85, 0.95, 1.05, 1.2)  # piper's length_scale: below 1 is faster
