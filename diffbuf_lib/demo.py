@@ -16,6 +16,7 @@ from diffbuf_lib.training import train
 from diffbuf_lib.training.results import ResultsFolder
 
 TEST_SECONDS = 6
+METRICS = ("si_sdr", "sdr", "pesq", "estoi")
 
 
 def run_demo(
@@ -62,7 +63,7 @@ def run_demo(
     test_set = DNLMDataset(
         data_path / "test", TEST_SECONDS * rate, sample_rate=rate, training=False
     )
-    clips = list(evaluate(model, test_set, cfg.training.metrics))
+    clips = list(evaluate(model, test_set, METRICS))
     (results_path / "audio").mkdir(exist_ok=True)
     for path, wave in _files(clips, results_path / "audio"):
         write_audio(path, wave[None], rate, subtype="FLOAT")

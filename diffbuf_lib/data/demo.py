@@ -36,7 +36,7 @@ _RATES = (0.85, 0.95, 1.05, 1.2)  # piper's length_scale: below 1 is faster
 def build_demo(
     out_dir: str | Path,
     *,
-    train: int = 96,
+    train: int = 192,
     valid: int = 12,
     seconds: float = 1.0,
     seed: int = 0,
