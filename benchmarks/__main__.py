@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffbuf_lib
+from benchmarks import streaming
+from benchmarks.diagnostics import bench_diagnostics
 from diffbuf_lib import Config, DiffusionBufferModel, load_config
 from diffbuf_lib.data import DNLMDataset, DroneParameters, build_dnlm, synthesise, write_audio
 from diffbuf_lib.diffusion.buffer import complex_normal, draw_times, perturb
@@ -43,6 +45,8 @@ class Row:
 def main() -> None:
     """Measure, print, write."""
     rows = [*bench_data(), *bench_perturb(), *bench_networks(), *bench_enhance()]
+    rows += [Row(*row) for row in streaming.measure(best)]
+    rows += [Row(*measurement) for measurement in bench_diagnostics()]
     rows.append(Row("peak memory of this process", _peak_gib(), "GiB"))
     machine = describe_machine()
     width = max(len(row.name) for row in rows)

@@ -1,21 +1,22 @@
-"""The command line: `diffbuf train|enhance|evaluate|demo|data|config`, and train.py."""
+"""The command line: `diffbuf train|enhance|stream|evaluate|doctor|replay|...`, and train.py."""
 
 from __future__ import annotations
 
 import csv
 import faulthandler
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
-from diffbuf_lib.config import describe_keys, load_config
+from diffbuf_lib.config import Config, describe_keys, load_config
 from diffbuf_lib.errors import ConfigError, DiffbufError
 
 Overrides = Annotated[
@@ -30,8 +31,11 @@ def main(args: Sequence[str] | None = None) -> None:
     for name, function in _DATA_COMMANDS.items():
         data.command(name=name)(function)
     commands: dict[str, Callable[..., None]] = {
+        "doctor": doctor_command,
         "train": train_command,
+        "replay": replay_command,
         "enhance": enhance_command,
+        "stream": stream_command,
         "evaluate": evaluate_command,
         "demo": demo_command,
         "config": config_command,
@@ -83,6 +87,11 @@ def train_command(
     resume: bool = False,
     seed: int | None = None,
     max_steps: int | None = None,
+    skip_doctor: bool = False,
+    log_shapes: bool = False,
+    log_stats: int = 0,
+    on_nonfinite: Literal["stop", "skip"] | None = None,
+    find_batch_size: bool = False,
     overrides: Overrides = (),
 ) -> None:
     """Train a model.
@@ -103,6 +112,14 @@ def train_command(
         resume: go on with the run in results_path.
         seed: training.seed.
         max_steps: optimizer steps at most (training.num_steps).
+        skip_doctor: start without looking at machine, data and config first.
+        log_shapes: print shapes, types, devices and ranges of the first batch.
+        log_stats: print the numbers of every stage each so many steps, and send them to
+            TensorBoard; 0: never.
+        on_nonfinite: stop at a NaN or Inf loss or gradient, or skip its batch
+            (training.on_nonfinite).
+        find_batch_size: train with the largest batch that fits into the memory, instead of
+            training.batch_size.
         overrides: config keys.
     """
     from diffbuf_lib.data import open_dataset
@@ -121,6 +138,7 @@ def train_command(
         "metric_for_scheduler": metric_for_scheduler,
         "seed": seed,
         "num_steps": max_steps,
+        "on_nonfinite": on_nonfinite,
     }
     given = [f"training.{key}={value}" for key, value in flags.items() if value is not None]
     cfg = load_config(config_path, [*given, *overrides])
@@ -128,6 +146,21 @@ def train_command(
     valid_set = open_dataset(dataset_type, valid_path, cfg, training=False) if valid_path else None
 
     print(f"{len(train_set)} training clips, {len(valid_set) if valid_set else 0} validation clips")
+    device = f"cuda:{device_ids[0]}" if device_ids else "auto"
+    if find_batch_size:
+        cfg = _with_batch_size(cfg, train_set, device, results_path if resume else None)
+    main_process = os.environ.get("RANK", "0") == "0"  # torchrun numbers its processes
+    if main_process and not skip_doctor:
+        _consult_doctor(cfg, train_set, valid_set, device, results_path)
+    recorder, model = None, None
+    if main_process and (log_shapes or log_stats > 0):
+        from diffbuf_lib.diagnostics.recording import RecordingModel, StageRecorder
+
+        board = results_path / "tensorboard" / "stats"
+        recorder = StageRecorder(
+            cfg, _say, shapes=log_shapes, every=log_stats, board=board, resumed=resume
+        )
+        model = RecordingModel(cfg, recorder)
     records = train(
         cfg,
         train_set,
@@ -135,18 +168,45 @@ def train_command(
         results_path,
         resume=resume,
         start_check_point=start_check_point,
-        device=f"cuda:{device_ids[0]}" if device_ids else "auto",
+        device=device,
         progress=True,
+        model=model,
     )
     try:
         with closing(records):
             for record in records:
+                if recorder is not None:
+                    recorder.step(record.step)
                 if record.valid:
                     _say(f"step {record.step}  epoch {record.epoch}  {_scores(record.valid)}")
     except KeyboardInterrupt:
         _say(f"stopped; the same command with --resume goes on from {results_path}")
         raise
+    finally:
+        if recorder is not None:
+            recorder.close()
     _say(f"model: {results_path / 'model'}")
+
+
+def replay_command(capsule_dir: Positional[Path], device: str = "cpu") -> None:
+    """Make a failed training step again, module by module to the first bad value.
+
+    Exit status 0 if it fails at the same place as then, 1 if not.
+
+    Args:
+        capsule_dir: a capsule_<step> folder, which training wrote into its results folder.
+        device: cpu, cuda or cuda:N.
+    """
+    from diffbuf_lib.diagnostics.capsule import Capsule
+
+    capsule = Capsule.load(capsule_dir)
+    record = capsule.record
+    print(f"{capsule_dir}: step {record.step} (epoch {record.epoch}) on {record.device}")
+    print(record.error.get("message", ""))
+    result = capsule.replay(device)
+    print(result)
+    if not result.reproduced:
+        sys.exit(1)
 
 
 def enhance_command(
@@ -169,6 +229,50 @@ def enhance_command(
 
     for _, written in enhance_path(_load_model(model, device), source, output, seed=seed):
         print(written)
+
+
+def stream_command(
+    source: Positional[Path] = Path("-"),
+    output: Positional[Path] = Path("-"),
+    *,
+    model: Path,
+    realtime: bool = False,
+    delay: int | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    device: Literal["file", "mic"] = "file",
+) -> None:
+    """Enhance a stream hop by hop, and report on stderr whether this machine keeps up.
+
+    A file, the microphone, or raw s16le mono PCM of the model's rate on stdin and stdout.
+
+    Args:
+        source: file of the model's sample rate; - for stdin.
+        output: .wav or .flac file; - for stdout.
+        model: folder of a trained model.
+        realtime: feed a file at its own pace.
+        delay: frames from a sample to its output, 1 to buffer_size, of a data-prediction model.
+        threads: CPU threads of torch; default: its own choice.
+        seed: of the diffusion noise.
+        device: file (or pipe), or mic: from the microphone to the headphones until Ctrl-C.
+    """
+    import torch
+
+    from diffbuf_lib.live_io import run_microphone, stream_path
+    from diffbuf_lib.streaming import OnlineEnhancer
+
+    if threads is not None:
+        if threads < 1:
+            raise ConfigError(f"--threads {threads}: give at least 1")
+        torch.set_num_threads(threads)
+    with redirect_stdout(sys.stderr):  # huggingface_hub prints, and stdout may be the sound
+        loaded = _load_model(model, "cpu")
+    enhancer = OnlineEnhancer(loaded, seed=seed, delay=delay)
+    if device == "mic":
+        report = run_microphone(enhancer)
+    else:
+        report = stream_path(enhancer, source, output, realtime=realtime)
+    print(report, file=sys.stderr)
 
 
 def evaluate_command(
@@ -253,6 +357,47 @@ def config_command(config_path: Positional[Path | None] = None, overrides: Overr
         print(f"{key} = {default}\n    {description}")
 
 
+def doctor_command(
+    config_path: Path,
+    data_path: Path,
+    valid_path: Path | None = None,
+    dataset_type: int = 1,
+    results_path: Path | None = None,
+    device: str = "auto",
+    json: bool = False,
+    overrides: Overrides = (),
+) -> None:
+    """Look at machine, data, config and model before training; exit status 1 on an error.
+
+    Args:
+        config_path: YAML config of the experiment.
+        data_path: training data.
+        valid_path: validation data.
+        dataset_type: as in train.
+        results_path: where the run will write; default: the current folder's disk is looked at.
+        device: auto, cpu, cuda or cuda:N.
+        json: print JSON for machines.
+        overrides: config keys.
+    """
+    import shutil
+
+    from diffbuf_lib.diagnostics.doctor import examine_paths, has_error
+    from diffbuf_lib.diagnostics.findings import render, to_json
+
+    findings = examine_paths(
+        config_path, data_path, valid_path, dataset_type=dataset_type, overrides=overrides,
+        device=device, results_path=results_path,
+    )  # fmt: skip
+    if json:
+        print(to_json(findings))
+    else:
+        width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print(render(findings, colour=colour, width=width))
+    if has_error(findings):
+        sys.exit(1)
+
+
 def data_command() -> None:
     """Make datasets: diffbuf data demo|build|download."""
     raise ConfigError(
@@ -262,7 +407,7 @@ def data_command() -> None:
 
 def data_demo_command(
     out_path: Positional[Path] = Path("data/DN-LM-demo"),
-    train: int = 96,
+    train: int = 192,
     valid: int = 12,
     seed: int = 0,
 ) -> None:
@@ -359,6 +504,34 @@ def _load_model(folder: Path, device: str) -> Any:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return DiffusionBufferModel.from_pretrained(folder).to(device).eval()
+
+
+def _with_batch_size(cfg: Config, train_set: Any, device: str, resumed: Path | None) -> Config:
+    """Return the config with the largest batch that fits; a resumed run keeps the one it has."""
+    from diffbuf_lib.training.memory import find_batch_size
+
+    if resumed is not None and (resumed / "config.yaml").is_file():
+        size = load_config(resumed / "config.yaml").training.batch_size
+        _say(f"batch_size {size}, which the resumed run began with")
+    else:
+        size = find_batch_size(cfg, train_set, device)
+        _say(f"batch_size {size} fits (training.batch_size was {cfg.training.batch_size})")
+    return cfg.override(f"training.batch_size={size}")
+
+
+def _consult_doctor(
+    cfg: Config, train_set: Any, valid_set: Any, device: str, results_path: Path
+) -> None:
+    """Print warnings and errors, a line each; stop on an error."""
+    from diffbuf_lib.diagnostics.doctor import examine, has_error
+
+    findings = examine(cfg, train_set, valid_set, device=device, results_path=results_path)
+    for finding in findings:
+        if finding.severity in ("error", "warning"):
+            print(f"doctor: {finding.line()}", file=sys.stderr)
+    if has_error(findings):
+        print("doctor: not started; --skip_doctor starts all the same", file=sys.stderr)
+        sys.exit(1)
 
 
 def _scores(valid: dict[str, float]) -> str:

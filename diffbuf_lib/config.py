@@ -8,6 +8,7 @@ are refused here rather than minutes into a run.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -33,16 +34,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = _parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist: check --config_path") from None
     except OSError as error:
         raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+    except ValueError as error:
+        reason = _one_line(str(error))
         raise ConfigError(f"config file {path} is not plain YAML: {reason}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"config file {path} holds {tree!r}, not `section: ...` mappings")
+        raise ConfigError(f"config file {path} holds {_short(tree)}, not `section: ...` mappings")
     return build_config(tree, overrides, source=str(path))
 
 
@@ -64,8 +65,10 @@ def build_config(
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        problems = "; ".join(_describe(problem) for problem in error.errors())
-        raise ConfigError(f"{source}: {problems}") from None
+        problems = "; ".join(_describe(problem) for problem in error.errors()[:20])
+        raise ConfigError(_one_line(f"{source}: {problems}")) from None
+    except RecursionError:
+        raise ConfigError(f"{source} is nested too deeply, or holds itself") from None
 
 
 class Section(BaseModel):
@@ -137,12 +140,16 @@ class PreprocessingConfig(Section):
 class ModelConfig(Section):
     """The network."""
 
-    name: Literal["conv", "ncsnpp"] = Field("ncsnpp", description="which network")
+    name: Literal["conv", "ncsnpp", "block_causal"] = Field(
+        "ncsnpp", description="which network; block_causal is the one for streams"
+    )
     base_channels: int = Field(96, ge=4, multiple_of=4, description="channels of the first level")
     channel_multipliers: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (1, 2, 2, 2), min_length=1, description="ncsnpp: base_channels times this, one a level"
+        (1, 2, 2, 2), min_length=1, description="not conv: base_channels times this, one a level"
     )
-    num_res_blocks: int = Field(1, ge=1, description="ncsnpp: residual blocks a level, going down")
+    num_res_blocks: int = Field(
+        1, ge=1, description="not conv: residual blocks a level, going down"
+    )
     num_layers: int = Field(4, ge=1, description="conv: hidden 3x3 convolutions")
     dropout: float = Field(0.0, ge=0, lt=1, description="probability")
     output_scale: Literal["sigma", "time", "none"] = Field(
@@ -183,9 +190,11 @@ class DiffusionBufferConfig(Section):
 class BBEDDiffusion(Section):
     """g(t) = c k^t, with c given as itself or as sqrt(theta): never both."""
 
-    k: float = Field(2.6, gt=0, description="base of the diffusion coefficient")
-    c: float | None = Field(None, gt=0, description="factor of the diffusion coefficient (paper)")
-    theta: float | None = Field(None, gt=0, description="c squared (authors' code)")
+    k: float = Field(2.6, ge=1e-3, le=1e3, description="base of the diffusion coefficient")
+    c: float | None = Field(
+        None, gt=0, le=1e3, description="factor of the diffusion coefficient (paper)"
+    )
+    theta: float | None = Field(None, gt=0, le=1e6, description="c squared (authors' code)")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -267,6 +276,12 @@ class TrainingConfig(Section):
     seed: int = Field(0, ge=0, description="of weights, crops, diffusion times and noise")
     deterministic: bool = Field(False, description="torch.use_deterministic_algorithms")
     num_workers: int = Field(4, ge=0, description="processes that read files")
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="a NaN or Inf loss or gradient ends the run, or its batch is left out"
+    )
+    max_skipped: int = Field(
+        10, ge=0, description="batches that on_nonfinite=skip leaves out of a run at most"
+    )
 
     metrics: tuple[Literal["si_sdr", "sdr", "pesq", "estoi"], ...] = Field(
         ("si_sdr",), min_length=1, description="scores of the enhanced validation clips"
@@ -385,8 +400,8 @@ def _with_override(tree: dict[str, Any], override: str) -> dict[str, Any]:
     if not equals or not path.strip():
         raise ConfigError(f"override {override!r} is not of the form key.path=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = _parse_yaml(text)
+    except ValueError as error:
         raise ConfigError(f"override {override!r}: the value is not YAML") from error
 
     def replaced(node: Any, keys: list[str]) -> Any:
@@ -411,7 +426,34 @@ def _describe(problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return message
-    return f"{path} = {problem['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{path} = {_short(problem['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _parse_yaml(text: str) -> Any:
+    """Read YAML without objects; ValueError, whatever the parser meets.
+
+    PyYAML lets through what its scalars stumble over: a 13th month, a number too long, nesting
+    beyond Python's stack.
+    """
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _short(value: Any) -> str:
+    """Return a value for a message: aliases of aliases would unfold to gigabytes."""
+    printer = reprlib.Repr()
+    printer.maxstring = printer.maxother = printer.maxlong = 80
+    return printer.repr(value)
+
+
+def _one_line(text: str) -> str:
+    """Return a message that fits a terminal."""
+    line = " ".join(text.split())
+    return line if len(line) < 2000 else f"{line[:2000]} ..."
 
 
 def _nearest(keys: list[str], loc: tuple[Any, ...]) -> str:

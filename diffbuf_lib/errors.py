@@ -29,5 +29,9 @@ class NonFiniteError(DiffbufError, ArithmeticError):
     """A loss or gradient that became NaN or Inf."""
 
 
+class OutOfMemoryError(DiffbufError, RuntimeError):
+    """A training step that needs more memory than the device has."""
+
+
 class MissingExtraError(DiffbufError, ImportError):
     """An optional package that is not installed."""

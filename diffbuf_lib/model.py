@@ -6,7 +6,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,8 @@ from diffbuf_lib.diffusion.sampler import BufferSampler
 from diffbuf_lib.diffusion.sde import make_sde, over_frequency
 from diffbuf_lib.diffusion.spectral import Spectral
 from diffbuf_lib.errors import ShapeError
-from diffbuf_lib.networks import make_network
+from diffbuf_lib.networks import BlockCausal, HistoryCache, make_network
+from diffbuf_lib.summary import Summary, summarise
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class Trace:
     target_score: Tensor
     loss_map: Tensor
     loss: Tensor
+
+    def summary(self) -> Summary:
+        """Return shape, type, range, zeros, NaN and Inf of every stage; prints as a table."""
+        return summarise({field.name: getattr(self, field.name) for field in fields(self)})
 
 
 class DiffusionBufferModel(
@@ -181,9 +186,38 @@ class DiffusionBufferModel(
             (score, x0_hat), each [B, F, Kb] complex in the precision of V: scaling and loss stay
             in float32 under mixed precision.
         """
-        x = torch.stack([V.real, V.imag, Y.real, Y.imag], dim=1)  # [B, 4, F, K]
-        x = x.contiguous(memory_format=torch.channels_last)
-        out = self.network(x, t).to(V.real.dtype)  # [B, 2, F, Kb]
+        return self._estimates(self.network(_real_channels(V, Y), t), V, Y, t)
+
+    def start_history(self, batch: int, num_bins: int, t: Tensor) -> HistoryCache:
+        """Begin streams with a network that remembers its history, after endless silence.
+
+        Args:
+            batch: how many streams.
+            num_bins: F.
+            t: [Kb], the diffusion times of every step.
+        """
+        assert isinstance(self.network, BlockCausal)
+        with evaluating(self):
+            return self.network.start(num_bins, t.expand(batch, -1))
+
+    def denoise_next(self, history: HistoryCache, V: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the network once on the buffer, with what it remembers of the history.
+
+        Args:
+            history: from `start_history`, changed in place.
+            V: [B, F, 1 + Kb] complex: the frame that has just become history, then the buffer.
+            Y: [B, F, 1 + Kb] complex, noisy spectrum of the same frames.
+
+        Returns:
+            What `denoise` returns for a window that holds the whole past.
+        """
+        assert isinstance(self.network, BlockCausal)
+        out = self.network.step(history, _real_channels(V, Y))
+        return self._estimates(out, V, Y, history.t)
+
+    def _estimates(self, out: Tensor, V: Tensor, Y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Make a score and an x0_hat of the network's output [B, 2, F, Kb]."""
+        out = out.to(V.real.dtype)
         out = torch.complex(out[:, 0], out[:, 1])  # [B, F, Kb]
         sigma = over_frequency(self.sde.std(t), out)
         scale = self.cfg.model.output_scale
@@ -200,11 +234,13 @@ class DiffusionBufferModel(
             return (self.sde.mean(out, Yb, t) - Vb) / sigma**2, out
         return out, self.sde.denoised(Vb + sigma**2 * out, Yb, t)
 
-    def sampler(self, delay: int | None = None) -> BufferSampler:
+    def sampler(self, delay: int | None = None, *, cached: bool = True) -> BufferSampler:
         """Make what moves this model's buffer along a stream.
 
         Args:
             delay: d, 1 to B, of a data-prediction model; None for B.
+            cached: let a network that can remember its history do so; the output is the same as
+                that of a window K that shows it all it can see.
         """
         device = next(self.parameters()).device
         dtype = next(self.parameters()).dtype
@@ -215,6 +251,7 @@ class DiffusionBufferModel(
             self.cfg.num_frames,
             predicts_data=self.predicts_data,
             delay=delay,
+            cached=self if cached and isinstance(self.network, BlockCausal) else None,
         )
 
     @torch.inference_mode()
@@ -256,6 +293,12 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(was_training)
+
+
+def _real_channels(V: Tensor, Y: Tensor) -> Tensor:
+    """V and Y [B, F, K] complex to what networks see: [B, 4, F, K] real, channels-last."""
+    x = torch.stack([V.real, V.imag, Y.real, Y.imag], dim=1)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _mono(wave: Tensor) -> Tensor:

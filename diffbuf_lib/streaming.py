@@ -35,13 +35,20 @@ class StreamState:
     given: int
     to_drop: int
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of one batch of streams, bytes."""
+        own = (self.waiting, self.overlap, self.envelope)
+        return self.buffer.num_bytes + sum(t.numel() * t.element_size() for t in own)
+
 
 class OnlineEnhancer:
     """Enhance a stream: push any number of samples, get back all that are ready.
 
     The output is that of `model.enhance` on the whole signal with the same noise, however the
     input is cut into pushes, and needs no future sample: a frame is analysed when its last
-    sample has been pushed. After `flush` as many samples have come out as went in.
+    sample has been pushed. After `flush` as many samples have come out as went in. A network that
+    can remember its history (block_causal) does so: a frame then costs the same after an hour.
 
     Args:
         model: any DiffusionBufferModel; it is used in evaluation mode and left as it was.

@@ -10,6 +10,13 @@ from diffbuf_lib.config import build_config
 from diffbuf_lib.errors import ShapeError
 from tests.conftest import TINY, make_model, seeded
 
+# History features reach 12 frames back: the window of K = 16 shows all that a buffer of 4 can see.
+BLOCK_CAUSAL = (
+    "model.name=block_causal",
+    "model.channel_multipliers=[1, 2]",
+    "diffusion_buffer.num_frames=16",
+)
+
 
 def run(enhancer, signal, cuts):
     pieces, start = [], 0
@@ -25,9 +32,10 @@ def run(enhancer, signal, cuts):
     cuts=st.lists(st.integers(0, 700), max_size=6),
     loss=st.sampled_from(["weighted_score", "data_prediction"]),
     n_fft=st.sampled_from([62, 63, 64]),
+    network=st.sampled_from([(), BLOCK_CAUSAL]),
 )
-def test_any_cut_gives_the_whole(length, cuts, loss, n_fft):
-    cfg = build_config(TINY, [f"training.loss={loss}", f"audio.stft.n_fft={n_fft}"])
+def test_any_cut_gives_the_whole(length, cuts, loss, n_fft, network):
+    cfg = build_config(TINY, [f"training.loss={loss}", f"audio.stft.n_fft={n_fft}", *network])
     # In float64: compression takes a rounding error of 1e-16 in an empty bin to 1e-8.
     model = make_model(cfg).double()
     signal = torch.randn(length, generator=seeded(length), dtype=torch.float64) * 0.1
@@ -65,8 +73,9 @@ def test_delay_is_chosen_when_the_stream_starts(tiny_cfg, monkeypatch, delay):
     torch.testing.assert_close(run(enhancer, signal, [333]), signal, rtol=1e-4, atol=1e-4)
 
 
-def test_reset_flush_and_neighbours_leave_no_trace(tiny_cfg):
-    model = make_model(tiny_cfg)
+@pytest.mark.parametrize("network", [(), BLOCK_CAUSAL])
+def test_reset_flush_and_neighbours_leave_no_trace(tiny_cfg, network):
+    model = make_model(tiny_cfg.override(*network))
     signal, other = torch.randn(2, 500)
     fresh = run(OnlineEnhancer(model), signal, [])
     a, b = OnlineEnhancer(model), OnlineEnhancer(model, seed=1)
@@ -77,8 +86,9 @@ def test_reset_flush_and_neighbours_leave_no_trace(tiny_cfg):
     assert torch.equal(run(a, signal, []), fresh)  # after flush
 
 
-def test_streams_side_by_side(tiny_cfg):
-    model = make_model(tiny_cfg)
+@pytest.mark.parametrize("network", [(), BLOCK_CAUSAL])
+def test_streams_side_by_side(tiny_cfg, network):
+    model = make_model(tiny_cfg.override(*network))
     signals = torch.randn(3, 400)
     out = run(OnlineEnhancer(model, batch=3), signals, [100, 101])
     assert out.shape == signals.shape
@@ -88,3 +98,96 @@ def test_streams_side_by_side(tiny_cfg):
 
 def test_nothing_pushed_nothing_out(tiny_cfg):
     assert OnlineEnhancer(make_model(tiny_cfg)).flush().shape == (0,)
+
+
+def frames_of(sampler, R, seed=0):
+    """What a stream of noisy frames [B, F, K] is turned into, [B, F, K]."""
+    generator = seeded(seed)
+    state = sampler.start(R.shape[0], R.shape[1], generator, R.dtype)
+    with torch.inference_mode():
+        return torch.stack([sampler.step(state, r, generator) for r in R.unbind(-1)], dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "dtype", "frames", "tolerance"),
+    [
+        ("data_prediction", torch.float64, 2000, 1e-10),
+        ("weighted_score", torch.float32, 2000, 1e-5),
+        ("weighted_score", torch.float64, 200, 1e-10),
+        ("data_prediction", torch.float32, 200, 1e-5),
+    ],
+)
+def test_cached_is_recomputed(tiny_cfg, loss, dtype, frames, tolerance):
+    """The cache against all K frames of the window anew, over a long stream."""
+    cfg = tiny_cfg.override(f"training.loss={loss}", *BLOCK_CAUSAL)
+    model = make_model(cfg).to(dtype).eval()
+    assert cfg.num_frames - 4 >= model.network.receptive_field
+    R = torch.randn(2, 32, frames, dtype=dtype.to_complex(), generator=seeded(1)) * 0.1
+    R[..., 50:60] = 0  # digital silence
+    recomputed = frames_of(model.sampler(cached=False), R)
+    cached = frames_of(model.sampler(), R)
+    assert (cached - recomputed).abs().max() <= tolerance * recomputed.abs().max()
+
+
+def test_cached_is_recomputed_over_the_whole_past(tiny_cfg):
+    """Also when the window holds every frame so far, and the silence before."""
+    model = make_model(tiny_cfg.override(*BLOCK_CAUSAL, "diffusion_buffer.num_frames=60"))
+    model = model.double().eval()
+    R = torch.randn(1, 32, 40, dtype=torch.complex128, generator=seeded(1)) * 0.1
+    whole = frames_of(model.sampler(cached=False), R)
+    torch.testing.assert_close(frames_of(model.sampler(), R), whole, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(whole, frames_of(model.sampler(), R.flip(-1)))
+
+
+@pytest.mark.parametrize("num_frames", [4, 16, 500])
+def test_a_cached_stream_keeps_the_same_whatever_k_is(tiny_cfg, num_frames):
+    model = make_model(tiny_cfg.override(*BLOCK_CAUSAL))
+    small = OnlineEnhancer(model)
+    cfg = tiny_cfg.override(*BLOCK_CAUSAL, f"diffusion_buffer.num_frames={num_frames}")
+    other = OnlineEnhancer(make_model(cfg))
+    assert other.state.num_bytes == small.state.num_bytes
+    signal = torch.randn(500, generator=seeded())
+    assert torch.equal(other.push(signal), small.push(signal))
+    assert other.state.buffer.V.shape[-1] == 5
+
+
+def test_no_output_depends_on_a_sample_that_was_not_pushed(tiny_cfg):
+    """By Jacobian: an output sample depends on none that was pushed after it came out."""
+    model = make_model(tiny_cfg.override(*BLOCK_CAUSAL)).double()
+    signal = torch.randn(256, dtype=torch.float64, generator=seeded()) * 0.1
+    latency = OnlineEnhancer(model).latency_samples
+
+    def enhanced(samples):
+        out = OnlineEnhancer(model)
+        out._advance = out._advance.__wrapped__.__get__(out)  # with gradients
+        return out.push(samples)
+
+    jacobian = torch.autograd.functional.jacobian(enhanced, signal)
+    assert jacobian.abs().sum(dim=1).all()
+    for i, row in enumerate(jacobian):
+        pushed = latency + -(-i // 32) * 32  # when sample i came out: sample 0, then a hop each
+        assert not row[pushed:].any(), i
+        assert row[pushed - 32 : pushed].any() or i % 32 == 1, i  # which it needed: but for 0 taps
+
+
+@pytest.mark.slow
+def test_ten_minutes_keep_their_count_and_memory_and_silence_is_not_slower():
+    import time
+
+    from diffbuf_lib import DiffusionBufferModel, load_config
+
+    torch.manual_seed(0)
+    model = DiffusionBufferModel(load_config("configs/block_causal_tiny.yaml"))
+    enhancer = OnlineEnhancer(model)
+    given, minute, sizes, seconds = 0, 60 * 16000, set(), []
+    for i in range(10):
+        level = 0.0 if i % 2 else 0.1  # a minute of noise, a minute of digital silence, ...
+        start = time.process_time()
+        out = enhancer.push(level * torch.randn(minute, generator=seeded(i)))
+        seconds.append(time.process_time() - start)
+        given += out.numel()
+        assert minute * (i + 1) - given <= enhancer.latency_samples + 256
+        sizes.add(enhancer.state.num_bytes - enhancer.state.waiting.nbytes)
+    assert given + enhancer.flush().numel() == 10 * minute
+    assert len(sizes) == 1
+    assert min(seconds[1::2]) <= 1.2 * min(seconds[::2])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,20 +26,42 @@ Denoise = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(V [B, F, K], Y [B, F, K], t [B, Kb]) -> (score, x0_hat), each [B, F, Kb]."""
 
 
+class CachedDenoise(Protocol):
+    """A network that remembers its history, so that it need not see it again."""
+
+    def start_history(self, batch: int, num_bins: int, t: Tensor) -> Any:
+        """Begin after endless silence; t [Kb]. Returns the cache, whatever it is."""
+
+    def denoise_next(self, history: Any, V: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
+        """Do what `Denoise` does, for V and Y [B, F, 1 + Kb]: the newest history frame, the buffer.
+
+        The cache is changed in place.
+        """
+
+
 @dataclass
 class BufferState:
     """All that one stream remembers, in the open.
 
     Attributes:
         V: [B, F, K] complex, the network's perturbed input; its last Kb frames are the buffer.
+            With a cache it holds 1 + Kb frames, whatever K is.
         Y: [B, F, K] complex, the noisy frames of the same K moments as V: conditioning on any
             other window would be misaligned, or leak the future.
+        history: what a network with a cache keeps of all earlier frames; None without one.
         pushed: frames taken in so far.
     """
 
     V: Tensor
     Y: Tensor
+    history: Any = None
     pushed: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the state, bytes."""
+        own = sum(tensor.numel() * tensor.element_size() for tensor in (self.V, self.Y))
+        return own + (self.history.num_bytes if self.history is not None else 0)
 
 
 class BufferSampler:
@@ -51,6 +74,8 @@ class BufferSampler:
         num_frames: K, frames that the network sees; at least Kb.
         predicts_data: whether x0_hat replaces the reverse step (data prediction).
         delay: d, which frame of the buffer is put out, 1 (the newest) to Kb (the oldest, None).
+        cached: a network that remembers its history, used instead of `denoise`; K then has no
+            meaning, since all the past counts. None: K frames are computed for each new one.
 
     Raises:
         ConfigError: a delay outside [1, Kb], or below Kb without data prediction.
@@ -65,6 +90,7 @@ class BufferSampler:
         *,
         predicts_data: bool = False,
         delay: int | None = None,
+        cached: CachedDenoise | None = None,
     ) -> None:
         Kb = t.shape[0]
         delay = Kb if delay is None else delay
@@ -75,8 +101,10 @@ class BufferSampler:
                 f"delay {delay} below buffer_size {Kb} needs a model trained with training.loss "
                 "data_prediction: a score model's estimate is ready when it leaves the buffer"
             )
-        self.denoise, self.sde, self.t = denoise, sde, t
-        self.num_frames, self.predicts_data, self.delay = num_frames, predicts_data, delay
+        self.denoise, self.cached, self.sde, self.t = denoise, cached, sde, t
+        self.predicts_data, self.delay = predicts_data, delay
+        self.num_frames = num_frames if cached is None else 1 + Kb
+        self.entering_std = sde.std(t[-1])
 
     def start(
         self,
@@ -96,7 +124,8 @@ class BufferSampler:
         V = torch.zeros(batch, num_bins, self.num_frames, dtype=dtype, device=self.t.device)
         z = complex_normal((batch, num_bins, Kb), generator, self.t.device, dtype)
         V[..., -Kb:] = self.sde.std(next_times(self.t)) * z
-        return BufferState(V=V, Y=torch.zeros_like(V))
+        history = self.cached.start_history(batch, num_bins, self.t) if self.cached else None
+        return BufferState(V=V, Y=torch.zeros_like(V), history=history)
 
     def step(self, state: BufferState, R: Tensor, generator: Generators = None) -> Tensor:
         """Take in one noisy frame and put out one clean frame.
@@ -111,13 +140,16 @@ class BufferSampler:
         """
         Kb = self.t.shape[0]
         z = complex_normal((*R.shape, Kb + 1), generator, R.device, R.dtype)
-        entering = R + self.sde.std(self.t[-1]) * z[..., -1]
+        entering = R + self.entering_std * z[..., -1]
         state.V = torch.cat([state.V[..., 1:], entering.unsqueeze(-1)], dim=-1)
         state.Y = torch.cat([state.Y[..., 1:], R.unsqueeze(-1)], dim=-1)
         state.pushed += 1
 
-        t = self.t.expand(R.shape[0], -1)
-        score, x0_hat = self.denoise(state.V, state.Y, t)
+        if self.cached is None:
+            t = self.t.expand(R.shape[0], -1)
+            score, x0_hat = self.denoise(state.V, state.Y, t)
+        else:
+            score, x0_hat = self.cached.denoise_next(state.history, state.V, state.Y)
         x, y = state.V[..., -Kb:], state.Y[..., -Kb:]
         if self.predicts_data:
             moved = renoise_step(x0_hat, y, self.t, z[..., :-1], self.sde)

@@ -3,14 +3,16 @@
 from torch import nn
 
 from diffbuf_lib.config import ModelConfig
+from diffbuf_lib.networks.block_causal import BlockCausal, HistoryCache
 from diffbuf_lib.networks.conv import ConvNet
 from diffbuf_lib.networks.ncsnpp import NCSNpp
 
-__all__ = ["ConvNet", "NCSNpp", "make_network"]
+__all__ = ["BlockCausal", "ConvNet", "HistoryCache", "NCSNpp", "make_network"]
 
 
 def make_network(cfg: ModelConfig) -> nn.Module:
     """Make the network of `cfg.model`."""
     if cfg.name == "conv":
         return ConvNet(cfg.base_channels, cfg.num_layers, cfg.dropout)
-    return NCSNpp(cfg.base_channels, cfg.channel_multipliers, cfg.num_res_blocks, cfg.dropout)
+    network = NCSNpp if cfg.name == "ncsnpp" else BlockCausal
+    return network(cfg.base_channels, cfg.channel_multipliers, cfg.num_res_blocks, cfg.dropout)

@@ -111,3 +111,104 @@ class Resample(nn.Module):
         if self.direction == "down":
             return F.conv2d(x, kernel, stride=2, padding=1, groups=channels)
         return F.conv_transpose2d(x, kernel, stride=2, padding=1, groups=channels)
+
+
+class TimeConv(nn.Module):
+    """A 3x3 convolution over frames and bins, causal in the history.
+
+    A buffer frame k sees frames k - d, k and k + d, with zeros after the buffer; a history frame
+    sees k - d and k with the same weights, and zeros for the third. Features are [B, K, F, C].
+
+    The three frames are laid side by side as channels, so that one convolution over bins serves
+    both kinds of frame: masking is exact, and in small maps this is faster than a (dilated) 3x3
+    convolution followed by a causal one.
+
+    Args:
+        channels: channels of input and output.
+        dilation: d, frames.
+        zero: start as zero.
+    """
+
+    def __init__(self, channels: int, dilation: int, *, zero: bool = False) -> None:
+        super().__init__()
+        self.dilation = dilation
+        self.over_bins = _initialised(
+            nn.Conv2d(3 * channels, channels, (1, 3), padding=(0, 1)), zero
+        )
+
+    def forward(self, x: Tensor, num_history: int = 0, past: Tensor | None = None) -> Tensor:
+        """Keep the shape [B, K, F, C].
+
+        Args:
+            x: num_history history frames, then the buffer.
+            num_history: how many of the frames are history.
+            past: [B, d, F, C], the d history frames before x; changed in place to those before
+                the buffer. None: zeros.
+        """
+        d, K = self.dilation, x.shape[1]
+        none = x.new_zeros(x.shape[0], d, *x.shape[2:])
+        rows = torch.cat([none if past is None else past, x, none], dim=1)  # [B, d + K + d, F, C]
+        # What follows a history frame is hidden from it.
+        following = F.pad(rows[:, num_history + 2 * d :], (0, 0, 0, 0, num_history, 0))
+        taps = torch.cat([rows[:, :K], x, following], dim=-1)  # [B, K, F, 3 C]
+        if past is not None:
+            past.copy_(rows[:, num_history : num_history + d])
+        out: Tensor = self.over_bins(taps.permute(0, 3, 1, 2))  # channels-last in memory
+        return out.permute(0, 2, 3, 1)
+
+
+def bias_and_gain(modulation: Tensor, num_history: int) -> tuple[Tensor, Tensor]:
+    """Give every frame what its features are shifted and scaled by, each [B, K, 1, C].
+
+    Args:
+        modulation: [B, 1 + Kb, 1, 2 C], a history frame's, then the buffer's.
+        num_history: history frames; all have the same.
+    """
+    if num_history != 1:
+        history = modulation[:, :1].expand(-1, num_history, -1, -1)
+        modulation = torch.cat([history, modulation[:, 1:]], dim=1)
+    bias, gain = modulation.chunk(2, dim=-1)
+    return bias, 1 + gain
+
+
+def linear(in_channels: int, out_channels: int, *, zero: bool = False) -> nn.Linear:
+    """Make a linear layer over the last axis; `zero` starts it as zero."""
+    layer = nn.Linear(in_channels, out_channels)
+    if zero:
+        nn.init.zeros_(layer.weight)
+    else:
+        nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Merge(nn.Module):
+    """Make `step` neighbouring bins one: [B, K, step * F, C] to [B, K, F, C']."""
+
+    def __init__(self, in_channels: int, out_channels: int, step: int) -> None:
+        super().__init__()
+        self.step = step
+        self.mix = linear(step * in_channels, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Join the channels of the bins, and mix them."""
+        B, K, bins, _ = x.shape
+        out: Tensor = self.mix(x.reshape(B, K, bins // self.step, -1))
+        return out
+
+
+class Split(nn.Module):
+    """Undo `Merge`: [B, K, F, C] to [B, K, step * F, C']."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, step: int, *, zero: bool = False
+    ) -> None:
+        super().__init__()
+        self.step = step
+        self.mix = linear(in_channels, step * out_channels, zero=zero)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give every bin the channels of `step` bins."""
+        B, K, bins, _ = x.shape
+        out: Tensor = self.mix(x).reshape(B, K, bins * self.step, -1)
+        return out

@@ -1,0 +1,113 @@
+"""What a frame of a stream costs: with the history kept, and recomputed as the authors do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffbuf_lib import DiffusionBufferModel, OnlineEnhancer, load_config
+from diffbuf_lib.diffusion.sampler import BufferSampler
+from diffbuf_lib.live import LiveReport, run_live
+
+BINS = 256
+WINDOWS = (64, 128, 256, 512)  # K, frames
+Best = Callable[[Callable[[], Any], int], float]  # shortest time of some repeats, seconds
+
+
+def stream_model(name: str, frames: int = 128) -> DiffusionBufferModel:
+    """An untrained model of configs/`name`.yaml whose network sees K = `frames` frames."""
+    cfg = load_config(f"configs/{name}.yaml", [f"diffusion_buffer.num_frames={frames}"])
+    torch.manual_seed(0)
+    return DiffusionBufferModel(cfg).eval()
+
+
+def measure(best: Best) -> Iterator[tuple[str, float, str, str]]:
+    """Yield (name, value, unit, note) of every measurement."""
+    matmul = matmul_gflops(best)
+    yield "matrix product", matmul, "GFLOP/s", "2048 x 2048, float32"
+    yield from frame_times(best, matmul)
+    yield from recomputed_ncsnpp(best)
+    for name in ("tiny", "cpu", "base"):
+        yield from one_core(name, best)
+    report = one_minute("block_causal_cpu")
+    for label, q in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99), ("worst", 1.0)):
+        note = f"a minute of audio, B 20, hop {report.hop_ms:.0f} ms"
+        yield f"cpu size, frame time {label}", report.quantile(q), "ms", note
+    note = f"median; p99 {report.quantile(0.99) / report.hop_ms:.2f}; {report.missed} hops late"
+    yield "cpu size, real-time factor", report.real_time_factor, "", note
+
+
+def frame_times(best: Best, matmul: float) -> Iterator[tuple[str, float, str, str]]:
+    """Yield one frame of the cpu size at several K, with and without the cache."""
+    for frames in WINDOWS:
+        model = stream_model("block_causal_cpu", frames)
+        cached, flop = one_frame(model.sampler(), best, 30)
+        note = f"{flop:.2f} GFLOP, {flop / cached / matmul:.0%} of a matrix product's speed"
+        yield f"cpu size, frame, cached, K {frames}", 1e3 * cached, "ms", note
+        again, flop = one_frame(model.sampler(cached=False), best, 5)
+        note = f"{flop:.2f} GFLOP, {again / cached:.1f} times the cached frame"
+        yield f"cpu size, frame, recomputed, K {frames}", 1e3 * again, "ms", note
+
+
+def recomputed_ncsnpp(best: Best) -> Iterator[tuple[str, float, str, str]]:
+    """Yield one frame of the paper's network, which recomputes all K frames for each."""
+    for frames in WINDOWS:
+        model = stream_model("9_Diffusion_Buffer_BBED", frames)
+        seconds, flop = one_frame(model.sampler(), best, 1)
+        note = f"{flop:.0f} GFLOP; real-time factor {seconds / 0.016:.1f}"
+        yield f"ncsnpp, frame, recomputed, K {frames}", 1e3 * seconds, "ms", note
+
+
+def one_core(name: str, best: Best) -> Iterator[tuple[str, float, str, str]]:
+    """Yield memory of a stream, and how many streams one thread keeps up with."""
+    model = stream_model(f"block_causal_{name}")
+    size = OnlineEnhancer(model).state.num_bytes
+    with threads(1):
+        seconds, flop = one_frame(model.sampler(), best, 10)
+    yield f"{name} size, memory a stream", size / 1024, "KiB", "whatever K is"
+    note = f"{flop:.3f} GFLOP and {1e3 * seconds:.2f} ms a frame on one thread"
+    yield f"{name} size, streams a core", 0.016 / seconds, "", note
+
+
+def one_minute(name: str) -> LiveReport:
+    """Enhance a minute of noise hop by hop, as fast as it goes, after a second of warming up."""
+    model = stream_model(name)
+    audio = model.cfg.audio
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.1 * torch.randn(61 * audio.sample_rate, generator=generator)
+    hop, second = audio.stft.hop_length, audio.sample_rate
+    enhancer = OnlineEnhancer(model)
+    enhancer.push(noise[:second])
+    return run_live(enhancer, noise[second:].split(hop), lambda _: None)
+
+
+def one_frame(sampler: BufferSampler, best: Best, repeats: int) -> tuple[float, float]:
+    """Return seconds and GFLOP of one frame."""
+    R = torch.randn(1, BINS, dtype=torch.complex64)
+    with torch.inference_mode():
+        state = sampler.start(1, BINS)
+        with FlopCounterMode(display=False) as counter:
+            sampler.step(state, R)
+        return best(lambda: sampler.step(state, R), repeats), counter.get_total_flops() / 1e9
+
+
+def matmul_gflops(best: Best) -> float:
+    """GFLOP/s of a plain float32 matrix product."""
+    a = torch.randn(2048, 2048)
+    with torch.inference_mode():
+        return 2 * 2048**3 / best(lambda: a @ a, 5) / 1e9
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch use `count` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

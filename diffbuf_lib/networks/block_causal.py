@@ -1,0 +1,267 @@
+"""A U-Net whose history features never change, so that a stream computes each of them once.
+
+Frames before the buffer (the history) see only frames before themselves. Frames of the buffer see
+the history and the whole buffer. Strides are in frequency only and norms stay within a frame, so
+nothing of a history frame depends on where the window ends: what the next frame needs of the past
+is the input of every convolution over time at the last few history frames. Keeping those in a
+`HistoryCache`, a new frame costs Kb + 1 frames (the buffer, and the frame that has just become
+history) instead of K.
+
+Feature maps in this module are [B, K, F, C] in memory, frames first: the frames that are kept,
+joined or left out are then whole blocks of memory, and a norm over channels is contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffbuf_lib.networks.layers import (
+    FrameTimeEmbedding,
+    Merge,
+    Split,
+    TimeConv,
+    bias_and_gain,
+    linear,
+)
+
+IO_CHANNELS = 4  # real and imaginary parts of V and Y
+PATCH = 4  # bins of one step of the finest level
+STRIDE = 4  # bins of a level to one bin of the next
+
+
+@dataclass
+class HistoryCache:
+    """What a stream keeps of its history, whatever its length.
+
+    Attributes:
+        t: [B, Kb], the diffusion times of the buffer, the same at every step.
+        past: for every residual block the inputs of its two convolutions over time at the last d
+            history frames, [B, d, F', C] each, d the convolution's dilation. Changed in place.
+        modulation: for every residual block what its norm is shifted and scaled by, [B, 1 + Kb,
+            1, 2 C]: history at t = 0, then the buffer's times. Constant along a stream.
+    """
+
+    t: Tensor
+    past: list[tuple[Tensor, Tensor]]
+    modulation: list[Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the cache, bytes."""
+        tensors = [*self.modulation, *(tensor for pair in self.past for tensor in pair)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class BlockCausal(nn.Module):
+    """U-Net with 3x3 convolutions that mask the frame after a history frame.
+
+    Level i has 1 / (4 * 4^i) of the bins and a dilation of 2^i frames in time. At the coarsest
+    level every buffer frame attends to all buffer frames of its bin, so that a buffer longer than
+    the convolutions' reach is still seen whole. Skips are added, not concatenated.
+
+    `forward` has zero padding before its window, `start` endless silence (frames of V = Y = 0).
+    The two agree exactly when the window shows all that a buffer frame can see, K - Kb >=
+    `receptive_field`, its frames from before the stream being silent.
+
+    Args:
+        base_channels: channels of the finest level.
+        channel_multipliers: channels of each level over base_channels.
+        num_res_blocks: residual blocks of each level on the way down, and again on the way up.
+        dropout: probability, in every residual block.
+    """
+
+    def __init__(
+        self,
+        base_channels: int = 48,
+        channel_multipliers: Sequence[int] = (1, 2, 4),
+        num_res_blocks: int = 1,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        widths = [base_channels * multiplier for multiplier in channel_multipliers]
+        self.bins_step = PATCH * STRIDE ** (len(widths) - 1)
+
+        def blocks(level: int) -> nn.ModuleList:
+            return nn.ModuleList(
+                ResBlock(widths[level], 4 * base_channels, 2**level, dropout)
+                for _ in range(num_res_blocks)
+            )
+
+        self.embed_time = FrameTimeEmbedding(base_channels)
+        self.first = Merge(IO_CHANNELS, widths[0], PATCH)
+        levels = range(len(widths))
+        self.down = nn.ModuleList(blocks(level) for level in levels)
+        self.merge = nn.ModuleList(
+            Merge(widths[level], widths[level + 1], STRIDE) for level in levels[:-1]
+        )
+        self.attention = BufferAttention(widths[-1])
+        self.up = nn.ModuleList(blocks(level) for level in levels)
+        self.split = nn.ModuleList(
+            Split(widths[level + 1], widths[level], STRIDE) for level in levels[:-1]
+        )
+        self.norm_out = nn.LayerNorm(widths[0])
+        self.last = Split(widths[0], 2, PATCH, zero=True)
+
+    @property
+    def receptive_field(self) -> int:
+        """History frames that a buffer frame sees."""
+        return sum(conv.dilation for block in self._blocks() for conv in block.convs)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Run all frames of a window in parallel.
+
+        Args:
+            x: [B, 4, F, K], channels-last: V.real, V.imag, Y.real, Y.imag; any F and K >= Kb.
+            t: [B, Kb], the diffusion times of the last Kb frames.
+
+        Returns:
+            [B, 2, F, Kb], real and imaginary part of what the last Kb frames are given.
+        """
+        num_history = x.shape[-1] - t.shape[-1]
+        return self._unet(x, self._modulation(t), num_history, past=None)
+
+    @torch.no_grad()
+    def start(self, num_bins: int, t: Tensor) -> HistoryCache:
+        """Begin B streams after endless silence.
+
+        Args:
+            num_bins: F, bins of the frames to come.
+            t: [B, Kb], the diffusion times of the buffer, the same at every step.
+
+        Returns:
+            The cache after `receptive_field` frames of silence; more would not change it.
+        """
+        B, Kb = t.shape
+        rows = -(-num_bins // self.bins_step) * self.bins_step // PATCH
+        modulation = self._modulation(t)
+        past = []
+        for level, block in self._levels():
+            shape = (B, 2**level, rows // STRIDE**level, block.channels)
+            past.append((modulation[0].new_zeros(shape), modulation[0].new_zeros(shape)))
+        frames = self.receptive_field + Kb  # the buffer of silence leaves no trace
+        silence = modulation[0].new_zeros(B, IO_CHANNELS, num_bins, frames)
+        self._unet(silence, modulation, self.receptive_field, past)
+        return HistoryCache(t=t, past=past, modulation=modulation)
+
+    def step(self, cache: HistoryCache, x: Tensor) -> Tensor:
+        """Take one more frame into the history, and run the buffer after it.
+
+        Args:
+            cache: changed in place.
+            x: [B, 4, F, 1 + Kb]: the frame that has just reached t = 0, then the buffer.
+
+        Returns:
+            [B, 2, F, Kb], what `forward` gives for a window that reaches far enough back.
+        """
+        return self._unet(x, cache.modulation, 1, cache.past)
+
+    def _unet(
+        self,
+        x: Tensor,
+        modulation: list[Tensor],
+        num_history: int,
+        past: list[tuple[Tensor, Tensor]] | None,
+    ) -> Tensor:
+        """Run num_history history frames and the buffer; the same code for window and stream."""
+        bins = x.shape[2]
+        x = F.pad(x.permute(0, 3, 2, 1), (0, 0, 0, -bins % self.bins_step))  # [B, K, F, 4]
+        # Blocks take their modulation and their past in the order in which they run.
+        kept = iter(past) if past is not None else None
+        times = iter(modulation)
+
+        def run(blocks: nn.Module, h: Tensor) -> Tensor:
+            assert isinstance(blocks, nn.ModuleList)
+            for block in blocks:
+                h = block(h, next(times), num_history, next(kept) if kept is not None else None)
+            return h
+
+        h = run(self.down[0], self.first(x))
+        skips = [h]
+        for merge, blocks in zip(self.merge, self.down[1:], strict=True):
+            h = run(blocks, merge(h))
+            skips.append(h)
+        h = run(self.up[-1], self.attention(h, num_history))
+        for level in reversed(range(len(self.split))):
+            h = run(self.up[level], self.split[level](h) + skips[level])
+        out = self.last(F.silu(self.norm_out(h[:, num_history:])))  # [B, Kb, F, 2]
+        return out[:, :, :bins].permute(0, 3, 2, 1)
+
+    def _modulation(self, t: Tensor) -> list[Tensor]:
+        """Return each block's [B, 1 + Kb, 1, 2 C]: one frame of history, and the buffer's."""
+        time = self.embed_time(F.pad(t, (1, 0))).transpose(1, 2)  # [B, 1 + Kb, E]
+        return [block.time(time).unsqueeze(2) for block in self._blocks()]
+
+    def _blocks(self) -> list[ResBlock]:
+        return [block for _, block in self._levels()]
+
+    def _levels(self) -> list[tuple[int, ResBlock]]:
+        """(level, block) in the order in which they run."""
+        stages: list[tuple[int, Any]] = [*enumerate(self.down), *reversed([*enumerate(self.up)])]
+        return [(level, block) for level, blocks in stages for block in blocks]
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU, convolution, norm shifted and scaled by time, SiLU, convolution, plus the input.
+
+    Args:
+        channels: channels of input and output.
+        time_channels: channels of the time embedding.
+        dilation: frames from one tap of the convolutions to the next.
+        dropout: probability.
+    """
+
+    def __init__(self, channels: int, time_channels: int, dilation: int, dropout: float) -> None:
+        super().__init__()
+        self.channels = channels
+        self.norm_in = nn.LayerNorm(channels)
+        self.conv_in = TimeConv(channels, dilation)
+        self.time = linear(time_channels, 2 * channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_out = TimeConv(channels, dilation, zero=True)
+
+    @property
+    def convs(self) -> tuple[TimeConv, TimeConv]:
+        """The two convolutions over time, in the order of the cache."""
+        return self.conv_in, self.conv_out
+
+    def forward(
+        self, x: Tensor, modulation: Tensor, num_history: int, past: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Keep the shape [B, K, F, C]."""
+        past_in, past_out = past if past is not None else (None, None)
+        h = self.conv_in(F.silu(self.norm_in(x)), num_history, past_in)
+        bias, gain = bias_and_gain(modulation, num_history)
+        h = F.silu(torch.addcmul(bias, F.layer_norm(h, h.shape[-1:]), gain))
+        h = self.conv_out(self.dropout(h), num_history, past_out)
+        return x + h
+
+
+class BufferAttention(nn.Module):
+    """Every buffer frame attends to all buffer frames of its bin; history passes unchanged.
+
+    Which frame is which is known from the diffusion time in its features.
+    """
+
+    def __init__(self, channels: int, head_channels: int = 32) -> None:
+        super().__init__()
+        self.heads = max(1, channels // head_channels)
+        while channels % self.heads:
+            self.heads -= 1
+        self.norm = nn.LayerNorm(channels)
+        self.qkv = linear(channels, 3 * channels)
+        self.out = linear(channels, channels, zero=True)
+
+    def forward(self, x: Tensor, num_history: int) -> Tensor:
+        """Keep the shape [B, K, F, C]."""
+        history, buffer = x[:, :num_history], x[:, num_history:]
+        qkv = self.qkv(self.norm(buffer)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # each [B * F, heads, Kb, C / heads]
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = h.transpose(1, 2).flatten(2).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        return torch.cat([history, buffer + self.out(h)], dim=1)

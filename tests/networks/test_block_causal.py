@@ -1,0 +1,163 @@
+"""History sees no future, the buffer sees all of itself, and the cache changes no number."""
+
+import pytest
+import torch
+
+from diffbuf_lib.config import load_config
+from diffbuf_lib.networks import BlockCausal, make_network
+from diffbuf_lib.networks.layers import TimeConv
+
+F_, K, KB = 32, 24, 5
+
+
+def small_net(dtype=torch.float64, **changes) -> BlockCausal:
+    torch.manual_seed(0)
+    net = BlockCausal(**{"base_channels": 4, "channel_multipliers": (1, 2), **changes})
+    for parameter in net.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return net.eval().to(dtype)
+
+
+def influence(function, x):
+    """[frames out, frames in]: whether any value of a frame depends on any of another."""
+    jacobian = torch.autograd.functional.jacobian(function, x)  # out's axes, then x's
+    return jacobian.abs().amax(dim=(0, 1, 2, 4, 5, 6)) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "smallest", "largest"),
+    [("tiny", 1e4, 1e5), ("cpu", 1e6, 3e6), ("base", 10e6, 20e6)],
+)
+def test_parameter_counts_of_the_three_sizes(name, smallest, largest):
+    with torch.device("meta"):
+        net = make_network(load_config(f"configs/block_causal_{name}.yaml").model)
+    assert isinstance(net, BlockCausal)
+    assert smallest <= sum(p.numel() for p in net.parameters()) <= largest
+
+
+@pytest.mark.parametrize(("bins", "frames", "buffer"), [(32, 16, 4), (33, 13, 13), (7, 1, 1)])
+def test_any_number_of_bins_and_frames(bins, frames, buffer):
+    net = small_net()
+    x = torch.randn(2, 4, bins, frames, dtype=torch.float64)
+    out = net(x, torch.rand(2, buffer, dtype=torch.float64))
+    assert out.shape == (2, 2, bins, buffer)
+    assert out.isfinite().all()
+    assert not BlockCausal(4, (1, 2))(torch.randn(1, 4, 32, 9), torch.rand(1, 3)).any()
+
+
+@pytest.mark.parametrize("dilation", [1, 2, 4])
+def test_a_history_frame_sees_no_later_frame_and_a_buffer_frame_both_neighbours(dilation):
+    torch.manual_seed(0)
+    conv = TimeConv(2, dilation).double()
+    x = torch.randn(1, 12, 3, 2, dtype=torch.float64)  # 7 frames of history, 5 of buffer
+    jacobian = torch.autograd.functional.jacobian(lambda x: conv(x, num_history=7), x)
+    seen = jacobian.abs().amax(dim=(0, 2, 3, 4, 6, 7)) > 0
+    out, into = torch.meshgrid(torch.arange(12), torch.arange(12), indexing="ij")
+    taps = (into == out) | (into == out - dilation) | ((into == out + dilation) & (out >= 7))
+    assert torch.equal(seen, taps)
+
+
+def test_no_history_feature_depends_on_a_later_frame_or_on_the_buffer():
+    """By Jacobian, for the input of every convolution over time."""
+    net, captured = small_net(), []
+    x = torch.randn(1, 4, 16, 12, dtype=torch.float64)
+    t = torch.linspace(0.1, 0.8, 4, dtype=torch.float64)[None]
+    convs = [m for m in net.modules() if isinstance(m, TimeConv)]
+    for conv in convs:
+        conv.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
+    later = torch.triu(torch.ones(8, 12, dtype=torch.bool), diagonal=1)
+
+    def features(x):
+        captured.clear()
+        net(x, t)
+        return tuple(h[:, :8].square().sum(dim=(0, 2, 3)) for h in captured)  # 8 frames each
+
+    jacobians = torch.autograd.functional.jacobian(features, x)
+    assert len(jacobians) == len(convs)
+    for jacobian in jacobians:
+        seen = jacobian.abs().amax(dim=(1, 2, 3)) > 0  # [8 history frames, 12 frames]
+        assert not (seen & later).any()
+        assert seen.diagonal().all()
+
+
+@pytest.mark.parametrize("buffer", [2, 12])
+def test_every_buffer_frame_sees_the_whole_buffer_and_the_past_in_reach(buffer):
+    net = small_net()
+    frames = net.receptive_field + buffer + 2
+    t = torch.linspace(0.1, 0.8, buffer, dtype=torch.float64)[None]
+    x = torch.randn(1, 4, 16, frames, dtype=torch.float64)
+    seen = influence(lambda x: net(x, t), x)
+    assert seen[:, -buffer:].all()
+    assert seen[0, 2:].all()
+    assert not seen[:, :2].any()  # beyond the receptive field
+
+
+def test_norms_stay_within_a_frame():
+    """Making one history frame loud changes nothing more than `receptive_field` later."""
+    net = small_net()
+    t = torch.full((1, 1), 0.5, dtype=torch.float64)
+    x = torch.randn(1, 4, F_, net.receptive_field + 2, dtype=torch.float64)
+    loud = x.clone()
+    loud[..., 0] *= 1000
+    assert torch.equal(net(x, t), net(loud, t))
+    loud[..., 1] *= 1000
+    assert not torch.equal(net(x, t), net(loud, t))
+
+
+def test_times_of_the_buffer_matter():
+    net, x = small_net(), torch.randn(1, 4, F_, K, dtype=torch.float64)
+    t = torch.linspace(0.1, 0.8, KB, dtype=torch.float64)[None]
+    assert (net(x, t) - net(x, t / 2)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("window", ["just the receptive field", "the whole past"])
+def test_a_step_is_the_window_that_shows_all_of_the_past(window):
+    net = small_net(channel_multipliers=(1, 2, 2), num_res_blocks=2)
+    reach, frames = net.receptive_field, 12
+    t = torch.linspace(0.1, 0.8, KB, dtype=torch.float64).expand(3, -1)
+    x = torch.randn(3, 4, 33, frames + KB, dtype=torch.float64)
+    whole = torch.nn.functional.pad(x, (reach, 0))
+    cache = net.start(33, t)
+    with torch.inference_mode():
+        for k in range(frames):
+            start = 0 if window == "the whole past" else k + 1
+            expected = net(whole[..., start : reach + k + 1 + KB], t)
+            out = net.step(cache, x[..., k : k + 1 + KB])
+            torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+            short = net(whole[..., k + 1 + reach // 2 : reach + k + 1 + KB], t)  # half of it
+            assert not torch.allclose(out, short, rtol=1e-10, atol=1e-12)
+
+
+def test_silence_does_not_move_the_cache():
+    net = small_net()
+    t = torch.linspace(0.1, 0.8, KB, dtype=torch.float64)[None]
+    cache = net.start(F_, t)
+    before = [tensor.clone() for pair in cache.past for tensor in pair]
+    net.step(cache, torch.zeros(1, 4, F_, 1 + KB, dtype=torch.float64))
+    after = [tensor for pair in cache.past for tensor in pair]
+    for old, new in zip(before, after, strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-12, atol=1e-12)
+
+
+def test_every_parameter_gets_a_gradient():
+    net = small_net(num_res_blocks=2)
+    x, t = torch.randn(1, 4, F_, K, dtype=torch.float64), torch.rand(1, KB, dtype=torch.float64)
+    net(x, t).square().sum().backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+def test_one_clip_overfits():
+    """A network of 5,000 weights learns a map that needs the history, the buffer and the time."""
+    net = small_net(torch.float32, base_channels=8)
+    x, t = torch.randn(1, 4, F_, K), torch.linspace(0.1, 0.8, KB)[None]
+    target = torch.randn(1, 2, F_, KB)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for _ in range(150):
+        loss = (net(x, t) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1

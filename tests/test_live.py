@@ -1,0 +1,184 @@
+"""The live report on a fake clock, and streams through files and pipes."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from diffbuf_lib import OnlineEnhancer
+from diffbuf_lib.errors import DataError, MissingExtraError
+from diffbuf_lib.live import latency_report, run_live
+from diffbuf_lib.live_io import run_microphone, stream_path
+from tests.conftest import make_model
+
+HOP = 32  # 2 ms of tiny_cfg
+
+
+class Clock:
+    """Time that passes only by sleeping and by pushing, in ms."""
+
+    def __init__(self, costs):
+        self.now, self.costs, self.slept = 0.0, iter(costs), []
+
+    def __call__(self):
+        return self.now / 1e3
+
+    def sleep(self, seconds):
+        self.slept.append(1e3 * seconds)
+        self.now += 1e3 * seconds
+
+    def enhancer(self, cfg):
+        def push(hop):
+            self.now += next(self.costs)
+            return hop
+
+        return SimpleNamespace(
+            push=push, flush=lambda: torch.zeros(0), latency_samples=127,
+            model=SimpleNamespace(cfg=cfg),
+        )  # fmt: skip
+
+
+def live(cfg, costs, realtime):
+    clock, out = Clock(costs), []
+    report = run_live(
+        clock.enhancer(cfg), [torch.ones(HOP)] * len(costs), out.append,
+        realtime=realtime, clock=clock, sleep=clock.sleep,
+    )  # fmt: skip
+    assert sum(piece.numel() for piece in out) == HOP * len(costs)  # late, never dropped
+    return report, clock
+
+
+def test_a_late_hop_is_counted_and_delays_the_next_ones(tiny_cfg):
+    """Hops of 2 ms: one takes 5 ms, and the next two are late because of it."""
+    report, clock = live(tiny_cfg, [1, 5, 1, 0.5, 1], realtime=True)
+    assert report.missed == 3
+    assert report.hop_ms == 2
+    assert clock.slept == pytest.approx([2, 1])
+    assert report.frame_ms == pytest.approx((1, 5, 1, 0.5, 1))
+    assert report.real_time_factor == pytest.approx(0.5)
+    assert report.latency_ms == pytest.approx(127 / 16)
+
+
+def test_without_realtime_a_hop_is_late_by_itself_and_nothing_waits(tiny_cfg):
+    report, clock = live(tiny_cfg, [1, 5, 1, 2.5], realtime=False)
+    assert report.missed == 2
+    assert clock.slept == []
+
+
+def test_quantiles_and_text(tiny_cfg):
+    report, _ = live(tiny_cfg, [i / 100 for i in range(1, 101)], realtime=False)
+    quantiles = [report.quantile(q) for q in (0.5, 0.95, 0.99, 1)]
+    assert quantiles == pytest.approx([0.51, 0.96, 1.0, 1.0])
+    text = str(report)
+    for part in (
+        "real-time factor 0.255",
+        "p99 1.00",
+        "worst 1.00",
+        "missed deadlines 0",
+        "7.9 ms",
+    ):
+        assert part in text
+    assert live(tiny_cfg, [], realtime=True)[0].real_time_factor == 0
+
+
+def test_latency_report(tiny_cfg):
+    cfg = tiny_cfg.override("training.loss=data_prediction")
+    model = make_model(cfg)
+    report = latency_report(model, delay=2, hops=5)
+    assert report.latency_samples == 31 + 32
+    assert report.latency_ms == pytest.approx(63 / 16)
+    assert report.hop_ms == 2
+    assert 0 < report.fastest_ms <= report.frame_ms
+    assert report.real_time_factor == report.frame_ms / 2
+    assert report.weight_bytes == 4 * sum(p.numel() for p in model.parameters())
+    assert report.state_bytes >= 2 * 8 * 32 * 10  # V and Y, complex, [F, K]
+
+
+def test_a_file_comes_out_as_the_enhancer_gives_it(tiny_cfg, tmp_path):
+    model = make_model(tiny_cfg)
+    wave = 0.1 * np.random.default_rng(0).standard_normal((1003, 2)).astype(np.float32)
+    soundfile.write(tmp_path / "in.wav", wave, 16000, subtype="FLOAT")
+    report = stream_path(OnlineEnhancer(model), tmp_path / "in.wav", tmp_path / "a" / "out.wav")
+    out, rate = soundfile.read(tmp_path / "a" / "out.wav", dtype="float32")
+    enhancer = OnlineEnhancer(model)
+    expected = torch.cat([enhancer.push(torch.from_numpy(wave.mean(1))), enhancer.flush()])
+    assert rate == 16000
+    np.testing.assert_allclose(out, expected.numpy(), atol=1e-6)
+    assert len(report.frame_ms) == -(-1003 // HOP)
+
+
+def test_wrong_rate_and_wrong_output_say_what_to_do(tiny_cfg, tmp_path):
+    enhancer = OnlineEnhancer(make_model(tiny_cfg))
+    soundfile.write(tmp_path / "8k.wav", np.zeros(100), 8000)
+    soundfile.write(tmp_path / "16k.wav", np.zeros(100), 16000)
+    with pytest.raises(DataError, match="8000 Hz and the model at 16000"):
+        stream_path(enhancer, tmp_path / "8k.wav", tmp_path / "out.wav")
+    with pytest.raises(DataError, match=r"\.wav or \.flac, or -"):
+        stream_path(enhancer, tmp_path / "16k.wav", tmp_path / "out.mp3")
+
+
+def test_the_microphone_without_its_extra_names_it(tiny_cfg, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sounddevice", None)
+    with pytest.raises(MissingExtraError, match=r"diffbuf\[mic\]"):
+        run_microphone(OnlineEnhancer(make_model(tiny_cfg)))
+
+
+def test_the_microphone_is_enhanced_until_ctrl_c(tiny_cfg, monkeypatch):
+    model, played = make_model(tiny_cfg), []
+    blocks = torch.randn(8, HOP, 1, generator=torch.Generator().manual_seed(0)).numpy()
+
+    class Card:
+        def __init__(self, **settings):
+            assert settings["samplerate"] == 16000
+            assert settings["blocksize"] == HOP
+            self.blocks = iter(blocks)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return False
+
+        def read(self, frames):
+            for block in self.blocks:
+                return block, len(played) == 3
+            raise KeyboardInterrupt
+
+        def write(self, samples):
+            played.append(samples)
+
+    fake = SimpleNamespace(Stream=Card, PortAudioError=OSError)
+    monkeypatch.setitem(sys.modules, "sounddevice", fake)
+    report = run_microphone(OnlineEnhancer(model))
+    enhancer = OnlineEnhancer(model)
+    expected = torch.cat([enhancer.push(torch.from_numpy(blocks.ravel())), enhancer.flush()])
+    np.testing.assert_array_equal(np.concatenate(played)[:, 0], expected.numpy())
+    assert len(report.frame_ms) == 8
+    assert report.missed >= 1  # what the card lost
+
+
+def test_a_pipe_through_the_command_line(tiny_cfg, tmp_path):
+    """Raw s16le in and out, the report on stderr; the numbers are those of a file."""
+    model = make_model(tiny_cfg.override("training.loss=data_prediction"))
+    model.save_pretrained(tmp_path / "model")
+    pcm = (3000 * np.random.default_rng(0).standard_normal(1001)).astype("<i2")
+    done = subprocess.run(
+        [
+            sys.executable, "-c", "from diffbuf_lib.cli import main; main()", "stream", "-", "-",
+            "--model", str(tmp_path / "model"), "--delay", "2", "--threads", "1", "--seed", "3",
+        ],
+        input=pcm.tobytes() + b"\0", capture_output=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    out = np.frombuffer(done.stdout, "<i2")
+    enhancer = OnlineEnhancer(model, seed=3, delay=2)
+    samples = torch.from_numpy(pcm.astype(np.float32) / 32768)
+    expected = torch.cat([enhancer.push(samples), enhancer.flush()]) * 32768
+    assert len(out) == 1001
+    np.testing.assert_allclose(out, expected.clamp(-32768, 32767).numpy(), atol=1)
+    assert b"real-time factor" in done.stderr
+    assert b"missed deadlines" in done.stderr
