@@ -216,7 +216,9 @@ def _claim(out_dir: Path, parameters: dict[str, Any]) -> None:
     if saved.exists():
         try:
             before = json.loads(saved.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
+            before = None
+        if not isinstance(before, dict):
             raise DataError(f"{saved} cannot be read: {fix}") from None
         now = json.loads(json.dumps(parameters))
         changed = [key for key in now if before.get(key) != now[key]]

@@ -83,7 +83,11 @@ def build_demo(
     }
     marker = out_dir / "demo.json"
     if marker.exists():
-        if json.loads(marker.read_text(encoding="utf-8")) != parameters:
+        try:
+            before = json.loads(marker.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            before = None
+        if before != parameters:
             raise DataError(
                 f"{out_dir} holds a demo set of other arguments (see {marker}): choose another "
                 "folder, or delete this one"

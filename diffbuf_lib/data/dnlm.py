@@ -222,10 +222,13 @@ class MixingDataset(ClipDataset):
 
 def _stem(folder: Path, stem: str) -> Path:
     """Return the path of one stem of a sample."""
-    for extension in EXTENSIONS:
-        path = folder / f"{stem}{extension}"
-        if path.is_file():
-            return path
+    found = [path for x in EXTENSIONS if (path := folder / f"{stem}{x}").is_file()]
+    if len(found) > 1:
+        raise DataError(
+            f"{folder} has both {' and '.join(path.name for path in found)}: remove one of them"
+        )
+    if found:
+        return found[0]
     raise DataError(
         f"{folder} has no {stem}.wav (or .flac): add it, or remove the folder {folder.name}"
     )

@@ -89,7 +89,8 @@ def read_audio(path: str | Path, start: int = 0, frames: int | None = None) -> t
         try:
             file.seek(start)
             samples = file.read(wanted, dtype="float32", always_2d=True)  # [T, C]
-        except (soundfile.SoundFileError, OSError) as error:
+        except (soundfile.SoundFileError, OSError, MemoryError, ValueError) as error:
+            # MemoryError: a header that promises terabytes
             raise DataError(
                 f"{path} is damaged or cut short ({_reason(error)}): fetch or make it again"
             ) from error

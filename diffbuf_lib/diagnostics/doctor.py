@@ -1,0 +1,117 @@
+"""The doctor: look at machine, data, config and model before training, and say what is wrong.
+
+`examine` takes a config and datasets that could be opened, `examine_paths` the arguments of the
+command line: then a config or folder that cannot be opened is a finding itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from diffbuf_lib.config import Config, load_config
+from diffbuf_lib.data.dnlm import open_dataset
+from diffbuf_lib.diagnostics.checks_data import check_data, empty_finding, error_finding
+from diffbuf_lib.diagnostics.checks_frames import check_frames, check_schedule
+from diffbuf_lib.diagnostics.checks_machine import check_machine, resolve_device
+from diffbuf_lib.diagnostics.checks_model import check_model
+from diffbuf_lib.diagnostics.findings import Finding, has_error, worst_first
+from diffbuf_lib.errors import ConfigError, DataError
+
+__all__ = ["Finding", "examine", "examine_paths", "has_error"]
+
+
+def examine(
+    cfg: Config,
+    dataset: Any,
+    valid_set: Any = None,
+    *,
+    device: str = "auto",
+    results_path: str | Path | None = None,
+) -> list[Finding]:
+    """Look at everything that training will meet, in a few seconds.
+
+    Files are sampled, and the model makes one forward and backward pass on one clip (two where
+    mixed precision is configured). Global random state and torch's flags are left as they were.
+
+    Args:
+        cfg: the config.
+        dataset: the training set: `[i] -> (mix, target)`, each [C, T] float32, full scale 1.
+        valid_set: the validation set, or None.
+        device: "auto", "cpu", "cuda" or "cuda:N", as for `train`.
+        results_path: where the run will write; its disk is looked at.
+
+    Returns:
+        Findings, the worst first.
+    """
+    folder = None if results_path is None else Path(results_path)
+    findings = [*check_machine(cfg, device, folder)]
+    findings += check_data(cfg, dataset, valid_set)
+    findings += check_frames(cfg)
+    findings += check_schedule(cfg)
+    if not any(finding.check == "machine.device" for finding in _errors(findings)):
+        findings += check_model(cfg, _first_clip(dataset), resolve_device(device))
+    return worst_first(findings)
+
+
+def examine_paths(
+    config_path: str | Path,
+    data_path: str | Path,
+    valid_path: str | Path | None = None,
+    *,
+    dataset_type: int = 1,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    results_path: str | Path | None = None,
+) -> list[Finding]:
+    """Open config and datasets and `examine` them.
+
+    What cannot be opened becomes an error finding, and what does not depend on it is still looked
+    at.
+
+    Args:
+        config_path: a YAML file.
+        data_path: folder of the training set.
+        valid_path: folder of the validation set, or None.
+        dataset_type: 1, 2 or 3: see `diffbuf_lib.data.LAYOUTS`.
+        overrides: `key.path=value` strings.
+        device: as in `examine`.
+        results_path: as in `examine`.
+    """
+    try:
+        cfg = load_config(config_path, overrides)
+    except ConfigError as error:
+        return [error_finding(error, "config", "nothing can be run with this config")]
+    sets: dict[str, Any] = {}
+    findings: list[Finding] = []
+    for name, path in (("data", data_path), ("valid", valid_path)):
+        try:
+            if path is not None:
+                sets[name] = open_dataset(dataset_type, path, cfg, training=name == "data")
+        except DataError as error:
+            why = "training cannot start without its data"
+            findings.append(error_finding(error, f"{name}.open", why))
+    train_set = sets.get("data", ())
+    found = examine(cfg, train_set, sets.get("valid"), device=device, results_path=results_path)
+    if "data" not in sets:  # the reason has been told: that nothing is in it needs no telling
+        found = [finding for finding in found if finding != empty_finding("training")]
+    return worst_first([*findings, *found])
+
+
+def _first_clip(dataset: Any) -> tuple[Tensor, Tensor] | None:
+    """Return a readable clip of the set, if one of the first few is."""
+    for index in range(min(len(dataset), 3)):
+        try:
+            mix, target = dataset[index]
+        except Exception:  # the data checks tell why
+            continue
+        if mix.ndim == 2 and mix.shape == target.shape and mix.isfinite().all():
+            return mix, target
+    return None
+
+
+def _errors(findings: Sequence[Finding]) -> Iterator[Finding]:
+    return (finding for finding in findings if finding.severity == "error")
