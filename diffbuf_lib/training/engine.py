@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diffbuf_lib.config import Config, TrainingConfig
 from diffbuf_lib.errors import ConfigError
+from diffbuf_lib.training.fitting import check_optimizer, check_scheduler
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -53,12 +54,14 @@ class Outcome:
         grad_norm: before clipping. Not finite without a gradient scaler: no step was made.
         skipped: the gradient scaler found an overflow, made no step and lowered its scale.
         stop: some process was asked to stop.
+        scale: the gradient scaler's factor in this step; None without a scaler.
     """
 
     losses: torch.Tensor
     grad_norm: float
     skipped: bool
     stop: bool
+    scale: float | None = None
 
     @property
     def loss(self) -> float:
@@ -165,7 +168,7 @@ class Engine:
         accelerator = self.accelerator
         self.model.train()
         self.optimizer.zero_grad()
-        losses = []
+        losses, scale = [], self.scale
         for round_, batch in enumerate(batches, start=1):
             last = round_ == len(batches)  # only then do the processes exchange gradients
             with contextlib.nullcontext() if last else accelerator.no_sync(self.parallel):
@@ -177,9 +180,9 @@ class Engine:
         gathered = accelerator.gather(report).view(-1, len(report)).cpu()
         all_losses, stop = gathered[:, :-1], bool(gathered[:, -1].any())
         if not all_losses.isfinite().all():
-            return Outcome(all_losses, float("nan"), False, stop)
+            return Outcome(all_losses, float("nan"), False, stop, scale)
         grad_norm, skipped = self._update()
-        return Outcome(all_losses, grad_norm, skipped, stop)
+        return Outcome(all_losses, grad_norm, skipped, stop, scale)
 
     def _update(self) -> tuple[float, bool]:
         """Clip, step, average; return the gradient norm before clipping and whether skipped."""
@@ -222,7 +225,9 @@ class Engine:
         """
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
+        check_optimizer(state["optimizer"], self.optimizer)
         self.optimizer.load_state_dict(state["optimizer"])
+        check_scheduler(state["scheduler"], self.scheduler.state_dict())
         self.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])

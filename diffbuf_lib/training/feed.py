@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 
 from diffbuf_lib.config import TrainingConfig
+from diffbuf_lib.errors import DataError
 from diffbuf_lib.training.engine import Batch
 from diffbuf_lib.training.plan import EpochPlan, Stream, example_generators, stream_seed
-from diffbuf_lib.training.reading import ClipSource, read_batches
+from diffbuf_lib.training.reading import ClipSource, InFlight, read_batches
 
 
 class Feed:
@@ -33,6 +34,7 @@ class Feed:
     ) -> None:
         self.plan, self.training, self.train_set = plan, training, train_set
         self.device, self.rank = device, rank
+        self._in_flight = InFlight()
         self._reader: Iterator[tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def batch(self, epoch: int, round_: int) -> Batch:
@@ -49,6 +51,7 @@ class Feed:
                 num_workers=self.training.num_workers,
                 seed=stream_seed(self.training.seed, Stream.WORKERS, epoch, self.rank),
                 pin_memory=self.device.type == "cuda",
+                in_flight=self._in_flight,
             )
         mix, target = next(self._reader)
         keys = [(epoch, position) for position in self.plan.positions(round_, self.rank)]
@@ -57,6 +60,10 @@ class Feed:
             target.to(self.device, non_blocking=True),
             example_generators(keys, self.training.seed, Stream.EXAMPLE, self.device),
         )
+
+    def death(self, error: BaseException) -> DataError | None:
+        """Return what to raise if an exception, met anywhere, tells of a reader's death."""
+        return self._in_flight.death(error)
 
     def stop(self) -> None:
         """End the processes that read ahead; the next batch may be of any epoch and round."""

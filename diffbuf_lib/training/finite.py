@@ -1,4 +1,4 @@
-"""The error for a loss or gradient that is NaN or infinite: where, with what, and what to try."""
+"""What to say of a loss or gradient that is NaN or infinite: where, with what, what to try."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Sequence
 
 from accelerate.utils import gather_object
 
-from diffbuf_lib.errors import NonFiniteError
 from diffbuf_lib.training.engine import Batch, Engine, Outcome
 from diffbuf_lib.training.plan import EpochPlan
 from diffbuf_lib.training.reading import ClipSource
 
 
-def check_finite(
+def describe(
     outcome: Outcome,
     batches: Sequence[Batch],
     rounds: range,
@@ -22,8 +21,8 @@ def check_finite(
     train_set: ClipSource,
     step: int,
     epoch: int,
-) -> None:
-    """Raise where a step was not made because its loss or gradient is not finite.
+) -> tuple[str, int] | None:
+    """Describe a step that was not made because its loss or gradient is not finite.
 
     With float16 an infinite gradient is how the gradient scaler finds its scale, and no error: the
     step is skipped and the scale halved. It is one when the scale has fallen below 1, where
@@ -39,8 +38,9 @@ def check_finite(
         step: counted from 1.
         epoch: counted from 0.
 
-    Raises:
-        NonFiniteError: in every process alike.
+    Returns:
+        The message, in every process alike, and the first process with a bad loss; None for a
+        step that was made.
     """
     finite = outcome.losses.isfinite()  # [W, R]
     scale = engine.scale
@@ -55,7 +55,7 @@ def check_finite(
         culprits = [(round_, rank) for round_ in rounds for rank in range(plan.processes)]
         what = f"the loss is {outcome.loss:.4g} but the gradient norm is {outcome.grad_norm}"
     else:
-        return
+        return None
 
     order = plan.order(epoch)
     names = [
@@ -70,10 +70,11 @@ def check_finite(
         else "try a lower training.lr, training.grad_clip=1, training.use_amp=false or a larger "
         "diffusion_buffer.t_eps"
     )
-    raise NonFiniteError(
+    message = (
         f"step {step} (epoch {epoch}): {what}; batch {', '.join(names)}; lr {engine.lr:g}; mixed "
         f"precision {_precision(engine)}. {advice}. The checkpoints are from before"
     )
+    return message, min(rank for _, rank in culprits)
 
 
 def _damaged_clips(

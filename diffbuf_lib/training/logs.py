@@ -55,6 +55,7 @@ class RunLog:
             "lr": record.lr,
             "seconds": record.seconds,
             "skipped": record.skipped,
+            "bad_batches": record.bad_batches,
         }
         self._write(line)
         if record.step % self.cfg.training.log_every == 0:

@@ -18,9 +18,11 @@ class StepRecord:
         lr: the learning rate that the step was made with.
         seconds: wall time of the step, reading included, validation not.
         skipped: float16 only: the gradients overflowed, the weights were left as they were and
-            the gradient scaler lowered its scale. Normal now and then.
+            the gradient scaler lowered its scale. Normal now and then. Also with
+            training.on_nonfinite=skip, for a batch with a loss or gradient that is not finite.
         valid: on the last record of an epoch with validation, and of a run: "loss", the metrics'
             means, and `<metric>_clips`, over how many clips; else None.
+        bad_batches: non-finite batches that the run has left out so far.
     """
 
     step: int
@@ -31,6 +33,7 @@ class StepRecord:
     seconds: float
     skipped: bool = False
     valid: dict[str, float] | None = None
+    bad_batches: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name."""

@@ -6,6 +6,8 @@ checkpoints/last.pt   to go on from, written at step 0, at every epoch's end and
 checkpoints/best.pt   the same, of the best validation
 model/                averaged weights of the best validation, for `from_pretrained`
 tensorboard/          event files
+capsule_<step>/       a failed step, to be replayed; see `training.crash`
+.lock                 while a run goes on here; see `training.lock`
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ CHANGEABLE = {
     "training.num_workers": "clips are keyed by (epoch, index), not by who reads them",
     "training.log_every": "only what is written down",
     "training.checkpoint_every": "only what is written down",
+    "training.on_nonfinite": "what happens next time does not change the steps before",
+    "training.max_skipped": "as on_nonfinite",
     "training.valid_clips": "scores before and after compare less well, but the user decides",
 }
 """Config keys that a resumed run may change, and why; all others would make it another run."""
@@ -73,7 +77,12 @@ class ResultsFolder:
                 "--results_path, or leave out --resume to start there"
             )
         state = load_checkpoint(self.last)
-        check_same_config(state["config"], cfg.to_dict(), self.path)
+        try:
+            check_same_config(state["config"], cfg.to_dict(), self.path)
+        except (AttributeError, TypeError, RuntimeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"checkpoint {self.last} holds no config: {error}") from error
         return state
 
     def write_config(self, cfg: Config) -> None:
@@ -136,7 +145,10 @@ class ResultsFolder:
         shutil.rmtree(old, ignore_errors=True)
         for folder in (self.path, self.last.parent):
             for file in folder.glob(".*.tmp"):
-                file.unlink(missing_ok=True)
+                if file.is_dir():  # of a capsule
+                    shutil.rmtree(file, ignore_errors=True)
+                else:
+                    file.unlink(missing_ok=True)
 
 
 def check_same_config(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
@@ -153,7 +165,7 @@ def check_same_config(old: Mapping[str, Any], new: Mapping[str, Any], path: Path
     before, after = dict(_flat(old)), dict(_flat(new))
     keys = [*before, *(key for key in after if key not in before)]
     changed = [
-        f"{key} was {before.get(key, 'not there')}, is {after.get(key, 'not there')}"
+        f"{key} was {str(before.get(key, 'not there'))[:80]}, is {after.get(key, 'not there')}"
         for key in keys
         if key not in CHANGEABLE and before.get(key) != after.get(key)
     ]
@@ -167,7 +179,7 @@ def check_same_config(old: Mapping[str, Any], new: Mapping[str, Any], path: Path
 
 
 def read_history(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a history.jsonl, but for one that was cut off while it was written.
+    """Yield the lines of a history.jsonl, up to one that was cut off while it was written.
 
     A line of a step has step, epoch, loss, grad_norm, lr, seconds, skipped; one of a validation
     has step, epoch, valid and final (made at the end of a run within an epoch). A number that was
@@ -176,12 +188,17 @@ def read_history(path: str | Path) -> Iterator[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         return
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                yield json.loads(line)
-            except ValueError:
+                content = json.loads(line)
+            except (ValueError, RecursionError):
                 return
+            if not isinstance(content, dict) or not isinstance(content.get("step"), int):
+                return
+            if "valid" in content and "final" not in content:
+                return
+            yield content
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -17,13 +17,15 @@ from torch import nn
 
 import diffbuf_lib
 from diffbuf_lib.config import Config
-from diffbuf_lib.errors import DataError, NonFiniteError
+from diffbuf_lib.errors import CheckpointError, DataError, DiffbufError, NonFiniteError
 from diffbuf_lib.training.checkpoint import apply_weights, load_weights, save_checkpoint
-from diffbuf_lib.training.engine import Batch, Engine, make_accelerator
+from diffbuf_lib.training.engine import Batch, Engine, Outcome, make_accelerator
+from diffbuf_lib.training.failures import Failures
 from diffbuf_lib.training.feed import Feed
-from diffbuf_lib.training.finite import check_finite
+from diffbuf_lib.training.fitting import check_place
 from diffbuf_lib.training.isolation import StopRequest, isolated
 from diffbuf_lib.training.judge import Judge
+from diffbuf_lib.training.lock import FolderLock
 from diffbuf_lib.training.logs import RunLog
 from diffbuf_lib.training.metrics import check_metrics
 from diffbuf_lib.training.plan import EpochPlan, Stream, seed_everything
@@ -67,14 +69,19 @@ class Run:
         self.log: RunLog | None = None  # in the main process
         self.feed = Feed(self.plan, training, train_set, self.accelerator.device, self.rank)
         self.judge = Judge(training)
+        self.lock = FolderLock(self.folder.path)
+        self.failures = Failures(cfg, self.folder.path, self.engine, self.plan, train_set)
 
         self.step = self.epoch = self.round = 0  # steps made; epoch and round of the next one
+        self.bad_batches = 0  # left out so far, with training.on_nonfinite=skip
         self.pending: StepRecord | None = None  # its step is made; it has not been handed out
         self.whole = False
         self.saved: tuple[int, int, bool] | None = None
 
     def begin(self, *, resume: bool, start_check_point: str | Path | None, progress: bool) -> None:
         """Open the results folder, load what there is to load, save the starting point."""
+        if self.accelerator.is_main_process:
+            self.lock.acquire()
         if resume:
             self._load(self.folder.load_last(self.cfg))
         else:
@@ -136,6 +143,7 @@ class Run:
             if self.log is not None:
                 self.log.close()
             self.engine.close()
+            self.lock.release()
 
     # One step.
 
@@ -148,19 +156,11 @@ class Run:
         batches = [self._next_batch(round_) for round_ in rounds]
 
         self.whole = False
-        seed_everything(training.seed, Stream.STEP, self.step, self.rank)  # for dropout
-        outcome = self.engine.step(batches, stop=self.stop.requested)
         step = self.step + 1
-        check_finite(
-            outcome,
-            batches,
-            rounds,
-            engine=self.engine,
-            plan=self.plan,
-            train_set=self.train_set,
-            step=step,
-            epoch=self.epoch,
-        )
+        outcome = self._make_step(batches, rounds, step)
+        bad = self.failures.nonfinite(outcome, batches, rounds, step=step, epoch=self.epoch)
+        if bad is not None:
+            self._leave_out(bad)
         self.step, self.round = step, end
         self.whole = True
 
@@ -171,13 +171,41 @@ class Run:
             grad_norm=outcome.grad_norm,
             lr=lr,
             seconds=time.perf_counter() - started,
-            skipped=outcome.skipped,
+            skipped=outcome.skipped or bad is not None,
+            bad_batches=self.bad_batches,
         )
         if self.log is not None:
             self.log.step(record)
         if outcome.stop:
             self._interrupt(record)
         return record
+
+    def _make_step(self, batches: list[Batch], rounds: range, step: int) -> Outcome:
+        seed_everything(self.cfg.training.seed, Stream.STEP, self.step, self.rank)  # for dropout
+        try:
+            return self.engine.step(batches, stop=self.stop.requested)
+        except Exception as error:
+            if (death := self.feed.death(error)) is not None:  # of a reader, told by a signal
+                raise death from error
+            known = self.failures.raised(error, batches, rounds, step=step, epoch=self.epoch)
+            if known is error:
+                raise
+            raise known from error
+
+    def _leave_out(self, error: NonFiniteError) -> None:
+        """Go on without a batch that is not finite, or raise its error."""
+        training = self.cfg.training
+        if training.on_nonfinite == "stop":
+            raise error
+        if self.bad_batches >= training.max_skipped:
+            raise NonFiniteError(
+                f"{error}. {self.bad_batches} batches were left out before, and "
+                f"training.max_skipped is {training.max_skipped}"
+            )
+        self.bad_batches += 1
+        warnings.warn(
+            f"left out, {self.bad_batches} of at most {training.max_skipped}: {error}", stacklevel=2
+        )
 
     def _next_batch(self, round_: int) -> Batch:
         try:
@@ -290,23 +318,39 @@ class Run:
             "pending": None if self.pending is None else self.pending.to_dict(),
             "best": self.judge.best,
             "bad_validations": self.judge.bad_validations,
+            "bad_batches": self.bad_batches,
         }
         save_checkpoint(
             self.folder.best if best else self.folder.last, {**state, **self.engine.state_dict()}
         )
 
     def _load(self, state: dict[str, Any]) -> None:
+        check_place(state)
         if state["processes"] != self.processes:
             warnings.warn(
                 f"the run had {state['processes']} processes and goes on with {self.processes}: "
                 "its batches change in size",
                 stacklevel=2,
             )
-        self.engine.load_state_dict(state)
-        self.step, self.epoch = state["step"], state["epoch"]
-        self.round = min(-(-state["examples"] // self.plan.examples_per_round), self.plan.rounds)
-        self.pending = StepRecord(**state["pending"]) if state["pending"] else None
-        self.judge.best, self.judge.bad_validations = state["best"], state["bad_validations"]
+        try:
+            self.engine.load_state_dict(state)
+            self.step, self.epoch = state["step"], state["epoch"]
+            self.round = min(
+                -(-state["examples"] // self.plan.examples_per_round), self.plan.rounds
+            )
+            self.pending = StepRecord(**state["pending"]) if state["pending"] else None
+            self.judge.best, self.judge.bad_validations = state["best"], state["bad_validations"]
+            self.bad_batches = int(state.get("bad_batches", 0))  # older ones have none
+            if self.round >= self.plan.rounds and self.pending is None:
+                self.epoch, self.round = self.epoch + 1, 0  # a smaller set, or larger rounds
+        except (DiffbufError, MemoryError):
+            raise
+        except Exception as error:  # whatever torch says of a state that is not its own
+            raise CheckpointError(
+                f"checkpoint {self.folder.last} does not fit this model and optimizer "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): take another "
+                "one, such as best.pt"
+            ) from error
 
 
 def _new_model(cfg: Config) -> nn.Module:

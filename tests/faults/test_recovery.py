@@ -1,0 +1,366 @@
+"""What a run does about a bad batch, too little memory, a dead reader and a second run."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing import get_context
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffbuf_lib.diagnostics.capsule import Capsule
+from diffbuf_lib.errors import CheckpointError, DataError, NonFiniteError, OutOfMemoryError
+from diffbuf_lib.model import DiffusionBufferModel
+from diffbuf_lib.training import memory, train, trial
+from diffbuf_lib.training.lock import FolderLock
+from diffbuf_lib.training.packing import save_json, save_tensors
+from diffbuf_lib.training.plan import EpochPlan
+from tests.training.helpers import Clips, assert_same_state, config, fit, history, last, same
+from tests.training.test_scaler import scaler  # noqa: F401
+
+SKIP = ["training.on_nonfinite=skip", "training.batch_size=1", "training.num_epochs=1"]
+
+
+def bad_clip(step):
+    """The clip of a step of the first epoch, at a batch size of 1."""
+    return EpochPlan(7, 1, 1, 1, seed=0).order(0)[step - 1]
+
+
+def test_skipped_batch_changes_nothing_and_is_counted(tmp_path):
+    model = DiffusionBufferModel(config())
+    run = train(
+        config(*SKIP, "training.checkpoint_every=1"), Clips(bad=[bad_clip(3)]), None, tmp_path,
+        device="cpu", model=model,
+    )  # fmt: skip
+    next(run)
+    next(run)
+    before = last(tmp_path)
+    with pytest.warns(UserWarning, match="left out, 1 of at most 10: step 3"):
+        record = next(run)
+    after = last(tmp_path)
+    assert (record.step, record.skipped, record.bad_batches) == (3, True, 1)
+    for name in ("model", "ema", "optimizer"):
+        assert same(before[name], after[name]), name
+    rest = list(run)
+    assert [r.bad_batches for r in rest] == [1] * 4
+    assert not any(r.skipped for r in rest)
+    lines = history(tmp_path)
+    assert [line["bad_batches"] for line in lines] == [0, 0, 1, 1, 1, 1, 1]
+    assert lines[2]["loss"] is None
+    assert not same(after["model"], last(tmp_path)["model"])
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_too_many_skipped_batches_end_the_run_also_after_a_resume(tmp_path):
+    cfg = config(*SKIP, "training.max_skipped=2", "training.checkpoint_every=1")
+    clips = Clips(bad=[bad_clip(i) for i in (1, 4, 6)])
+    with pytest.warns(UserWarning, match="left out"):
+        fit(cfg, tmp_path, steps=4, train_set=clips, valid_set=None)
+    with pytest.raises(NonFiniteError, match=r"step 6 .* 2 batches were left out before, and "):
+        fit(cfg, tmp_path, train_set=clips, valid_set=None, resume=True)
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_resume_with_skipped_batches_is_exact(tmp_path):
+    cfg = config(*SKIP[:2], "training.num_epochs=2", "model.dropout=0.3")
+    clips = {"train_set": Clips(bad=[1, 5]), "valid_set": None}
+    fit(cfg, tmp_path / "a", **clips)
+    for steps in (3, 5, None):
+        fit(cfg, tmp_path / "b", steps=steps, resume=(tmp_path / "b").exists(), **clips)
+    assert_same_state(tmp_path / "a", tmp_path / "b")
+    assert history(tmp_path / "a") == history(tmp_path / "b")
+
+
+def test_skip_policy_may_change_on_resume(tmp_path):
+    clips = Clips(bad=[bad_clip(3)])
+    with pytest.raises(NonFiniteError):
+        fit(config(*SKIP[1:]), tmp_path, train_set=clips, valid_set=None)
+    with pytest.warns(UserWarning, match="left out"):
+        fit(config(*SKIP), tmp_path, train_set=clips, valid_set=None, resume=True)
+    assert last(tmp_path)["step"] == 7
+
+
+def test_fp16_overflow_says_that_float32_is_finite(tmp_path, scaler):  # noqa: F811
+    """Real float16 arithmetic, under autocast on the CPU: 65504 is exceeded in the network."""
+    scaler(4.0)
+    model = DiffusionBufferModel(config())
+    torch.nn.init.constant_(model.network.layers[0].weight, 3e4)
+    torch.nn.init.constant_(model.network.last.weight, 1e-9)
+    with pytest.raises(NonFiniteError) as caught:
+        fit(config(), tmp_path, valid_set=None, model=model)
+    message = str(caught.value)
+    assert "mixed precision fp16" in message
+    assert "First bad value: module network.layers.0" in message
+    assert re.search(
+        r"In float32 the same batch is finite \(loss .*training\.use_amp=false", message
+    )
+    capsule = Capsule.load(next(tmp_path.glob("capsule_*")))
+    assert capsule.record.precision == "fp16"
+    assert capsule.replay().same_numbers
+
+
+def test_nan_under_fp16_says_that_float32_does_not_help(tmp_path, scaler):  # noqa: F811
+    scaler(4.0)
+    with pytest.raises(NonFiniteError, match="In float32 the same batch is not finite either"):
+        fit(config(), tmp_path, valid_set=None, train_set=Clips(bad=range(7)))
+
+
+class Hungry(DiffusionBufferModel):
+    """Asks for 4 TB a clip beyond `room` clips: the allocator really refuses."""
+
+    room = 0
+
+    def forward(self, mix, target=None, generator=None):
+        if len(mix) > self.room:
+            torch.empty(len(mix) - self.room, 10**12)
+        return super().forward(mix, target, generator)
+
+
+@pytest.mark.parametrize(
+    ("room", "fits"), [(0, "not even one clip"), (3, r"about \d+ would fit into the .* are free")]
+)
+def test_out_of_memory_says_what_was_asked_and_what_fits(tmp_path, monkeypatch, room, fits):
+    monkeypatch.setattr(Hungry, "room", room)
+    cfg = config("training.batch_size=4")
+    with pytest.raises(OutOfMemoryError) as caught:
+        fit(cfg, tmp_path, valid_set=None, model=Hungry(cfg))
+    message = str(caught.value)
+    asked = (4 - room) * 4 * 10**12 / 2**30
+    assert f"{asked:.3g} GiB more were asked for in a step of 4 clips of 4000 samples" in message
+    assert re.search(fits, message)
+    for part in ("step 1 (epoch 0): out of memory on cpu", "Lower training.batch_size (now 4;",
+                 "--find_batch_size", "model.base_channels (now 4)", "Capsule: "):  # fmt: skip
+        assert part in message
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert last(tmp_path)["step"] == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0"),
+     RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you "
+                  "tried to allocate 2684354560 bytes.")],
+)  # fmt: skip
+def test_every_kind_of_out_of_memory(tmp_path, error):
+    class Full(DiffusionBufferModel):
+        def forward(self, mix, target=None, generator=None):
+            if len(mix) > 1:
+                raise error
+            return super().forward(mix, target, generator)
+
+    with pytest.raises(OutOfMemoryError) as caught:
+        fit(config(), tmp_path, valid_set=None, model=Full(config()))
+    asked = "more was asked for" if isinstance(error, MemoryError) else "GiB more were asked for"
+    assert asked in str(caught.value)
+    assert "about 1 would fit" in str(caught.value)
+    assert not memory.is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(0, 300))
+@settings(max_examples=60, deadline=None)
+def test_search_of_the_largest_batch(first, ceiling, limit):
+    """It fits, is within an eighth of the largest that does, and takes few trials."""
+    tried = []
+
+    def fits(size):
+        tried.append(size)
+        return size <= limit
+
+    found = memory.largest(fits, min(first, ceiling), ceiling)
+    best = min(limit, ceiling)
+    assert (found is None) == (best == 0)
+    if found is not None:
+        assert best * 8 / 9 - 1 <= found <= best
+        assert found in tried
+    assert len(tried) <= 14
+    assert max(tried) <= ceiling
+
+
+def test_trial_of_a_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(trial, "limit_memory", lambda: None)
+    mix, target = Clips()[0]
+    save_tensors(tmp_path / "clip.safetensors", {"mix": mix, "target": target})
+    save_json(tmp_path / "config.json", config().to_dict())
+    assert trial.main(tmp_path, 3) == 0
+    monkeypatch.setattr("diffbuf_lib.model.DiffusionBufferModel", Hungry)
+    assert trial.main(tmp_path, 3) == memory.TOO_LARGE
+
+
+@pytest.mark.slow
+def test_find_batch_size_tries_for_real(tmp_path):
+    assert memory.find_batch_size(config("training.batch_size=2"), Clips(9), "cpu") == 2
+
+
+@pytest.mark.slow
+def test_find_batch_size_with_a_real_limit():
+    """The system allows 300 MB more: the search ends below, whatever the trials die of."""
+    code = """
+import resource
+from diffbuf_lib.training import memory
+from tests.training.helpers import Clips, config
+cfg = config("training.batch_size=512", "model.base_channels=32")
+limit = memory.taken_memory() + 300 * 2**20
+resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
+print(memory.find_batch_size(cfg, Clips(1000), "cpu"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=250,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 1 <= int(done.stdout) < 512
+
+
+def test_find_batch_size_that_is_there_for_none(monkeypatch):
+    monkeypatch.setattr(memory, "_fits_in_a_child", lambda *_: False)
+    with pytest.raises(OutOfMemoryError, match=r"not even one clip .* model\.base_channels"):
+        memory.find_batch_size(config(), Clips(), "cpu")
+
+
+def test_killed_reader_names_the_file_it_was_reading(tmp_path):
+    class Deadly(Clips):
+        def __getitem__(self, index):
+            if index == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getitem__(index)
+
+    with pytest.raises(DataError, match=r"died at clip_005\.wav: lower training\.num_workers"):
+        fit(config("training.num_workers=2"), tmp_path, train_set=Deadly(), valid_set=None)
+
+
+def test_reader_that_dies_in_mid_step_is_no_fault_of_the_step(tmp_path):
+    """Torch raises a reader's death from a signal handler, wherever the main process is."""
+
+    class Waiting(DiffusionBufferModel):
+        def forward(self, mix, target=None, generator=None):
+            pids = [int(line) for line in (tmp_path / "pids").read_text().split()]
+            os.kill(pids[0], signal.SIGKILL)
+            for _ in range(100):
+                time.sleep(0.05)
+            return super().forward(mix, target, generator)
+
+    class Telling(Clips):
+        def __getitem__(self, index):
+            with open(tmp_path / "pids", "a") as file:
+                file.write(f"{os.getpid()}\n")
+            if len(self.read) > 2:
+                time.sleep(60)
+            return super().__getitem__(index)
+
+    with pytest.raises(DataError, match=r"died (at|near) clip_00\d\.wav"):
+        fit(
+            config("training.num_workers=1"), tmp_path / "run", train_set=Telling(),
+            valid_set=None, model=Waiting(config()),
+        )  # fmt: skip
+    assert not list((tmp_path / "run").glob("capsule_*"))
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    first = train(config(), Clips(), None, tmp_path, device="cpu")
+    next(first)
+    with pytest.raises(CheckpointError, match=rf"in use by another run \(process {os.getpid()}\)"):
+        fit(config(), tmp_path, resume=True)
+    first.close()
+    assert not (tmp_path / ".lock").exists()
+    assert len(fit(config(), tmp_path, resume=True)) == 5
+
+
+def _hold(folder, ready):
+    FolderLock(folder).acquire()
+    ready.set()
+    time.sleep(60)
+
+
+def test_lock_ends_with_its_process(tmp_path):
+    context = get_context("fork")
+    ready = context.Event()
+    holder = context.Process(target=_hold, args=(tmp_path, ready))
+    holder.start()
+    assert ready.wait(60)
+    with pytest.raises(CheckpointError, match=f"process {holder.pid}"):
+        FolderLock(tmp_path).acquire()
+    holder.kill()
+    holder.join()
+    assert (tmp_path / ".lock").exists()
+    lock = FolderLock(tmp_path)
+    lock.acquire()
+    lock.release()
+    lock.release()
+
+
+def test_forked_reader_does_not_hold_the_lock(tmp_path):
+    lock = FolderLock(tmp_path)
+    lock.acquire()
+    child = get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    lock.release()
+    FolderLock(tmp_path).acquire()
+    child.kill()
+    child.join()
+
+
+def test_lock_is_taken_by_one_of_many(tmp_path):
+    got, locks = [], [FolderLock(tmp_path) for _ in range(8)]
+
+    def take(lock):
+        try:
+            lock.acquire()
+            got.append(lock)
+        except CheckpointError:
+            pass
+
+    threads = [threading.Thread(target=take, args=(lock,)) for lock in locks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 1
+    got[0].release()
+
+
+def test_out_of_memory_replays(tmp_path):
+    with pytest.raises(OutOfMemoryError):
+        fit(config(), tmp_path, valid_set=None, model=Hungry(config()))
+    folder = next(tmp_path.glob("capsule_*"))
+    result = Capsule.load(folder).replay(model=Hungry(config()))
+    assert memory.is_out_of_memory(result.error)
+    result = Capsule.load(folder).replay()  # the library's own model is not hungry
+    assert not result.reproduced
+    assert "now:  nothing fails" in str(result)
+
+
+def test_resume_with_a_smaller_set_turns_to_the_next_epoch(tmp_path):
+    """Found by fuzzing: no batch is left of the epoch that the checkpoint stands in."""
+    fit(config(), tmp_path, steps=2)
+    records = fit(config(), tmp_path, resume=True, train_set=Clips(2))
+    assert [(r.step, r.epoch) for r in records] == [(3, 1)]
+
+
+def test_flags_of_the_command_line(tmp_path, monkeypatch, capsys):
+    """--find_batch_size and --on_nonfinite reach training; a resumed run keeps its batch size."""
+    from diffbuf_lib import cli
+
+    seen = []
+
+    def train(cfg, *args, **options):
+        seen.append(cfg.training)
+        return (x for x in ())
+
+    monkeypatch.setattr("diffbuf_lib.training.train", train)
+    monkeypatch.setattr("diffbuf_lib.data.open_dataset", lambda *args, **options: Clips())
+    monkeypatch.setattr(memory, "find_batch_size", lambda *args: 5)
+    (tmp_path / "c.yaml").write_text(config("training.batch_size=3").to_yaml())
+    given = (tmp_path / "c.yaml", tmp_path / "run", tmp_path)
+    cli.train_command(*given, skip_doctor=True, find_batch_size=True, on_nonfinite="skip")
+    assert (seen[0].batch_size, seen[0].on_nonfinite) == (5, "skip")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(config("training.batch_size=7").to_yaml())
+    cli.train_command(*given, skip_doctor=True, find_batch_size=True, resume=True)
+    assert (seen[1].batch_size, seen[1].on_nonfinite) == (7, "stop")
+    assert "batch_size 5 fits (training.batch_size was 3)" in capsys.readouterr().out
