@@ -118,9 +118,10 @@ def bench_networks() -> list[Row]:
             share = gflop / seconds / ceiling
             note = f"{gflop:.0f} GFLOP, {share:.0%} of the convolution's speed"
             rows.append(Row(f"{name} forward, batch 1, K {K}", 1e3 * seconds, "ms", note))
-        seconds = best(training_step(model), 4)
-        note = f"batch 2, K {FRAMES}, B {BUFFER}, Adam"
-        rows.append(Row(f"{name} training step", 1e3 * seconds, "ms", note))
+        for precision in ("float32", "bfloat16"):
+            seconds = best(training_step(model, bf16=precision == "bfloat16"), 3)
+            note = f"batch 2, K {FRAMES}, B {BUFFER}, Adam"
+            rows.append(Row(f"{name} training step, {precision}", 1e3 * seconds, "ms", note))
     return rows
 
 
@@ -140,14 +141,16 @@ def bench_enhance() -> list[Row]:
     return rows
 
 
-def training_step(model: DiffusionBufferModel) -> Callable[[], None]:
+def training_step(model: DiffusionBufferModel, *, bf16: bool) -> Callable[[], None]:
     """Return one step of a model on a batch of two clips of K frames."""
     optimizer = torch.optim.Adam(model.parameters())
     mix, target = torch.randn(2, 2, 1, (FRAMES - 1) * 256).mul(0.1).unbind(0)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        model(mix, target).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(mix, target)
+        loss.backward()
         optimizer.step()
 
     return step

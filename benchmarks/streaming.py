@@ -30,6 +30,7 @@ def measure(best: Best) -> Iterator[tuple[str, float, str, str]]:
     matmul = matmul_gflops(best)
     yield "matrix product", matmul, "GFLOP/s", "2048 x 2048, float32"
     yield from frame_times(best, matmul)
+    yield from one_thread_gain(best)
     yield from recomputed_ncsnpp(best)
     for name in ("tiny", "cpu", "base"):
         yield from one_core(name, best)
@@ -51,6 +52,16 @@ def frame_times(best: Best, matmul: float) -> Iterator[tuple[str, float, str, st
         again, flop = one_frame(model.sampler(cached=False), best, 5)
         note = f"{flop:.2f} GFLOP, {again / cached:.1f} times the cached frame"
         yield f"cpu size, frame, recomputed, K {frames}", 1e3 * again, "ms", note
+
+
+def one_thread_gain(best: Best) -> Iterator[tuple[str, float, str, str]]:
+    """Yield what the cache saves where neither form can spread over cores."""
+    model = stream_model("block_causal_cpu")
+    with threads(1):
+        cached, _ = one_frame(model.sampler(), best, 30)
+        again, _ = one_frame(model.sampler(cached=False), best, 5)
+    note = f"{1e3 * again:.1f} ms recomputed, {1e3 * cached:.1f} ms cached"
+    yield "cpu size, gain of the cache, K 128, one thread", again / cached, "times", note
 
 
 def recomputed_ncsnpp(best: Best) -> Iterator[tuple[str, float, str, str]]:
