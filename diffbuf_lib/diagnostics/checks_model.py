@@ -213,7 +213,7 @@ def _speed(cfg: Config, seconds: float, device: torch.device) -> Finding:
     message = f"one clip took {seconds:.2f} s on {device}; a step of {cfg.training.batch_size}"
     if step > _SLOW_STEP and device.type == "cpu":
         return Finding(
-            "warning",
+            "info",  # a slow machine is nobody's mistake, and train.py says that it is the CPU
             "model.speed",
             f"{message} would take about {step:.0f} s",
             value=step,
