@@ -416,11 +416,14 @@ def _with_override(tree: dict[str, Any], override: str) -> dict[str, Any]:
 
 def _describe(problem: Any) -> str:
     """Return one pydantic problem in one line: where, what, and what would be valid."""
-    tags = ("bbed", "ouve")  # pydantic puts the chosen SDE into the path: it is no key
-    keys = [str(key) for key in problem["loc"] if key not in tags]
+    loc = problem["loc"]
+    # pydantic puts the chosen SDE into the path behind sde, where it is no key; elsewhere somebody
+    # may have written it.
+    tagged = loc[:1] == ("sde",) and loc[1:2] in (("bbed",), ("ouve",))
+    keys = [str(key) for key in (loc[:1] + loc[2:] if tagged else loc)]
     path = ".".join(keys)
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {path}{_nearest(keys, problem['loc'])}"
+        return f"unknown key {path}{_nearest(keys, ouve=tagged and loc[1] == 'ouve')}"
     if problem["type"].startswith("union_tag"):
         return f"sde.type must be bbed or ouve, not {problem['ctx'].get('tag', 'missing')}"
     message = problem["msg"].removeprefix("Value error, ")
@@ -456,9 +459,9 @@ def _one_line(text: str) -> str:
     return line if len(line) < 2000 else f"{line[:2000]} ..."
 
 
-def _nearest(keys: list[str], loc: tuple[Any, ...]) -> str:
+def _nearest(keys: list[str], *, ouve: bool) -> str:
     """Return `; did you mean ...?` and the valid names beside an unknown key."""
-    section: Any = OUVEConfig if "ouve" in loc else Config
+    section: Any = OUVEConfig if ouve else Config
     for key in keys[:-1]:
         if key == "sde" and section is OUVEConfig:
             continue
