@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from diffbuf_lib import cli
+from diffbuf_lib import cli, load_config
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -155,6 +155,6 @@ def test_config_prints_what_load_config_reads(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
     _, out, _ = call(monkeypatch, capsys, "config", "configs/debug.yaml", "--set", "training.lr=5")
     (tmp_path / "c.yaml").write_text(out)
-    assert cli.load_config(tmp_path / "c.yaml").training.lr == 5
+    assert load_config(tmp_path / "c.yaml").training.lr == 5
     _, out, _ = call(monkeypatch, capsys, "config")
     assert "diffusion_buffer.buffer_size = 20" in out

@@ -1,0 +1,1 @@
+"""What the subcommands of `diffbuf` do; `diffbuf_lib.cli` puts them together."""
