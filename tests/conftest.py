@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diffbuf_lib import Config, DiffusionBufferModel
+from diffbuf_lib import Config, DiffusionBufferModel, cli
 from diffbuf_lib.config import build_config
 
 # Two xdist workers on two cores: more threads each would only wait for one another.
@@ -33,3 +33,16 @@ def make_model(cfg: Config, seed: int = 0) -> DiffusionBufferModel:
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def call(monkeypatch, capsys, *args):
+    """Run `diffbuf ...` in this process; returns (exit status, stdout, stderr)."""
+    monkeypatch.setattr(cli.warnings, "showwarning", cli.warnings.showwarning)
+    monkeypatch.setattr(cli.faulthandler, "enable", lambda: None)  # pytest has its own
+    status = 0
+    try:
+        cli.main([str(arg) for arg in args])
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from diffbuf_lib import cli, load_config
+from diffbuf_lib import load_config
+from tests.conftest import call
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -50,19 +51,6 @@ def the_command(data, results, *extra):
 
 def run(command):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-
-
-def call(monkeypatch, capsys, *args):
-    """Run `diffbuf ...` in this process; returns (exit status, stdout, stderr)."""
-    monkeypatch.setattr(cli.warnings, "showwarning", cli.warnings.showwarning)
-    monkeypatch.setattr(cli.faulthandler, "enable", lambda: None)  # pytest has its own
-    status = 0
-    try:
-        cli.main([str(arg) for arg in args])
-    except SystemExit as stop:
-        status = stop.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 @pytest.fixture(scope="module")

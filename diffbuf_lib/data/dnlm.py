@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,28 +42,18 @@ def open_dataset(
     Raises:
         DataError: another dataset_type, or a folder that does not fit it.
     """
-    audio = cfg.audio
-    if dataset_type == 1:
-        kind: type[ClipDataset] = DNLMDataset
-    elif dataset_type == 2:
-        kind = PairedFolderDataset
-    elif dataset_type == 3:
-        return MixingDataset(
-            root,
-            audio.chunk_size,
-            sample_rate=audio.sample_rate,
-            training=training,
-            seed=cfg.training.seed,
-            leading_zeros=cfg.leading_zero_samples,
-            snr=(cfg.data.snr_min, cfg.data.snr_max),
-        )
-    else:
+    kinds: dict[int, Callable[..., ClipDataset]] = {
+        1: DNLMDataset,
+        2: PairedFolderDataset,
+        3: partial(MixingDataset, snr=(cfg.data.snr_min, cfg.data.snr_max)),
+    }
+    if dataset_type not in kinds:
         known = "; ".join(f"{number}: {layout}" for number, layout in LAYOUTS.items())
         raise DataError(f"--dataset_type {dataset_type} is none of {known}")
-    return kind(
+    return kinds[dataset_type](
         root,
-        audio.chunk_size,
-        sample_rate=audio.sample_rate,
+        cfg.audio.chunk_size,
+        sample_rate=cfg.audio.sample_rate,
         training=training,
         seed=cfg.training.seed,
         leading_zeros=cfg.leading_zero_samples,

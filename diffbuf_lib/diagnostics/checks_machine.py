@@ -15,6 +15,7 @@ import torch
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.diagnostics.findings import Finding
+from diffbuf_lib.memory import free_memory
 
 GIB = 2**30
 _LITTLE_DISK = 2 * GIB  # checkpoints, logs and a model of a large run
@@ -40,21 +41,6 @@ def resolve_device(device: str) -> torch.device:
     if known is None or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(known.group(1) or 0))
-
-
-def free_memory(device: torch.device) -> int:
-    """Return bytes that a new program could take: of the GPU, or of this machine or container."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil  # type: ignore[import-untyped]
-
-    free = int(psutil.virtual_memory().available)
-    try:  # a container's limit is not what the machine has (control groups, version 2)
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
-        return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
-    except (OSError, ValueError):
-        return free
 
 
 def _versions() -> Iterator[Finding]:

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from diffbuf_lib.config import Config
-from diffbuf_lib.diagnostics.checks_machine import GIB, free_memory
+from diffbuf_lib.diagnostics.checks_machine import GIB
 from diffbuf_lib.diagnostics.findings import Finding
 from diffbuf_lib.diagnostics.memory import (
     MemoryEstimate,
     estimate,
     network_estimate,
-    saved_bytes,
 )
 from diffbuf_lib.diagnostics.trial import Pass, autocast, run_pass
 from diffbuf_lib.errors import DiffbufError
+from diffbuf_lib.memory import free_memory, saved_bytes
 from diffbuf_lib.model import DiffusionBufferModel
 
 _SLOW = 1.0  # seconds of a pass on one clip from which on there is only one

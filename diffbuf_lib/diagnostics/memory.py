@@ -6,14 +6,13 @@ the forward pass saves for the backward pass, which grows with the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diffbuf_lib.config import Config
+from diffbuf_lib.memory import SavedBytes, saved_bytes
 
 _STATES = {"adam": 2, "adamw": 2, "radam": 2, "sgd": 0}  # copies of the weights in an optimizer
 # Beside what is saved, a step at its peak holds gradients of activations and convolution scratch:
@@ -22,19 +21,6 @@ _STATES = {"adam": 2, "adamw": 2, "radam": 2, "sgd": 0}  # copies of the weights
 # the estimate meets within 6 %.
 _WORKING = 7
 _OVERHEAD = 128 * 2**20
-
-
-@dataclass
-class SavedBytes:
-    """What autograd kept: distinct storages, without the weights.
-
-    Attributes:
-        total: bytes.
-        largest: bytes of the largest one.
-    """
-
-    total: int = 0
-    largest: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,33 +67,6 @@ def estimate(
     )
 
 
-@contextmanager
-def saved_bytes(model: nn.Module) -> Iterator[SavedBytes]:
-    """Count what autograd saves in a block; keep its result until the end of the block.
-
-    Args:
-        model: its parameters and buffers are not counted.
-    """
-    own = {_identity(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    seen: set[int] = set()
-    kept: list[Tensor] = []  # an identity is one only as long as the storage lives
-    saved = SavedBytes()
-
-    def pack(tensor: Tensor) -> Tensor:
-        identity = _identity(tensor)
-        if identity not in own and identity not in seen:
-            seen.add(identity)
-            kept.append(tensor.detach())
-            size = tensor.untyped_storage().nbytes()
-            saved.total += size
-            saved.largest = max(saved.largest, size)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved
-    kept.clear()
-
-
 def network_estimate(cfg: Config) -> MemoryEstimate:
     """Estimate from shapes alone: nothing is computed and no memory is taken.
 
@@ -123,8 +82,3 @@ def network_estimate(cfg: Config) -> MemoryEstimate:
         with saved_bytes(network) as saved:
             network(x, t)
     return estimate(network, cfg.training.optimizer, saved)
-
-
-def _identity(tensor: Tensor) -> int:
-    """Return what is the same for all tensors on one storage (a data_ptr is 0 without data)."""
-    return int(tensor.untyped_storage()._cdata)

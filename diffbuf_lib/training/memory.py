@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.errors import DataError, DiffbufError, OutOfMemoryError
+from diffbuf_lib.memory import free_memory, saved_bytes
 from diffbuf_lib.training.engine import Batch, Engine, make_accelerator
 from diffbuf_lib.training.isolation import isolated
 from diffbuf_lib.training.packing import save_json, save_tensors
@@ -146,32 +147,6 @@ def explain(error: BaseException, cfg: Config, engine: Engine, batch: Batch) -> 
     )
 
 
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that this process may still take: of the GPU, or of the main memory."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return int(torch.cuda.mem_get_info(device)[0])
-    limits = []
-    with suppress(OSError, ValueError, IndexError):
-        limits.append(_kilobytes("/proc/meminfo", "MemAvailable"))
-    with suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        used = int((group / "memory.current").read_text())
-        limits.append(int((group / "memory.max").read_text()) - used)
-    with suppress(ImportError, OSError, ValueError, IndexError):
-        import resource
-
-        soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
-        if soft != resource.RLIM_INFINITY:
-            limits.append(soft - taken_memory())
-    return max(min(limits, default=0), 0)
-
-
-def taken_memory() -> int:
-    """Return the bytes of data that this process has (Linux)."""
-    return _kilobytes("/proc/self/status", "VmData")
-
-
 def try_batch(cfg: Config, accelerator: Any, mix: Tensor, target: Tensor, size: int) -> None:
     """Make two steps: the optimizer takes its memory in the first one."""
     from diffbuf_lib.model import DiffusionBufferModel
@@ -206,22 +181,13 @@ def _bytes_of_a_clip(
     model: nn.Module, batch: Batch, autocast: Callable[[], AbstractContextManager[Any]]
 ) -> int:
     """Measure what a forward pass of one clip keeps for the backward pass."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     generators = [
         torch.Generator(g.device).manual_seed(g.initial_seed()) for g in batch.generators[:1]
     ]
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast():
+    with saved_bytes(model) as saved, autocast():
         loss = model(batch.mix[:1], batch.target[:1], generator=generators)
     del loss
-    return max(sum(kept.values()), 1)
+    return max(saved.total, 1)
 
 
 def _asked_for(message: str) -> str:
@@ -238,8 +204,3 @@ def _amount(count: float) -> str:
             break
         count /= 1024
     return f"{count:.3g} {unit}"
-
-
-def _kilobytes(path: str, key: str) -> int:
-    lines = [x for x in Path(path).read_text().splitlines() if x.startswith(f"{key}:")]
-    return 1024 * int(lines[0].split()[1])

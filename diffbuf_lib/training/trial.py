@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from diffbuf_lib.config import build_config
+from diffbuf_lib.memory import free_memory, taken_memory
 from diffbuf_lib.training import memory
 from diffbuf_lib.training.engine import make_accelerator
 from diffbuf_lib.training.packing import load_json, load_tensors
@@ -40,8 +41,8 @@ def limit_memory() -> None:
         import torch
 
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        free = int(0.9 * memory.free_memory(torch.device("cpu")))
-        limit = memory.taken_memory() + free
+        free = int(0.9 * free_memory(torch.device("cpu")))
+        limit = taken_memory() + free
         if soft == resource.RLIM_INFINITY or limit < soft:
             resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 

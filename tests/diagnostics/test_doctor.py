@@ -9,11 +9,10 @@ import pytest
 import torch
 import yaml
 
-from diffbuf_lib import cli
 from diffbuf_lib.diagnostics import checks_model, examine, examine_paths, has_error
 from diffbuf_lib.diagnostics.checks_machine import resolve_device
 from diffbuf_lib.diagnostics.findings import Finding, render, to_json, worst_first
-from tests.conftest import TINY
+from tests.conftest import TINY, call
 from tests.diagnostics.clips import Items, config, make_split, opened, samples, stem, write
 
 PAPER = ("sde.type=bbed", "sde.diffusion={c: 0.08}")  # the c that the paper prints
@@ -341,18 +340,6 @@ def test_findings_are_sorted_rendered_and_told_as_json():
 
 def sets(overrides):
     return [word for override in overrides for word in ("--set", override)]
-
-
-def call(monkeypatch, capsys, *args):
-    monkeypatch.setattr(cli.warnings, "showwarning", cli.warnings.showwarning)
-    monkeypatch.setattr(cli.faulthandler, "enable", lambda: None)
-    status = 0
-    try:
-        cli.main([str(arg) for arg in args])
-    except SystemExit as stop:
-        status = stop.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def test_the_command_prints_a_table_or_json_and_fails_on_an_error(paths, monkeypatch, capsys):

@@ -202,10 +202,11 @@ def test_find_batch_size_with_a_real_limit():
     """The system allows 300 MB more: the search ends below, whatever the trials die of."""
     code = """
 import resource
+from diffbuf_lib.memory import taken_memory
 from diffbuf_lib.training import memory
 from tests.training.helpers import Clips, config
 cfg = config("training.batch_size=512", "model.base_channels=32")
-limit = memory.taken_memory() + 300 * 2**20
+limit = taken_memory() + 300 * 2**20
 resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
 print(memory.find_batch_size(cfg, Clips(1000), "cpu"))
 """
