@@ -58,5 +58,5 @@ $(VENV)/.lab: $(DEPS) | $(VENV)/bin/python
 
 $(VENV)/.test: $(DEPS) | $(VENV)/bin/python
 	@echo "Installing diffbuf and everything its checks need into $(VENV) ..."
-	$(PIP) -e '.[demo,metrics,notebooks,dev]'
+	$(PIP) -e '.[demo,metrics,baselines,pretraining,notebooks,dev]'
 	@touch $@

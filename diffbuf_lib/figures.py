@@ -93,6 +93,13 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def to_jpeg(figure: Figure) -> bytes:
+    """Return the figure as a JPEG file's bytes: a tenth of a spectrogram's PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="jpeg", pil_kwargs={"quality": 88})
+    return buffer.getvalue()
+
+
 def to_pixels(figure: Figure) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Return the figure as [H, W, 3] uint8."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

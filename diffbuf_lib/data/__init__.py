@@ -8,6 +8,7 @@ from diffbuf_lib.data.dnlm import (
     DNLMDataset,
     MixingDataset,
     PairedFolderDataset,
+    find_layout,
     open_dataset,
 )
 from diffbuf_lib.data.drone import DroneParameters, synthesise
@@ -40,6 +41,7 @@ __all__ = [
     "collate",
     "download_librispeech",
     "draw_crop",
+    "find_layout",
     "list_audio",
     "mix_pair",
     "open_dataset",

@@ -228,17 +228,17 @@ def _stem(folder: Path, stem: str) -> Path:
 def _nothing_found(root: Path, dataset_type: int) -> DataError:
     """Explain why a folder does not fit its dataset_type, and what would."""
     here = f"{root} has no {LAYOUTS[dataset_type]}"
-    other = _layout(root)
+    other = find_layout(root)
     if other not in (None, dataset_type):
         return DataError(f"{here}, but {LAYOUTS[other]}: use --dataset_type {other}")
-    splits = [name for name in ("train", "valid", "test") if _layout(root / name)]
+    splits = [name for name in ("train", "valid", "test") if find_layout(root / name)]
     if splits:
         return DataError(f"{here}: its splits are one level down, so use {root / splits[0]}")
     return DataError(f"{here}: check the path, or make the data with `diffbuf data build`")
 
 
-def _layout(root: Path) -> int | None:
-    """Return the dataset_type that fits a folder, if any does."""
+def find_layout(root: Path) -> int | None:
+    """Return the dataset_type that fits a folder, 1 to 3; None if none does."""
     if any(root.glob("sample_*/")):
         return 1
     for dataset_type, names in ((2, ("clean", "noisy")), (3, ("speech", "noise"))):

@@ -1,0 +1,108 @@
+"""The set-up that every notebook shares: config, data and device, from two lines the user edits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from diffbuf_lib.config import Config, load_config
+from diffbuf_lib.data import LAYOUTS, ClipDataset, build_demo, find_layout, open_dataset
+from diffbuf_lib.errors import DataError
+
+CONFIG_VARIABLE = "DIFFBUF_CONFIG"
+DATA_VARIABLE = "DIFFBUF_DATA"
+_DEMO = Path("data/DN-LM-demo")
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """What a notebook works with.
+
+    Attributes:
+        root: the project's folder; relative paths start there.
+        cfg: the config, with the overrides.
+        data: the dataset's folder.
+        train_set: its training clips, cropped at random.
+        valid_set: clips from `valid/`, from their start; of a folder without it, the training
+            clips from their start.
+        results: `results/notebooks`, where the notebooks write.
+        device: "cuda" where there is a GPU, else "cpu".
+    """
+
+    root: Path
+    cfg: Config
+    data: Path
+    train_set: ClipDataset
+    valid_set: ClipDataset
+    results: Path
+    device: str
+
+    def __str__(self) -> str:
+        threads = torch.get_num_threads()
+        return (
+            f"data    {self.data} ({len(self.train_set)} training, "
+            f"{len(self.valid_set)} validation clips)\n"
+            f"model   {self.cfg.model.name}, K = {self.cfg.audio.num_frames} frames, "
+            f"B = {self.cfg.diffusion_buffer.buffer_size} of them in the buffer\n"
+            f"device  {self.device}, torch {torch.__version__}, {threads} CPU threads"
+        )
+
+
+def open_workbench(
+    config: str | Path, data: str | Path, overrides: Sequence[str] = ()
+) -> Workbench:
+    """Load a config and open a dataset, making the demo set first if it is the one that is missing.
+
+    The environment variables DIFFBUF_CONFIG and DIFFBUF_DATA, if set, win over the arguments, so
+    that a notebook runs on other data without being edited.
+
+    Args:
+        config: a YAML file; relative to the project's folder.
+        data: a dataset's folder of any layout (`diffbuf_lib.data.LAYOUTS`), with its splits in
+            `train/` and `valid/` or without splits; relative to the project's folder.
+        overrides: config keys, as in `load_config`.
+
+    Raises:
+        ConfigError: a config that cannot be read.
+        DataError: a folder that holds no clips in a known layout.
+    """
+    root = _project_root()
+    torch.manual_seed(0)
+    cfg = load_config(root / os.environ.get(CONFIG_VARIABLE, config), overrides)
+    folder = root / os.environ.get(DATA_VARIABLE, data)
+    if folder == root / _DEMO:
+        build_demo(folder)
+    return Workbench(
+        root=root,
+        cfg=cfg,
+        data=folder,
+        train_set=_open(_split(folder, "train"), cfg, training=True),
+        valid_set=_open(_split(folder, "valid"), cfg, training=False),
+        results=root / "results" / "notebooks",
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+
+
+def _project_root() -> Path:
+    """Return the nearest folder upwards that holds configs/, else the working directory."""
+    here = Path.cwd()
+    return next((path for path in (here, *here.parents) if (path / "configs").is_dir()), here)
+
+
+def _split(folder: Path, name: str) -> Path:
+    """Return the folder of a split; of a dataset without splits, the dataset's own."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def _open(folder: Path, cfg: Config, *, training: bool) -> ClipDataset:
+    layout = find_layout(folder)
+    if layout is None:
+        known = "; ".join(LAYOUTS.values())
+        raise DataError(
+            f"{folder} holds no clips: DATA (or {DATA_VARIABLE}) must name a folder with {known}"
+        )
+    return open_dataset(layout, folder, cfg, training=training)
