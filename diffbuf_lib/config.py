@@ -152,6 +152,12 @@ class ModelConfig(Section):
     )
     num_layers: int = Field(4, ge=1, description="conv: hidden 3x3 convolutions")
     dropout: float = Field(0.0, ge=0, lt=1, description="probability")
+    data_scale: float | None = Field(
+        None,
+        gt=0,
+        description="size of the compressed spectra, by which V and Y are divided for the network "
+        "(V with sigma(t) added, in squares); null: they are not divided",
+    )
     output_scale: Literal["sigma", "time", "none"] = Field(
         "sigma", description="the network's output is divided by sigma(t), by t, or by 1"
     )
@@ -244,13 +250,23 @@ class DataConfig(Section):
 
     snr_min: float = Field(-30.0, ge=-100, le=100, description="dB, smallest drawn SNR")
     snr_max: float = Field(0.0, ge=-100, le=100, description="dB, largest drawn SNR")
+    distance_min: float = Field(5.0, ge=0.01, le=1e4, description="m, nearest talker")
+    distance_max: float = Field(20.0, ge=0.01, le=1e4, description="m, farthest talker")
+    tilt: float = Field(
+        0.0, ge=0, le=12, description="dB per octave, largest drawn spectral tilt of the speech"
+    )
+    room_probability: float = Field(
+        0.0, ge=0, le=1, description="share of clips whose speech goes through a room of rooms/"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.snr_min > self.snr_max:
-            raise ValueError(
-                f"snr_min {self.snr_min} is above snr_max {self.snr_max}: lower data.snr_min"
-            )
+        for low, high in (("snr_min", "snr_max"), ("distance_min", "distance_max")):
+            if getattr(self, low) > getattr(self, high):
+                raise ValueError(
+                    f"{low} {getattr(self, low)} is above {high} {getattr(self, high)}: "
+                    f"lower data.{low}"
+                )
         return self
 
 
@@ -259,6 +275,13 @@ class TrainingConfig(Section):
 
     loss: Literal["score", "weighted_score", "data_prediction"] = Field(
         "score", description="see diffbuf_lib.diffusion.losses"
+    )
+    own_history: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of clips whose history is the network's own estimate, as online, "
+        "instead of the clean signal",
     )
     optimizer: Literal["adam", "adamw", "radam", "sgd"] = Field("adam", description="torch.optim")
     lr: float = Field(1e-4, gt=0, description="learning rate")

@@ -4,7 +4,7 @@
 `trace(...).loss`, so what a notebook inspects is what trains.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
@@ -20,13 +20,16 @@ from diffbuf_lib.diffusion.buffer import (
     draw_times,
     inference_times,
     perturb,
+    uniform,
 )
 from diffbuf_lib.diffusion.losses import LOSSES
-from diffbuf_lib.diffusion.sampler import BufferSampler
+from diffbuf_lib.diffusion.sampler import BufferSampler, CachedDenoise
 from diffbuf_lib.diffusion.sde import make_sde, over_frequency
 from diffbuf_lib.diffusion.spectral import Spectral
 from diffbuf_lib.errors import ShapeError
+from diffbuf_lib.fast import FastHistory, Precision
 from diffbuf_lib.networks import BlockCausal, HistoryCache, make_network
+from diffbuf_lib.networks.layers import frame_times
 from diffbuf_lib.summary import Summary, summarise
 
 
@@ -152,7 +155,7 @@ class DiffusionBufferModel(
         t = draw_times(self.cfg.diffusion_buffer, B, generator, Y.device, Y.real.dtype)
         z = complex_normal((B, num_bins, Kb), generator, Y.device, Y.dtype)
         sigma = self.sde.std(t)
-        V = perturb(S, Y, t, z, self.sde)
+        V = perturb(self._with_own_history(S, Y, generator), Y, t, z, self.sde)
         score, x0_hat = self.denoise(V, Y, t)
         loss_map = self.loss_map(score, x0_hat, S[..., -Kb:], z, over_frequency(sigma, z))
         return Trace(
@@ -171,6 +174,42 @@ class DiffusionBufferModel(
             loss=loss_map.mean(),
         )
 
+    def _with_own_history(self, S: Tensor, Y: Tensor, generator: Generators) -> Tensor:
+        """Put the network's own estimate in the place of the clean history, in some clips.
+
+        Online the history is what the network has put out; trained on clean history alone, it
+        learns to read the noise off it exactly, and online that is wrong. One more call, without
+        gradients, gives an estimate: of the history as if it were a buffer, at times from the
+        middle of the range on, where V tells little of S.
+
+        Args:
+            S: [B, F, K] complex, clean.
+            Y: [B, F, K] complex, noisy.
+            generator: as in `trace`; not used while training.own_history is 0.
+
+        Returns:
+            [B, F, K] complex; the buffer's frames are those of S.
+        """
+        share, cfg = self.cfg.training.own_history, self.cfg.diffusion_buffer
+        num_history = S.shape[-1] - cfg.buffer_size
+        if not share or not num_history:
+            return S
+        past = slice(0, num_history)
+        late = cfg.model_copy(
+            update={"buffer_size": num_history, "t_eps": (cfg.t_eps + cfg.t_max) / 2}
+        )
+        t = draw_times(late, S.shape[0], generator, S.device, S.real.dtype)
+        z = complex_normal(S[..., past].shape, generator, S.device, S.dtype)
+        with torch.no_grad():
+            V = perturb(S[..., past], Y[..., past], t, z, self.sde)
+            estimate = self.denoise(V, Y[..., past], t)[1]
+        # Under autocast the weights' copies of lower precision were just made without a graph, and
+        # would be used again by the call that is trained.
+        torch.clear_autocast_cache()
+        own = uniform((S.shape[0], 1, 1), generator, S.device, S.real.dtype) < share
+        history = torch.where(own, estimate, S[..., past])
+        return torch.cat([history, S[..., num_history:]], dim=-1)
+
     def denoise(self, V: Tensor, Y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Run the network once.
 
@@ -186,7 +225,7 @@ class DiffusionBufferModel(
             (score, x0_hat), each [B, F, Kb] complex in the precision of V: scaling and loss stay
             in float32 under mixed precision.
         """
-        return self._estimates(self.network(_real_channels(V, Y), t), V, Y, t)
+        return self._estimates(self.network(self._inputs(V, Y, t), t), V, Y, t)
 
     def start_history(self, batch: int, num_bins: int, t: Tensor) -> HistoryCache:
         """Begin streams with a network that remembers its history, after endless silence.
@@ -200,20 +239,41 @@ class DiffusionBufferModel(
         with evaluating(self):
             return self.network.start(num_bins, t.expand(batch, -1))
 
-    def denoise_next(self, history: HistoryCache, V: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
+    def denoise_next(
+        self,
+        history: HistoryCache,
+        V: Tensor,
+        Y: Tensor,
+        step: Callable[[HistoryCache, Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Run the network once on the buffer, with what it remembers of the history.
 
         Args:
             history: from `start_history`, changed in place.
             V: [B, F, 1 + Kb] complex: the frame that has just become history, then the buffer.
             Y: [B, F, 1 + Kb] complex, noisy spectrum of the same frames.
+            step: a faster equal of the network's own `step`.
 
         Returns:
             What `denoise` returns for a window that holds the whole past.
         """
         assert isinstance(self.network, BlockCausal)
-        out = self.network.step(history, _real_channels(V, Y))
+        out = (step or self.network.step)(history, self._inputs(V, Y, history.t))
         return self._estimates(out, V, Y, history.t)
+
+    def _inputs(self, V: Tensor, Y: Tensor, t: Tensor) -> Tensor:
+        """Make of V and Y [B, F, K] complex what networks see: [B, 4, F, K] real, channels-last.
+
+        With model.data_scale s the network sees V / sqrt(s^2 + sigma(t)^2) and Y / s, of unit size
+        at every t (Karras et al. 2022, arXiv 2206.00364, equation 7). Speech far below sigma is
+        else lost beside the noise that the first norm scales it by.
+        """
+        scale = self.cfg.model.data_scale
+        if scale is not None:
+            sigma = frame_times(self.sde.std(t), V.shape[-1])  # [B, K], 0 in the history
+            V, Y = V / over_frequency((sigma**2 + scale**2).sqrt(), V), Y / scale
+        x = torch.stack([V.real, V.imag, Y.real, Y.imag], dim=1)
+        return x.contiguous(memory_format=torch.channels_last)
 
     def _estimates(self, out: Tensor, V: Tensor, Y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Make a score and an x0_hat of the network's output [B, 2, F, Kb]."""
@@ -234,14 +294,31 @@ class DiffusionBufferModel(
             return (self.sde.mean(out, Yb, t) - Vb) / sigma**2, out
         return out, self.sde.denoised(Vb + sigma**2 * out, Yb, t)
 
-    def sampler(self, delay: int | None = None, *, cached: bool = True) -> BufferSampler:
+    def sampler(
+        self,
+        delay: int | None = None,
+        *,
+        cached: bool = True,
+        compiled: bool = False,
+        precision: Precision = "fp32",
+    ) -> BufferSampler:
         """Make what moves this model's buffer along a stream.
 
         Args:
             delay: d, 1 to B, of a data-prediction model; None for B.
             cached: let a network that can remember its history do so; the output is the same as
                 that of a window K that shows it all it can see.
+            compiled: of a network that remembers its history: see `FastHistory`.
+            precision: likewise, fp32 or bf16.
+
+        Raises:
+            ConfigError: a delay, compiled or precision that this model cannot have.
         """
+        memory: CachedDenoise | None = None
+        if compiled or precision != "fp32":
+            memory = FastHistory(self, compiled=compiled, precision=precision)
+        elif cached and isinstance(self.network, BlockCausal):
+            memory = self
         device = next(self.parameters()).device
         dtype = next(self.parameters()).dtype
         return BufferSampler(
@@ -251,11 +328,13 @@ class DiffusionBufferModel(
             self.cfg.num_frames,
             predicts_data=self.predicts_data,
             delay=delay,
-            cached=self if cached and isinstance(self.network, BlockCausal) else None,
+            cached=memory,
         )
 
     @torch.inference_mode()
-    def enhance(self, mix: Tensor, generator: Generators = None) -> Tensor:
+    def enhance(
+        self, mix: Tensor, generator: Generators = None, delay: int | None = None
+    ) -> Tensor:
         """Enhance whole signals as a stream would, one network call a frame.
 
         Sample for sample what `OnlineEnhancer` puts out for the same noise.
@@ -263,19 +342,21 @@ class DiffusionBufferModel(
         Args:
             mix: [B, C, T] float32, full scale 1; channels are averaged to mono, as in training.
             generator: of the diffusion noise; None for the global state.
+            delay: d, 1 to B frames, of a data-prediction model; None for B.
 
         Returns:
             [B, C, T], aligned with mix; C equal channels.
 
         Raises:
             ShapeError: not [B, C, T], or empty.
+            ConfigError: a delay that this model cannot have.
         """
         mono = _mono(mix)
         length, hop = mono.shape[-1], self.framing.hop_length
         # To a whole number of hops: else the last samples lie under the flank of one window, and
         # the overlap-add would divide a modified spectrum by almost nothing.
         Y = self.framing(F.pad(mono, (0, -length % hop)))
-        sampler = self.sampler()
+        sampler = self.sampler(delay)
         state = sampler.start(Y.shape[0], Y.shape[1], generator, Y.dtype)
         Y = F.pad(Y, (0, sampler.delay - 1))  # silence until the last frame has left the buffer
         with evaluating(self):
@@ -293,12 +374,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(was_training)
-
-
-def _real_channels(V: Tensor, Y: Tensor) -> Tensor:
-    """V and Y [B, F, K] complex to what networks see: [B, 4, F, K] real, channels-last."""
-    x = torch.stack([V.real, V.imag, Y.real, Y.imag], dim=1)
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _mono(wave: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffbuf_lib.diffusion.sampler import BufferState
 from diffbuf_lib.errors import ShapeError
+from diffbuf_lib.fast import Precision
 from diffbuf_lib.model import DiffusionBufferModel, evaluating
 
 
@@ -55,14 +56,27 @@ class OnlineEnhancer:
         seed: of the diffusion noise, so that a stream can be repeated.
         delay: d, 1 to B frames, of a data-prediction model; None for B.
         batch: streams that run side by side.
+        compiled: of a block_causal model: run one compiled graph, which takes about a minute to
+            make (see `FastHistory`).
+        precision: of a block_causal model: "bf16" runs its network in bfloat16.
+
+    Raises:
+        ConfigError: a delay, compiled or precision that the model cannot have.
     """
 
     def __init__(
-        self, model: DiffusionBufferModel, seed: int = 0, delay: int | None = None, batch: int = 1
+        self,
+        model: DiffusionBufferModel,
+        seed: int = 0,
+        delay: int | None = None,
+        batch: int = 1,
+        *,
+        compiled: bool = False,
+        precision: Precision = "fp32",
     ) -> None:
         self.model, self.seed, self.batch = model, seed, batch
         self.spectral = model.framing
-        self.sampler = model.sampler(delay)
+        self.sampler = model.sampler(delay, compiled=compiled, precision=precision)
         self.device = self.sampler.t.device
         self.reset()
 

@@ -48,6 +48,61 @@ def test_score_and_x0_hat_say_the_same(tiny_cfg, batch, loss):
     torch.testing.assert_close(trace.score * trace.sigma[:, None] ** 2, residual)
 
 
+def test_data_scale_gives_the_network_inputs_of_unit_size(tiny_cfg, monkeypatch):
+    """For spectra of that size, in the history and at every diffusion time."""
+    cfg = tiny_cfg.override("model.data_scale=0.02", "diffusion_buffer.t_eps=0.001")
+    model, seen = make_model(cfg), []
+    plain = model.network.forward
+    monkeypatch.setattr(model.network, "forward", lambda x, t: seen.append(x) or plain(x, t))
+    Y = 0.02 * torch.randn(8, 32, 10, dtype=torch.complex64, generator=seeded())
+    t = torch.tensor([[0.001, 0.1, 0.5, 0.8]]).expand(8, -1)
+    z = torch.randn(8, 32, 4, dtype=torch.complex64, generator=seeded(1))
+    model.denoise(perturb(Y, Y, t, z, model.sde), Y, t)
+    power = seen[0].square().mean(dim=(0, 2))  # [4, K]
+    torch.testing.assert_close(power[:2] + 0, torch.full((2, 10), 0.5), rtol=0.3, atol=0)
+    torch.testing.assert_close(power[2:] + 0, torch.full((2, 10), 0.5), rtol=0.3, atol=0)
+
+
+def test_a_cached_stream_scales_its_inputs_as_the_whole_does(tiny_cfg):
+    names = ("name=block_causal", "channel_multipliers=[1, 2]", "data_scale=0.05")
+    cfg = tiny_cfg.override(*(f"model.{n}" for n in names), "diffusion_buffer.num_frames=16")
+    model = make_model(cfg).double().eval()
+    R = torch.randn(20, 1, 32, dtype=torch.complex128, generator=seeded()) * 0.1
+
+    def frames(sampler):
+        generator = seeded(2)
+        state = sampler.start(1, 32, generator, R.dtype)
+        return torch.stack([sampler.step(state, r, generator) for r in R])
+
+    with torch.inference_mode():
+        cached, whole = frames(model.sampler()), frames(model.sampler(cached=False))
+    torch.testing.assert_close(cached, whole, rtol=1e-10, atol=1e-10)
+
+
+def test_own_history_is_the_networks_estimate_in_its_share_of_the_clips(tiny_cfg):
+    cfg = tiny_cfg.override("training.loss=data_prediction", "training.own_history=0.5")
+    model = make_model(cfg)
+    mix, target = torch.randn(2, 200, 1, 800, generator=seeded()) * 0.1
+    trace = model.trace(mix, target, seeded(1))
+    clean = (trace.V == trace.S)[..., :-4].all(dim=1).all(dim=1)
+    assert 70 <= int(clean.sum()) <= 130
+    assert not trace.V[..., :-4].requires_grad
+    # In the buffer only mean and noise: from the clean frames, whatever the history is.
+    plain = make_model(cfg.override("training.own_history=0")).trace(mix, target, seeded(1))
+    torch.testing.assert_close(trace.V[..., -4:], plain.V[..., -4:])
+    assert torch.equal(plain.V[..., :-4], plain.S[..., :-4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_own_history_leaves_every_weight_its_gradient(tiny_cfg, batch, dtype):
+    """The call without gradients must not leave its copies of the weights to the one with them."""
+    cfg = tiny_cfg.override("training.loss=data_prediction", "training.own_history=1")
+    model = make_model(cfg)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        model(*batch, seeded()).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
 @pytest.mark.parametrize("scale", ["sigma", "time", "none"])
 def test_output_scale(tiny_cfg, batch, scale):
     model = make_model(tiny_cfg.override(f"model.output_scale={scale}"))

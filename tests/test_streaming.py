@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from diffbuf_lib import OnlineEnhancer
 from diffbuf_lib.config import build_config
-from diffbuf_lib.errors import ShapeError
+from diffbuf_lib.errors import ConfigError, ShapeError
 from tests.conftest import TINY, make_model, seeded
 
 # History features reach 12 frames back: the window of K = 16 shows all that a buffer of 4 can see.
@@ -168,6 +168,35 @@ def test_no_output_depends_on_a_sample_that_was_not_pushed(tiny_cfg):
         pushed = latency + -(-i // 32) * 32  # when sample i came out: sample 0, then a hop each
         assert not row[pushed:].any(), i
         assert row[pushed - 32 : pushed].any() or i % 32 == 1, i  # which it needed: but for 0 taps
+
+
+def test_a_bfloat16_stream_is_the_same_but_for_its_rounding(tiny_cfg):
+    model = make_model(tiny_cfg.override(*BLOCK_CAUSAL)).eval()
+    R = torch.randn(1, 32, 100, dtype=torch.complex64, generator=seeded(1)) * 0.1
+    exact, rounded = frames_of(model.sampler(), R), frames_of(model.sampler(precision="bf16"), R)
+    error = (rounded - exact).abs().square().sum() / exact.abs().square().sum()
+    assert 0 < error < 1e-3  # -30 dB
+
+
+def test_only_a_network_that_remembers_can_be_made_faster(tiny_cfg):
+    model = make_model(tiny_cfg)
+    for wish in ({"compiled": True}, {"precision": "bf16"}):
+        with pytest.raises(ConfigError, match="block_causal, not conv"):
+            OnlineEnhancer(model, **wish)
+    with pytest.raises(ConfigError, match="fp16"):
+        make_model(tiny_cfg.override(*BLOCK_CAUSAL)).sampler(precision="fp16")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("default")  # of torch's compiler about itself
+def test_a_compiled_stream_is_the_same(tiny_cfg):
+    model = make_model(tiny_cfg.override(*BLOCK_CAUSAL))
+    signal = torch.randn(3000, generator=seeded(1)) * 0.1
+    plain = run(OnlineEnhancer(model, seed=3), signal, [1000])
+    enhancer = OnlineEnhancer(model, seed=3, compiled=True)
+    torch.testing.assert_close(run(enhancer, signal, [7, 500]), plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(run(enhancer, signal, []), plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

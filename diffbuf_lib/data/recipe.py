@@ -61,6 +61,7 @@ class Split:
         noise_dir: what the noise names are relative to.
         speech: speech files in the order of their use; used again from the first when they run out.
         noise: the parts of noise files that this split may use.
+        snr_grid: SNRs in dB that samples take in turn, instead of one drawn from `snr`.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Split:
     noise_dir: Path
     speech: tuple[str, ...]
     noise: tuple[NoiseRegion, ...]
+    snr_grid: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,12 @@ class Draw:
 def draw(split: Split, index: int) -> Draw:
     """Draw SNR, distance and sources of sample `index` of a split: no file is read."""
     rng = np.random.default_rng([split.seed, split.number, index])
+    snr_db = float(rng.uniform(*split.snr))
+    if split.snr_grid:
+        snr_db = split.snr_grid[index % len(split.snr_grid)]
     return Draw(
         id=f"sample_{index:05d}",
-        snr_db=float(rng.uniform(*split.snr)),
+        snr_db=snr_db,
         distance=float(rng.uniform(*split.distance)),
         noise=split.noise[int(rng.integers(len(split.noise)))],
         speech=split.speech[index % len(split.speech)],

@@ -65,7 +65,7 @@ def draw_times(
     """
     if cfg.time_sampling == "linspace":
         return inference_times(cfg, device, dtype).expand(batch, -1)
-    u = _draw(torch.rand, (batch, cfg.buffer_size), generator, device, dtype)
+    u = uniform((batch, cfg.buffer_size), generator, device, dtype)
     u[:, 0] = 0
     return (cfg.t_eps + (cfg.t_max - cfg.t_eps) * u).sort(dim=-1).values
 
@@ -82,6 +82,16 @@ def inference_times(
 def next_times(t: Tensor) -> Tensor:
     """Return the times [Kb] that a step takes the buffer to: 0, t_1, ..., t_{B-1}."""
     return torch.cat([t.new_zeros(1), t[:-1]])
+
+
+def uniform(
+    shape: tuple[int, ...],
+    generator: Generators = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Draw uniformly from [0, 1); the arguments are those of `complex_normal`, with a real type."""
+    return _draw(torch.rand, shape, generator, device, dtype)
 
 
 def complex_normal(

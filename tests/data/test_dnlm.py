@@ -365,6 +365,22 @@ def test_mixing_leading_zeros_come_first(to_mix):
     assert not target.any()
 
 
+def test_mixing_augments_the_speech_and_keeps_the_snr(to_mix, save):
+    plain = MixingDataset(to_mix, CHUNK, snr=(-5.0, -5.0))
+    refused(lambda: MixingDataset(to_mix, CHUNK, room_probability=0.5), "rooms", "room_probability")
+    room = torch.zeros(1, 400)
+    room[0, [0, 100, 399]] = torch.tensor([1.0, -0.5, 0.25])
+    save(to_mix / "rooms" / "r.wav", room, subtype="FLOAT")
+    roomy = MixingDataset(to_mix, CHUNK, snr=(-5.0, -5.0), room_probability=1.0)
+    tilted = MixingDataset(to_mix, CHUNK, snr=(-5.0, -5.0), tilt=6.0)
+    for augmented in (roomy, tilted):
+        mix, target = augmented[0]
+        assert not torch.allclose(target, plain[0][1], atol=1e-3)
+        ratio = target.square().sum() / (mix - target).square().sum()
+        assert 10 * float(ratio.log10()) == pytest.approx(-5.0, abs=1e-3)
+        assert torch.equal(augmented[0][0], mix)
+
+
 def test_mixing_refuses_what_does_not_fit(to_mix, save, noise_wave):
     for number in range(3):
         save(to_mix / "noise" / f"{number}.wav", noise_wave(0, 4000, channels=2))

@@ -1,0 +1,117 @@
+"""The data of the bundled model: its sources, and that its splits share none."""
+
+import shutil
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from diffbuf_lib.data import pretraining, voices
+from diffbuf_lib.data.noises import KINDS
+from diffbuf_lib.errors import DataError
+
+RATE = 16000
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noises_are_loud_finite_and_keyed_by_their_seed(kind):
+    waves = [KINDS[kind](np.random.default_rng(seed), RATE, RATE) for seed in (0, 0, 1, 2, 3)]
+    assert torch.equal(waves[0], waves[1])
+    assert not torch.equal(waves[0], waves[2])
+    for wave in waves:
+        assert wave.shape == (1, RATE)
+        assert wave.dtype == torch.float32
+        assert float(wave.abs().max()) == pytest.approx(1)
+        assert float(wave.square().mean()) > 1e-6
+
+
+def test_wind_is_low_and_rain_comes_in_bursts():
+    def spectrum(wave):
+        return torch.fft.rfft(wave[0]).abs().square()
+
+    winds = [KINDS["wind"](np.random.default_rng(seed), RATE, RATE) for seed in range(5)]
+    for wave in winds:
+        power = spectrum(wave)
+        assert power[:500].sum() > 0.8 * power.sum()  # below 500 Hz
+    rain, hiss = (
+        torch.cat([KINDS[kind](np.random.default_rng(s), RATE, RATE) for s in range(8)])
+        for kind in ("rain", "coloured")
+    )
+
+    def kurtosis(waves):
+        return float(((waves / waves.std(1, keepdim=True)) ** 4).mean(1).median())
+
+    assert kurtosis(rain) > 2 * kurtosis(hiss)
+
+
+def test_every_drone_belongs_to_one_split():
+    owners = [pretraining._owner(f) for f in np.linspace(80, 460, 2000)]
+    assert set(owners) == {"train", "valid", "test"}
+    assert owners.count("train") > 1500
+    low, high = pretraining.HELD_OUT_HZ["test"]
+    assert pretraining._owner(low) == pretraining._owner(high) == "test"
+    assert pretraining._owner(low - 0.1) == pretraining._owner(high + 0.1) == "train"
+
+
+def test_no_language_is_in_two_splits():
+    languages = [name for names in pretraining.SPEAKERS.values() for name in names]
+    assert len(languages) == len(set(languages))
+    # English and Spanish prompts are one speaker's.
+    assert sum({"en", "es"} <= set(names) for names in pretraining.SPEAKERS.values()) == 1
+
+
+def test_prompts_are_joined_to_long_files_without_loss():
+    waves = [torch.full((1, RATE), 0.1 * (i + 1)) for i in range(23)]
+    files = list(pretraining._joined(iter(waves)))
+    assert all(wave.shape[1] >= 10 * RATE for wave in files[:-1])
+    loud = sum(int((wave != 0).sum()) for wave in files)
+    assert loud == 23 * RATE
+    assert all(float(wave.abs().max()) == pytest.approx(0.9) for wave in files)
+
+
+def test_sentences_are_plain_english():
+    texts = voices.sentences()
+    assert len(texts) > 100
+    assert len(set(texts)) == len(texts)
+    for text in texts:
+        assert text.endswith(".")
+        assert 5 <= len(text.split()) <= 21
+        assert text.replace(",", "").replace(".", "").replace(" ", "").isalpha()
+
+
+def test_prompts_are_decoded_and_silence_left_out(tmp_path):
+    """G.722 of a pure code book entry: what matters is rate, scale and order."""
+    pytest.importorskip("G722")
+    for name in ("b.g722", "a.g722", "silence/1.g722"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(struct.pack("4000B", *([0x55, 0xD3, 0x2A, 0xE6] * 1000)))
+    decoded = list(voices.prompts(tmp_path))
+    assert [wave.shape for wave in decoded] == [(1, 8000), (1, 8000)]  # 64 kbit/s: 0.5 s
+    assert all(float(wave.abs().max()) <= 1 for wave in decoded)
+
+
+@pytest.mark.parametrize("program", ["flite", "festival", "espeak-ng"])
+def test_voices_speak(program, tmp_path):
+    voice = next(voice for voice in voices.VOICES if voice.program == program)
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
+    wave = voices.speak(voice, ["The first items of the list are assigned."], tmp_path)
+    assert 1 < wave.shape[1] / RATE < 6
+    assert float(wave.abs().max()) == pytest.approx(0.9, rel=1e-3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    with pytest.raises(DataError, match="apt-get install .*festvox-czech-dita .*flite"):
+        pretraining.build_pretraining(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+    def broken(*args, **kwargs):
+        raise FileNotFoundError("no apt-get here")
+
+    monkeypatch.setattr(voices.subprocess, "run", broken)
+    with pytest.raises(DataError, match="asterisk-core-sounds-it-g722.*Debian"):
+        voices.unpack_prompts("it", tmp_path)
