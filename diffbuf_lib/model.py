@@ -203,9 +203,6 @@ class DiffusionBufferModel(
         with torch.no_grad():
             V = perturb(S[..., past], Y[..., past], t, z, self.sde)
             estimate = self.denoise(V, Y[..., past], t)[1]
-        # Under autocast the weights' copies of lower precision were just made without a graph, and
-        # would be used again by the call that is trained.
-        torch.clear_autocast_cache()
         own = uniform((S.shape[0], 1, 1), generator, S.device, S.real.dtype) < share
         history = torch.where(own, estimate, S[..., past])
         return torch.cat([history, S[..., num_history:]], dim=-1)

@@ -105,7 +105,7 @@ def test_voices_speak(program, tmp_path):
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda program: None)
-    with pytest.raises(DataError, match="apt-get install .*festvox-czech-dita .*flite"):
+    with pytest.raises(DataError, match=r"apt-get install .*festvox-czech-dita .*flite"):
         pretraining.build_pretraining(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -113,5 +113,5 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
         raise FileNotFoundError("no apt-get here")
 
     monkeypatch.setattr(voices.subprocess, "run", broken)
-    with pytest.raises(DataError, match="asterisk-core-sounds-it-g722.*Debian"):
+    with pytest.raises(DataError, match=r"asterisk-core-sounds-it-g722.*Debian"):
         voices.unpack_prompts("it", tmp_path)
