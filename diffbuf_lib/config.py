@@ -276,12 +276,12 @@ class TrainingConfig(Section):
     loss: Literal["score", "weighted_score", "data_prediction"] = Field(
         "score", description="see diffbuf_lib.diffusion.losses"
     )
-    own_history: float = Field(
+    own_estimate: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="share of clips whose history is the network's own estimate, as online, "
-        "instead of the clean signal",
+        description="data_prediction: share of clips whose V is made of the network's own first "
+        "estimate, as online, instead of the clean signal; costs a second call",
     )
     optimizer: Literal["adam", "adamw", "radam", "sgd"] = Field("adam", description="torch.optim")
     lr: float = Field(1e-4, gt=0, description="learning rate")
@@ -324,6 +324,11 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.own_estimate and self.loss != "data_prediction":
+            raise ValueError(
+                f"own_estimate {self.own_estimate} needs an x0_hat to train on, and loss is "
+                f"{self.loss}: set training.loss to data_prediction, or own_estimate to 0"
+            )
         if self.metric_for_scheduler not in (*self.metrics, "loss"):
             raise ValueError(
                 f"metric_for_scheduler {self.metric_for_scheduler} is not among metrics "

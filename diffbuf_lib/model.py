@@ -50,7 +50,8 @@ class Trace:
         x0_hat: [B, F, Kb] complex, its estimate of S in the buffer.
         target_score: [B, F, Kb] complex, -z / sigma.
         loss_map: [B, F, Kb], the loss of every bin.
-        loss: scalar, the mean of loss_map.
+        loss: scalar, the mean of loss_map; with training.own_estimate the mean of that and of
+            what the call before, on frames that have just entered, lost.
     """
 
     mix: Tensor
@@ -129,6 +130,11 @@ class DiffusionBufferModel(
     def trace(self, mix: Tensor, target: Tensor, generator: Generators = None) -> Trace:
         """Walk one batch through training and keep every stage.
 
+        With training.own_estimate V holds, in that share of the clips, the network's own first
+        estimate in the place of S, in history and buffer, as it does online. A network that has
+        only seen S there takes its own estimates for the truth: it relies on them, and the more
+        steps a frame makes through the buffer, the worse it gets.
+
         Args:
             mix: [B, C, T] float32, full scale 1.
             target: [B, C, T] float32, the clean signal at the same moments.
@@ -155,9 +161,16 @@ class DiffusionBufferModel(
         t = draw_times(self.cfg.diffusion_buffer, B, generator, Y.device, Y.real.dtype)
         z = complex_normal((B, num_bins, Kb), generator, Y.device, Y.dtype)
         sigma = self.sde.std(t)
-        V = perturb(self._with_own_history(S, Y, generator), Y, t, z, self.sde)
+        x0, first_loss = S, None
+        if share := self.cfg.training.own_estimate:
+            first = self._first_estimate(S, Y, generator)
+            first_loss = (first - S).abs().square().mean()
+            own = uniform((B, 1, 1), generator, Y.device, Y.real.dtype) < share
+            x0 = torch.where(own, first.detach(), S)
+        V = perturb(x0, Y, t, z, self.sde)
         score, x0_hat = self.denoise(V, Y, t)
         loss_map = self.loss_map(score, x0_hat, S[..., -Kb:], z, over_frequency(sigma, z))
+        loss = loss_map.mean()
         return Trace(
             mix=mix,
             target=target,
@@ -171,41 +184,23 @@ class DiffusionBufferModel(
             x0_hat=x0_hat,
             target_score=-z / over_frequency(sigma, z),
             loss_map=loss_map,
-            loss=loss_map.mean(),
+            loss=loss if first_loss is None else (loss + first_loss) / 2,
         )
 
-    def _with_own_history(self, S: Tensor, Y: Tensor, generator: Generators) -> Tensor:
-        """Put the network's own estimate in the place of the clean history, in some clips.
-
-        Online the history is what the network has put out; trained on clean history alone, it
-        learns to read the noise off it exactly, and online that is wrong. One more call, without
-        gradients, gives an estimate: of the history as if it were a buffer, at times from the
-        middle of the range on, where V tells little of S.
+    def _first_estimate(self, S: Tensor, Y: Tensor, generator: Generators) -> Tensor:
+        """Estimate S from frames that have just entered, V = Y + sigma(t_max) z, all K of them.
 
         Args:
-            S: [B, F, K] complex, clean.
+            S: [B, F, K] complex, clean; only its shape counts.
             Y: [B, F, K] complex, noisy.
-            generator: as in `trace`; not used while training.own_history is 0.
+            generator: as in `trace`.
 
         Returns:
-            [B, F, K] complex; the buffer's frames are those of S.
+            [B, F, K] complex, x0_hat.
         """
-        share, cfg = self.cfg.training.own_history, self.cfg.diffusion_buffer
-        num_history = S.shape[-1] - cfg.buffer_size
-        if not share or not num_history:
-            return S
-        past = slice(0, num_history)
-        late = cfg.model_copy(
-            update={"buffer_size": num_history, "t_eps": (cfg.t_eps + cfg.t_max) / 2}
-        )
-        t = draw_times(late, S.shape[0], generator, S.device, S.real.dtype)
-        z = complex_normal(S[..., past].shape, generator, S.device, S.dtype)
-        with torch.no_grad():
-            V = perturb(S[..., past], Y[..., past], t, z, self.sde)
-            estimate = self.denoise(V, Y[..., past], t)[1]
-        own = uniform((S.shape[0], 1, 1), generator, S.device, S.real.dtype) < share
-        history = torch.where(own, estimate, S[..., past])
-        return torch.cat([history, S[..., num_history:]], dim=-1)
+        t = Y.real.new_full((S.shape[0], S.shape[-1]), self.cfg.diffusion_buffer.t_max)
+        z = complex_normal(tuple(S.shape), generator, S.device, S.dtype)
+        return self.denoise(perturb(Y, Y, t, z, self.sde), Y, t)[1]
 
     def denoise(self, V: Tensor, Y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Run the network once.

@@ -79,24 +79,42 @@ def test_a_cached_stream_scales_its_inputs_as_the_whole_does(tiny_cfg):
     torch.testing.assert_close(cached, whole, rtol=1e-10, atol=1e-10)
 
 
-def test_own_history_is_the_networks_estimate_in_its_share_of_the_clips(tiny_cfg):
-    cfg = tiny_cfg.override("training.loss=data_prediction", "training.own_history=0.5")
+def test_own_estimate_makes_v_of_what_the_network_has_put_out(tiny_cfg):
+    cfg = tiny_cfg.override("training.loss=data_prediction", "training.own_estimate=0.5")
     model = make_model(cfg)
     mix, target = torch.randn(2, 200, 1, 800, generator=seeded()) * 0.1
     trace = model.trace(mix, target, seeded(1))
+    assert not trace.V.requires_grad
     clean = (trace.V == trace.S)[..., :-4].all(dim=1).all(dim=1)
     assert 70 <= int(clean.sum()) <= 130
-    assert not trace.V[..., :-4].requires_grad
-    # In the buffer only mean and noise: from the clean frames, whatever the history is.
-    plain = make_model(cfg.override("training.own_history=0")).trace(mix, target, seeded(1))
-    torch.testing.assert_close(trace.V[..., -4:], plain.V[..., -4:])
+    plain = make_model(cfg.override("training.own_estimate=0")).trace(mix, target, seeded(1))
     assert torch.equal(plain.V[..., :-4], plain.S[..., :-4])
+    torch.testing.assert_close(trace.V[clean], plain.V[clean])
+    # In the others, buffer and history are of one estimate: at t = t_eps little else is left.
+    own = ~clean
+    assert not torch.isclose(trace.V[own], plain.V[own]).all(dim=1).any()
+    assert trace.loss != trace.loss_map.mean()
+    assert plain.loss == plain.loss_map.mean()
+
+
+def test_own_estimate_of_a_perfect_network_changes_nothing(tiny_cfg, monkeypatch):
+    """Whose first estimate is S: then V is what it is without."""
+    cfg = tiny_cfg.override("training.loss=data_prediction", "training.own_estimate=1")
+    model = make_model(cfg)
+    mix, target = torch.randn(2, 2, 1, 800, generator=seeded()) * 0.1
+    S = model.spectral(target[:, 0])
+    perfect = lambda V, Y, t: (V[..., -t.shape[1] :], S[..., -t.shape[1] :])  # noqa: E731
+    monkeypatch.setattr(model, "denoise", perfect)
+    trace = model.trace(mix, target, seeded(1))
+    plain = make_model(cfg.override("training.own_estimate=0")).trace(mix, target, seeded(1))
+    torch.testing.assert_close(trace.V, plain.V)
+    assert trace.loss == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_own_history_leaves_every_weight_its_gradient(tiny_cfg, batch, dtype):
+def test_own_estimate_leaves_every_weight_its_gradient(tiny_cfg, batch, dtype):
     """The call without gradients must not leave its copies of the weights to the one with them."""
-    cfg = tiny_cfg.override("training.loss=data_prediction", "training.own_history=1")
+    cfg = tiny_cfg.override("training.loss=data_prediction", "training.own_estimate=1")
     model = make_model(cfg)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         model(*batch, seeded()).backward()
