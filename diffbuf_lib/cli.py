@@ -12,11 +12,12 @@ import tyro
 
 from diffbuf_lib.commands.audio import (
     demo_command,
+    demo_model_command,
     enhance_command,
-    evaluate_command,
     stream_command,
 )
 from diffbuf_lib.commands.data import DATA_COMMANDS, config_command, data_command
+from diffbuf_lib.commands.evaluation import compare_command, evaluate_command, sweep_command
 from diffbuf_lib.commands.training import doctor_command, replay_command, train_command
 from diffbuf_lib.errors import DiffbufError
 
@@ -33,7 +34,10 @@ def main(args: Sequence[str] | None = None) -> None:
         "enhance": enhance_command,
         "stream": stream_command,
         "evaluate": evaluate_command,
+        "compare": compare_command,
+        "sweep": sweep_command,
         "demo": demo_command,
+        "demo-model": demo_model_command,
         "config": config_command,
     }
     argv = list(sys.argv[1:] if args is None else args)

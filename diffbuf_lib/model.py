@@ -7,6 +7,8 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,9 @@ from diffbuf_lib.fast import FastHistory, Precision
 from diffbuf_lib.networks import BlockCausal, HistoryCache, make_network
 from diffbuf_lib.networks.layers import frame_times
 from diffbuf_lib.summary import Summary, summarise
+
+BUNDLED = {"diffbuf/cpu-demo": Path(__file__).parent / "pretrained" / "cpu-demo"}
+"""Models that come with the package, by name."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,20 @@ class DiffusionBufferModel(
         self.sde = make_sde(cfg.sde)
         self.network = make_network(cfg.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loss_map = LOSSES[cfg.training.loss]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        """Load a model: from a folder, by a bundled name, or by one on the Hugging Face hub.
+
+        Args:
+            pretrained_model_name_or_path: a folder that `save_pretrained` wrote;
+                `diffbuf/cpu-demo`, whose weights come with the package and need no network; or a
+                repository on the hub.
+            options: of `huggingface_hub.PyTorchModelHubMixin.from_pretrained`.
+        """
+        name = pretrained_model_name_or_path
+        loaded: Self = super().from_pretrained(BUNDLED.get(str(name), name), **options)
+        return loaded
 
     @property
     def predicts_data(self) -> bool:

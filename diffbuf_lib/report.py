@@ -19,14 +19,24 @@ from diffbuf_lib import figures
 from diffbuf_lib.config import Config
 from diffbuf_lib.data.files import write_bytes
 from diffbuf_lib.evaluation import ScoredClip, summary
+from diffbuf_lib.evaluation.scoring import LABELS
 from diffbuf_lib.training.results import ResultsFolder, read_history
 
-METRIC_LABELS = {
-    "si_sdr": "SI-SDR (dB)",
-    "sdr": "SDR (dB)",
-    "pesq": "PESQ (1 to 4.6)",
-    "estoi": "ESTOI (0 to 1)",
-}
+STYLE = """
+  body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto;
+         padding: 0 1rem; color: #1a1a1a; background: #fff; }
+  h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
+  img { max-width: 100%; height: auto; }
+  table { border-collapse: collapse; margin: 1rem 0; }
+  th, td { padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #ddd; }
+  th:first-child, td:first-child { text-align: left; }
+  .players { display: flex; flex-wrap: wrap; gap: 1rem; }
+  .players figure { margin: 0; } figcaption { font-size: .85rem; }
+  audio { width: 18rem; max-width: 100%; }
+  pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: .85rem; }
+  .wide { overflow-x: auto; } .wide td { white-space: nowrap; }
+  .name { color: #555; font-size: .85rem; overflow-wrap: anywhere; }
+"""
 
 
 def write_report(
@@ -51,15 +61,16 @@ def write_report(
     metrics = list(clips[0].enhanced) if clips else []
     history = list(read_history(ResultsFolder(results_path).history))
     page = _PAGE.render(
+        style=STYLE,
         title=title,
         notes=notes,
         rows=summary(clips, metrics),
-        labels=METRIC_LABELS,
-        curves=[_data_uri(figures.to_png(figure), "image/png") for figure in _curves(cfg, history)],
+        labels=LABELS,
+        curves=[data_uri(figures.to_png(figure), "image/png") for figure in _curves(cfg, history)],
         clips=[_shown(clip, cfg) for clip in clips],
-        metrics=[METRIC_LABELS[metric] for metric in metrics],
+        metrics=[LABELS[metric] for metric in metrics],
         config=cfg.to_yaml(),
-        versions=_versions(),
+        versions=versions(),
     )
     write_bytes(path, page.encode())
 
@@ -81,9 +92,7 @@ def _curves(cfg: Config, history: Sequence[dict[str, Any]]) -> list[Any]:
     if valid:
         x, y = [line["step"] for line in valid], [line["valid"][name] for line in valid]
         shown.append(
-            figures.curves(
-                [(name, x, y)], xlabel="step", ylabel=f"validation {METRIC_LABELS[name]}"
-            )
+            figures.curves([(name, x, y)], xlabel="step", ylabel=f"validation {LABELS[name]}")
         )
     return shown
 
@@ -94,16 +103,16 @@ def _shown(clip: ScoredClip, cfg: Config) -> dict[str, Any]:
     picture = figures.spectrograms(waves, rate, cfg.audio.stft)
     return {
         "name": clip.name,
-        "picture": _data_uri(figures.to_png(picture), "image/png"),
+        "picture": data_uri(figures.to_png(picture), "image/png"),
         "players": [
-            (name, _data_uri(_wav(wave, rate), "audio/wav")) for name, wave in waves.items()
+            (name, data_uri(player_wav(wave, rate), "audio/wav")) for name, wave in waves.items()
         ],
         "noisy": list(clip.noisy.values()),
         "enhanced": list(clip.enhanced.values()),
     }
 
 
-def _wav(wave: Tensor, sample_rate: int) -> bytes:
+def player_wav(wave: Tensor, sample_rate: int) -> bytes:
     """Return a 16-bit wav at 0.9 of full scale, so that quiet speech can be heard."""
     wave = torch.nan_to_num(wave)
     buffer = io.BytesIO()
@@ -112,11 +121,13 @@ def _wav(wave: Tensor, sample_rate: int) -> bytes:
     return buffer.getvalue()
 
 
-def _data_uri(content: bytes, kind: str) -> str:
+def data_uri(content: bytes, kind: str) -> str:
+    """Return a file's content as an address that a page can hold; kind is its MIME type."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _versions() -> list[tuple[str, str]]:
+def versions() -> list[tuple[str, str]]:
+    """Return name and version of what results depend on."""
     packages = ("diffbuf", "torch", "torchaudio", "accelerate", "torchmetrics", "numpy")
     return [
         ("python", platform.python_version()),
@@ -131,20 +142,7 @@ _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
-<style>
-  body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto;
-         padding: 0 1rem; color: #1a1a1a; background: #fff; }
-  h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
-  img { max-width: 100%; height: auto; }
-  table { border-collapse: collapse; margin: 1rem 0; }
-  th, td { padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #ddd; }
-  th:first-child, td:first-child { text-align: left; }
-  .players { display: flex; flex-wrap: wrap; gap: 1rem; }
-  .players figure { margin: 0; } figcaption { font-size: .85rem; }
-  audio { width: 18rem; max-width: 100%; }
-  pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: .85rem; }
-  .name { color: #555; font-size: .85rem; overflow-wrap: anywhere; }
-</style>
+<style>{{ style|safe }}</style>
 <h1>{{ title }}</h1>
 {% for note in notes %}<p>{{ note }}</p>
 {% endfor %}

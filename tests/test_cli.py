@@ -96,13 +96,13 @@ def test_enhance_and_evaluate_with_what_was_trained(trained, data, tmp_path, mon
 
     status, out, _ = call(
         monkeypatch, capsys, "evaluate", "--model", model, "--data_path", data / "pairs-valid",
-        "--dataset_type", 2, "--metrics", "si_sdr", "estoi", "--csv_path", tmp_path / "s.csv",
-        "--seconds", 0.9,
+        "--dataset_type", 2, "--metrics", "si_sdr", "estoi", "--results_path", tmp_path / "e",
+        "--seconds", 0.9, "--processes", 1,
     )  # fmt: skip
     assert status == 0
-    assert "estoi" in out
-    assert "1 of 1" in out
-    assert len((tmp_path / "s.csv").read_text().splitlines()) == 2
+    assert "ESTOI" in out
+    assert "1 clips" in out
+    assert len((tmp_path / "e" / "scores.csv").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(

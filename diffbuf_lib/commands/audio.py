@@ -1,4 +1,4 @@
-"""`diffbuf enhance|stream|demo`."""
+"""`diffbuf enhance|stream|demo|demo-model`."""
 
 from __future__ import annotations
 
@@ -103,3 +103,23 @@ def demo_command(
 
     cfg = load_config(config_path, overrides)
     print(run_demo(cfg, data_path, results_path, say=say, progress=True))
+
+
+def demo_model_command(
+    config_path: Path = Path("configs/demo_model.yaml"),
+    data_path: Path = Path("data/pretraining"),
+    results_path: Path = Path("results/demo_model"),
+    overrides: Overrides = (),
+) -> None:
+    """Train the bundled model, diffbuf/cpu-demo, from scratch: hours on a CPU.
+
+    Args:
+        config_path: what to train.
+        data_path: where the data is, or will be made from Debian's packages.
+        results_path: where everything else goes; an interrupted run goes on.
+        overrides: config keys.
+    """
+    from diffbuf_lib.pretraining import run_pretraining
+
+    cfg = load_config(config_path, overrides)
+    print(run_pretraining(cfg, data_path, results_path, say=say, progress=True))

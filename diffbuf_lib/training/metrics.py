@@ -26,6 +26,13 @@ PESQ_SAMPLE_RATES = {8000: "nb", 16000: "wb"}
 _PACKAGES = {"pesq": "pesq", "estoi": "pystoi"}
 
 
+class UndefinedScoreError(Exception):
+    """A score that does not exist for a clip; the message is the reason, for a list of such clips.
+
+    No DiffbufError: nothing is wrong with the program or its arguments.
+    """
+
+
 class MeanScore(NamedTuple):
     """The mean of a score over the clips for which it is defined."""
 
@@ -64,7 +71,7 @@ def score_clips(
     return {
         metric: torch.tensor(
             [
-                _score_or_nan(_METRICS[metric], one_estimate, one_target, sample_rate)
+                _score_or_nan(metric, one_estimate, one_target, sample_rate)
                 for one_estimate, one_target in zip(estimate, target, strict=True)
             ],
             dtype=torch.float32,
@@ -114,23 +121,51 @@ def check_metrics(metrics: Iterable[str], sample_rate: int) -> None:
             )
 
 
-def _score_or_nan(
-    metric: Callable[[torch.Tensor, torch.Tensor, int], float],
-    estimate: torch.Tensor,
-    target: torch.Tensor,
-    sample_rate: int,
+def score_clip(
+    metric: str, estimate: torch.Tensor, target: torch.Tensor, sample_rate: int
 ) -> float:
-    if not (_audible(estimate) and _audible(target)):
-        return math.nan
+    """Score one estimate, or say why that cannot be done.
+
+    Args:
+        metric: a name that `score_clips` knows.
+        estimate: [T] float32 on the CPU, full scale 1.
+        target: [T] float32 on the CPU, the clean speech.
+        sample_rate: Hz.
+
+    Raises:
+        UndefinedScoreError: the score does not exist for this clip.
+    """
+    check_audible("estimate", estimate)
+    check_audible("target", target)
     try:
-        value = metric(estimate, target, sample_rate)
-    except Exception:  # pesq has its own errors, linear solvers theirs: all mean "undefined here"
+        value = _METRICS[metric](estimate, target, sample_rate)
+    except Exception as error:  # pesq has its own errors, linear solvers theirs: all mean this
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UndefinedScoreError(f"{metric} gave up: {reason}") from error
+    if not math.isfinite(value):
+        raise UndefinedScoreError(f"{metric} is not finite")
+    return value
+
+
+def check_audible(name: str, wave: torch.Tensor) -> None:
+    """Check that a signal [T] is finite and not silent.
+
+    Raises:
+        UndefinedScoreError: it is not; the message calls it `name`.
+    """
+    if not wave.isfinite().all():
+        raise UndefinedScoreError(f"the {name} holds NaN or Inf")
+    if wave.numel() == 0 or wave.square().mean().sqrt() < SILENCE_RMS:
+        raise UndefinedScoreError(f"the {name} is silent")
+
+
+def _score_or_nan(
+    metric: str, estimate: torch.Tensor, target: torch.Tensor, sample_rate: int
+) -> float:
+    try:
+        return score_clip(metric, estimate, target, sample_rate)
+    except UndefinedScoreError:
         return math.nan
-    return value if math.isfinite(value) else math.nan
-
-
-def _audible(wave: torch.Tensor) -> bool:
-    return bool(wave.isfinite().all() and wave.square().mean().sqrt() >= SILENCE_RMS)
 
 
 def _si_sdr(estimate: torch.Tensor, target: torch.Tensor, sample_rate: int) -> float:

@@ -1,0 +1,114 @@
+"""A sweep is one evaluation a point: its table says what was asked, its figure shows all of it."""
+
+import csv
+
+import pytest
+
+from diffbuf_lib.errors import ConfigError
+from diffbuf_lib.evaluation.points import draw_sweep
+from diffbuf_lib.evaluation.sweep import run_sweep
+from diffbuf_lib.evaluation.work import Job, Worker
+from tests.conftest import call, make_model
+
+
+@pytest.fixture
+def job(model_path, data):
+    return Job(
+        model=str(model_path), data_path=str(data), metrics=("si_sdr", "estoi"), limit=2,
+        seconds=0.5, device="cpu",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def score_path(tiny_cfg, tmp_path):
+    path = tmp_path / "score"
+    make_model(tiny_cfg).save_pretrained(path)
+    return path
+
+
+def test_auto_varies_delay_or_buffer(job, model_path, score_path, tmp_path):
+    points = run_sweep([str(model_path), str(score_path)], job, tmp_path / "s", processes=1)
+    assert [(p.varied, p.delay, p.buffer_size) for p in points] == [
+        ("delay", 1, 4), ("delay", 4, 4), ("buffer_size", 5, 5), ("buffer_size", 10, 10),
+    ]  # fmt: skip
+    # A hop is 2 ms; d - 1 hops and half a window of 62 samples.
+    assert [p.latency_ms for p in points] == pytest.approx(
+        [1e3 * (31 + 32 * (p.delay - 1)) / 16000 for p in points]
+    )
+    rows = list(csv.DictReader((tmp_path / "s" / "sweep.csv").read_text().splitlines()))
+    assert len(rows) == 4 * 2
+    first = points[0].scores["si_sdr"]
+    assert float(rows[0]["mean"]) == first["mean"]["mean"]
+    assert float(rows[0]["gain"]) == pytest.approx(float(rows[0]["mean"]) - float(rows[0]["noisy"]))
+    assert len({p.scores["si_sdr"]["mean"]["mean"] for p in points}) == 4
+    assert (tmp_path / "s" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    axes = draw_sweep(points).axes
+    assert [a.get_ylabel() for a in axes] == ["SI-SDR (dB)", "ESTOI (0 to 1)"]
+    assert all("(ms)" in a.get_xlabel() for a in axes)
+
+
+def test_a_sweep_goes_on_and_adds_values(job, model_path, tmp_path, monkeypatch):
+    one = run_sweep(
+        [str(model_path)], job, tmp_path / "s", vary="delay", values=[2, 3], processes=1
+    )
+    monkeypatch.setattr(Worker, "run", lambda *_: pytest.fail("done already"))
+    two = run_sweep(
+        [str(model_path)], job, tmp_path / "s", vary="delay", values=[3, 2], processes=1
+    )
+    assert [p.scores for p in one] == [p.scores for p in reversed(two)]
+
+
+def test_t_max_and_models_as_they_were_trained(job, model_path, score_path, tmp_path):
+    points = run_sweep(
+        [str(model_path)], job, tmp_path / "t", vary="t_max", values=[0.4, 0.7], processes=1
+    )
+    assert [p.t_max for p in points] == [0.4, 0.7]
+    assert "t_max" in draw_sweep(points).axes[0].get_xlabel()
+    both = run_sweep(
+        [str(model_path), str(score_path)], job, tmp_path / "n", vary="none", processes=1
+    )
+    assert [p.loss for p in both] == ["data_prediction", "weighted_score"]
+    legend = draw_sweep(both).axes[0].get_legend_handles_labels()[1]
+    assert "data_prediction, as trained" in legend
+
+
+@pytest.mark.parametrize(
+    ("vary", "values", "message"),
+    [
+        ("delay", [9], "delay 9"),
+        ("delay", [1.5], "whole --values"),
+        ("buffer_size", [1000], "buffer_size 1000"),
+        ("t_max", [1.0], "t_max 1.0"),
+    ],
+)
+def test_values_that_cannot_be_are_refused_first(job, model_path, tmp_path, vary, values, message):
+    with pytest.raises(ConfigError, match=message):
+        run_sweep([str(model_path)], job, tmp_path / "s", vary=vary, values=[*values])
+    assert not (tmp_path / "s").exists()
+
+
+def test_the_commands(model_path, data, tmp_path, monkeypatch, capsys):
+    common = ["--data_path", data, "--processes", 1, "--limit", 3, "--device", "cpu"]
+    model = ["--model", model_path, *common, "--metrics", "si_sdr", "estoi"]
+    for name, seed in (("a", 0), ("b", 1)):
+        status, out, err = call(
+            monkeypatch, capsys, "evaluate", *model, "--results_path", tmp_path / name,
+            "--baselines", "noisy", "noisereduce", "--seed", seed,
+        )  # fmt: skip
+        assert status == 0, err
+        for word in ("noisereduce", "ESTOI", "gain in SI-SDR", "real-time factor", "report.html"):
+            assert word in out
+        assert "3/3" in err  # the progress bar
+    status, out, _ = call(monkeypatch, capsys, "compare", tmp_path / "a", tmp_path / "b")
+    assert status == 0
+    assert "3 of 3" in out
+    status, _, err = call(monkeypatch, capsys, "compare", tmp_path / "a", tmp_path)
+    assert status == 2
+    assert "no scores.csv" in err
+    status, out, err = call(
+        monkeypatch, capsys, "sweep", "--models", model_path, *common,
+        "--results_path", tmp_path / "s", "--values", 2, "--metrics", "si_sdr",
+    )  # fmt: skip
+    assert status == 0, err
+    assert "d 2" in out
+    assert (tmp_path / "s" / "sweep.png").is_file()
