@@ -34,8 +34,8 @@ from diffbuf_lib.networks import BlockCausal, HistoryCache, make_network
 from diffbuf_lib.networks.layers import frame_times
 from diffbuf_lib.summary import Summary, summarise
 
-BUNDLED = {"diffbuf/cpu-demo": Path(__file__).parent / "pretrained" / "cpu-demo"}
-"""Models that come with the package, by name."""
+BUNDLED = Path(__file__).parent / "pretrained"
+"""Models that come with the package: diffbuf/NAME is the folder NAME."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Trace:
         score: [B, F, Kb] complex, the network's estimate of grad log p.
         x0_hat: [B, F, Kb] complex, its estimate of S in the buffer.
         target_score: [B, F, Kb] complex, -z / sigma.
-        loss_map: [B, F, Kb], the loss of every bin.
+        loss_map: [B, F, Kb], the loss of every bin; with data prediction in units of
+            model.data_scale^2, if that is given.
         loss: scalar, the mean of loss_map; with training.own_estimate the mean of that and of
             what the call before, on frames that have just entered, lost.
     """
@@ -118,7 +119,10 @@ class DiffusionBufferModel(
             options: of `huggingface_hub.PyTorchModelHubMixin.from_pretrained`.
         """
         name = pretrained_model_name_or_path
-        loaded: Self = super().from_pretrained(BUNDLED.get(str(name), name), **options)
+        bundled = BUNDLED / str(name).removeprefix("diffbuf/")
+        if str(name).startswith("diffbuf/") and bundled.is_dir():
+            name = bundled
+        loaded: Self = super().from_pretrained(name, **options)
         return loaded
 
     @property
@@ -183,12 +187,13 @@ class DiffusionBufferModel(
         x0, first_loss = S, None
         if share := self.cfg.training.own_estimate:
             first = self._first_estimate(S, Y, generator)
-            first_loss = (first - S).abs().square().mean()
+            first_loss = self._in_data_units((first - S).abs().square()).mean()
             own = uniform((B, 1, 1), generator, Y.device, Y.real.dtype) < share
             x0 = torch.where(own, first.detach(), S)
         V = perturb(x0, Y, t, z, self.sde)
         score, x0_hat = self.denoise(V, Y, t)
         loss_map = self.loss_map(score, x0_hat, S[..., -Kb:], z, over_frequency(sigma, z))
+        loss_map = self._in_data_units(loss_map) if self.predicts_data else loss_map
         loss = loss_map.mean()
         return Trace(
             mix=mix,
@@ -205,6 +210,11 @@ class DiffusionBufferModel(
             loss_map=loss_map,
             loss=loss if first_loss is None else (loss + first_loss) / 2,
         )
+
+    def _in_data_units(self, squared_error: Tensor) -> Tensor:
+        """Divide by model.data_scale^2: errors of far below 1 vanish beside Adam's epsilon."""
+        scale = self.cfg.model.data_scale
+        return squared_error if scale is None else squared_error / scale**2
 
     def _first_estimate(self, S: Tensor, Y: Tensor, generator: Generators) -> Tensor:
         """Estimate S from frames that have just entered, V = Y + sigma(t_max) z, all K of them.

@@ -31,6 +31,7 @@ from diffbuf_lib.networks.layers import (
 )
 
 IO_CHANNELS = 4  # real and imaginary parts of V and Y
+INPUT_CHANNELS = 6  # and their magnitudes, which linear layers would have to learn to make
 PATCH = 4  # bins of one step of the finest level
 STRIDE = 4  # bins of a level to one bin of the next
 
@@ -93,8 +94,9 @@ class BlockCausal(nn.Module):
                 for _ in range(num_res_blocks)
             )
 
-        self.embed_time = FrameTimeEmbedding(base_channels)
-        self.first = Merge(IO_CHANNELS, widths[0], PATCH)
+        # Smooth in t: at the usual scale of 16 two neighbouring times have nothing in common.
+        self.embed_time = FrameTimeEmbedding(base_channels, scale=1.0)
+        self.first = Merge(INPUT_CHANNELS, widths[0], PATCH)
         levels = range(len(widths))
         self.down = nn.ModuleList(blocks(level) for level in levels)
         self.merge = nn.ModuleList(
@@ -171,6 +173,7 @@ class BlockCausal(nn.Module):
         """Run num_history history frames and the buffer; the same code for window and stream."""
         bins = x.shape[2]
         x = F.pad(x.permute(0, 3, 2, 1), (0, 0, 0, -bins % self.bins_step))  # [B, K, F, 4]
+        x = torch.cat([x, _magnitudes(x)], dim=-1)  # [B, K, F, 6]
         # Blocks take their modulation and their past in the order in which they run.
         kept = iter(past) if past is not None else None
         times = iter(modulation)
@@ -204,6 +207,12 @@ class BlockCausal(nn.Module):
         """(level, block) in the order in which they run."""
         stages: list[tuple[int, Any]] = [*enumerate(self.down), *reversed([*enumerate(self.up)])]
         return [(level, block) for level, blocks in stages for block in blocks]
+
+
+def _magnitudes(x: Tensor) -> Tensor:
+    """Return |V| and |Y| of [B, K, F, 4], [B, K, F, 2]; smooth at zero, so that it has a slope."""
+    tiny = torch.finfo(x.dtype).tiny ** 0.5
+    return (x.unflatten(-1, (2, 2)).square().sum(-1) + tiny).sqrt()
 
 
 class ResBlock(nn.Module):
