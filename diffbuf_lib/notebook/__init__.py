@@ -1,6 +1,6 @@
 """What the notebooks stand on: a workbench, figures and panels.
 
-`panels` is the only module of the library that imports IPython or ipywidgets.
+`panels` and `display` are the only modules of the library that import IPython or ipywidgets.
 """
 
 from diffbuf_lib.notebook.workbench import Workbench, open_workbench

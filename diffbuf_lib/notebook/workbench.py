@@ -12,6 +12,7 @@ import torch
 from diffbuf_lib.config import Config, load_config
 from diffbuf_lib.data import LAYOUTS, ClipDataset, build_demo, find_layout, open_dataset
 from diffbuf_lib.errors import DataError
+from diffbuf_lib.notebook.display import show_figures
 
 CONFIG_VARIABLE = "DIFFBUF_CONFIG"
 DATA_VARIABLE = "DIFFBUF_DATA"
@@ -57,6 +58,8 @@ def open_workbench(
 ) -> Workbench:
     """Load a config and open a dataset, making the demo set first if it is the one that is missing.
 
+    From here on the notebook shows figures as pictures (`show_figures`).
+
     The environment variables DIFFBUF_CONFIG and DIFFBUF_DATA, if set, win over the arguments, so
     that a notebook runs on other data without being edited.
 
@@ -70,6 +73,7 @@ def open_workbench(
         ConfigError: a config that cannot be read.
         DataError: a folder that holds no clips in a known layout.
     """
+    show_figures()
     root = _project_root()
     torch.manual_seed(0)
     cfg = load_config(root / os.environ.get(CONFIG_VARIABLE, config), overrides)
@@ -81,7 +85,7 @@ def open_workbench(
         cfg=cfg,
         data=folder,
         train_set=_open(_split(folder, "train"), cfg, training=True),
-        valid_set=_open(_split(folder, "valid"), cfg, training=False),
+        valid_set=_open(_split(folder, "valid", "train"), cfg, training=False),
         results=root / "results" / "notebooks",
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
@@ -93,9 +97,9 @@ def _project_root() -> Path:
     return next((path for path in (here, *here.parents) if (path / "configs").is_dir()), here)
 
 
-def _split(folder: Path, name: str) -> Path:
-    """Return the folder of a split; of a dataset without splits, the dataset's own."""
-    return folder / name if (folder / name).is_dir() else folder
+def _split(folder: Path, *names: str) -> Path:
+    """Return the first of these splits that exists; of a dataset without splits, its own folder."""
+    return next((folder / name for name in names if (folder / name).is_dir()), folder)
 
 
 def _open(folder: Path, cfg: Config, *, training: bool) -> ClipDataset:

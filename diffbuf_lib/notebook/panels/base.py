@@ -32,9 +32,10 @@ class Panel:
 
     def __init__(self, controls: Sequence[widgets.Widget], description: str) -> None:
         self.description = description
-        # Without a width JupyterLab draws an image at its size in pixels, past the page's edge.
+        # Without a width JupyterLab draws an image at its size in pixels, past the page's edge. And
+        # with a tooltip it draws none: the widget's view then asks for a description.
         self.image = widgets.Image(
-            format="jpeg", layout=widgets.Layout(width=_WIDTH, max_width="1000px"), alt=description
+            format="jpeg", layout=widgets.Layout(width=_WIDTH, max_width="1000px", margin="0")
         )
         self.box = widgets.VBox([*controls, self.image])
         self._handle: DisplayHandle | None = None

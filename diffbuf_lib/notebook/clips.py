@@ -1,0 +1,35 @@
+"""A part of a dataset, so that an epoch of a notebook's run takes seconds."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from diffbuf_lib.training.reading import ClipSource
+
+
+class FirstClips:
+    """The first clips of a dataset, as one that training can use.
+
+    Args:
+        clips: the dataset.
+        count: how many to take, at most.
+    """
+
+    def __init__(self, clips: ClipSource, count: int) -> None:
+        self._clips, self._count = clips, count
+
+    def __len__(self) -> int:
+        return min(self._count, len(self._clips))
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"clip {index} of {len(self)}")
+        return self._clips[index]
+
+    def name(self, index: int) -> str:
+        """Return what error messages call a clip."""
+        return self._clips.name(index)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set what the random crops are keyed by."""
+        self._clips.set_epoch(epoch)

@@ -1,0 +1,97 @@
+"""The model's formulas once more, by other means: scipy's quadrature and librosa's STFT.
+
+What the notebooks' checks compare with. Nothing here calls the code that is checked.
+"""
+
+from __future__ import annotations
+
+import math
+
+import librosa
+import numpy as np
+import scipy.integrate
+import scipy.signal
+import torch
+from torch import Tensor
+
+from diffbuf_lib.config import BBEDConfig, Config, OUVEConfig
+
+_AUTHORS_THETA = 0.08  # where a config gives neither c nor theta
+
+
+def spectrum(wave: Tensor, cfg: Config) -> Tensor:
+    """Return the compressed spectrum of a signal, analysed by librosa.
+
+    Args:
+        wave: [B, C, T], full scale 1; channels are averaged.
+        cfg: its frames and its compression.
+
+    Returns:
+        [B, F, K] complex64: beta |c|^alpha e^{i angle c}.
+    """
+    stft, compression = cfg.audio.stft, cfg.preprocessing.magnitude_compression
+    window = scipy.signal.get_window(stft.window.removeprefix("sqrt_"), stft.win_length)
+    frames = librosa.stft(
+        wave.double().mean(dim=1).numpy(force=True),
+        n_fft=stft.n_fft,
+        hop_length=stft.hop_length,
+        win_length=stft.win_length,
+        window=np.sqrt(window) if stft.window.startswith("sqrt_") else window,
+        center=stft.center,
+        pad_mode="constant",
+    )
+    magnitude = compression.beta * np.abs(frames) ** compression.alpha
+    return torch.from_numpy(magnitude * np.exp(1j * np.angle(frames))).to(torch.complex64)
+
+
+def sigma(sde: BBEDConfig | OUVEConfig, t: Tensor) -> Tensor:
+    """Return the standard deviation of X_t, by integrating what the noise adds and the drift takes.
+
+        sigma(t)^2 = Int_0^t g(s)^2 (rest(t) / rest(s))^2 ds
+
+    holds for every linear SDE dX = -(ln rest)' (Y - X) dt + g dw.
+
+    Args:
+        sde: `cfg.sde`.
+        t: diffusion times, any shape.
+    """
+    values = [math.sqrt(_variance(sde, float(time))) for time in t.flatten()]
+    return torch.tensor(values, dtype=t.dtype).view(t.shape)
+
+
+def perturbed(S: Tensor, Y: Tensor, t: Tensor, z: Tensor, sde: BBEDConfig | OUVEConfig) -> Tensor:
+    """Return V: S before the buffer, and rest(t) S + (1 - rest(t)) Y + sigma(t) z within it.
+
+    Args:
+        S: [B, F, K] complex, clean.
+        Y: [B, F, K] complex, noisy.
+        t: [B, Kb], diffusion times of the last Kb frames.
+        z: [B, F, Kb] complex.
+        sde: `cfg.sde`.
+    """
+    first = S.shape[-1] - t.shape[-1]
+    rest = torch.tensor([_rest(sde, float(time)) for time in t.flatten()]).view(t.shape)[:, None]
+    mean = rest * S[..., first:] + (1 - rest) * Y[..., first:]
+    return torch.cat([S[..., :first], mean + sigma(sde, t)[:, None] * z], dim=-1)
+
+
+def _variance(sde: BBEDConfig | OUVEConfig, t: float) -> float:
+    value, _ = scipy.integrate.quad(
+        lambda s: (_diffusion(sde, s) * _rest(sde, t) / _rest(sde, s)) ** 2, 0, t, epsrel=1e-8
+    )
+    return float(value)
+
+
+def _rest(sde: BBEDConfig | OUVEConfig, t: float) -> float:
+    """Return how much of X_0 is left in the mean at t."""
+    return 1 - t if isinstance(sde, BBEDConfig) else math.exp(-sde.diffusion.gamma * t)
+
+
+def _diffusion(sde: BBEDConfig | OUVEConfig, t: float) -> float:
+    """Return g(t)."""
+    if isinstance(sde, BBEDConfig):
+        theta = _AUTHORS_THETA if sde.diffusion.theta is None else sde.diffusion.theta
+        c = math.sqrt(theta) if sde.diffusion.c is None else sde.diffusion.c
+        return c * sde.diffusion.k**t
+    low, high = sde.diffusion.sigma_min, sde.diffusion.sigma_max
+    return low * (high / low) ** t * math.sqrt(2 * math.log(high / low))

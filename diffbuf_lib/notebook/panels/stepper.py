@@ -1,0 +1,232 @@
+"""The step debugger: one batch, one optimizer step a click, every stage open after each."""
+
+from __future__ import annotations
+
+import copy
+import html
+import io
+from dataclasses import fields, replace
+from typing import Any
+
+import ipywidgets as widgets
+import soundfile
+import torch
+from torch import Tensor
+
+from diffbuf_lib.diagnostics.gradients import GradientStatistics, gradient_statistics
+from diffbuf_lib.model import DiffusionBufferModel, Trace
+from diffbuf_lib.notebook.panels.base import Panel
+from diffbuf_lib.notebook.plots.stepping import stepping
+from diffbuf_lib.training.engine import OPTIMIZERS
+from diffbuf_lib.training.plan import Stream, example_generators, stream_seed
+
+_RUN = 10  # steps of the button "Run 10"
+_PEAK = 0.9  # of what is played
+_STAGES = tuple(field.name for field in fields(Trace))
+
+
+class StepDebugger(Panel):
+    """Trains on one batch, a step at a time, and keeps every stage of the last step.
+
+    A step is that of training in float32: `model.trace`, backward, clipping, optimizer. What is
+    shown belongs together: the trace is the one whose loss was minimised, with the weights from
+    before the update, and the gradients are those of that loss.
+
+    Args:
+        model: is trained in place.
+        mix: [B, C, T] float32, full scale 1.
+        target: [B, C, T] float32, full scale 1.
+        lr: learning rate; None for `training.lr`.
+        same_noise: the same diffusion times and noise in every step, so that the loss must fall to
+            almost nothing; else new ones in each step, as in training.
+        seed: of the noise, and of dropout.
+
+    Attributes:
+        trace: every stage of the last step, without gradients; of step 0, before any update.
+        gradients: by module, of the last step; None at step 0.
+        losses: of the steps so far, oldest first; the first one is that of step 1.
+        optimizer: of the kind that `training.optimizer` names.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionBufferModel,
+        mix: Tensor,
+        target: Tensor,
+        *,
+        lr: float | None = None,
+        same_noise: bool = True,
+        seed: int = 0,
+    ) -> None:
+        training = model.cfg.training
+        self.model, self.mix, self.target = model, mix, target
+        self.same_noise, self.seed = same_noise, seed
+        self.optimizer = OPTIMIZERS[training.optimizer](
+            model.parameters(),
+            lr=training.lr if lr is None else lr,  # type: ignore[call-arg]
+            weight_decay=training.weight_decay,
+        )
+        self._start = copy.deepcopy((model.state_dict(), self.optimizer.state_dict()))
+        self._make_widgets(len(mix))
+        super().__init__(
+            [
+                widgets.HBox([*self._buttons, self.same_noise_box]),
+                widgets.HBox([self._step_label, self._status]),
+                widgets.HBox([self.stage, self.example, self._sound]),
+                self._table,
+            ],
+            "loss of one batch, gradients by module and one stage of the last step",
+        )
+        self.image.add_class("diffbuf-picture")
+        self._begin()
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps made since the start."""
+        return len(self.losses)
+
+    def step(self, count: int = 1) -> float:
+        """Make optimizer steps and show the last one.
+
+        Args:
+            count: how many, at least 1.
+
+        Returns:
+            The loss of the last one, from before its update.
+        """
+        for _ in range(count):
+            self._make_step()
+        self._show()
+        return self.losses[-1]
+
+    def reset(self) -> None:
+        """Go back to the weights, the optimizer's state and the noise of the start, to the bit."""
+        weights, optimizer = copy.deepcopy(self._start)
+        self.model.load_state_dict(weights)
+        self.optimizer.load_state_dict(optimizer)
+        self.optimizer.zero_grad()
+        self._begin()
+
+    def noise(self) -> list[torch.Generator]:
+        """Return the generators of the next step's times and noise, one an example."""
+        keys = [(self._noise_key, position) for position in range(len(self.mix))]
+        return example_generators(keys, self.seed, Stream.EXAMPLE, self.mix.device)
+
+    # Steps.
+
+    @property
+    def _noise_key(self) -> int:
+        return 0 if self.same_noise else self.steps
+
+    def _begin(self) -> None:
+        self.losses: list[float] = []
+        self.gradients: GradientStatistics | None = None
+        with torch.no_grad():
+            self.trace = self._trace()
+        self._show()
+
+    def _make_step(self) -> None:
+        self.optimizer.zero_grad()
+        trace = self._trace()
+        trace.loss.backward()
+        self.gradients = gradient_statistics(self.model)
+        limit = self.model.cfg.training.grad_clip
+        if limit is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.optimizer.step()
+        self.trace = _detached(trace)
+        self.losses.append(float(self.trace.loss))
+
+    def _trace(self) -> Trace:
+        """Walk the batch through the model, in training mode, with this step's noise."""
+        devices = [self.mix.device] if self.mix.device.type == "cuda" else []
+        self.model.train()
+        with torch.random.fork_rng(devices=devices):  # dropout draws from the global generator
+            torch.manual_seed(stream_seed(self.seed, Stream.STEP, self._noise_key))
+            return self.model.trace(self.mix, self.target, self.noise())
+
+    # Widgets.
+
+    def _make_widgets(self, batch: int) -> None:
+        actions = {
+            "Step": ("step-forward", "diffbuf-step-once", lambda _: self.step()),
+            "Back to start": ("undo", "diffbuf-back", lambda _: self.reset()),
+            f"Run {_RUN}": ("fast-forward", "diffbuf-run-ten", lambda _: self.step(_RUN)),
+        }
+        self._buttons = []
+        for name, (icon, css, action) in actions.items():
+            button = widgets.Button(description=name, icon=icon)
+            button.add_class(css)
+            button.on_click(action)
+            self._buttons.append(button)
+        self.same_noise_box = widgets.Checkbox(
+            value=self.same_noise, description="same noise in every step", indent=False
+        )
+        self.stage = widgets.Dropdown(options=_STAGES, value="V", description="stage")
+        self.stage.add_class("diffbuf-stage")
+        self.example = widgets.Dropdown(
+            options=[(str(i + 1), i) for i in range(batch)],
+            description="example",
+            layout=widgets.Layout(width="160px"),
+        )
+        self._sound = widgets.Audio(autoplay=False, loop=False)
+        self._step_label = widgets.Label(layout=widgets.Layout(width="90px"))
+        self._status = widgets.Label()
+        self._step_label.add_class("diffbuf-step")
+        self._status.add_class("diffbuf-status")
+        self._table = widgets.HTML()
+        self._table.add_class("diffbuf-table")
+        for control in (self.stage, self.example):
+            control.observe(lambda _: self._show(), names="value")
+        self.same_noise_box.observe(self._on_noise, names="value")
+
+    def _on_noise(self, change: Any) -> None:
+        self.same_noise = change["new"]
+
+    def _show(self) -> None:
+        name, example = self.stage.value, self.example.value
+        self._step_label.value = f"step {self.steps}"
+        made = "before the first step" if self.gradients is None else "of the last step"
+        self._status.value = f"loss {float(self.trace.loss):.4g}, {made}"
+        self._table.value = (
+            '<pre style="font-size: 11px; line-height: 1.25; overflow-x: auto">'
+            f"{html.escape(str(self.trace.summary()))}</pre>"
+        )
+        wave = stage_wave(self.model, self.trace, name, example)
+        self._sound.layout.display = "none" if wave is None else ""
+        if wave is not None:
+            self._sound.value = _wav(wave, self.model.cfg.audio.sample_rate)
+        self.draw(
+            stepping(self.losses, self.gradients, self.trace, name, self.model.cfg, example=example)
+        )
+
+
+def stage_wave(
+    model: DiffusionBufferModel, trace: Trace, name: str, example: int = 0
+) -> Tensor | None:
+    """Return a stage as a signal [T], full scale 1; None for one that is no sound.
+
+    x0_hat, which covers the buffer, is heard after the clean frames before it.
+    """
+    value = getattr(trace, name)
+    if name in ("mix", "target"):
+        wave: Tensor = value[example].mean(0)
+        return wave
+    if name == "x0_hat":
+        value = torch.cat([trace.S[..., : -value.shape[-1]], value], dim=-1)
+    elif name not in ("Y", "S", "V"):
+        return None
+    return model.spectral.inverse(value[example, None], trace.mix.shape[-1])[0]
+
+
+def _detached(trace: Trace) -> Trace:
+    return replace(trace, **{name: getattr(trace, name).detach() for name in _STAGES})
+
+
+def _wav(wave: Tensor, sample_rate: int) -> bytes:
+    """Return a wav file's bytes, raised or lowered to one peak: quiet speech is to be heard."""
+    clean = torch.nan_to_num(wave.detach().float().cpu(), posinf=0, neginf=0)
+    clean = clean * (_PEAK / clean.abs().max().clamp_min(1e-6))
+    buffer = io.BytesIO()
+    soundfile.write(buffer, clean.numpy(), sample_rate, format="WAV")
+    return buffer.getvalue()

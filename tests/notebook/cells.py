@@ -1,0 +1,75 @@
+"""Runs a notebook's code cells in this process, where a test can reach into the library."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from IPython.display import display
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "data" / "DN-LM-demo"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An assertion of a notebook that did not hold."""
+
+    cell: str
+    message: str
+
+
+def copy_workspace(folder: Path) -> Path:
+    """Copy notebooks and configs to a folder, where the notebooks then also write.
+
+    Returns:
+        The copied notebooks' folder, to be the working directory.
+    """
+    for name in ("notebooks", "configs"):
+        ignored = shutil.ignore_patterns(".ipynb_checkpoints")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    return folder / "notebooks"
+
+
+def find(number: str) -> Path:
+    """The notebook of a number such as "02"."""
+    (path,) = (ROOT / "notebooks").glob(f"{number}_*.ipynb")
+    return path
+
+
+def first_failed_check(path: Path) -> Failure | None:
+    """Run the cells in their order up to the first assertion of theirs that fails.
+
+    Any other error, also an assertion inside the library, is raised: a reader would see a crash
+    where a check should have spoken.
+
+    Args:
+        path: of the notebook.
+
+    Returns:
+        The failure; None if every cell has run.
+    """
+    names: dict[str, Any] = {"__name__": "__main__", "display": display}
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code":
+            try:
+                _run(cell.source, f"<{cell.id}>", names)
+            except AssertionError as error:
+                if traceback.extract_tb(error.__traceback__)[-1].filename != f"<{cell.id}>":
+                    raise
+                return Failure(cell.id, str(error))
+    return None
+
+
+def _run(source: str, name: str, names: dict[str, Any]) -> None:
+    """Run one cell, and show its last expression as Jupyter would, here as text."""
+    body = ast.parse(source).body
+    last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
+    exec(compile(ast.Module(body, type_ignores=[]), name, "exec"), names)
+    if last is not None:
+        display(eval(compile(ast.Expression(last.value), name, "eval"), names))
