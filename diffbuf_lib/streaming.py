@@ -82,13 +82,15 @@ class OnlineEnhancer:
 
     @property
     def latency_samples(self) -> int:
-        """Samples to push before the first one comes out: d - 1 hops and the first frame.
+        """Samples to push before the first one comes out: d - 1 hops and the frames over it.
 
-        A sample can wait up to one hop longer, since output comes a hop at a time.
+        Sample 0 is whole when the last frame that covers it has left the buffer. A sample can wait
+        up to one hop longer than this, since output comes a hop at a time.
         """
-        spectral = self.spectral
-        first_frame = spectral.n_fft - spectral.n_fft // 2  # the rest of it is silence before 0
-        return first_frame + (self.sampler.delay - 1) * spectral.hop_length
+        n_fft, hop = self.spectral.n_fft, self.spectral.hop_length
+        first_frame = n_fft - n_fft // 2  # the rest of it is silence before sample 0
+        last_frame = n_fft // 2 // hop  # over sample 0, counted from 0
+        return first_frame + (last_frame + self.sampler.delay - 1) * hop
 
     def reset(self) -> None:
         """Forget the stream, and start the noise from the seed again."""

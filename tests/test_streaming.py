@@ -55,9 +55,19 @@ def test_float32_at_the_papers_stft(tiny_cfg):
     )
 
 
-def test_the_first_sample_comes_after_exactly_latency_samples(tiny_cfg):
-    enhancer = OnlineEnhancer(make_model(tiny_cfg))
-    assert enhancer.latency_samples == 31 + 3 * 32
+@pytest.mark.parametrize(
+    ("n_fft", "hop", "latency"),
+    [
+        (62, 32, 31 + 3 * 32),
+        (64, 32, 32 + 4 * 32),  # half a window is a hop: the second frame covers sample 0 too
+        (64, 16, 32 + 5 * 16),
+        (63, 10, 32 + 6 * 10),
+    ],
+)
+def test_the_first_sample_comes_after_exactly_latency_samples(tiny_cfg, n_fft, hop, latency):
+    stft = f"audio.stft={{n_fft: {n_fft}, win_length: {n_fft}, hop_length: {hop}}}"
+    enhancer = OnlineEnhancer(make_model(tiny_cfg.override(stft)))
+    assert enhancer.latency_samples == latency
     assert enhancer.push(torch.randn(enhancer.latency_samples - 1)).numel() == 0
     assert enhancer.push(torch.randn(1)).numel() > 0
 
