@@ -30,6 +30,7 @@ def measure(best: Best) -> Iterator[tuple[str, float, str, str]]:
     matmul = matmul_gflops(best)
     yield "matrix product", matmul, "GFLOP/s", "2048 x 2048, float32"
     yield from frame_times(best, matmul)
+    yield from compiled_frames(best)
     yield from one_thread_gain(best)
     yield from recomputed_ncsnpp(best)
     for name in ("tiny", "cpu", "base"):
@@ -52,6 +53,36 @@ def frame_times(best: Best, matmul: float) -> Iterator[tuple[str, float, str, st
         again, flop = one_frame(model.sampler(cached=False), best, 5)
         note = f"{flop:.2f} GFLOP, {again / cached:.1f} times the cached frame"
         yield f"cpu size, frame, recomputed, K {frames}", 1e3 * again, "ms", note
+
+
+def compiled_frames(best: Best) -> Iterator[tuple[str, float, str, str]]:
+    """Yield one frame as a compiled graph and in bfloat16, beside the recomputed one."""
+    model = stream_model("block_causal_cpu")
+    for parameter in model.parameters():  # else its last layers are zero, and so is every error
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    again, _ = one_frame(model.sampler(cached=False), best, 5)
+    exact = some_frames(model.sampler())
+    for label, wishes in (
+        ("bf16", {"precision": "bf16"}),
+        ("compiled", {"compiled": True}),
+        ("compiled, bf16", {"compiled": True, "precision": "bf16"}),
+    ):
+        sampler = model.sampler(**wishes)
+        error = some_frames(sampler) - exact  # which also compiles
+        level = 20 * torch.log10(error.abs().norm() / exact.abs().norm()).item()
+        seconds, _ = one_frame(sampler, best, 30, flops=False)
+        note = f"{again / seconds:.1f} times less than recomputed; {level:.0f} dB from float32"
+        yield f"cpu size, frame, cached, {label}", 1e3 * seconds, "ms", note
+
+
+def some_frames(sampler: BufferSampler) -> torch.Tensor:
+    """What a sampler makes of 60 frames of noise."""
+    generator = torch.Generator().manual_seed(0)
+    state = sampler.start(1, BINS, generator)
+    with torch.inference_mode():
+        R = 0.3 * torch.randn(60, 1, BINS, dtype=torch.complex64, generator=generator)
+        return torch.stack([sampler.step(state, r, generator) for r in R])
 
 
 def one_thread_gain(best: Best) -> Iterator[tuple[str, float, str, str]]:
@@ -96,13 +127,16 @@ def one_minute(name: str) -> LiveReport:
     return run_live(enhancer, noise[second:].split(hop), lambda _: None)
 
 
-def one_frame(sampler: BufferSampler, best: Best, repeats: int) -> tuple[float, float]:
-    """Return seconds and GFLOP of one frame."""
+def one_frame(
+    sampler: BufferSampler, best: Best, repeats: int, *, flops: bool = True
+) -> tuple[float, float]:
+    """Return seconds and GFLOP of one frame; of a compiled one they cannot be counted: 0."""
     R = torch.randn(1, BINS, dtype=torch.complex64)
+    state, counter = sampler.start(1, BINS), FlopCounterMode(display=False)
     with torch.inference_mode():
-        state = sampler.start(1, BINS)
-        with FlopCounterMode(display=False) as counter:
-            sampler.step(state, R)
+        if flops:
+            with counter:
+                sampler.step(state, R)
         return best(lambda: sampler.step(state, R), repeats), counter.get_total_flops() / 1e9
 
 

@@ -51,9 +51,7 @@ class FastHistory:
         self._network_step = model.network.step
         self._warm: set[tuple[int, ...]] = set()
         if compiled:
-            self._network_step = torch.compile(
-                model.network.step, dynamic=False, options={"freezing": True}
-            )
+            self._network_step = torch.compile(model.network.step, dynamic=False)
 
     def start_history(self, batch: int, num_bins: int, t: Tensor) -> HistoryCache:
         """Begin after endless silence; compiles, the first time.
@@ -68,7 +66,10 @@ class FastHistory:
                 batch, num_bins, 1 + t.shape[0], dtype=t.dtype.to_complex(), device=t.device
             )
             try:
-                with torch.inference_mode():
+                # Frozen, weights are constants that are packed once for the convolutions. As an
+                # option of torch.compile it comes too late: they are inputs of the graph by then.
+                frozen = torch._inductor.config.patch(freezing=True)
+                with torch.inference_mode(), frozen:
                     self.denoise_next(copy.deepcopy(history), silence, silence)
             except torch._inductor.exc.InvalidCxxCompiler as error:
                 raise MissingExtraError(

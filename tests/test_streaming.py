@@ -210,7 +210,8 @@ def test_a_compiled_stream_is_the_same(tiny_cfg):
 
 
 @pytest.mark.slow
-def test_ten_minutes_keep_their_count_and_memory_and_silence_is_not_slower():
+@pytest.mark.timeout(1800)
+def test_an_hour_keeps_its_count_and_memory_and_silence_is_not_slower():
     import time
 
     from diffbuf_lib import DiffusionBufferModel, load_config
@@ -219,7 +220,7 @@ def test_ten_minutes_keep_their_count_and_memory_and_silence_is_not_slower():
     model = DiffusionBufferModel(load_config("configs/block_causal_tiny.yaml"))
     enhancer = OnlineEnhancer(model)
     given, minute, sizes, seconds = 0, 60 * 16000, set(), []
-    for i in range(10):
+    for i in range(60):
         level = 0.0 if i % 2 else 0.1  # a minute of noise, a minute of digital silence, ...
         start = time.process_time()
         out = enhancer.push(level * torch.randn(minute, generator=seeded(i)))
@@ -227,6 +228,6 @@ def test_ten_minutes_keep_their_count_and_memory_and_silence_is_not_slower():
         given += out.numel()
         assert minute * (i + 1) - given <= enhancer.latency_samples + 256
         sizes.add(enhancer.state.num_bytes - enhancer.state.waiting.nbytes)
-    assert given + enhancer.flush().numel() == 10 * minute
+    assert given + enhancer.flush().numel() == 60 * minute
     assert len(sizes) == 1
     assert min(seconds[1::2]) <= 1.2 * min(seconds[::2])

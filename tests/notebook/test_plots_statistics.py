@@ -226,7 +226,6 @@ def test_first_clips():
     clips = Clips(5)
     first = FirstClips(clips, 3)
     assert len(first) == 3
-    assert len(FirstClips(clips, 9)) == 5
     mix, _ = collate([first[i] for i in range(3)])
     torch.testing.assert_close(mix[2], clips[2][0])
     assert first.name(1) == "clip_001.wav"
@@ -234,3 +233,12 @@ def test_first_clips():
     assert clips.epoch == 4
     with pytest.raises(IndexError):
         first[3]
+
+
+def test_first_clips_of_a_small_dataset_are_repeated():
+    clips = Clips(5)
+    more = FirstClips(clips, 12)
+    assert len(more) == 12
+    assert [more.name(i) for i in (4, 5, 11)] == [clips.name(i) for i in (4, 0, 1)]
+    torch.testing.assert_close(more[11][0], clips[1][0])
+    assert len(FirstClips(Clips(0), 12)) == 0
