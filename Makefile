@@ -15,7 +15,7 @@ AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 export PYTHONFAULTHANDLER := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long lab notebooks bench lint format clean demo-set chromium
+.PHONY: help demo test test-long lab notebooks demo-model bench lint format clean demo-set chromium
 
 help:            ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ lab: $(VENV)/.lab     ## JupyterLab on the notebooks, on loopback, with a token
 
 notebooks: $(VENV)/.lab   ## run all notebooks, and pages of them to read: site/index.html
 	$(BIN)/python docs/make_site.py
+
+demo-model: $(VENV)/.test   ## train configs/demo_model.yaml from scratch: hours, and Debian's voices
+	$(BIN)/diffbuf demo-model
 
 bench: $(VENV)/.test  ## speed and memory on this machine, as a table and JSON
 	$(BIN)/python -m benchmarks

@@ -7,16 +7,14 @@ copies become a few loops, and every weight is laid out once as the convolutions
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from diffbuf_lib.errors import ConfigError, MissingExtraError
+from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.networks import BlockCausal, HistoryCache
-
-if TYPE_CHECKING:
-    from diffbuf_lib.model import DiffusionBufferModel
 
 Precision = Literal["fp32", "bf16"]
 

@@ -6,7 +6,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,54 +28,12 @@ from diffbuf_lib.diffusion.sampler import BufferSampler, CachedDenoise
 from diffbuf_lib.diffusion.sde import make_sde, over_frequency
 from diffbuf_lib.diffusion.spectral import Spectral
 from diffbuf_lib.errors import ShapeError
-from diffbuf_lib.fast import FastHistory, Precision
 from diffbuf_lib.networks import BlockCausal, HistoryCache, make_network
 from diffbuf_lib.networks.layers import frame_times
-from diffbuf_lib.summary import Summary, summarise
+from diffbuf_lib.trace import Trace
 
 BUNDLED = Path(__file__).parent / "pretrained"
 """Models that come with the package: diffbuf/NAME is the folder NAME."""
-
-
-@dataclass(frozen=True)
-class Trace:
-    """Every stage of one training batch; B examples, F bins, K frames, Kb of them in the buffer.
-
-    Attributes:
-        mix: [B, C, T], the noisy signal as it was given.
-        target: [B, C, T], the clean signal as it was given.
-        Y: [B, F, K] complex, compressed spectrum of the noisy signal.
-        S: [B, F, K] complex, compressed spectrum of the clean signal.
-        t: [B, Kb], diffusion times, rising.
-        sigma: [B, Kb], standard deviation of the noise at t.
-        z: [B, F, Kb] complex, the noise, CN(0, 1).
-        V: [B, F, K] complex, the perturbed input.
-        score: [B, F, Kb] complex, the network's estimate of grad log p.
-        x0_hat: [B, F, Kb] complex, its estimate of S in the buffer.
-        target_score: [B, F, Kb] complex, -z / sigma.
-        loss_map: [B, F, Kb], the loss of every bin; with data prediction in units of
-            model.data_scale^2, if that is given.
-        loss: scalar, the mean of loss_map; with training.own_estimate the mean of that and of
-            what the call before, on frames that have just entered, lost.
-    """
-
-    mix: Tensor
-    target: Tensor
-    Y: Tensor
-    S: Tensor
-    t: Tensor
-    sigma: Tensor
-    z: Tensor
-    V: Tensor
-    score: Tensor
-    x0_hat: Tensor
-    target_score: Tensor
-    loss_map: Tensor
-    loss: Tensor
-
-    def summary(self) -> Summary:
-        """Return shape, type, range, zeros, NaN and Inf of every stage; prints as a table."""
-        return summarise({field.name: getattr(self, field.name) for field in fields(self)})
 
 
 class DiffusionBufferModel(
@@ -316,30 +273,24 @@ class DiffusionBufferModel(
         return out, self.sde.denoised(Vb + sigma**2 * out, Yb, t)
 
     def sampler(
-        self,
-        delay: int | None = None,
-        *,
-        cached: bool = True,
-        compiled: bool = False,
-        precision: Precision = "fp32",
+        self, delay: int | None = None, *, cached: bool | CachedDenoise = True
     ) -> BufferSampler:
         """Make what moves this model's buffer along a stream.
 
         Args:
             delay: d, 1 to B, of a data-prediction model; None for B.
             cached: let a network that can remember its history do so; the output is the same as
-                that of a window K that shows it all it can see.
-            compiled: of a network that remembers its history: see `FastHistory`.
-            precision: likewise, fp32 or bf16.
+                that of a window K that shows it all it can see. Or what does so in its place: see
+                `diffbuf_lib.fast`.
 
         Raises:
-            ConfigError: a delay, compiled or precision that this model cannot have.
+            ConfigError: a delay that this model cannot have.
         """
-        memory: CachedDenoise | None = None
-        if compiled or precision != "fp32":
-            memory = FastHistory(self, compiled=compiled, precision=precision)
-        elif cached and isinstance(self.network, BlockCausal):
-            memory = self
+        memory: CachedDenoise | None
+        if isinstance(cached, bool):
+            memory = self if cached and isinstance(self.network, BlockCausal) else None
+        else:
+            memory = cached
         device = next(self.parameters()).device
         dtype = next(self.parameters()).dtype
         return BufferSampler(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffbuf_lib.diffusion.sampler import BufferState
 from diffbuf_lib.errors import ShapeError
-from diffbuf_lib.fast import Precision
+from diffbuf_lib.fast import FastHistory, Precision
 from diffbuf_lib.model import DiffusionBufferModel, evaluating
 
 
@@ -76,7 +76,11 @@ class OnlineEnhancer:
     ) -> None:
         self.model, self.seed, self.batch = model, seed, batch
         self.spectral = model.framing
-        self.sampler = model.sampler(delay, compiled=compiled, precision=precision)
+        faster = compiled or precision != "fp32"
+        self.sampler = model.sampler(
+            delay,
+            cached=FastHistory(model, compiled=compiled, precision=precision) if faster else True,
+        )
         self.device = self.sampler.t.device
         self.reset()
 

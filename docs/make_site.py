@@ -42,9 +42,10 @@ pre { font: 13.5px/1.45 ui-monospace, monospace; overflow-x: auto; margin: 0; }
 code { font-size: 0.9em; background: #f3f3f3; padding: 0.1em 0.25em; }
 .highlight { border-left: 3px solid #8aa; padding: 0.6rem 0.8rem; margin: 0.8rem 0 0; }
 .jp-OutputArea-output, .output_area { padding: 0.5rem 0.8rem; overflow-x: auto; }
+.jp-OutputArea-output pre, .output_area pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 img { max-width: 100%; height: auto; }
 table { border-collapse: collapse; font-size: 0.9rem; }
-td, th { border: 1px solid #ddd; padding: 0.2rem 0.5rem; text-align: right; }
+td, th { border: 1px solid #ddd; padding: 0.2rem 0.5rem; text-align: left; }
 {{ colours }}
 </style>
 </head>
@@ -107,6 +108,8 @@ def make_site(notebooks: Path, out: Path) -> list[Entry]:
             timeout=CELL_SECONDS,
             resources={"metadata": {"path": str(notebooks)}},
             store_widget_state=False,
+            coalesce_streams=True,  # lines that a cell prints stay together
+            extra_arguments=["--log-level=ERROR"],  # no warning about loopback from every kernel
         ).execute()
         body = Markup(to_body(notebook))
         (out / entry.page).write_text(_render(title=entry.title, body=body), encoding="utf-8")

@@ -183,7 +183,8 @@ def test_no_output_depends_on_a_sample_that_was_not_pushed(tiny_cfg):
 def test_a_bfloat16_stream_is_the_same_but_for_its_rounding(tiny_cfg):
     model = make_model(tiny_cfg.override(*BLOCK_CAUSAL)).eval()
     R = torch.randn(1, 32, 100, dtype=torch.complex64, generator=seeded(1)) * 0.1
-    exact, rounded = frames_of(model.sampler(), R), frames_of(model.sampler(precision="bf16"), R)
+    rounding = OnlineEnhancer(model, precision="bf16").sampler
+    exact, rounded = frames_of(model.sampler(), R), frames_of(rounding, R)
     error = (rounded - exact).abs().square().sum() / exact.abs().square().sum()
     assert 0 < error < 1e-3  # -30 dB
 
@@ -194,7 +195,7 @@ def test_only_a_network_that_remembers_can_be_made_faster(tiny_cfg):
         with pytest.raises(ConfigError, match="block_causal, not conv"):
             OnlineEnhancer(model, **wish)
     with pytest.raises(ConfigError, match="fp16"):
-        make_model(tiny_cfg.override(*BLOCK_CAUSAL)).sampler(precision="fp16")
+        OnlineEnhancer(make_model(tiny_cfg.override(*BLOCK_CAUSAL)), precision="fp16")
 
 
 @pytest.mark.slow

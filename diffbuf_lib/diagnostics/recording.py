@@ -17,8 +17,9 @@ from torch import Tensor
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.diffusion.buffer import Generators
-from diffbuf_lib.model import DiffusionBufferModel, Trace
+from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.summary import Summary
+from diffbuf_lib.trace import Trace
 
 _STAGES = ("mix", "target", "Y", "V", "t", "sigma", "target_score", "score")
 

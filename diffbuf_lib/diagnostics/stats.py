@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffbuf_lib.model import DiffusionBufferModel, Trace, evaluating
+from diffbuf_lib.model import DiffusionBufferModel, evaluating
 from diffbuf_lib.summary import format_table
+from diffbuf_lib.trace import Trace
 
 
 @dataclass(frozen=True)

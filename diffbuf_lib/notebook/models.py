@@ -10,6 +10,7 @@ from pathlib import Path
 
 from diffbuf_lib.errors import ConfigError, DiffbufError
 from diffbuf_lib.model import DiffusionBufferModel
+from diffbuf_lib.notebook.clips import FirstClips
 from diffbuf_lib.notebook.workbench import Workbench
 from diffbuf_lib.training import train
 
@@ -24,6 +25,7 @@ _SMALL = (
     "ema_momentum: 0.9, grad_clip: 1.0, use_amp: false, num_workers: 0}",
 )
 _BUFFER = 8  # frames of the small model's buffer
+_EPOCH = 96  # clips, at least: every epoch ends with a checkpoint
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,13 @@ def _silently(source: str | Path) -> DiffusionBufferModel:
 def _train_small(bench: Workbench, folder: Path, steps: int) -> DiffusionBufferModel:
     buffer = min(_BUFFER, bench.cfg.audio.num_frames)
     cfg = bench.cfg.override(
-        f"diffusion_buffer.buffer_size={buffer}", *_SMALL, f"training.num_steps={steps}"
+        f"diffusion_buffer.buffer_size={buffer}",
+        *_SMALL,
+        f"training.num_steps={steps}",
+        f"training.num_epochs={steps}",  # an epoch has a step at least: num_steps decides
     )
+    clips = FirstClips(bench.train_set, max(_EPOCH, len(bench.train_set)))
     shutil.rmtree(folder, ignore_errors=True)
-    for _ in train(cfg, bench.train_set, None, folder):
+    for _ in train(cfg, clips, None, folder):
         pass
     return _silently(folder / "model")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffbuf_lib.model import Trace
+from diffbuf_lib.trace import Trace
 from diffbuf_lib.training.engine import Batch
 from diffbuf_lib.training.finding import (
     Finding,

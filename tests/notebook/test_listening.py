@@ -15,6 +15,8 @@ from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.live import LiveReport
 from diffbuf_lib.notebook import listening, models, open_workbench, plots
 from diffbuf_lib.notebook.listening import DelayScore
+from diffbuf_lib.training import load_checkpoint
+from diffbuf_lib.training.results import ResultsFolder
 from tests.conftest import make_model
 from tests.notebook.folders import make_paired_folder
 
@@ -68,6 +70,13 @@ def test_a_name_that_is_not_here_is_trained_instead(bench):
 def test_none_trains_and_names_nothing(bench):
     found = models.find_model(bench, None, bench.results / "07", steps=1)
     assert found.source == "1 steps of training just now"
+
+
+def test_a_small_dataset_does_not_make_epochs_of_one_step(bench):
+    """Each epoch ends with a checkpoint, which takes longer than the step."""
+    models.find_model(bench, None, bench.results / "07", steps=2)
+    state = load_checkpoint(ResultsFolder(bench.results / "07").last)
+    assert (state["step"], state["epoch"]) == (2, 0)
 
 
 def test_a_folder_without_a_model_is_no_reason_to_train(bench):

@@ -196,7 +196,10 @@ VALID = {"step": 30, "epoch": 0, "valid": {"loss": 0.2, "si_sdr": 3.0}, "final":
 @pytest.mark.parametrize("history", [[], STEPS[:1], STEPS, [*STEPS, VALID]])
 def test_progress_is_drawn_from_the_first_step_on(tiny_cfg, history):
     clip = {"mix": torch.randn(1600), "target": torch.zeros(1600)}
-    assert is_drawn(plots.training_progress(history, clip, tiny_cfg.audio))
+    figure = plots.training_progress(history, clip, tiny_cfg.audio)
+    assert is_drawn(figure)
+    scores = figure.axes[1]
+    assert bool(len(scores.get_yticks())) == (VALID in history), "a scale without a score"
 
 
 def test_progress_draws_loss_and_scores(tiny_cfg):

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from diffbuf_lib.diagnostics.gradients import GradientStatistics, gradient_statistics
-from diffbuf_lib.model import DiffusionBufferModel, Trace
+from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.notebook.panels.base import Panel
 from diffbuf_lib.notebook.plots.stepping import stepping
+from diffbuf_lib.trace import Trace
 from diffbuf_lib.training.engine import OPTIMIZERS
 from diffbuf_lib.training.plan import Stream, example_generators, stream_seed
 
@@ -170,8 +171,8 @@ class StepDebugger(Panel):
             layout=widgets.Layout(width="160px"),
         )
         self._sound = widgets.Audio(autoplay=False, loop=False)
-        self._step_label = widgets.Label(layout=widgets.Layout(width="90px"))
-        self._status = widgets.Label()
+        self._step_label = widgets.Label(layout=widgets.Layout(width="120px"))
+        self._status = widgets.Label(layout=widgets.Layout(width="600px"))
         self._step_label.add_class("diffbuf-step")
         self._status.add_class("diffbuf-status")
         self._table = widgets.HTML()

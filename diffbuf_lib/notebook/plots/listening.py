@@ -62,7 +62,7 @@ def frame_times(report: LiveReport) -> Figure:
     for axes in (course, spread):
         axes.axhline(report.hop_ms, color="C3", linestyle="--", label="a hop lasts this long")
         axes.grid(alpha=0.3)
-    course.legend(frameon=False, fontsize=8, loc="upper right")
+    figure.legend(*course.get_legend_handles_labels(), frameon=False, loc="outside upper right")
     return figure
 
 

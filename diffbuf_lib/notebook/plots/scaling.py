@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from diffbuf_lib.notebook.scaling import ReadingCost, StepCost
 
@@ -18,7 +19,7 @@ def step_costs(costs: Sequence[StepCost]) -> Figure:
     Args:
         costs: of one or several precisions.
     """
-    figure = Figure(figsize=(9, 3), dpi=90, layout="constrained")
+    figure = _figure(3)
     seconds, speed, memory = figure.subplots(1, 3)
     for index, precision in enumerate(dict.fromkeys(cost.precision for cost in costs)):
         own = [cost for cost in costs if cost.precision == precision]
@@ -30,7 +31,7 @@ def step_costs(costs: Sequence[StepCost]) -> Figure:
     for axes, label in (
         (seconds, "time of a pass (ms)"),
         (speed, "clips per second"),
-        (memory, "kept for the backward pass (MiB)"),
+        (memory, "kept for backward (MiB)"),
     ):
         axes.set(xlabel="batch size (clips)", ylabel=label)
         axes.set_xticks(sorted({cost.batch_size for cost in costs}))
@@ -45,18 +46,23 @@ def reading_costs(costs: Sequence[ReadingCost], needed: float) -> Figure:
 
     Args:
         costs: one for each number of processes.
-        needed: clips per second that training takes in.
+        needed: clips per second that training uses up.
     """
-    figure = Figure(figsize=(9, 2.8), dpi=90, layout="constrained")
+    figure = _figure(2.8)
     speed, start = figure.subplots(1, 2)
     _draw_bars(speed, costs, [cost.clips_per_second for cost in costs], "clips read per second")
-    speed.axhline(needed, color="C3", linestyle="--", label="training takes in")
-    speed.legend(frameon=False, fontsize=8)
+    speed.axhline(needed, color="C3", linestyle="--", label="training needs")
+    speed.legend(frameon=False, fontsize=9)
     speed.margins(y=0.25)
     _draw_bars(
         start, costs, [1000 * cost.start_seconds for cost in costs], "time to the first batch (ms)"
     )
     return figure
+
+
+def _figure(height: float) -> Figure:
+    layout = ConstrainedLayoutEngine(w_pad=0.1)  # inches: labels keep off the axes beside them
+    return Figure(figsize=(9, height), dpi=90, layout=layout)
 
 
 def _draw_bars(

@@ -134,7 +134,7 @@ def compression(raw: Tensor, compressed: Tensor, audio: AudioConfig) -> Figure:
         mesh = draw_level(grid[key], magnitude, audio)
         grid[key].set_title(f"{title}, linear", loc="left", fontsize=10)
         grid[key].set_xlabel("time (s)")
-        figure.colorbar(mesh, ax=grid[key])
+        figure.colorbar(mesh, ax=grid[key], label="magnitude")
         level = 20 * np.log10(np.maximum(magnitude, _FAINTEST) / max(magnitude.max(), _FAINTEST))
         spread.hist(level.ravel(), bins=_LEVELS, histtype="step", label=title)
     spread.set(xlabel="magnitude below the largest bin (dB)", ylabel="bins", xlim=(-100, 0))
@@ -159,8 +159,10 @@ def round_trip(wave: Tensor, back: Tensor, sample_rate: int) -> Figure:
     above.set(ylabel="amplitude")
     above.set_title("there and back", loc="left", fontsize=10)
     below.plot(time, 20 * np.log10(np.maximum(error, 1e-10)), linewidth=0.6, color="C1")
-    below.axhline(20 * np.log10(2**-15), color="0.4", linestyle="--", linewidth=1)
-    below.text(time[-1], -86, "one step of 16-bit audio", ha="right", fontsize=8, color="0.3")
+    step = 20 * np.log10(2**-15)
+    below.axhline(step, color="0.4", linestyle="--", linewidth=1)
+    name = {"text": "one step of 16-bit audio", "ha": "right", "va": "bottom", "color": "0.3"}
+    below.annotate(xy=(time[-1], step), xytext=(-4, 3), textcoords="offset points", **name)
     below.set(xlabel="time (s)", ylabel="error (dB)", ylim=(-205, 10))
     for axes in (above, below):
         axes.grid(alpha=0.3)

@@ -10,8 +10,8 @@ from torch import Tensor
 from diffbuf_lib.config import Config
 from diffbuf_lib.diffusion.spectral import Spectral
 from diffbuf_lib.figures import DYNAMIC_RANGE
-from diffbuf_lib.model import Trace
 from diffbuf_lib.notebook.plots.signals import DPI, decibels, draw_level
+from diffbuf_lib.trace import Trace
 
 _RATIO_RANGE = 40  # dB that a picture shows of what is neither signal nor spectrum
 _SPECTRA = ("Y", "S", "V", "x0_hat")  # compressed spectra; shown as the levels they stand for

@@ -12,8 +12,8 @@ from torch import Tensor
 from diffbuf_lib.diagnostics.gradients import GradientStatistics
 from diffbuf_lib.diagnostics.stats import ScoreRow, ScoreStatistics
 from diffbuf_lib.figures import COLOUR_MAP
-from diffbuf_lib.model import Trace
 from diffbuf_lib.notebook.plots.signals import DPI, WIDTH
+from diffbuf_lib.trace import Trace
 
 
 def target_histogram(trace: Trace) -> Figure:

@@ -11,8 +11,8 @@ from matplotlib.ticker import MaxNLocator
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.diagnostics.gradients import GradientStatistics
-from diffbuf_lib.model import Trace
 from diffbuf_lib.notebook.plots.stages import draw_stage
+from diffbuf_lib.trace import Trace
 
 _MOST_MODULES = 14  # that a small picture has room for
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from diffbuf_lib.config import AudioConfig
@@ -51,6 +52,7 @@ def training_progress(
     steps, valid = _steps(lines), _validations(lines)
     first = figure.add_subplot(grid[0, :5])
     draw_loss(first, steps, valid)
+    first.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))  # the last panel is narrow
     _draw_scores(figure.add_subplot(grid[0, 5:9], sharex=first), valid, metric)
     _draw_rate_and_gradient(figure.add_subplot(grid[0, 9:], sharex=first), steps)
     _draw_clip(figure, grid[1, :].subgridspec(1, max(1, len(clip))), clip, audio, clip_step)
@@ -115,6 +117,7 @@ def _draw_scores(axes: Axes, valid: Sequence[Line], metric: str) -> None:
     axes.grid(alpha=0.3)
     axes.tick_params(labelsize=8)
     if not valid:
+        axes.set_yticks([])
         axes.text(
             0.5, 0.5, "none so far", transform=axes.transAxes, ha="center", va="center", color="0.4"
         )
