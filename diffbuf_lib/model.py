@@ -33,7 +33,7 @@ from diffbuf_lib.networks.layers import frame_times
 from diffbuf_lib.trace import Trace
 
 BUNDLED = Path(__file__).parent / "pretrained"
-"""Models that come with the package: diffbuf/NAME is the folder NAME."""
+"""Where models that come with the package lie: diffbuf/NAME is the folder NAME."""
 
 
 class DiffusionBufferModel(
@@ -70,9 +70,9 @@ class DiffusionBufferModel(
         """Load a model: from a folder, by a bundled name, or by one on the Hugging Face hub.
 
         Args:
-            pretrained_model_name_or_path: a folder that `save_pretrained` wrote;
-                `diffbuf/cpu-demo`, whose weights come with the package and need no network; or a
-                repository on the hub.
+            pretrained_model_name_or_path: a folder that `save_pretrained` wrote; `diffbuf/NAME`,
+                found without a network where the package has weights of that name (this version
+                has none); or a repository on the hub.
             options: of `huggingface_hub.PyTorchModelHubMixin.from_pretrained`.
         """
         name = pretrained_model_name_or_path

@@ -1,4 +1,4 @@
-"""The bundled model, from scratch: data, training, and the weights that `from_pretrained` finds."""
+"""A model to ship, from scratch: its data and its training."""
 
 from __future__ import annotations
 

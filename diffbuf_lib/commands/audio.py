@@ -111,7 +111,7 @@ def demo_model_command(
     results_path: Path = Path("results/demo_model"),
     overrides: Overrides = (),
 ) -> None:
-    """Train the bundled model, diffbuf/cpu-demo, from scratch: hours on a CPU.
+    """Make data from Debian's voices and train a model to ship on it: hours on a CPU.
 
     Args:
         config_path: what to train.

@@ -1,4 +1,4 @@
-"""The data of the bundled model: made at build time from Debian packages and synthesis.
+"""The data of a model to ship: made at build time from Debian packages and synthesis.
 
     train/{speech,noise,rooms}/   mixed while training (dataset_type 3)
     valid/sample_*/               DN-LM clips, another language, speaker and other drones
@@ -65,9 +65,9 @@ _ROOMS = 200
 def build_pretraining(
     out_dir: str | Path, *, seed: int = 0, processes: int = 2, progress: bool = False
 ) -> Path:
-    """Make the data of the bundled model; what is there already is kept.
+    """Make the data of a model to ship; what is there already is kept.
 
-    About 15 minutes on two cores and 1.2 GB. It needs Debian's archive (telephone prompts), the
+    A few minutes on two cores and 0.8 GB. It needs Debian's archive (telephone prompts), the
     programs flite, festival and espeak-ng with the voices of `voices.VOICES`, and
     `pip install 'diffbuf[demo,pretraining]'`.
 

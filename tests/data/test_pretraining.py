@@ -1,4 +1,4 @@
-"""The data of the bundled model: its sources, and that its splits share none."""
+"""The data of a model to ship: its sources, and that its splits share none."""
 
 import shutil
 import struct
