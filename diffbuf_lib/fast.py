@@ -57,29 +57,35 @@ class FastHistory:
         Raises:
             MissingExtraError: there is no C++ compiler to compile with.
         """
-        history = self.model.start_history(batch, num_bins, t)
         shape = (batch, num_bins, *t.shape)
-        if self.compiled and shape not in self._warm:
-            silence = torch.zeros(
-                batch, num_bins, 1 + t.shape[0], dtype=t.dtype.to_complex(), device=t.device
-            )
-            try:
-                # Frozen, weights are constants that are packed once for the convolutions. As an
-                # option of torch.compile it comes too late: they are inputs of the graph by then.
-                frozen = torch._inductor.config.patch(freezing=True)
-                with torch.inference_mode(), frozen:
-                    self.denoise_next(copy.deepcopy(history), silence, silence)
-            except torch._inductor.exc.InvalidCxxCompiler as error:
-                raise MissingExtraError(
-                    "a compiled stream needs a C++ compiler, and there is none: install one "
-                    "(Debian: apt-get install g++), or leave it out"
-                ) from error
-            self._warm.add(shape)
+        # Always of one kind: for a tensor made outside inference mode it would compile again.
+        with torch.inference_mode():
+            history = self.model.start_history(batch, num_bins, t)
+            if self.compiled and shape not in self._warm:
+                self._compile(history, num_bins, t)
+                self._warm.add(shape)
         return history
 
+    @torch.inference_mode()
     def denoise_next(self, history: Any, V: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
         """Do what `DiffusionBufferModel.denoise_next` does."""
         return self.model.denoise_next(history, V, Y, step=self._step)
+
+    def _compile(self, history: HistoryCache, num_bins: int, t: Tensor) -> None:
+        """Make a step on a copy of the history: the first step compiles."""
+        silence = t.new_zeros(history.t.shape[0], num_bins, 1 + t.shape[0])
+        silence = torch.complex(silence, silence)
+        # Frozen, weights are constants that are packed once for the convolutions. As an option of
+        # torch.compile it comes too late: they are inputs of the graph by then.
+        frozen = torch._inductor.config.patch(freezing=True)
+        try:
+            with frozen:
+                self.denoise_next(copy.deepcopy(history), silence, silence)
+        except torch._inductor.exc.InvalidCxxCompiler as error:
+            raise MissingExtraError(
+                "a compiled stream needs a C++ compiler, and there is none: install one "
+                "(Debian: apt-get install g++), or leave it out"
+            ) from error
 
     def _step(self, history: HistoryCache, x: Tensor) -> Tensor:
         bf16 = self.precision == "bf16"
