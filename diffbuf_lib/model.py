@@ -143,7 +143,7 @@ class DiffusionBufferModel(
         sigma = self.sde.std(t)
         x0, first_loss = S, None
         if share := self.cfg.training.own_estimate:
-            first = self._first_estimate(S, Y, generator)
+            first = self._first_estimate(Y, generator)
             first_loss = self._in_data_units((first - S).abs().square()).mean()
             own = uniform((B, 1, 1), generator, Y.device, Y.real.dtype) < share
             x0 = torch.where(own, first.detach(), S)
@@ -173,19 +173,18 @@ class DiffusionBufferModel(
         scale = self.cfg.model.data_scale
         return squared_error if scale is None else squared_error / scale**2
 
-    def _first_estimate(self, S: Tensor, Y: Tensor, generator: Generators) -> Tensor:
+    def _first_estimate(self, Y: Tensor, generator: Generators) -> Tensor:
         """Estimate S from frames that have just entered, V = Y + sigma(t_max) z, all K of them.
 
         Args:
-            S: [B, F, K] complex, clean; only its shape counts.
             Y: [B, F, K] complex, noisy.
             generator: as in `trace`.
 
         Returns:
             [B, F, K] complex, x0_hat.
         """
-        t = Y.real.new_full((S.shape[0], S.shape[-1]), self.cfg.diffusion_buffer.t_max)
-        z = complex_normal(tuple(S.shape), generator, S.device, S.dtype)
+        t = Y.real.new_full((Y.shape[0], Y.shape[-1]), self.cfg.diffusion_buffer.t_max)
+        z = complex_normal(tuple(Y.shape), generator, Y.device, Y.dtype)
         return self.denoise(perturb(Y, Y, t, z, self.sde), Y, t)[1]
 
     def denoise(self, V: Tensor, Y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

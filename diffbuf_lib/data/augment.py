@@ -9,6 +9,8 @@ import torch
 import torchaudio.functional as AF
 from torch import Tensor
 
+from diffbuf_lib.errors import MissingExtraError
+
 _PIVOT = 1000.0  # Hz, where a tilt changes nothing
 
 
@@ -82,8 +84,6 @@ def draw_response(rng: np.random.Generator, sample_rate: int) -> Tensor:
 
 
 def _pyroomacoustics():  # type: ignore[no-untyped-def]
-    from diffbuf_lib.errors import MissingExtraError
-
     try:
         import pyroomacoustics
     except ImportError as error:

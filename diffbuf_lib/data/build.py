@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from diffbuf_lib.data.files import list_audio, write_bytes
 from diffbuf_lib.data.holdout import split_noise, split_speech
-from diffbuf_lib.data.recipe import Split, draw, is_complete, make_sample
+from diffbuf_lib.data.recipe import Split, is_complete, make_sample, write_metadata
 from diffbuf_lib.errors import DataError
 
 # Below so many samples a process is not worth its start (torch's import takes seconds).
@@ -115,9 +115,7 @@ def build_dnlm(
     ):
         pass
     for split in splits:  # last: a metadata.json means that its split is whole
-        records = [draw(split, index).record() for index in range(split.count)]
-        content = json.dumps({split.name: records}, indent=1, ensure_ascii=False) + "\n"
-        write_bytes(split.folder / "metadata.json", content.encode())
+        write_metadata(split)
     return out_dir
 
 

@@ -11,7 +11,6 @@ training, validation and test.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -27,10 +26,10 @@ from tqdm import tqdm
 from diffbuf_lib.data.augment import draw_response
 from diffbuf_lib.data.demo import audio_samples, join_recordings
 from diffbuf_lib.data.drone import DroneParameters, synthesise
-from diffbuf_lib.data.files import list_audio, read_audio, read_info, write_audio, write_bytes
+from diffbuf_lib.data.files import list_audio, read_audio, read_info, write_audio
 from diffbuf_lib.data.holdout import NoiseRegion
 from diffbuf_lib.data.noises import KINDS
-from diffbuf_lib.data.recipe import Split, draw, is_complete, make_sample
+from diffbuf_lib.data.recipe import Split, is_complete, make_sample, write_metadata
 from diffbuf_lib.data.voices import (
     SAMPLE_RATE,
     VOICES,
@@ -115,9 +114,7 @@ def build_pretraining(
         ]
     _run(work, processes, "clips", progress)
     for split_ in splits:
-        records = [draw(split_, index).record() for index in range(split_.count)]
-        content = json.dumps({split_.name: records}, indent=1, ensure_ascii=False) + "\n"
-        write_bytes(split_.folder / "metadata.json", content.encode())
+        write_metadata(split_)
     return out
 
 

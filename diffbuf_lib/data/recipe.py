@@ -6,6 +6,7 @@ process makes it or what was made before.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffbuf_lib.data.files import read_audio, read_info, resample, write_audio
+from diffbuf_lib.data.files import read_audio, read_info, resample, write_audio, write_bytes
 from diffbuf_lib.data.mixing import Mixture, is_silent, mix_pair
 from diffbuf_lib.errors import DataError
 
@@ -150,6 +151,13 @@ def make_sample(split: Split, index: int) -> None:
             sources = f"{split.speech_dir / drawn.speech} and {split.noise_dir / drawn.noise.name}"
             raise DataError(f"{drawn.id} from {sources}: {error}") from error
     _write_sample(split, drawn.id, mixture)
+
+
+def write_metadata(split: Split) -> None:
+    """Write metadata.json, what was drawn for every sample of a split; the last of its files."""
+    records = [draw(split, index).record() for index in range(split.count)]
+    content = json.dumps({split.name: records}, indent=1, ensure_ascii=False) + "\n"
+    write_bytes(split.folder / "metadata.json", content.encode())
 
 
 def _write_sample(split: Split, name: str, mixture: Mixture) -> None:

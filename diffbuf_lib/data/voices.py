@@ -64,9 +64,8 @@ VOICES = (
 
 def missing_programs(voices: Iterable[Voice] = VOICES) -> list[str]:
     """Return the Debian packages of programs that are not installed."""
-    programs = {"flite": "flite", "festival": "festival", "espeak-ng": "espeak-ng"}
-    needed = {voice.program for voice in voices}
-    return sorted(programs[p] for p in needed if shutil.which(p) is None)
+    programs = {voice.program for voice in voices}  # each in a package of its own name
+    return sorted(program for program in programs if shutil.which(program) is None)
 
 
 def sentences() -> list[str]:
