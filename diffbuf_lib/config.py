@@ -252,6 +252,9 @@ class DataConfig(Section):
     snr_max: float = Field(0.0, ge=-100, le=100, description="dB, largest drawn SNR")
     distance_min: float = Field(5.0, ge=0.01, le=1e4, description="m, nearest talker")
     distance_max: float = Field(20.0, ge=0.01, le=1e4, description="m, farthest talker")
+    speed: float = Field(
+        0.0, ge=0, le=0.5, description="largest drawn change of the speech's speed and pitch"
+    )
     tilt: float = Field(
         0.0, ge=0, le=12, description="dB per octave, largest drawn spectral tilt of the speech"
     )
@@ -283,8 +286,27 @@ class TrainingConfig(Section):
         description="data_prediction: share of clips whose V is made of the network's own first "
         "estimate, as online, instead of the clean signal; costs a second call",
     )
-    optimizer: Literal["adam", "adamw", "radam", "sgd"] = Field("adam", description="torch.optim")
+    from_noisy: bool = Field(
+        False,
+        description="data_prediction: V is made of Y alone, so that nothing of S is in it: a "
+        "first stage in which the network learns to denoise, at half the cost of own_estimate",
+    )
+    snr_weight: float = Field(
+        0.0,
+        ge=0,
+        description="data_prediction: adds this times the error of the linear spectrum in dB re "
+        "the clean clip, its negative SNR: compressed, strong tones count little",
+    )
+    optimizer: Literal["adam", "adamw", "radam", "sgd", "muon"] = Field(
+        "adam", description="torch.optim; muon: see diffbuf_lib.training.optimizer"
+    )
     lr: float = Field(1e-4, gt=0, description="learning rate")
+    lr_schedule: Literal["plateau", "linear"] = Field(
+        "plateau",
+        description="plateau: falls when validation gains nothing; linear: to zero over the last "
+        "70 % of the run",
+    )
+    warmup_steps: int = Field(0, ge=0, description="linear: steps in which lr rises")
     weight_decay: float = Field(0.0, ge=0, description="of the optimizer")
     batch_size: int = Field(32, ge=1, description="clips a step and process")
     accumulation_steps: int = Field(1, ge=1, description="batches whose gradients make one step")
@@ -328,6 +350,16 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"own_estimate {self.own_estimate} needs an x0_hat to train on, and loss is "
                 f"{self.loss}: set training.loss to data_prediction, or own_estimate to 0"
+            )
+        if self.from_noisy and (self.own_estimate or self.loss != "data_prediction"):
+            raise ValueError(
+                f"from_noisy makes V of Y, so own_estimate {self.own_estimate} must be 0 and loss "
+                f"{self.loss} data_prediction: change them, or set training.from_noisy to false"
+            )
+        if self.snr_weight and self.loss != "data_prediction":
+            raise ValueError(
+                f"snr_weight {self.snr_weight} needs an x0_hat to train on, and loss is "
+                f"{self.loss}: set training.loss to data_prediction, or snr_weight to 0"
             )
         if self.metric_for_scheduler not in (*self.metrics, "loss"):
             raise ValueError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffbuf_lib.errors import ConfigError, MissingExtraError
-from diffbuf_lib.model import DiffusionBufferModel
+from diffbuf_lib.model import DiffusionBufferModel, History
 from diffbuf_lib.networks import BlockCausal, HistoryCache
 
 Precision = Literal["fp32", "bf16"]
@@ -51,7 +51,7 @@ class FastHistory:
         if compiled:
             self._network_step = torch.compile(model.network.step, dynamic=False)
 
-    def start_history(self, batch: int, num_bins: int, t: Tensor) -> HistoryCache:
+    def start_history(self, batch: int, num_bins: int, t: Tensor) -> History:
         """Begin after endless silence; compiles, the first time.
 
         Raises:
@@ -71,9 +71,9 @@ class FastHistory:
         """Do what `DiffusionBufferModel.denoise_next` does."""
         return self.model.denoise_next(history, V, Y, step=self._step)
 
-    def _compile(self, history: HistoryCache, num_bins: int, t: Tensor) -> None:
+    def _compile(self, history: History, num_bins: int, t: Tensor) -> None:
         """Make a step on a copy of the history: the first step compiles."""
-        silence = t.new_zeros(history.t.shape[0], num_bins, 1 + t.shape[0])
+        silence = t.new_zeros(history.cache.t.shape[0], num_bins, 1 + t.shape[0])
         silence = torch.complex(silence, silence)
         # Frozen, weights are constants that are packed once for the convolutions. As an option of
         # torch.compile it comes too late: they are inputs of the graph by then.

@@ -6,8 +6,9 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from diffbuf_lib.diffusion.buffer import (
     perturb,
     uniform,
 )
-from diffbuf_lib.diffusion.losses import LOSSES
+from diffbuf_lib.diffusion.losses import LOSSES, abs2, error_level
 from diffbuf_lib.diffusion.sampler import BufferSampler, CachedDenoise
 from diffbuf_lib.diffusion.sde import make_sde, over_frequency
 from diffbuf_lib.diffusion.spectral import Spectral
@@ -34,6 +35,37 @@ from diffbuf_lib.trace import Trace
 
 BUNDLED = Path(__file__).parent / "pretrained"
 """Where models that come with the package lie: diffbuf/NAME is the folder NAME."""
+
+
+class Levels(NamedTuple):
+    """What follows from a window's diffusion times; a stream, whose times never change, keeps it.
+
+    Attributes:
+        sigma: [B, 1, Kb], of the buffer's frames.
+        unit: [B, 1, K], what brings V to unit size; None without model.data_scale.
+    """
+
+    sigma: Tensor
+    unit: Tensor | None
+
+
+@dataclass
+class History:
+    """What a stream keeps for a network that remembers its history.
+
+    Attributes:
+        cache: the network's own memory, changed at every step.
+        levels: of the buffer and the one frame before it.
+    """
+
+    cache: HistoryCache
+    levels: Levels
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory, bytes."""
+        kept = [tensor for tensor in self.levels if tensor is not None]
+        return self.cache.num_bytes + sum(t.numel() * t.element_size() for t in kept)
 
 
 class DiffusionBufferModel(
@@ -110,10 +142,11 @@ class DiffusionBufferModel(
     def trace(self, mix: Tensor, target: Tensor, generator: Generators = None) -> Trace:
         """Walk one batch through training and keep every stage.
 
-        With training.own_estimate V holds, in that share of the clips, the network's own first
-        estimate in the place of S, in history and buffer, as it does online. A network that has
-        only seen S there takes its own estimates for the truth: it relies on them, and the more
-        steps a frame makes through the buffer, the worse it gets.
+        With training.from_noisy V holds Y in the place of S: the network learns to denoise without
+        having seen anything of S. With training.own_estimate V holds, in that share of the clips,
+        the network's own first estimate, in history and buffer, as it does online. A network that
+        has only seen S there takes its own estimates for the truth: it relies on them, and the
+        more steps a frame makes through the buffer, the worse it gets.
 
         Args:
             mix: [B, C, T] float32, full scale 1.
@@ -141,17 +174,17 @@ class DiffusionBufferModel(
         t = draw_times(self.cfg.diffusion_buffer, B, generator, Y.device, Y.real.dtype)
         z = complex_normal((B, num_bins, Kb), generator, Y.device, Y.dtype)
         sigma = self.sde.std(t)
-        x0, first_loss = S, None
+        x0, first_loss = Y if self.cfg.training.from_noisy else S, None
         if share := self.cfg.training.own_estimate:
             first = self._first_estimate(Y, generator)
-            first_loss = self._in_data_units((first - S).abs().square()).mean()
+            first_loss = self._in_data_units(abs2(first - S)).mean() + self._snr_loss(first, S)
             own = uniform((B, 1, 1), generator, Y.device, Y.real.dtype) < share
             x0 = torch.where(own, first.detach(), S)
         V = perturb(x0, Y, t, z, self.sde)
         score, x0_hat = self.denoise(V, Y, t)
         loss_map = self.loss_map(score, x0_hat, S[..., -Kb:], z, over_frequency(sigma, z))
         loss_map = self._in_data_units(loss_map) if self.predicts_data else loss_map
-        loss = loss_map.mean()
+        loss = loss_map.mean() + self._snr_loss(x0_hat, S[..., -Kb:])
         return Trace(
             mix=mix,
             target=target,
@@ -167,6 +200,13 @@ class DiffusionBufferModel(
             loss_map=loss_map,
             loss=loss if first_loss is None else (loss + first_loss) / 2,
         )
+
+    def _snr_loss(self, x0_hat: Tensor, S: Tensor) -> Tensor | float:
+        """Return training.snr_weight times the error's level in the linear spectrum."""
+        weight = self.cfg.training.snr_weight
+        if not weight:
+            return 0.0
+        return weight * error_level(self.spectral.expand(x0_hat), self.spectral.expand(S))
 
     def _in_data_units(self, squared_error: Tensor) -> Tensor:
         """Divide by model.data_scale^2: errors of far below 1 vanish beside Adam's epsilon."""
@@ -202,9 +242,10 @@ class DiffusionBufferModel(
             (score, x0_hat), each [B, F, Kb] complex in the precision of V: scaling and loss stay
             in float32 under mixed precision.
         """
-        return self._estimates(self.network(self._inputs(V, Y, t), t), V, Y, t)
+        levels = self._levels(t, V.shape[-1])
+        return self._estimates(self.network(self._inputs(V, Y, levels), t), V, Y, t, levels)
 
-    def start_history(self, batch: int, num_bins: int, t: Tensor) -> HistoryCache:
+    def start_history(self, batch: int, num_bins: int, t: Tensor) -> History:
         """Begin streams with a network that remembers its history, after endless silence.
 
         Args:
@@ -213,12 +254,13 @@ class DiffusionBufferModel(
             t: [Kb], the diffusion times of every step.
         """
         assert isinstance(self.network, BlockCausal)
+        t = t.expand(batch, -1)
         with evaluating(self):
-            return self.network.start(num_bins, t.expand(batch, -1))
+            return History(self.network.start(num_bins, t), self._levels(t, 1 + t.shape[-1]))
 
     def denoise_next(
         self,
-        history: HistoryCache,
+        history: History,
         V: Tensor,
         Y: Tensor,
         step: Callable[[HistoryCache, Tensor], Tensor] | None = None,
@@ -235,10 +277,19 @@ class DiffusionBufferModel(
             What `denoise` returns for a window that holds the whole past.
         """
         assert isinstance(self.network, BlockCausal)
-        out = (step or self.network.step)(history, self._inputs(V, Y, history.t))
-        return self._estimates(out, V, Y, history.t)
+        cache, levels = history.cache, history.levels
+        out = (step or self.network.step)(cache, self._inputs(V, Y, levels))
+        return self._estimates(out, V, Y, cache.t, levels)
 
-    def _inputs(self, V: Tensor, Y: Tensor, t: Tensor) -> Tensor:
+    def _levels(self, t: Tensor, num_frames: int) -> Levels:
+        """Compute what depends on the times [B, Kb] of a window of num_frames frames only."""
+        sigma, scale = self.sde.std(t), self.cfg.model.data_scale
+        if scale is None:
+            return Levels(sigma.unsqueeze(1), None)
+        unit = 1 / (frame_times(sigma, num_frames) ** 2 + scale**2).sqrt()  # history: sigma = 0
+        return Levels(sigma.unsqueeze(1), unit.unsqueeze(1))
+
+    def _inputs(self, V: Tensor, Y: Tensor, levels: Levels) -> Tensor:
         """Make of V and Y [B, F, K] complex what networks see: [B, 4, F, K] real, channels-last.
 
         With model.data_scale s the network sees V / sqrt(s^2 + sigma(t)^2) and Y / s, of unit size
@@ -247,17 +298,18 @@ class DiffusionBufferModel(
         """
         scale = self.cfg.model.data_scale
         if scale is not None:
-            sigma = frame_times(self.sde.std(t), V.shape[-1])  # [B, K], 0 in the history
-            V, Y = V / over_frequency((sigma**2 + scale**2).sqrt(), V), Y / scale
+            assert levels.unit is not None
+            V, Y = V * levels.unit, Y / scale
         x = torch.stack([V.real, V.imag, Y.real, Y.imag], dim=1)
         return x.contiguous(memory_format=torch.channels_last)
 
-    def _estimates(self, out: Tensor, V: Tensor, Y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _estimates(
+        self, out: Tensor, V: Tensor, Y: Tensor, t: Tensor, levels: Levels
+    ) -> tuple[Tensor, Tensor]:
         """Make a score and an x0_hat of the network's output [B, 2, F, Kb]."""
         out = out.to(V.real.dtype)
         out = torch.complex(out[:, 0], out[:, 1])  # [B, F, Kb]
-        sigma = over_frequency(self.sde.std(t), out)
-        scale = self.cfg.model.output_scale
+        sigma, scale = levels.sigma, self.cfg.model.output_scale
         if scale == "time":
             out = out / over_frequency(t, out)
         elif scale == "sigma" and not self.predicts_data:

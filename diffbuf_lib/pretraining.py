@@ -13,6 +13,16 @@ from diffbuf_lib.training.results import ResultsFolder
 
 _VALID_SECONDS = 3
 
+# The network learns what speech under noise is from Y alone: a step costs half of what it costs
+# with own estimates in V, and the few thousand steps of that kind then start from there.
+FIRST_STAGE = (
+    "training.from_noisy=true",
+    "training.own_estimate=0",
+    "training.num_steps=9000",
+    "training.lr=5e-3",
+    "diffusion_buffer.buffer_size=32",  # two thirds of a clip's frames count
+)
+
 
 def run_pretraining(
     cfg: Config,
@@ -25,9 +35,10 @@ def run_pretraining(
     """Make the data and train on it; what is there already is kept, an interrupted run goes on.
 
     Args:
-        cfg: what to train, such as `configs/demo_model.yaml`.
+        cfg: what to train, such as `configs/demo_model.yaml`; `FIRST_STAGE` changes it for the
+            first of the two runs, whose averaged weights the second one starts from.
         data_path: where the data is, or will be made.
-        results_path: the run's folder.
+        results_path: for the runs' folders, first/ and second/.
         say: told in one line what comes next.
         progress: show progress bars on stderr.
 
@@ -37,15 +48,32 @@ def run_pretraining(
     Raises:
         DiffbufError: as in `build_pretraining` and `train`.
     """
-    say(f"1/2  data: {data_path}")
+    say(f"1/3  data: {data_path}")
     build_pretraining(data_path, progress=progress)
+    first, second = results_path / "first", results_path / "second"
+    say(f"2/3  first stage, V from the noisy spectrum: {first}")
+    _train(cfg.override(*FIRST_STAGE), data_path, first, None, progress)
+    say(f"3/3  second stage, V from own estimates: {second}")
+    return _train(cfg, data_path, second, first / "model", progress)
+
+
+def _train(
+    cfg: Config, data_path: Path, results_path: Path, start: Path | None, progress: bool
+) -> Path:
+    """Train in a folder, from its last checkpoint if there is one; return the model's folder."""
     train_set = open_dataset(3, data_path / "train", cfg, training=True)
     longer = cfg.override(f"audio.chunk_size={_VALID_SECONDS * cfg.audio.sample_rate}")
     valid_set = open_dataset(1, data_path / "valid", longer, training=False)
     folder = ResultsFolder(results_path)
-    say(f"2/2  training: {results_path}")
+    resume = folder.last.exists()
     for _ in train(
-        cfg, train_set, valid_set, results_path, resume=folder.last.exists(), progress=progress
+        cfg,
+        train_set,
+        None if cfg.training.from_noisy else valid_set,
+        results_path,
+        resume=resume,
+        start_check_point=None if resume else start,
+        progress=progress,
     ):
         pass
     return folder.model

@@ -121,6 +121,44 @@ def test_own_estimate_leaves_every_weight_its_gradient(tiny_cfg, batch, dtype):
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
+def test_from_noisy_shows_the_network_nothing_of_the_clean_signal(tiny_cfg):
+    cfg = tiny_cfg.override("training.loss=data_prediction", "training.from_noisy=true")
+    model = make_model(cfg)
+    mix, *targets = torch.randn(3, 2, 1, 800, generator=seeded()) * 0.1
+    one, other = (model.trace(mix, target, seeded(1)) for target in targets)
+    assert torch.equal(one.V, other.V)
+    assert torch.equal(one.x0_hat, other.x0_hat)
+    assert one.loss != other.loss
+
+
+def test_snr_weight_adds_the_error_in_decibels_of_the_linear_spectrum(tiny_cfg, batch):
+    cfg = tiny_cfg.override("training.loss=data_prediction")
+    plain = make_model(cfg).trace(*batch, seeded())
+    model = make_model(cfg.override("training.snr_weight=0.5"))
+    trace = model.trace(*batch, seeded())
+    Kb = trace.x0_hat.shape[-1]
+    clean = model.spectral.expand(trace.S[..., -Kb:])
+    error = model.spectral.expand(trace.x0_hat) - clean
+    ratio = error.abs().square().sum((1, 2)) / clean.abs().square().sum((1, 2))
+    level = (10 * (ratio + 1e-3).log10()).mean()
+    torch.testing.assert_close(trace.loss, plain.loss + 0.5 * level)
+
+
+def test_a_silent_clip_has_no_error_level(tiny_cfg, batch):
+    model = make_model(
+        tiny_cfg.override(
+            "training.loss=data_prediction", "training.snr_weight=1", "model.x0_output=mask"
+        )
+    )
+    mix, target = batch
+    mix, target = mix.clone(), target.clone()
+    mix[0] = target[0] = 0  # digital silence: S, Y and x0_hat are 0
+    loss = model(mix, target, seeded())
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("scale", ["sigma", "time", "none"])
 def test_output_scale(tiny_cfg, batch, scale):
     model = make_model(tiny_cfg.override(f"model.output_scale={scale}"))

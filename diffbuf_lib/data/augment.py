@@ -1,10 +1,11 @@
-"""What a clean recording may go through before noise is added: a room, and another microphone."""
+"""What a clean recording may go through before noise is added: another voice, room, microphone."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
+import soxr
 import torch
 import torchaudio.functional as AF
 from torch import Tensor
@@ -12,6 +13,23 @@ from torch import Tensor
 from diffbuf_lib.errors import MissingExtraError
 
 _PIVOT = 1000.0  # Hz, where a tilt changes nothing
+
+
+def change_speed(wave: Tensor, length: int) -> Tensor:
+    """Play a wave faster or slower, and higher or lower with it, so that it has `length` samples.
+
+    Args:
+        wave: [C, T] float32.
+        length: samples; T of them take as long.
+
+    Returns:
+        [C, length] float32.
+    """
+    if wave.shape[1] == length:
+        return wave
+    played = soxr.resample(wave.T.numpy(), wave.shape[1], length, quality="HQ")[:length]
+    played = torch.from_numpy(played.T)
+    return torch.nn.functional.pad(played, (0, length - played.shape[1]))
 
 
 def tilt_spectrum(wave: Tensor, sample_rate: int, db_per_octave: float) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffbuf_lib.config import Config
-from diffbuf_lib.data.augment import reverberate, tilt_spectrum
+from diffbuf_lib.data.augment import change_speed, reverberate, tilt_spectrum
 from diffbuf_lib.data.clips import ClipDataset, Crop, apply_crop, draw_crop
 from diffbuf_lib.data.files import EXTENSIONS, check_rate, list_audio, read_audio, read_info
 from diffbuf_lib.data.mixing import is_silent, mix_pair
@@ -50,6 +50,7 @@ def open_dataset(
             MixingDataset,
             snr=(cfg.data.snr_min, cfg.data.snr_max),
             distance=(cfg.data.distance_min, cfg.data.distance_max),
+            speed=cfg.data.speed,
             tilt=cfg.data.tilt,
             room_probability=cfg.data.room_probability,
         ),
@@ -123,6 +124,7 @@ class MixingDataset(ClipDataset):
         snr: lowest and highest SNR, dB (data.snr_min, data.snr_max); of the whole chunk, before
             leading zeros push its end out.
         distance: nearest and farthest talker, m.
+        speed: largest change of the speech's speed, and with it of its pitch (data.speed).
         tilt: largest tilt of the speech's spectrum, up or down, dB per octave (data.tilt).
         room_probability: share of clips whose speech is convolved with an impulse response drawn
             from the files below `rooms/`, direct sound at sample 0 (data.room_probability).
@@ -142,6 +144,7 @@ class MixingDataset(ClipDataset):
         leading_zeros: int = 0,
         snr: tuple[float, float] = (-30.0, 0.0),
         distance: tuple[float, float] = (5.0, 20.0),
+        speed: float = 0.0,
         tilt: float = 0.0,
         room_probability: float = 0.0,
     ) -> None:
@@ -149,6 +152,7 @@ class MixingDataset(ClipDataset):
             raise DataError(f"snr {snr[0]} is above {snr[1]} dB: lower data.snr_min")
         self.snr = snr
         self.distance = distance
+        self.speed = speed
         self.tilt = tilt
         self.room_probability = room_probability
         self.noise_files: list[Path] = []
@@ -186,7 +190,9 @@ class MixingDataset(ClipDataset):
         (speech_file,) = self.items[index]
         noise_file = self.noise_files[int(rng.integers(len(self.noise_files)))]
         snr_db, distance = float(rng.uniform(*self.snr)), float(rng.uniform(*self.distance))
-        speech, zeros = self._speech(speech_file, rng)
+        faster = 1 + float(rng.uniform(-self.speed, self.speed)) if self.speed else 1.0
+        speech, zeros = self._speech(speech_file, round(faster * self.chunk_size), rng)
+        speech = change_speed(speech, self.chunk_size)
         speech = self._augment(speech, rng)
         noise = self._noise(noise_file, rng)
         if len(speech) != len(noise):
@@ -212,17 +218,15 @@ class MixingDataset(ClipDataset):
             speech = tilt_spectrum(speech, self.sample_rate, rng.uniform(-self.tilt, self.tilt))
         return speech
 
-    def _speech(self, path: Path, rng: np.random.Generator) -> tuple[Tensor, int]:
-        """Return an excerpt that is not silent, [C, T], and the zeros to put before it."""
+    def _speech(self, path: Path, length: int, rng: np.random.Generator) -> tuple[Tensor, int]:
+        """Return an excerpt that is not silent, [C, length], and the zeros to put before it."""
         info = read_info(path)
         check_rate(info, self.sample_rate)
         for attempt in range(_TRIES):
             from_start = attempt == 0 and not self.training
-            crop = draw_crop(
-                info.frames, self.chunk_size, self.leading_zeros, None if from_start else rng
-            )
-            frames = min(info.frames - crop.start, self.chunk_size)
-            wave = apply_crop(path, Crop(0, crop.start, frames), self.chunk_size)
+            crop = draw_crop(info.frames, length, self.leading_zeros, None if from_start else rng)
+            frames = min(info.frames - crop.start, length)
+            wave = apply_crop(path, Crop(0, crop.start, frames), length)
             if not is_silent(wave):
                 return wave, crop.zeros
         raise DataError(f"{path} is silent in {_TRIES} drawn excerpts: remove it from speech/")

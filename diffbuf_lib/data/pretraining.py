@@ -55,7 +55,8 @@ _FILE_SECONDS = 10.0  # of a training speech file: prompts alone are too short t
 _SENTENCES = 60  # that each synthetic voice reads
 _PAUSE = 0.2  # s between prompts
 _NOISE_SECONDS = 20.0
-_DRONES = {"train": 160, "valid": 12, "test": 16}
+_DRONES = {"train": 1000, "valid": 12, "test": 16}  # what they differ in cannot be learnt from few
+_DRONE_SECONDS = {"train": 8.0, "valid": _NOISE_SECONDS, "test": _NOISE_SECONDS}
 _OTHER_NOISES = 64
 _BABBLES = 24
 _ROOMS = 200
@@ -231,7 +232,7 @@ def _fly(path: Path, split: str, number: int, seed: int) -> None:
     while _owner(drone.blades * drone.rotor_speed) != split:
         drone = DroneParameters.draw(rng)
     path.parent.mkdir(parents=True, exist_ok=True)
-    frames = round(_NOISE_SECONDS * SAMPLE_RATE)
+    frames = round(_DRONE_SECONDS[split] * SAMPLE_RATE)
     write_audio(path, 0.9 * synthesise(drone, frames, SAMPLE_RATE, rng), SAMPLE_RATE)
 
 

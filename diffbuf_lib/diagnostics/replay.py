@@ -19,9 +19,10 @@ from diffbuf_lib.errors import CheckpointError, ConfigError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.training.autopsy import Autopsy, walk
 from diffbuf_lib.training.checkpoint import apply_weights
-from diffbuf_lib.training.engine import OPTIMIZERS, Batch
+from diffbuf_lib.training.engine import Batch
 from diffbuf_lib.training.finding import Finding, Visit, finding_of
 from diffbuf_lib.training.isolation import isolated
+from diffbuf_lib.training.optimizer import make_optimizer
 
 if TYPE_CHECKING:
     from diffbuf_lib.diagnostics.capsule import Capsule, Record
@@ -185,11 +186,7 @@ def _update(capsule: Capsule, model: nn.Module, autopsy: Autopsy) -> None:
     """Make the optimizer's step too, where forward and backward pass did not fail."""
     training = capsule.cfg.training
     try:
-        optimizer = OPTIMIZERS[training.optimizer](
-            model.parameters(),
-            lr=training.lr,  # type: ignore[call-arg]
-            weight_decay=training.weight_decay,
-        )
+        optimizer = make_optimizer(training, model)
         optimizer.load_state_dict(capsule.state["optimizer"])
         parameters = dict(model.named_parameters())
         for name, gradient in autopsy.gradients.items():

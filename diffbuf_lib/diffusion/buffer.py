@@ -132,14 +132,22 @@ def reverse_step(x: Tensor, y: Tensor, score: Tensor, t: Tensor, z: Tensor, sde:
     return x - (sde.drift(x, y, t) - g**2 * score) * dt + noise_scale * z
 
 
-def renoise_step(x0_hat: Tensor, y: Tensor, t: Tensor, z: Tensor, sde: SDE) -> Tensor:
-    """Put the estimates x0_hat of every buffer frame back to its next time t_{i-1}, t_0 = 0.
+def renoise_step(
+    x0_hat: Tensor, y: Tensor, t: Tensor, sigma: Tensor, z: Tensor, sde: SDE
+) -> Tensor:
+    """Put the estimates x0_hat of every buffer frame to its next time.
 
-    (1 - t') x0_hat + t' Y + sigma(t') z (Lay et al. 2025, arXiv 2510.18744: data prediction).
-    Arguments as in `reverse_step`, with x0_hat [B, F, Kb] for x and score.
+    (1 - t) x0_hat + t Y + sigma z (Lay et al. 2025, arXiv 2510.18744: data prediction).
+
+    Args:
+        x0_hat: [B, F, Kb] complex.
+        y: noisy spectrum of the same frames, [B, F, Kb] complex.
+        t: the times to go to, [Kb], `next_times` of those that the estimates were made at.
+        sigma: `sde.std(t)`, [Kb]: a stream's times never change, so it need not compute it again.
+        z: CN(0, 1), [B, F, Kb] complex.
+        sde: gives the mean.
     """
-    t = next_times(t)
-    return sde.mean(x0_hat, y, t) + sde.std(t) * z
+    return sde.mean(x0_hat, y, t) + sigma * z
 
 
 def _draw(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 
@@ -38,3 +39,25 @@ LOSSES: dict[str, LossMap] = {
 def abs2(x: Tensor) -> Tensor:
     """|x|^2 of a complex tensor, without the square root whose gradient is undefined at 0."""
     return x.real.square() + x.imag.square()
+
+
+_SNR_LIMIT = 1e-3  # an error of -30 dB is good enough
+
+
+def error_level(estimate: Tensor, clean: Tensor) -> Tensor:
+    """Return the negative SNR of an estimate, 10 log10(|estimate - clean|^2 / |clean|^2), dB.
+
+    Every clip counts alike, loud or not. It flattens below -30 dB; silent clips are left out.
+
+    Args:
+        estimate: linear spectrum, [B, F, K] complex.
+        clean: linear spectrum, [B, F, K] complex.
+
+    Returns:
+        Scalar, the mean over clips; 0 if all are silent.
+    """
+    power = abs2(clean).sum(dim=(1, 2))
+    heard = power > torch.finfo(power.dtype).eps
+    ratio = abs2(estimate - clean).sum(dim=(1, 2)) / power.clamp_min(torch.finfo(power.dtype).eps)
+    level = 10 * torch.log10(ratio + _SNR_LIMIT)
+    return torch.where(heard, level, 0).sum() / heard.sum().clamp_min(1)

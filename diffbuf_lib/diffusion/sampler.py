@@ -104,7 +104,8 @@ class BufferSampler:
         self.denoise, self.cached, self.sde, self.t = denoise, cached, sde, t
         self.predicts_data, self.delay = predicts_data, delay
         self.num_frames = num_frames if cached is None else 1 + Kb
-        self.entering_std = sde.std(t[-1])
+        self.next = next_times(t)
+        self.next_std, self.entering_std = sde.std(self.next), sde.std(t[-1])
 
     def start(
         self,
@@ -123,7 +124,7 @@ class BufferSampler:
         Kb = self.t.shape[0]
         V = torch.zeros(batch, num_bins, self.num_frames, dtype=dtype, device=self.t.device)
         z = complex_normal((batch, num_bins, Kb), generator, self.t.device, dtype)
-        V[..., -Kb:] = self.sde.std(next_times(self.t)) * z
+        V[..., -Kb:] = self.next_std * z
         history = self.cached.start_history(batch, num_bins, self.t) if self.cached else None
         return BufferState(V=V, Y=torch.zeros_like(V), history=history)
 
@@ -152,7 +153,7 @@ class BufferSampler:
             score, x0_hat = self.cached.denoise_next(state.history, state.V, state.Y)
         x, y = state.V[..., -Kb:], state.Y[..., -Kb:]
         if self.predicts_data:
-            moved = renoise_step(x0_hat, y, self.t, z[..., :-1], self.sde)
+            moved = renoise_step(x0_hat, y, self.next, self.next_std, z[..., :-1], self.sde)
             out = x0_hat[..., Kb - self.delay]
         else:
             moved = reverse_step(x, y, score, self.t, z[..., :-1], self.sde)

@@ -154,4 +154,6 @@ class Spectral(nn.Module):
         """Undo `compress`: c -> (|c| / beta)^(1 / alpha) e^{i angle c}, any shape."""
         if self.alpha == 1:
             return spec / self.beta
-        return spec * (spec.abs() ** (1 / self.alpha - 1) * self.beta ** (-1 / self.alpha))
+        # The limit keeps the gradient finite at zero, where it is zero.
+        magnitude = spec.abs().clamp_min(torch.finfo(spec.dtype).tiny)
+        return spec * (magnitude ** (1 / self.alpha - 1) * self.beta ** (-1 / self.alpha))

@@ -212,7 +212,8 @@ class BlockCausal(nn.Module):
 def _magnitudes(x: Tensor) -> Tensor:
     """Return |V| and |Y| of [B, K, F, 4], [B, K, F, 2]; smooth at zero, so that it has a slope."""
     tiny = torch.finfo(x.dtype).tiny ** 0.5
-    return (x.unflatten(-1, (2, 2)).square().sum(-1) + tiny).sqrt()
+    real, imag = x[..., 0::2], x[..., 1::2]
+    return (real * real + imag * imag + tiny).sqrt()
 
 
 class ResBlock(nn.Module):

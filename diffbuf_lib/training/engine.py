@@ -21,13 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from diffbuf_lib.config import Config, TrainingConfig
 from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.training.fitting import check_optimizer, check_scheduler
-
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "radam": torch.optim.RAdam,
-    "sgd": torch.optim.SGD,
-}
+from diffbuf_lib.training.optimizer import make_optimizer, make_scheduler
 
 
 @dataclass(frozen=True)
@@ -113,9 +107,12 @@ class Engine:
         cfg: the config.
         model: a `DiffusionBufferModel`; it is trained in place.
         accelerator: device, precision and processes.
+        total_steps: of the whole run, for a learning rate that falls along it.
     """
 
-    def __init__(self, cfg: Config, model: nn.Module, accelerator: Accelerator) -> None:
+    def __init__(
+        self, cfg: Config, model: nn.Module, accelerator: Accelerator, total_steps: int = 1
+    ) -> None:
         training = cfg.training
         self.accelerator = accelerator
         self.grad_clip = training.grad_clip
@@ -128,23 +125,9 @@ class Engine:
         self.parallel: Any = self.model
         if accelerator.num_processes > 1:
             self.parallel = accelerator.prepare_model(self.model)
-        plain = OPTIMIZERS[training.optimizer](
-            self.model.parameters(),
-            lr=training.lr,  # type: ignore[call-arg]
-            weight_decay=training.weight_decay,
-        )
+        plain = make_optimizer(training, self.model)
         self.optimizer = accelerator.prepare_optimizer(plain)
-        # Any gain counts, as for the best checkpoint. Torch's own threshold is relative, and for
-        # a negative SI-SDR takes a slightly worse score for a gain.
-        self.scheduler = ReduceLROnPlateau(
-            plain,
-            mode="min" if training.metric_for_scheduler == "loss" else "max",
-            factor=training.reduce_factor,
-            patience=training.patience,
-            threshold=0.0,
-            threshold_mode="abs",
-            eps=0.0,  # torch's default leaves small rates as they are
-        )
+        self.scheduler = make_scheduler(training, plain, total_steps)
 
     @property
     def lr(self) -> float:
@@ -199,6 +182,8 @@ class Engine:
         skipped = bool(self.accelerator.optimizer_step_was_skipped)
         if not skipped:
             self.ema.update_parameters(self.model)
+            if not isinstance(self.scheduler, ReduceLROnPlateau):
+                self.scheduler.step()
         return grad_norm, skipped
 
     def is_finite(self) -> bool:

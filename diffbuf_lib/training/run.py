@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import diffbuf_lib
 from diffbuf_lib.config import Config
@@ -65,7 +66,7 @@ class Run:
         with self._isolated():
             seed_everything(training.seed, Stream.WEIGHTS)
             model = _new_model(cfg) if model is None else model
-            self.engine = Engine(cfg, model, self.accelerator)
+            self.engine = Engine(cfg, model, self.accelerator, self._total())
         self.log: RunLog | None = None  # in the main process
         self.feed = Feed(self.plan, training, train_set, self.accelerator.device, self.rank)
         self.judge = Judge(training)
@@ -272,7 +273,8 @@ class Run:
         score = self.judge.score(values)
         if score is None:
             return False
-        self.engine.scheduler.step(score)
+        if isinstance(self.engine.scheduler, ReduceLROnPlateau):
+            self.engine.scheduler.step(score)
         return self.judge.gains(score)
 
     # Where the run stands.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffbuf_lib.data.augment import draw_response, reverberate, tilt_spectrum
+from diffbuf_lib.data.augment import change_speed, draw_response, reverberate, tilt_spectrum
 
 RATE = 16000
 
@@ -21,6 +21,16 @@ def test_a_tilt_is_so_many_decibels_an_octave_and_keeps_the_power():
     assert float(tilted.square().mean()) == pytest.approx(float(wave.square().mean()), rel=1e-5)
     torch.testing.assert_close(tilt_spectrum(wave, RATE, 0.0), wave, atol=1e-5, rtol=0)
     assert not tilt_spectrum(torch.zeros(1, 100), RATE, 3.0).any()
+
+
+@pytest.mark.parametrize("length", [14000, 16000, 17600])
+def test_speed_changes_pitch_and_length_alike(length):
+    played = change_speed(tone(1000), length)
+    assert played.shape == (1, length)
+    expected = tone(1000 * RATE / length, length)
+    middle = slice(500, length - 500)  # the filter's ends aside
+    torch.testing.assert_close(played[:, middle], expected[:, middle], atol=1e-3, rtol=0)
+    assert change_speed(torch.zeros(2, RATE), length).shape == (2, length)
 
 
 def test_a_room_starts_with_the_direct_sound_and_never_looks_ahead():

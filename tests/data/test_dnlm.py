@@ -373,7 +373,9 @@ def test_mixing_augments_the_speech_and_keeps_the_snr(to_mix, save):
     save(to_mix / "rooms" / "r.wav", room, subtype="FLOAT")
     roomy = MixingDataset(to_mix, CHUNK, snr=(-5.0, -5.0), room_probability=1.0)
     tilted = MixingDataset(to_mix, CHUNK, snr=(-5.0, -5.0), tilt=6.0)
-    for augmented in (roomy, tilted):
+    faster = MixingDataset(to_mix, CHUNK, snr=(-5.0, -5.0), speed=0.1)
+    assert faster[0][0].shape == plain[0][0].shape
+    for augmented in (roomy, tilted, faster):
         mix, target = augmented[0]
         assert not torch.allclose(target, plain[0][1], atol=1e-3)
         ratio = target.square().sum() / (mix - target).square().sum()

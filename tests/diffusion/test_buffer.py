@@ -7,6 +7,7 @@ from diffbuf_lib.diffusion.buffer import (
     complex_normal,
     draw_times,
     inference_times,
+    next_times,
     perturb,
     renoise_step,
     reverse_step,
@@ -109,7 +110,8 @@ def test_renoise_step_puts_each_frame_to_the_time_before():
     sde = OUVE()
     x0, y, z = (torch.randn(1, 2, 3, dtype=torch.complex128) for _ in range(3))
     t = torch.tensor([0.1, 0.4, 0.8], dtype=torch.float64)
-    moved = renoise_step(x0, y, t, z, sde)
+    after = next_times(t)
+    moved = renoise_step(x0, y, after, sde.std(after), z, sde)
     torch.testing.assert_close(moved[..., 0], x0[..., 0])  # no noise at t = 0
     torch.testing.assert_close(
         moved[..., 2], sde.mean(x0, y, t[1])[..., 2] + sde.std(t[1]) * z[..., 2]

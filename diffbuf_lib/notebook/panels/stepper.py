@@ -18,7 +18,7 @@ from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.notebook.panels.base import Panel
 from diffbuf_lib.notebook.plots.stepping import stepping
 from diffbuf_lib.trace import Trace
-from diffbuf_lib.training.engine import OPTIMIZERS
+from diffbuf_lib.training.optimizer import make_optimizer
 from diffbuf_lib.training.plan import Stream, example_generators, stream_seed
 
 _RUN = 10  # steps of the button "Run 10"
@@ -62,11 +62,7 @@ class StepDebugger(Panel):
         training = model.cfg.training
         self.model, self.mix, self.target = model, mix, target
         self.same_noise, self.seed = same_noise, seed
-        self.optimizer = OPTIMIZERS[training.optimizer](
-            model.parameters(),
-            lr=training.lr if lr is None else lr,  # type: ignore[call-arg]
-            weight_decay=training.weight_decay,
-        )
+        self.optimizer = make_optimizer(training, model, lr)
         self._start = copy.deepcopy((model.state_dict(), self.optimizer.state_dict()))
         self._make_widgets(len(mix))
         super().__init__(

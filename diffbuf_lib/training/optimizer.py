@@ -1,0 +1,158 @@
+"""The optimizer, and how its learning rate moves along a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+
+from diffbuf_lib.config import TrainingConfig
+
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic of Jordan's Muon
+_MUON_MOMENTUM = 0.95
+_RMS_OF_ADAM = 0.2  # of an update's entries: one learning rate then serves both rules
+_LEVEL = 0.3  # share of a run before a linear learning rate falls
+
+
+class Muon(torch.optim.AdamW):
+    """Muon (Jordan et al. 2024) for weights of two and more axes, AdamW for all others.
+
+    The update of a weight matrix is its momentum with all singular values brought close to 1, so
+    that a step moves all directions of a layer alike. A convolution's kernel is the matrix
+    [C_out, all else], which `torch.optim.Muon` does not take. Updates are scaled by
+    0.2 sqrt(max(rows, columns)), as in Liu et al. 2025 (arXiv 2502.16982): learning rate and
+    weight decay are then of the size that AdamW wants.
+
+    Args:
+        params: parameters, float32.
+        lr: learning rate.
+        weight_decay: decoupled, of all parameters.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float = 1e-3, weight_decay: float = 1e-2
+    ) -> None:
+        params = list(params)
+        matrices = [p for p in params if p.ndim > 1]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in params if p.ndim <= 1], "matrices": False},
+            {"params": matrices, "matrices": True},
+        ]
+        groups = [group for group in groups if group["params"]]
+        super().__init__(groups, lr=lr, weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make one step; `closure`, if given, computes the loss and its gradients first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        gradients: list[tuple[Tensor, Tensor]] = []
+        for group in self.param_groups:
+            if not group["matrices"]:
+                continue
+            for p in group["params"]:
+                if p.grad is not None:
+                    gradients.append((p, p.grad))
+                    self._move(p, p.grad, group["lr"], group["weight_decay"])
+                    p.grad = None  # so that AdamW leaves it alone
+        super().step()
+        for p, gradient in gradients:
+            p.grad = gradient
+        return loss
+
+    def _move(self, p: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros(())  # AdamW expects one when it loads a state
+            state["momentum_buffer"] = torch.zeros_like(p)
+        state["step"] += 1
+        momentum = state["momentum_buffer"]
+        momentum.lerp_(gradient, 1 - _MUON_MOMENTUM)
+        ahead = gradient.lerp(momentum, _MUON_MOMENTUM)  # Nesterov's
+        matrix = ahead.flatten(1)
+        size = _RMS_OF_ADAM * math.sqrt(max(matrix.shape))
+        p.mul_(1 - lr * weight_decay)
+        p.add_(orthogonalise(matrix).view(p.shape), alpha=-lr * size)
+
+
+def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
+    """Bring the singular values of a matrix close to 1 (0.7 to 1.2) and keep its directions.
+
+    A Newton-Schulz iteration in bfloat16: matrix products only.
+
+    Args:
+        matrix: [M, N] float32.
+        steps: of the iteration; five reach singular values from 1e-3 of the largest up.
+
+    Returns:
+        [M, N] of the matrix's type.
+    """
+    a, b, c = _NEWTON_SCHULZ
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if tall else matrix).bfloat16()
+    x = x / x.norm().clamp_min(1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.T if tall else x).to(matrix.dtype)
+
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "radam": torch.optim.RAdam,
+    "sgd": torch.optim.SGD,
+    "muon": Muon,
+}
+
+
+def make_optimizer(
+    training: TrainingConfig, model: nn.Module, lr: float | None = None
+) -> torch.optim.Optimizer:
+    """Make `training.optimizer` for all parameters of a model; lr: None for `training.lr`."""
+    return OPTIMIZERS[training.optimizer](
+        model.parameters(),
+        lr=training.lr if lr is None else lr,  # type: ignore[call-arg]
+        weight_decay=training.weight_decay,
+    )
+
+
+def make_scheduler(
+    training: TrainingConfig, optimizer: torch.optim.Optimizer, total_steps: int
+) -> ReduceLROnPlateau | LRScheduler:
+    """Make `training.lr_schedule`.
+
+    "plateau" is moved by validations. "linear" is moved by steps: up over warmup_steps, level
+    until 30 % of the run, then down to zero at its end.
+
+    Args:
+        training: the config.
+        optimizer: whose learning rate moves.
+        total_steps: of the whole run.
+    """
+    if training.lr_schedule == "plateau":
+        # Any gain counts, as for the best checkpoint. Torch's own threshold is relative, and for
+        # a negative SI-SDR takes a slightly worse score for a gain.
+        return ReduceLROnPlateau(
+            optimizer,
+            mode="min" if training.metric_for_scheduler == "loss" else "max",
+            factor=training.reduce_factor,
+            patience=training.patience,
+            threshold=0.0,
+            threshold_mode="abs",
+            eps=0.0,  # torch's default leaves small rates as they are
+        )
+    warmup = training.warmup_steps
+    fall = (1 - _LEVEL) * max(total_steps, 1)
+
+    def factor(step: int) -> float:
+        """Of the step that comes after `step` others."""
+        return min(1.0, (step + 1) / (warmup + 1), max(0.0, (total_steps - step) / fall))
+
+    return LambdaLR(optimizer, factor)
