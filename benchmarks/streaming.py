@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,8 +33,7 @@ def measure(best: Best) -> Iterator[tuple[str, float, str, str]]:
     matmul = matmul_gflops(best)
     yield "matrix product", matmul, "GFLOP/s", "2048 x 2048, float32"
     yield from frame_times(best, matmul)
-    yield from compiled_frames(best)
-    yield from one_thread_gain(best)
+    yield from gains()
     yield from recomputed_ncsnpp(best)
     for name in ("tiny", "cpu", "base"):
         yield from one_core(name, best)
@@ -56,26 +57,63 @@ def frame_times(best: Best, matmul: float) -> Iterator[tuple[str, float, str, st
         yield f"cpu size, frame, recomputed, K {frames}", 1e3 * again, "ms", note
 
 
-def compiled_frames(best: Best) -> Iterator[tuple[str, float, str, str]]:
-    """Yield one frame as a compiled graph and in bfloat16, beside the recomputed one."""
+def gains() -> Iterator[tuple[str, float, str, str]]:
+    """Yield what the cache saves at K = 128, with all threads and with one.
+
+    Ten frames of each kind in turn, many times, and the median frame of each: what else the machine
+    does then slows all kinds alike.
+    """
     model = stream_model("block_causal_cpu")
     for parameter in model.parameters():  # else its last layers are zero, and so is every error
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
-    again, _ = one_frame(model.sampler(cached=False), best, 5)
-    exact = some_frames(model.sampler())
     wishes: tuple[tuple[str, bool, Precision], ...] = (
         ("bf16", False, "bf16"),
         ("compiled", True, "fp32"),
         ("compiled, bf16", True, "bf16"),
     )
+    samplers = {"recomputed": model.sampler(cached=False), "cached": model.sampler()}
     for label, compiled, precision in wishes:
-        sampler = model.sampler(cached=FastHistory(model, compiled=compiled, precision=precision))
+        fast = FastHistory(model, compiled=compiled, precision=precision)
+        samplers[f"cached, {label}"] = model.sampler(cached=fast)
+    exact = some_frames(samplers["cached"])
+    notes = {}
+    for name, sampler in samplers.items():
         error = some_frames(sampler) - exact  # which also compiles
         level = 20 * torch.log10(error.abs().norm() / exact.abs().norm()).item()
-        seconds, _ = one_frame(sampler, best, 30, flops=False)
-        note = f"{again / seconds:.1f} times less than recomputed; {level:.0f} dB from float32"
-        yield f"cpu size, frame, cached, {label}", 1e3 * seconds, "ms", note
+        same = "; to the bit the cached frame" if error.eq(0).all() else ""
+        notes[name] = same or f"; {level:.0f} dB from the cached frame"
+    for count in (torch.get_num_threads(), 1):
+        with threads(count):
+            times = medians([frame(sampler) for sampler in samplers.values()], rounds=8)
+        again = times[0]
+        for name, seconds in zip(samplers, times, strict=True):
+            note = f"{1e3 * seconds:.2f} ms{notes[name]}"
+            label = f"cpu size, K 128, {count} threads: recomputed over {name}"
+            yield label, again / seconds, "times", note
+
+
+def medians(functions: list[Callable[[], Any]], rounds: int) -> list[float]:
+    """Return the median seconds of functions that are called in turn, ten times each."""
+    seconds: list[list[float]] = [[] for _ in functions]
+    for _ in range(rounds):
+        for function, times in zip(functions, seconds, strict=True):
+            for _ in range(10):
+                start = time.perf_counter()
+                function()
+                times.append(time.perf_counter() - start)
+    return [statistics.median(times) for times in seconds]
+
+
+def frame(sampler: BufferSampler) -> Callable[[], Any]:
+    """Return what takes one frame in, on a stream of its own."""
+    R, state = torch.randn(1, BINS, dtype=torch.complex64), sampler.start(1, BINS)
+
+    def step() -> None:
+        with torch.inference_mode():
+            sampler.step(state, R)
+
+    return step
 
 
 def some_frames(sampler: BufferSampler) -> torch.Tensor:
@@ -85,16 +123,6 @@ def some_frames(sampler: BufferSampler) -> torch.Tensor:
     with torch.inference_mode():
         R = 0.3 * torch.randn(60, 1, BINS, dtype=torch.complex64, generator=generator)
         return torch.stack([sampler.step(state, r, generator) for r in R])
-
-
-def one_thread_gain(best: Best) -> Iterator[tuple[str, float, str, str]]:
-    """Yield what the cache saves where neither form can spread over cores."""
-    model = stream_model("block_causal_cpu")
-    with threads(1):
-        cached, _ = one_frame(model.sampler(), best, 30)
-        again, _ = one_frame(model.sampler(cached=False), best, 5)
-    note = f"{1e3 * again:.1f} ms recomputed, {1e3 * cached:.1f} ms cached"
-    yield "cpu size, gain of the cache, K 128, one thread", again / cached, "times", note
 
 
 def recomputed_ncsnpp(best: Best) -> Iterator[tuple[str, float, str, str]]:
@@ -129,17 +157,12 @@ def one_minute(name: str) -> LiveReport:
     return run_live(enhancer, noise[second:].split(hop), lambda _: None)
 
 
-def one_frame(
-    sampler: BufferSampler, best: Best, repeats: int, *, flops: bool = True
-) -> tuple[float, float]:
-    """Return seconds and GFLOP of one frame; of a compiled one they cannot be counted: 0."""
-    R = torch.randn(1, BINS, dtype=torch.complex64)
-    state, counter = sampler.start(1, BINS), FlopCounterMode(display=False)
-    with torch.inference_mode():
-        if flops:
-            with counter:
-                sampler.step(state, R)
-        return best(lambda: sampler.step(state, R), repeats), counter.get_total_flops() / 1e9
+def one_frame(sampler: BufferSampler, best: Best, repeats: int) -> tuple[float, float]:
+    """Return seconds and GFLOP of one frame."""
+    step, counter = frame(sampler), FlopCounterMode(display=False)
+    with counter:
+        step()
+    return best(step, repeats), counter.get_total_flops() / 1e9
 
 
 def matmul_gflops(best: Best) -> float:

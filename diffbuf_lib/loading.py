@@ -25,7 +25,7 @@ def load_model(
 
     Args:
         source: a folder that `save_pretrained` wrote, a run's folder (its model/ is taken), or a
-            name such as diffbuf/cpu-demo.
+            name such as diffbuf/cpu-demo, which comes with the package.
         device: auto, cpu, cuda or cuda:N.
         overrides: `key.path=value` that change its config but not its weights, such as
             diffusion_buffer.buffer_size=10.

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from diffbuf_lib import pretrained
 from diffbuf_lib.config import Config, build_config
 from diffbuf_lib.diffusion.buffer import (
     Generators,
@@ -32,9 +33,6 @@ from diffbuf_lib.errors import ShapeError
 from diffbuf_lib.networks import BlockCausal, HistoryCache, make_network
 from diffbuf_lib.networks.layers import frame_times
 from diffbuf_lib.trace import Trace
-
-BUNDLED = Path(__file__).parent / "pretrained"
-"""Where models that come with the package lie: diffbuf/NAME is the folder NAME."""
 
 
 class Levels(NamedTuple):
@@ -103,12 +101,12 @@ class DiffusionBufferModel(
 
         Args:
             pretrained_model_name_or_path: a folder that `save_pretrained` wrote; `diffbuf/NAME`,
-                found without a network where the package has weights of that name (this version
-                has none); or a repository on the hub.
+                found without a network where the package has weights of that name, such as
+                diffbuf/cpu-demo; or a repository on the hub.
             options: of `huggingface_hub.PyTorchModelHubMixin.from_pretrained`.
         """
         name = pretrained_model_name_or_path
-        bundled = BUNDLED / str(name).removeprefix("diffbuf/")
+        bundled = pretrained.FOLDER / str(name).removeprefix("diffbuf/")
         if str(name).startswith("diffbuf/") and bundled.is_dir():
             name = bundled
         loaded: Self = super().from_pretrained(name, **options)

@@ -11,12 +11,13 @@ from tyro.conf import Positional, arg
 from diffbuf_lib.commands.common import Overrides, say
 from diffbuf_lib.config import load_config
 from diffbuf_lib.errors import ConfigError
+from diffbuf_lib.pretrained import DEFAULT as DEFAULT_MODEL
 
 
 def enhance_command(
     source: Positional[Path],
     output: Annotated[Path, arg(aliases=["-o"])],
-    model: str,
+    model: str = DEFAULT_MODEL,
     seed: int = 0,
     device: str = "auto",
 ) -> None:
@@ -25,7 +26,7 @@ def enhance_command(
     Args:
         source: file or folder, of any sample rate and length.
         output: file or folder.
-        model: folder of a trained model, such as results/demo/model, or a name.
+        model: folder of a trained model, such as results/demo/model, or a name on the hub.
         seed: of the diffusion noise.
         device: auto, cpu or cuda.
     """
@@ -40,7 +41,7 @@ def stream_command(
     source: Positional[Path] = Path("-"),
     output: Positional[Path] = Path("-"),
     *,
-    model: str,
+    model: str = DEFAULT_MODEL,
     realtime: bool = False,
     delay: int | None = None,
     threads: int | None = None,
@@ -56,7 +57,7 @@ def stream_command(
     Args:
         source: file of the model's sample rate; - for stdin.
         output: .wav or .flac file; - for stdout.
-        model: folder of a trained model, or a name.
+        model: folder of a trained model, or a name on the hub.
         realtime: feed a file at its own pace.
         delay: frames from a sample to its output, 1 to buffer_size, of a data-prediction model.
         threads: CPU threads of torch; default: its own choice.
@@ -91,7 +92,7 @@ def demo_command(
     results_path: Path = Path("results/demo"),
     overrides: Overrides = (),
 ) -> None:
-    """Build the demo set, train on it, enhance held-out clips, write a report.
+    """Build the demo set, train a little on it, enhance held-out clips, write a report.
 
     Args:
         config_path: what to train.

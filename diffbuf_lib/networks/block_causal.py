@@ -272,6 +272,8 @@ class BufferAttention(nn.Module):
         history, buffer = x[:, :num_history], x[:, num_history:]
         qkv = self.qkv(self.norm(buffer)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # each [B * F, heads, Kb, C / heads]
-        h = F.scaled_dot_product_attention(q, k, v)
+        # Written out: for so few frames torch's fused attention is slower on a CPU, and its
+        # backward pass in bfloat16 ten times slower.
+        h = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
         h = h.transpose(1, 2).flatten(2).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
         return torch.cat([history, buffer + self.out(h)], dim=1)

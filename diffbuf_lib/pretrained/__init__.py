@@ -1,0 +1,7 @@
+"""Models that come with the package: diffbuf/NAME is the folder NAME beside this file."""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+DEFAULT = "diffbuf/cpu-demo"
+"""What the commands take without --model."""
