@@ -6,7 +6,8 @@ Never pyplot: it is not thread-safe and keeps every figure.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,15 @@ def spectrograms(waves: Mapping[str, Tensor], sample_rate: int, stft: STFTConfig
     panels[-1].set_xlabel("time (s)", fontsize=8)
     figure.colorbar(panels[0].images[0], ax=list(panels), label="level (dB)")
     return figure
+
+
+def scale_of(values: Iterable[float | None]) -> str:
+    """Return the scale of an axis of losses: log, or linear where one is not above 0.
+
+    With training.snr_weight a loss may be negative.
+    """
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return "log" if known and min(known) > 0 else "linear"
 
 
 def curves(

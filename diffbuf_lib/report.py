@@ -85,7 +85,9 @@ def _curves(cfg: Config, history: Sequence[dict[str, Any]]) -> list[Any]:
         if window > 1:
             series.append((f"mean of {window} steps", x, figures.smooth(loss, window)))
         shown.append(
-            figures.curves(series, xlabel="step", ylabel=f"{cfg.training.loss} loss", log=True)
+            figures.curves(
+                series, xlabel="step", ylabel=f"{cfg.training.loss} loss", log=min(loss) > 0
+            )
         )
     name = cfg.training.metrics[0]
     valid = [line for line in history if (line.get("valid") or {}).get(name) is not None]

@@ -68,6 +68,8 @@ def test_overrides_win_in_order_and_leave_the_original():
         ("training.lr=.nan", "training.lr = nan"),
         ("training.metric_for_scheduler=pesq", "add it to training.metrics"),
         ("training.loss=l1", "training.loss = 'l1'"),
+        ("training.snr_weight=1", "set training.loss to data_prediction, or snr_weight to 0"),
+        ("training.from_noisy=true", "set training.from_noisy to false"),
         ("no equals sign", "not of the form key.path=value"),
         ("training.lr=[", "not YAML"),
     ],

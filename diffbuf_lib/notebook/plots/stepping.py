@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.diagnostics.gradients import GradientStatistics
+from diffbuf_lib.figures import scale_of
 from diffbuf_lib.notebook.plots.stages import draw_stage
 from diffbuf_lib.trace import Trace
 
@@ -95,7 +96,7 @@ def _draw_losses(axes: Axes, losses: Sequence[float]) -> None:
     axes.set_title("loss of this batch", loc="left", fontsize=10)
     axes.set_xlabel("step", fontsize=9)
     if losses:
-        axes.set_yscale("log")
+        axes.set_yscale(scale_of(losses))
     else:
         axes.text(
             0.5,

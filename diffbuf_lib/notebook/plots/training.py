@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from diffbuf_lib.config import AudioConfig
-from diffbuf_lib.figures import DYNAMIC_RANGE, smooth
+from diffbuf_lib.figures import DYNAMIC_RANGE, scale_of, smooth
 from diffbuf_lib.notebook.plots.signals import DPI, analyse, decibels, draw_level
 from diffbuf_lib.training.results import ResultsFolder, read_history
 
@@ -70,12 +70,14 @@ def compare_runs(
     """
     figure = Figure(figsize=(10, 3.2), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True)
+    losses: list[float | None] = []
     for index, (name, source) in enumerate(runs.items()):
         lines = _lines(source)
         steps, valid = _steps(lines), _validations(lines)
+        losses += [line["loss"] for line in steps]
         _draw_smoothed(left, steps, label=name, color=f"C{index}")
         _draw_points(right, valid, metric, label=name, color=f"C{index}")
-    left.set(title="training loss, smoothed", xlabel="step", ylabel="loss", yscale="log")
+    left.set(title="training loss, smoothed", xlabel="step", ylabel="loss", yscale=scale_of(losses))
     right.set(title="validation", xlabel="step", ylabel=_UNITS.get(metric, metric))
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -89,7 +91,7 @@ def draw_loss(axes: Axes, steps: Sequence[Line], valid: Sequence[Line] = ()) -> 
     axes.plot(_column(steps, "step"), _column(steps, "loss"), color="C0", alpha=0.35, linewidth=0.9)
     _draw_smoothed(axes, steps, label="training, smoothed", color="C0")
     _draw_points(axes, valid, "loss", label="validation", color="C1")
-    axes.set(xlabel="step", yscale="log" if steps else "linear")
+    axes.set(xlabel="step", yscale=scale_of(line["loss"] for line in steps))
     axes.set_title("loss", loc="left", fontsize=10)
     axes.grid(alpha=0.3)
     axes.tick_params(labelsize=8, which="both")

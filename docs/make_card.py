@@ -1,0 +1,99 @@
+"""Bundle a trained model with its card: weights, config, training curve, measured scores.
+
+    python docs/make_card.py results/demo_model results/eval_test results/eval_recordings
+
+after `make demo-model` and, for each of the two folders, `diffbuf evaluate`. No number of the card
+is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from PIL import Image
+
+from diffbuf_lib import figures
+from diffbuf_lib.evaluation.scoring import LABELS
+from diffbuf_lib.evaluation.tables import cell
+from diffbuf_lib.pretrained import DEFAULT, FOLDER
+from diffbuf_lib.training.results import read_history
+
+TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
+STAGES = ("first", "second")
+
+
+def main() -> None:
+    """Write the bundled model's folder."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, help="results folder of diffbuf demo-model")
+    parser.add_argument("test", type=Path, help="results of diffbuf evaluate on test")
+    parser.add_argument("recordings", type=Path, help="the same on test_recordings")
+    arguments = parser.parse_args()
+    folder = FOLDER / DEFAULT.removeprefix("diffbuf/")
+    folder.mkdir(exist_ok=True)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(arguments.run / "second" / "model" / name, folder / name)
+    stages = [list(read_history(arguments.run / stage / "history.jsonl")) for stage in STAGES]
+    draw_curve(stages, folder / "training.png")
+    timing = json.loads((arguments.test / "timing.json").read_text())
+    card = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    text = card.from_string(TEMPLATE.read_text()).render(
+        name=DEFAULT,
+        parameters=timing["parameters"],
+        timing=timing["methods"]["diffbuf"],
+        steps=[sum("loss" in line for line in history) for history in stages],
+        hours=sum(line.get("seconds", 0) for history in stages for line in history) / 3600,
+        sets={
+            "test": tables(json.loads((arguments.test / "summary.json").read_text())),
+            "recordings": tables(json.loads((arguments.recordings / "summary.json").read_text())),
+        },
+    )
+    (folder / "README.md").write_text(text + "\n")
+
+
+def draw_curve(stages: list[list[dict[str, Any]]], path: Path) -> None:
+    """Draw the loss of both stages, one after the other."""
+    series, before = [], 0
+    for stage, history in zip(STAGES, stages, strict=True):
+        steps = [line for line in history if "loss" in line]
+        loss = figures.smooth([line["loss"] for line in steps], 100)
+        series.append((f"{stage} stage", [before + line["step"] for line in steps], loss))
+        before += len(steps)
+    figure = figures.curves(series, xlabel="step", ylabel="loss, mean of 100 steps")
+    Image.fromarray(figures.to_pixels(figure)).quantize(64).save(path, optimize=True)
+
+
+def tables(summary: dict[str, Any]) -> dict[str, str]:
+    """Return Markdown tables of one evaluation: all clips, and by input SNR."""
+    bands, methods = summary["bands"], summary["methods"]
+    columns = bands["all"]["columns"]
+    rows = [["", *(LABELS[column] for column in columns)]]
+    for method in methods:
+        found = [columns[column]["methods"][method]["mean"] for column in columns]
+        rows.append([method, *map(cell, found)])
+    result = {"all": markdown(rows), "clips": str(summary["clips"])}
+    for column in ("si_sdr", "estoi"):
+        rows = [[f"{LABELS[column]} at an input SNR of", *methods]]
+        for name, band in bands.items():
+            if name != "all":
+                found = [band["columns"][column]["methods"][method]["mean"] for method in methods]
+                rows.append([name, *map(cell, found)])
+        result[column] = markdown(rows)
+    return result
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """Return rows of cells as a Markdown table, the first row as its head."""
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The model that comes with the package: found without a network, and it cleans speech."""
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from diffbuf_lib import DiffusionBufferModel, DNLMDataset, OnlineEnhancer, load_config
+from diffbuf_lib.data import build_demo, read_audio
+from diffbuf_lib.loading import load_model
+from diffbuf_lib.pretrained import DEFAULT, FOLDER
+from diffbuf_lib.pretraining import FIRST_STAGE
+from diffbuf_lib.training.metrics import score_clips
+
+ROOT = Path(__file__).parents[1]
+CARD = FOLDER / "cpu-demo" / "README.md"
+
+
+@pytest.fixture(scope="module")
+def clips():
+    root = build_demo(ROOT / "data" / "DN-LM-demo")
+    data = DNLMDataset(root / "test", 6 * 16000, training=False)
+    mix, target = zip(*(data[i] for i in range(len(data))), strict=True)
+    return torch.cat(mix), torch.cat(target)
+
+
+def test_it_is_found_without_a_network(monkeypatch):
+    def no_network(*_args, **_options):
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    model = DiffusionBufferModel.from_pretrained(DEFAULT)
+    assert model.cfg.model.name == "block_causal"
+    assert sum(p.numel() for p in model.parameters()) > 2e6
+    assert_close(load_model(DEFAULT, "cpu").state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_it_is_small_and_has_a_card():
+    assert sum(path.stat().st_size for path in (FOLDER / "cpu-demo").iterdir()) < 15e6
+    card = CARD.read_text()
+    for heading in ("Data", "Intended use", "Limits", "Scores", "Reproduce", "Licence"):
+        assert f"\n## {heading}" in card
+
+
+def test_it_is_what_the_config_trains():
+    """Of which the first stage differs in training and buffer, not in what has weights."""
+    cfg, shipped = load_config(ROOT / "configs/demo_model.yaml"), load_model(DEFAULT, "cpu").cfg
+    assert shipped == cfg
+    first = cfg.override(*FIRST_STAGE)
+    assert first.model == cfg.model
+    assert first.training.from_noisy
+    assert not first.training.own_estimate
+
+
+def test_online_it_cleans_speech_under_drones(clips):
+    """Speakers and drones of the demo's test clips; the stream, not the training loss."""
+    mix, target = clips
+    enhancer = OnlineEnhancer(load_model(DEFAULT, "cpu"), batch=len(mix))
+    estimate = torch.cat([enhancer.push(mix), enhancer.flush()], dim=-1)
+    before, after = (score_clips(x, target, 16000, ("si_sdr", "estoi")) for x in (mix, estimate))
+    assert ((after["si_sdr"] - before["si_sdr"]) > 3).all()
+    assert ((after["estoi"] - before["estoi"]) > 0.05).all()
+
+
+def test_enhance_takes_it_where_no_model_is_named(clips, tmp_path, monkeypatch, capsys):
+    from diffbuf_lib.cli import main
+    from diffbuf_lib.data import write_audio
+
+    mix, _ = clips
+    write_audio(tmp_path / "noisy.wav", mix[:1, :8000], 16000)
+    arguments = ["diffbuf", "enhance", tmp_path / "noisy.wav", "-o", tmp_path / "clean.wav"]
+    monkeypatch.setattr("sys.argv", list(map(str, arguments)))
+    main()
+    assert "clean.wav" in capsys.readouterr().out
+    clean, rate = read_audio(tmp_path / "clean.wav")
+    assert rate == 16000
+    assert clean.shape == (1, 8000)
+    assert clean.any()
