@@ -78,3 +78,48 @@ def test_enhance_takes_it_where_no_model_is_named(clips, tmp_path, monkeypatch, 
     assert rate == 16000
     assert clean.shape == (1, 8000)
     assert clean.any()
+
+
+def test_the_second_stage_starts_from_the_first_and_both_go_on(tmp_path, monkeypatch):
+    """On a small set in the place of Debian's voices."""
+    from diffbuf_lib import pretraining
+    from diffbuf_lib.data import write_audio
+    from diffbuf_lib.training import load_checkpoint
+    from diffbuf_lib.training.results import read_history
+
+    generator = torch.Generator().manual_seed(0)
+    for folder in ("train/speech", "train/noise", "valid/sample_0"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    for part in ("train/speech/a", "train/speech/b", "train/noise/c"):
+        wave = 0.1 * torch.randn(1, 24000, generator=generator)
+        write_audio(tmp_path / "data" / f"{part}.wav", wave, 16000)
+    for stem in ("mixture", "vocals"):
+        wave = 0.1 * torch.randn(1, 48000, generator=generator)
+        write_audio(tmp_path / "data" / "valid" / "sample_0" / f"{stem}.wav", wave, 16000)
+    monkeypatch.setattr(pretraining, "build_pretraining", lambda *_args, **_options: None)
+    monkeypatch.setattr(
+        pretraining, "FIRST_STAGE",
+        ("training.from_noisy=true", "training.own_estimate=0", "training.num_steps=3"),
+    )  # fmt: skip
+    cfg = load_config(
+        ROOT / "configs/debug.yaml",
+        [
+            "training.loss=data_prediction", "training.own_estimate=1", "training.num_steps=2",
+            "training.num_epochs=9", "training.valid_every=1", "training.batch_size=1",
+            "training.lr=1e-30", "training.metrics=[si_sdr]", "model.x0_output=mask",
+        ],
+    )  # fmt: skip
+    steps = []
+    for _ in range(2):  # the second time there is nothing left to do
+        folder = pretraining.run_pretraining(cfg, tmp_path / "data", tmp_path / "run")
+        assert folder == tmp_path / "run" / "second" / "model"
+        history = [
+            list(read_history(tmp_path / "run" / s / "history.jsonl")) for s in ("first", "second")
+        ]
+        steps.append([sum("loss" in line for line in lines) for lines in history])
+    assert steps == [[3, 2], [3, 2]]
+    first = load_checkpoint(tmp_path / "run" / "first" / "checkpoints" / "last.pt")["ema"]
+    second = load_checkpoint(tmp_path / "run" / "second" / "checkpoints" / "last.pt")["ema"]
+    for name, value in first.items():
+        if name != "n_averaged":
+            assert_close(second[name], value)  # with such a rate, nothing moves
