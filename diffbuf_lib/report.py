@@ -138,13 +138,42 @@ def versions() -> list[tuple[str, str]]:
     ]
 
 
-_PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-    """<!doctype html>
+_PARTS = """
+{% macro head(title, style) %}
+<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
 <style>{{ style|safe }}</style>
+{% endmacro %}
+{% macro players(sounds) %}
+<div class="players">
+{% for name, sound in sounds %}
+<figure><figcaption>{{ name }}</figcaption><audio controls src="{{ sound }}"></audio></figure>
+{% endfor %}
+</div>
+{% endmacro %}
+{% macro version_table(versions) %}
+<h2>Versions</h2>
+<table>
+{% for name, version in versions %}<tr><td>{{ name }}</td><td>{{ version }}</td></tr>
+{% endfor %}
+</table>
+{% endmacro %}
+"""
+
+PAGES = jinja2.Environment(
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    loader=jinja2.DictLoader({"parts": _PARTS}),
+)
+"""Makes pages; what they share is imported with `{% import "parts" as parts %}`."""
+
+_PAGE = PAGES.from_string(
+    """{% import "parts" as parts %}
+{{ parts.head(title, style) }}
 <h1>{{ title }}</h1>
 {% for note in notes %}<p>{{ note }}</p>
 {% endfor %}
@@ -165,11 +194,7 @@ _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True
 {% for clip in clips %}
 <h3>{{ loop.index }}</h3>
 <p class="name">{{ clip.name }}</p>
-<div class="players">
-{% for name, sound in clip.players %}
-<figure><figcaption>{{ name }}</figcaption><audio controls src="{{ sound }}"></audio></figure>
-{% endfor %}
-</div>
+{{ parts.players(clip.players) }}
 <p><img src="{{ clip.picture }}" alt="spectrograms of mix, target and estimate"></p>
 <table>
 <tr><th></th>{% for metric in metrics %}<th>{{ metric }}</th>{% endfor %}</tr>
@@ -180,11 +205,7 @@ _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True
 <p>Every player is scaled to the same peak. Scores are of the unscaled signals.</p>
 <h2>Config</h2>
 <pre>{{ config }}</pre>
-<h2>Versions</h2>
-<table>
-{% for name, version in versions %}<tr><td>{{ name }}</td><td>{{ version }}</td></tr>
-{% endfor %}
-</table>
+{{ parts.version_table(versions) }}
 </html>
 """
 )

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from torch import Tensor
 
 from diffbuf_lib import figures
@@ -18,7 +17,7 @@ from diffbuf_lib.evaluation.pictures import gains_by_band
 from diffbuf_lib.evaluation.results import Row
 from diffbuf_lib.evaluation.scoring import LABELS
 from diffbuf_lib.evaluation.work import OURS, Worker
-from diffbuf_lib.report import STYLE, data_uri, player_wav, versions
+from diffbuf_lib.report import PAGES, STYLE, data_uri, player_wav, versions
 
 
 def write_page(
@@ -108,13 +107,9 @@ def _png(figure: Any) -> str:
     return data_uri(figures.to_png(figure), "image/png")
 
 
-_PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-    """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>diffbuf evaluation</title>
-<style>{{ style|safe }}</style>
+_PAGE = PAGES.from_string(
+    """{% import "parts" as parts %}
+{{ parts.head("diffbuf evaluation", style) }}
 <h1>Evaluation of {{ timing.model }}</h1>
 <p>{{ summary.clips }} clips of {{ timing.data }}, {{ "%.0f" % timing.audio_seconds }} s in all;
 {{ "{:,}".format(timing.parameters) }} parameters. In brackets: {{ summary.interval }}. A metric's
@@ -153,11 +148,7 @@ numbers are over the clips for which every method has a score.</p>
 <h3>{{ clip.what|capitalize }}: {{ "%+.2f" % clip.gain }} gain in {{ labels[column] }}</h3>
 <p class="name">{{ clip.name }}{% if clip.snr is not none %}, input SNR
 {{ "%.1f" % clip.snr }} dB{% endif %}</p>
-<div class="players">
-{% for name, sound in clip.players %}
-<figure><figcaption>{{ name }}</figcaption><audio controls src="{{ sound }}"></audio></figure>
-{% endfor %}
-</div>
+{{ parts.players(clip.players) }}
 <p><img src="{{ clip.picture }}" alt="spectrograms of every method and of the clean signal"></p>
 <div class="wide"><table>
 <tr><th></th>{% for c in columns %}<th>{{ labels[c] }}</th>{% endfor %}</tr>
@@ -199,11 +190,7 @@ baselines, of whole clips in the evaluation.</p>
 <tr><td>{{ name }}</td><td>{{ "%.1f" % seconds }}</td></tr>
 {% endfor %}
 </table>
-<h2>Versions</h2>
-<table>
-{% for name, version in versions %}<tr><td>{{ name }}</td><td>{{ version }}</td></tr>
-{% endfor %}
-</table>
+{{ parts.version_table(versions) }}
 </html>
 """
 )
