@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,6 +88,56 @@ class LatencyReport:
         return self.frame_ms / self.hop_ms
 
 
+class LiveHop(NamedTuple):
+    """What became of one hop.
+
+    Attributes:
+        ready: [T'] samples that came out.
+        milliseconds: that it took.
+        late: whether it was not ready when the next one was due.
+    """
+
+    ready: Tensor
+    milliseconds: float
+    late: bool
+
+
+def live_hops(
+    enhancer: OnlineEnhancer,
+    hops: Iterable[Tensor],
+    *,
+    realtime: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], object] = time.sleep,
+) -> Generator[LiveHop, None, None]:
+    """Feed a stream hop by hop; arguments as in `run_live`. The end is the caller's to flush."""
+    cfg = enhancer.model.cfg.audio
+    hop_seconds = cfg.stft.hop_length / cfg.sample_rate
+    start = clock()
+    for index, hop in enumerate(hops):
+        arrival = start + (index + 1) * hop_seconds
+        if realtime and (wait := arrival - clock()) > 0:
+            sleep(wait)
+        begun = clock()
+        ready = enhancer.push(hop)
+        ended = clock()
+        late = ended > (arrival if realtime else begun) + hop_seconds
+        yield LiveHop(ready, 1e3 * (ended - begun), late)
+
+
+def make_report(enhancer: OnlineEnhancer, hops: Iterable[LiveHop], realtime: bool) -> LiveReport:
+    """Sum up the hops of a stream."""
+    cfg = enhancer.model.cfg.audio
+    hops = list(hops)
+    return LiveReport(
+        hop_ms=1e3 * cfg.stft.hop_length / cfg.sample_rate,
+        frame_ms=tuple(hop.milliseconds for hop in hops),
+        missed=sum(hop.late for hop in hops),
+        latency_ms=1e3 * enhancer.latency_samples / cfg.sample_rate,
+        realtime=realtime,
+    )
+
+
 def run_live(
     enhancer: OnlineEnhancer,
     hops: Iterable[Tensor],
@@ -111,29 +162,13 @@ def run_live(
         clock: seconds, rising.
         sleep: waits for that many seconds.
     """
-    cfg = enhancer.model.cfg.audio
-    hop_seconds = cfg.stft.hop_length / cfg.sample_rate
-    times, missed = [], 0
-    start = clock()
+    done = []
     with suppress(KeyboardInterrupt):
-        for index, hop in enumerate(hops):
-            arrival = start + (index + 1) * hop_seconds
-            if realtime and (wait := arrival - clock()) > 0:
-                sleep(wait)
-            begun = clock()
-            ready = enhancer.push(hop)
-            ended = clock()
-            sink(ready)
-            times.append(1e3 * (ended - begun))
-            missed += ended > (arrival if realtime else begun) + hop_seconds
+        for hop in live_hops(enhancer, hops, realtime=realtime, clock=clock, sleep=sleep):
+            sink(hop.ready)
+            done.append(hop._replace(ready=hop.ready[:0]))  # a stream may last for hours
     sink(enhancer.flush())
-    return LiveReport(
-        hop_ms=1e3 * hop_seconds,
-        frame_ms=tuple(times),
-        missed=missed,
-        latency_ms=1e3 * enhancer.latency_samples / cfg.sample_rate,
-        realtime=realtime,
-    )
+    return make_report(enhancer, done, realtime)
 
 
 def latency_report(

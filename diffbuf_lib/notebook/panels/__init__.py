@@ -9,6 +9,7 @@ from diffbuf_lib.notebook.panels.clips import ClipBrowser
 from diffbuf_lib.notebook.panels.runs import remove_run
 from diffbuf_lib.notebook.panels.sigma import SigmaExplorer
 from diffbuf_lib.notebook.panels.stepper import StepDebugger
+from diffbuf_lib.notebook.panels.stream import StreamPanel
 from diffbuf_lib.notebook.panels.training import TrainingPanel
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Panel",
     "SigmaExplorer",
     "StepDebugger",
+    "StreamPanel",
     "TrainingPanel",
     "remove_run",
 ]

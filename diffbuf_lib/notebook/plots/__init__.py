@@ -9,7 +9,7 @@ from diffbuf_lib.notebook.plots.buffer import (
     noise_along_buffer,
 )
 from diffbuf_lib.notebook.plots.faults import largest_values
-from diffbuf_lib.notebook.plots.listening import delay_quality, frame_times
+from diffbuf_lib.notebook.plots.listening import delay_quality, frame_times, stream_course
 from diffbuf_lib.notebook.plots.scaling import reading_costs, step_costs
 from diffbuf_lib.notebook.plots.schedule import noise_schedule, score_limits
 from diffbuf_lib.notebook.plots.signals import (
@@ -57,6 +57,7 @@ __all__ = [
     "stage",
     "step_costs",
     "stepping",
+    "stream_course",
     "target_by_time",
     "target_histogram",
     "training_progress",
