@@ -61,7 +61,7 @@ def run_demo(
     test_set = DNLMDataset(
         data_path / "test", TEST_SECONDS * rate, sample_rate=rate, training=False
     )
-    say("3/4  enhancing the test clips, whose speakers and drones were in nobody's training")
+    say("3/4  enhancing the test clips, which were in nobody's training")
     small = load_model(folder.model, "cpu")
     trained = list(evaluate(small, test_set, METRICS))
     model = load_model(DEFAULT_MODEL, "cpu")

@@ -125,14 +125,15 @@ def live_hops(
         yield LiveHop(ready, 1e3 * (ended - begun), late)
 
 
-def make_report(enhancer: OnlineEnhancer, hops: Iterable[LiveHop], realtime: bool) -> LiveReport:
-    """Sum up the hops of a stream."""
+def make_report(
+    enhancer: OnlineEnhancer, times: Iterable[float], missed: int, realtime: bool
+) -> LiveReport:
+    """Sum up a stream: milliseconds of its hops, and how many were late."""
     cfg = enhancer.model.cfg.audio
-    hops = list(hops)
     return LiveReport(
         hop_ms=1e3 * cfg.stft.hop_length / cfg.sample_rate,
-        frame_ms=tuple(hop.milliseconds for hop in hops),
-        missed=sum(hop.late for hop in hops),
+        frame_ms=tuple(times),
+        missed=missed,
         latency_ms=1e3 * enhancer.latency_samples / cfg.sample_rate,
         realtime=realtime,
     )
@@ -162,13 +163,14 @@ def run_live(
         clock: seconds, rising.
         sleep: waits for that many seconds.
     """
-    done = []
+    times, missed = [], 0
     with suppress(KeyboardInterrupt):
         for hop in live_hops(enhancer, hops, realtime=realtime, clock=clock, sleep=sleep):
             sink(hop.ready)
-            done.append(hop._replace(ready=hop.ready[:0]))  # a stream may last for hours
+            times.append(hop.milliseconds)
+            missed += hop.late
     sink(enhancer.flush())
-    return make_report(enhancer, done, realtime)
+    return make_report(enhancer, times, missed, realtime)
 
 
 def latency_report(

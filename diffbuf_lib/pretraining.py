@@ -13,15 +13,19 @@ from diffbuf_lib.training.results import ResultsFolder
 
 _VALID_SECONDS = 3
 
+
 # The network learns what speech under noise is from Y alone: a step costs half of what it costs
 # with own estimates in V, and the few thousand steps of that kind then start from there.
-FIRST_STAGE = (
-    "training.from_noisy=true",
-    "training.own_estimate=0",
-    "training.num_steps=9000",
-    "training.lr=5e-3",
-    "diffusion_buffer.buffer_size=32",  # two thirds of a clip's frames count
-)
+def first_stage(cfg: Config) -> Config:
+    """Return the config of the first of two runs: thrice the steps, two thirds of the frames."""
+    steps = cfg.training.num_steps
+    return cfg.override(
+        "training.from_noisy=true",
+        "training.own_estimate=0",
+        f"training.num_steps={3 * steps if steps else 'null'}",
+        f"training.lr={cfg.training.lr * 5 / 3:.6g}",
+        f"diffusion_buffer.buffer_size={max(1, cfg.audio.num_frames * 2 // 3)}",
+    )
 
 
 def run_pretraining(
@@ -35,7 +39,7 @@ def run_pretraining(
     """Make the data and train on it; what is there already is kept, an interrupted run goes on.
 
     Args:
-        cfg: what to train, such as `configs/demo_model.yaml`; `FIRST_STAGE` changes it for the
+        cfg: what to train, such as `configs/demo_model.yaml`; `first_stage` changes it for the
             first of the two runs, whose averaged weights the second one starts from.
         data_path: where the data is, or will be made.
         results_path: for the runs' folders, first/ and second/.
@@ -52,7 +56,7 @@ def run_pretraining(
     build_pretraining(data_path, progress=progress)
     first, second = results_path / "first", results_path / "second"
     say(f"2/3  first stage, V from the noisy spectrum: {first}")
-    _train(cfg.override(*FIRST_STAGE), data_path, first, None, progress)
+    _train(first_stage(cfg), data_path, first, None, progress)
     say(f"3/3  second stage, V from own estimates: {second}")
     return _train(cfg, data_path, second, first / "model", progress)
 

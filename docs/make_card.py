@@ -2,8 +2,8 @@
 
     python docs/make_card.py results/demo_model results/eval_test results/eval_recordings
 
-after `make demo-model` and, for each of the two folders, `diffbuf evaluate`. No number of the card
-is typed by hand.
+after `make demo-model` and, for each of the two folders, `diffbuf evaluate`. No score is typed by
+hand.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ def enhance_command(
     Args:
         source: file or folder, of any sample rate and length.
         output: file or folder.
-        model: folder of a trained model, such as results/demo/model, or a name on the hub.
+        model: folder of a trained model, such as results/demo/model, or a name such as
+            diffbuf/cpu-demo.
         seed: of the diffusion noise.
         device: auto, cpu or cuda.
     """
@@ -57,7 +58,7 @@ def stream_command(
     Args:
         source: file of the model's sample rate; - for stdin.
         output: .wav or .flac file; - for stdout.
-        model: folder of a trained model, or a name on the hub.
+        model: folder of a trained model, or a name such as diffbuf/cpu-demo.
         realtime: feed a file at its own pace.
         delay: frames from a sample to its output, 1 to buffer_size, of a data-prediction model.
         threads: CPU threads of torch; default: its own choice.
@@ -115,7 +116,7 @@ def demo_model_command(
     """Make data from Debian's voices and train a model to ship on it: hours on a CPU.
 
     Args:
-        config_path: what to train.
+        config_path: what to train, in the second of two stages; the first has thrice its steps.
         data_path: where the data is, or will be made from Debian's packages.
         results_path: where everything else goes; an interrupted run goes on.
         overrides: config keys.

@@ -67,7 +67,7 @@ def build_pretraining(
 ) -> Path:
     """Make the data of a model to ship; what is there already is kept.
 
-    A few minutes on two cores and 0.8 GB. It needs Debian's archive (telephone prompts), the
+    A few minutes on two cores and 0.9 GB. It needs Debian's archive (telephone prompts), the
     programs flite, festival and espeak-ng with the voices of `voices.VOICES`, and
     `pip install 'diffbuf[demo,pretraining]'`.
 

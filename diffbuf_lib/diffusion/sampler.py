@@ -104,8 +104,8 @@ class BufferSampler:
         self.denoise, self.cached, self.sde, self.t = denoise, cached, sde, t
         self.predicts_data, self.delay = predicts_data, delay
         self.num_frames = num_frames if cached is None else 1 + Kb
-        self.next = next_times(t)
-        self.next_std, self.entering_std = sde.std(self.next), sde.std(t[-1])
+        self.next_t = next_times(t)
+        self.next_std, self.entering_std = sde.std(self.next_t), sde.std(t[-1])
 
     def start(
         self,
@@ -153,7 +153,7 @@ class BufferSampler:
             score, x0_hat = self.cached.denoise_next(state.history, state.V, state.Y)
         x, y = state.V[..., -Kb:], state.Y[..., -Kb:]
         if self.predicts_data:
-            moved = renoise_step(x0_hat, y, self.next, self.next_std, z[..., :-1], self.sde)
+            moved = renoise_step(x0_hat, y, self.next_t, self.next_std, z[..., :-1], self.sde)
             out = x0_hat[..., Kb - self.delay]
         else:
             moved = reverse_step(x, y, score, self.t, z[..., :-1], self.sde)

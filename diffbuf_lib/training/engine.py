@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from diffbuf_lib.config import Config, TrainingConfig
 from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.training.fitting import check_optimizer, check_scheduler
-from diffbuf_lib.training.optimizer import make_optimizer, make_scheduler
+from diffbuf_lib.training.optimizer import LinearRate, make_optimizer, make_scheduler
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Engine:
     """
 
     def __init__(
-        self, cfg: Config, model: nn.Module, accelerator: Accelerator, total_steps: int = 1
+        self, cfg: Config, model: nn.Module, accelerator: Accelerator, total_steps: int
     ) -> None:
         training = cfg.training
         self.accelerator = accelerator
@@ -133,6 +133,16 @@ class Engine:
     def lr(self) -> float:
         """The learning rate of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
+
+    def count_step(self) -> None:
+        """Move a learning rate that goes by steps."""
+        if isinstance(self.scheduler, LinearRate):
+            self.scheduler.step()
+
+    def judge(self, score: float) -> None:
+        """Move a learning rate that goes by validations."""
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(score)
 
     @property
     def scale(self) -> float | None:
@@ -182,8 +192,6 @@ class Engine:
         skipped = bool(self.accelerator.optimizer_step_was_skipped)
         if not skipped:
             self.ema.update_parameters(self.model)
-            if not isinstance(self.scheduler, ReduceLROnPlateau):
-                self.scheduler.step()
         return grad_norm, skipped
 
     def is_finite(self) -> bool:

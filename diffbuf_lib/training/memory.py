@@ -154,7 +154,7 @@ def try_batch(cfg: Config, accelerator: Any, mix: Tensor, target: Tensor, size: 
     device, seed = accelerator.device, cfg.training.seed
     with isolated(device, deterministic=cfg.training.deterministic):
         seed_everything(seed, Stream.WEIGHTS)
-        engine = Engine(cfg, DiffusionBufferModel(cfg), accelerator)
+        engine = Engine(cfg, DiffusionBufferModel(cfg), accelerator, total_steps=2)
         batch = (mix.expand(size, *mix.shape), target.expand(size, *target.shape))
         for _ in range(2):
             generators = example_generators(

@@ -23,7 +23,7 @@ from diffbuf_lib.errors import CheckpointError
 from diffbuf_lib.training.checkpoint import load_checkpoint, replacing, sync_folder
 
 CHANGEABLE = {
-    "training.num_epochs": "where the run ends does not change the steps before",
+    "training.num_epochs": "where the run ends does not change the steps before; but see below",
     "training.num_steps": "as num_epochs",
     "training.early_stopping": "as num_epochs",
     "training.num_workers": "clips are keyed by (epoch, index), not by who reads them",
@@ -34,6 +34,8 @@ CHANGEABLE = {
     "training.valid_clips": "scores before and after compare less well, but the user decides",
 }
 """Config keys that a resumed run may change, and why; all others would make it another run."""
+
+_ENDS = ("training.num_epochs", "training.num_steps")  # a linear learning rate goes by them
 
 
 class ResultsFolder:
@@ -163,11 +165,13 @@ def check_same_config(old: Mapping[str, Any], new: Mapping[str, Any], path: Path
         CheckpointError: they differ; names up to three keys with both values.
     """
     before, after = dict(_flat(old)), dict(_flat(new))
+    linear = "linear" in (before.get("training.lr_schedule"), after.get("training.lr_schedule"))
+    fixed = _ENDS if linear else ()
     keys = [*before, *(key for key in after if key not in before)]
     changed = [
         f"{key} was {str(before.get(key, 'not there'))[:80]}, is {after.get(key, 'not there')}"
         for key in keys
-        if key not in CHANGEABLE and before.get(key) != after.get(key)
+        if (key in fixed or key not in CHANGEABLE) and before.get(key) != after.get(key)
     ]
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import diffbuf_lib
 from diffbuf_lib.config import Config
@@ -163,6 +162,7 @@ class Run:
         if bad is not None:
             self._leave_out(bad)
         self.step, self.round = step, end
+        self.engine.count_step()
         self.whole = True
 
         record = StepRecord(
@@ -226,7 +226,11 @@ class Run:
     def _finish_step(self, record: StepRecord) -> StepRecord:
         """Validate, turn to the next epoch and save, as far as each is due."""
         epoch_over = self.round >= self.plan.rounds
-        due = epoch_over and (self.epoch + 1) % self.cfg.training.valid_every == 0
+        training = self.cfg.training
+        due = epoch_over and (self.epoch + 1) % training.valid_every == 0
+        # A linear learning rate ends with the run, which a longer run would not have: its last
+        # weights, usually the best ones, are judged.
+        due = due or (training.lr_schedule == "linear" and self._is_last(epoch_over))
         result = None
         if self.valid_set is not None and (due or self._is_last(epoch_over)):
             result = self._validate(record)
@@ -273,8 +277,7 @@ class Run:
         score = self.judge.score(values)
         if score is None:
             return False
-        if isinstance(self.engine.scheduler, ReduceLROnPlateau):
-            self.engine.scheduler.step(score)
+        self.engine.judge(score)
         return self.judge.gains(score)
 
     # Where the run stands.

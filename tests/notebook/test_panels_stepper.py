@@ -63,7 +63,7 @@ def test_a_step_is_that_of_training(cfg):
     cfg = build_config(cfg.to_dict(), ["model.dropout=0.0"])
     mix, target = batch()
     panel = StepDebugger(make_model(cfg), mix, target)
-    engine = Engine(cfg, make_model(cfg), make_accelerator(cfg.training, "cpu"))
+    engine = Engine(cfg, make_model(cfg), make_accelerator(cfg.training, "cpu"), 10)
     for _ in range(3):
         outcome = engine.step([Batch(mix, target, panel.noise())])
         assert panel.step() == pytest.approx(outcome.loss, rel=1e-6)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from diffbuf_lib.training import train
+from diffbuf_lib.errors import CheckpointError
+from diffbuf_lib.training import load_checkpoint, train
 from diffbuf_lib.training.optimizer import Muon, make_optimizer, make_scheduler, orthogonalise
 from tests.training.helpers import Clips, config, fit
 
@@ -99,16 +100,28 @@ def test_a_linear_rate_rises_stays_and_falls_to_nothing():
     training = config(
         "training.lr=1", "training.lr_schedule=linear", "training.warmup_steps=4"
     ).training
-    model = nn.Linear(2, 2)
-    optimizer = make_optimizer(training, model)
-    scheduler = make_scheduler(training, optimizer, total_steps=100)
+    optimizer = make_optimizer(training, nn.Linear(2, 2))
+    schedule = make_scheduler(training, optimizer, total_steps=100)
     rates = []
     for _ in range(100):
         rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
+        schedule.step()
     assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
     assert rates[30] == 1
     assert rates[65] == pytest.approx(0.5)
     assert rates[99] == pytest.approx(1 / 70)
     assert optimizer.param_groups[0]["lr"] == 0
+
+
+def test_the_end_of_a_linear_run_is_judged_and_cannot_be_moved(tmp_path):
+    """Its last weights are what the falling rate was for."""
+    cfg = config(
+        "training.lr_schedule=linear", "training.num_steps=2", "training.valid_every=9",
+        "training.metric_for_scheduler=loss",
+    )  # fmt: skip
+    records = fit(cfg, tmp_path)
+    assert [record.valid is not None for record in records] == [False, True]
+    assert load_checkpoint(tmp_path / "checkpoints" / "best.pt")["step"] == 2
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    with pytest.raises(CheckpointError, match=r"training.num_steps was 2, is 3"):
+        fit(cfg.override("training.num_steps=3"), tmp_path, resume=True)

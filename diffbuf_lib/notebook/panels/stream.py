@@ -92,11 +92,14 @@ class StreamPanel(Panel):
     @property
     def report(self) -> LiveReport:
         """How the stream has kept up so far."""
-        return make_report(self._stream[0], self._hops, self.realtime)
+        hops = list(self._hops)
+        late = sum(hop.late for hop in hops)
+        return make_report(self._stream[0], (hop.milliseconds for hop in hops), late, self.realtime)
 
     def start(self) -> None:
         """Begin the stream, from the beginning."""
         if not self._worker.busy:
+            self._worker.join()  # a stream that has just ended is still being flushed
             self._begin()
             self._worker.start()
             self._show()

@@ -91,7 +91,8 @@ def draw_loss(axes: Axes, steps: Sequence[Line], valid: Sequence[Line] = ()) -> 
     axes.plot(_column(steps, "step"), _column(steps, "loss"), color="C0", alpha=0.35, linewidth=0.9)
     _draw_smoothed(axes, steps, label="training, smoothed", color="C0")
     _draw_points(axes, valid, "loss", label="validation", color="C1")
-    axes.set(xlabel="step", yscale=scale_of(line["loss"] for line in steps))
+    losses = [line["loss"] for line in steps] + [line["valid"].get("loss") for line in valid]
+    axes.set(xlabel="step", yscale=scale_of(losses))
     axes.set_title("loss", loc="left", fontsize=10)
     axes.grid(alpha=0.3)
     axes.tick_params(labelsize=8, which="both")
