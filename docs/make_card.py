@@ -80,11 +80,14 @@ def tables(summary: dict[str, Any]) -> dict[str, str]:
         rows.append([method, *map(cell, found)])
     result = {"all": markdown(rows), "clips": str(summary["clips"])}
     for column in ("si_sdr", "estoi"):
-        rows = [[f"{LABELS[column]} at an input SNR of", *methods]]
+        rival = methods[-2]
+        head = f"lead of {methods[-1]} over {rival}, paired"
+        rows = [[f"{LABELS[column]} at an input SNR of", *methods, head]]
         for name, band in bands.items():
             if name != "all":
-                found = [band["columns"][column]["methods"][method]["mean"] for method in methods]
-                rows.append([name, *map(cell, found)])
+                found = band["columns"][column]["methods"]
+                lead = cell(found[rival]["lead"], signed=True)
+                rows.append([name, *(cell(found[method]["mean"]) for method in methods), lead])
         result[column] = markdown(rows)
     return result
 
