@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import soxr
 import torch
 import torchaudio.functional as AF
 from torch import Tensor
 
+from diffbuf_lib.data.files import resample
 from diffbuf_lib.errors import MissingExtraError
 
 _PIVOT = 1000.0  # Hz, where a tilt changes nothing
@@ -25,11 +25,7 @@ def change_speed(wave: Tensor, length: int) -> Tensor:
     Returns:
         [C, length] float32.
     """
-    if wave.shape[1] == length:
-        return wave
-    played = soxr.resample(wave.T.numpy(), wave.shape[1], length, quality="HQ")[:length]
-    played = torch.from_numpy(played.T)
-    return torch.nn.functional.pad(played, (0, length - played.shape[1]))
+    return resample(wave, wave.shape[1], length)
 
 
 def tilt_spectrum(wave: Tensor, sample_rate: int, db_per_octave: float) -> Tensor:

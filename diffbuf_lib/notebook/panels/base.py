@@ -54,6 +54,7 @@ class Panel:
 
     def _ipython_display_(self) -> None:
         self._handle = display(self._bundle(), raw=True, display_id=True)
+        self.box.panel = self  # what is on the page stays alive, with or without a name
 
     def _bundle(self) -> dict[str, Any]:
         picture = base64.b64encode(self.image.value).decode()

@@ -128,10 +128,6 @@ class StreamPanel(Panel):
             self.keep_still()
         return ended
 
-    def _ipython_display_(self) -> None:
-        super()._ipython_display_()
-        self.box.panel = self  # what is on the page stays alive, with or without a name
-
     def _on_start(self, _: Any) -> None:
         self.start()
 

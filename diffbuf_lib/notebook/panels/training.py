@@ -180,10 +180,6 @@ class TrainingPanel(Panel):
         for widget in (self.box, self.image, self._step, self._status, *self._buttons.values()):
             widget.close()
 
-    def _ipython_display_(self) -> None:
-        super()._ipython_display_()
-        self.box.panel = self  # what is on the page stays alive, with or without a name
-
     # Buttons: none of them waits, so that the kernel stays free.
 
     def _on_start(self, _: Any) -> None:
