@@ -33,6 +33,7 @@ def of(findings, check) -> Finding:
     return finding
 
 
+@pytest.mark.law
 def test_a_good_set_has_no_error_and_no_warning(paths):
     findings = examine_paths(**paths)
     assert [f for f in findings if f.severity in ("error", "warning")] == []
@@ -56,6 +57,7 @@ def test_a_config_that_cannot_be_opened_is_the_only_finding(paths, overrides, ch
     assert finding.fix
 
 
+@pytest.mark.law
 @pytest.mark.parametrize(
     ("overrides", "check", "key"),
     [
@@ -140,6 +142,7 @@ def too_loud(root):
             write(stem(root, name, clip), samples(stem(root, name, clip)) * 7e38)
 
 
+@pytest.mark.law
 @pytest.mark.parametrize(
     ("damage", "check", "says"),
     [
@@ -197,6 +200,7 @@ def clip_off(paths):
     write(path, (5 * samples(path)).clip(-1, 1))
 
 
+@pytest.mark.law
 @pytest.mark.parametrize(
     ("overrides", "change", "check"),
     [
@@ -229,6 +233,7 @@ def test_what_is_only_unwise_is_a_warning_and_its_overrides_clear_it(
         assert {f.severity for f in mended if f.check == check} <= {"ok", "info"}
 
 
+@pytest.mark.law
 @pytest.mark.parametrize(("center", "frames"), [(True, 63), (False, 61)])
 def test_frames_of_a_one_second_clip_are_counted_exactly(paths, center, frames):
     stft = f"audio.stft={{n_fft: 510, win_length: 510, hop_length: 256, center: {center}}}"
@@ -245,6 +250,7 @@ def test_frames_of_a_one_second_clip_are_counted_exactly(paths, center, frames):
     assert str(127 * 256 + (0 if center else 510)) in window.message
 
 
+@pytest.mark.law
 def test_everything_is_left_as_it_was(paths):
     cfg = config("training.deterministic=true")
     state = torch.get_rng_state()

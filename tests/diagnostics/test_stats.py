@@ -33,6 +33,7 @@ def model():
 # Summaries.
 
 
+@pytest.mark.law
 @pytest.mark.parametrize(
     "tensor",
     [
@@ -99,6 +100,7 @@ def test_the_first_bad_stage_is_named(model, batch):
 # Score statistics.
 
 
+@pytest.mark.law
 def test_score_statistics_are_what_loops_compute(model, batch):
     got = score_statistics(model, [batch, batch], time_bins=3, bands=5, seed=4)
     generator = seeded(4)
@@ -135,6 +137,7 @@ def test_score_statistics_are_what_loops_compute(model, batch):
     assert got.times == pytest.approx(edges)
 
 
+@pytest.mark.law
 def test_a_score_of_half_the_size_and_the_right_direction_correlates_fully(batch):
     class Oracle(DiffusionBufferModel):
         def trace(self, mix, target, generator=None):
@@ -152,6 +155,7 @@ def test_a_score_of_half_the_size_and_the_right_direction_correlates_fully(batch
     assert sizes == sorted(sizes, reverse=True)  # 1 / sigma falls as t rises
 
 
+@pytest.mark.law
 def test_score_statistics_repeat_and_leave_mode_and_random_state(model, batch):
     model.train()
     state = torch.get_rng_state()
@@ -169,6 +173,7 @@ def test_score_statistics_repeat_and_leave_mode_and_random_state(model, batch):
 # Gradients.
 
 
+@pytest.mark.law
 def test_gradient_statistics_are_what_numpy_computes(model, batch):
     model(*batch, seeded()).backward()
     rows = gradient_statistics(model)
@@ -209,6 +214,7 @@ def hooks(model: nn.Module) -> int:
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("statistics", [True, False])
 def test_a_nan_in_a_weight_names_its_module_and_hooks_are_gone(model, batch, statistics):
     assert hooks(model) == 0
@@ -222,6 +228,7 @@ def test_a_nan_in_a_weight_names_its_module_and_hooks_are_gone(model, batch, sta
     assert hooks(model) == 0
 
 
+@pytest.mark.law
 def test_a_nan_from_outside_is_told_from_one_made_inside(model, batch):
     mix, target = batch
     mix = mix.clone()
@@ -231,6 +238,7 @@ def test_a_nan_from_outside_is_told_from_one_made_inside(model, batch):
     assert watch.inputs_were_finite is False
 
 
+@pytest.mark.law
 def test_watching_changes_no_number_and_sums_up_every_output(model, batch):
     plain = model(*batch, seeded())
     outputs = {}
@@ -250,6 +258,7 @@ def test_watching_changes_no_number_and_sums_up_every_output(model, batch):
     assert set(watch.calls) >= {"DiffusionBufferModel", "network", "network.last"}
 
 
+@pytest.mark.law
 def test_hooks_are_gone_after_an_error_too(model):
     with pytest.raises(ZeroDivisionError), watch_modules(model):
         raise ZeroDivisionError
@@ -259,6 +268,7 @@ def test_hooks_are_gone_after_an_error_too(model):
 # Memory.
 
 
+@pytest.mark.law
 def test_saved_bytes_are_those_of_the_tensors_that_a_backward_pass_needs():
     layer = nn.Linear(10, 20, bias=False)
     x = torch.randn(8, 10)
@@ -271,6 +281,7 @@ def test_saved_bytes_are_those_of_the_tensors_that_a_backward_pass_needs():
     assert layer.weight.grad is not None
 
 
+@pytest.mark.law
 def test_memory_grows_linearly_with_the_batch(model, batch):
     saved = []
     for size in (1, 2, 3):
@@ -326,6 +337,7 @@ def run(path, recorder=None):
     ]
 
 
+@pytest.mark.law
 def test_recording_shows_what_trains_and_changes_nothing(tmp_path):
     said: list[str] = []
     seen: list[float] = []
