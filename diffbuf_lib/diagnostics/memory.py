@@ -13,8 +13,8 @@ from torch import nn
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.memory import SavedBytes, saved_bytes
+from diffbuf_lib.training.optimizer import OPTIMIZER_STATES
 
-_STATES = {"adam": 2, "adamw": 2, "radam": 2, "sgd": 0}  # copies of the weights in an optimizer
 # Beside what is saved, a step at its peak holds gradients of activations and convolution scratch:
 # this many times the largest saved tensor, and something whatever the batch. Both are fitted to the
 # peak memory of ncsnpp's training steps on a CPU (16 and 96 channels, batches of 2 to 16), which
@@ -60,11 +60,33 @@ def estimate(
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     # The weights themselves, their gradients, the average and the optimizer's states.
-    fixed = weights * (3 + _STATES[optimizer]) + 2 * buffers + _OVERHEAD
+    fixed = weights * (3 + OPTIMIZER_STATES[optimizer]) + 2 * buffers + _OVERHEAD
     per_clip = saved.total if two is None else max(0, two.total - saved.total)
     return MemoryEstimate(
         fixed, max(0, saved.total - per_clip), per_clip + _WORKING * saved.largest
     )
+
+
+def estimate_step(cfg: Config, model: nn.Module | None = None) -> MemoryEstimate:
+    """Estimate a training step: from forward passes of a model, or without one from shapes alone.
+
+    Args:
+        cfg: the config.
+        model: runs on one and on two clips of noise, in the precision of the config.
+    """
+    if model is None:
+        return network_estimate(cfg)
+    device, training = next(model.parameters()).device, cfg.training
+    half = torch.bfloat16 if training.amp_dtype == "bf16" else torch.float16
+    mixed = training.use_amp and (device.type == "cuda" or half is torch.bfloat16)
+    kept = []
+    for clips in (1, 2):
+        mix, target = 0.1 * torch.randn(2, clips, 1, cfg.audio.chunk_size, device=device)
+        with saved_bytes(model) as saved, torch.autocast(device.type, half, enabled=mixed):
+            loss = model(mix, target)
+        del loss
+        kept.append(saved)
+    return estimate(model, training.optimizer, *kept)
 
 
 def network_estimate(cfg: Config) -> MemoryEstimate:

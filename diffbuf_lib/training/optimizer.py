@@ -111,6 +111,8 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "muon": Muon,
 }
+# Copies of the weights that each keeps, at most, for the memory estimate.
+OPTIMIZER_STATES = {"adam": 2, "adamw": 2, "radam": 2, "sgd": 0, "muon": 2}
 
 
 def make_optimizer(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffbuf_lib.data.audit import audit, measure, shared_targets
+from diffbuf_lib.diagnostics.checks_data import audit, measure, shared_targets
 from tests.diagnostics.clips import Items, config, make_split, opened, samples, stem, write
 
 

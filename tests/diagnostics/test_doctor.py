@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 
-from diffbuf_lib.diagnostics import checks_model, examine, examine_paths, has_error
-from diffbuf_lib.diagnostics.checks_machine import resolve_device
+from diffbuf_lib.diagnostics import checks_run, examine, examine_paths, has_error
+from diffbuf_lib.diagnostics.checks_run import resolve_device
 from diffbuf_lib.diagnostics.findings import Finding, render, to_json, worst_first
 from tests.conftest import TINY, call
 from tests.diagnostics.clips import Items, config, make_split, opened, samples, stem, write
@@ -274,15 +274,15 @@ def test_mixed_precision_is_tried_and_blamed_only_where_float32_is_finite(paths,
     cfg = config("training.use_amp=true", "training.amp_dtype=bf16")
     dataset = opened(paths["data_path"], cfg)
     assert of(examine(cfg, dataset), "model.step_amp").severity == "ok"
-    real = checks_model.run_pass
+    real = checks_run.run_pass
 
     def overflowing(model, mix, target, precision):
         outcome = real(model, mix, target, precision)
         if precision is None:
             return outcome
-        return checks_model.Pass(torch.inf, torch.nan, 7, 0.1, outcome.saved)
+        return checks_run.Pass(torch.inf, torch.nan, 7, 0.1, outcome.saved)
 
-    monkeypatch.setattr(checks_model, "run_pass", overflowing)
+    monkeypatch.setattr(checks_run, "run_pass", overflowing)
     first = examine(cfg, dataset)[0]
     assert (first.severity, first.check) == ("error", "model.step_amp")
     assert first.overrides == ("training.use_amp=false",)
@@ -294,7 +294,7 @@ def test_running_out_of_memory_is_a_finding(paths, monkeypatch):
     def forward(self, *args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(checks_model.DiffusionBufferModel, "trace", forward)
+    monkeypatch.setattr(checks_run.DiffusionBufferModel, "trace", forward)
     cfg = config()
     first = examine(cfg, opened(paths["data_path"], cfg))[0]
     assert (first.severity, first.check) == ("error", "model.memory")
