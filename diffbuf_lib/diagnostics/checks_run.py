@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffbuf_lib.config import BBEDConfig, Config
+from diffbuf_lib.config import Config
 from diffbuf_lib.diagnostics.findings import Finding, judge
 from diffbuf_lib.diagnostics.memory import MemoryEstimate, estimate_step
 from diffbuf_lib.diagnostics.watch import watch_modules
@@ -73,7 +73,7 @@ def check_schedule(cfg: Config) -> Iterator[Finding]:
     low, high = float(sigma.min()), float(sigma.max())
     yield judge("schedule.sigma", [low, high], t_eps=t_eps, t_max=t_max)
     yield _score_target(cfg, 1 / low if low > 0 else math.inf)
-    if isinstance(cfg.sde, BBEDConfig):
+    if cfg.sde.type == "bbed":
         # The paper prints c = 0.08, its authors' code runs theta = c^2 = 0.08: 3.5 times the noise.
         bridge = torch.linspace(0, 1, 1001, dtype=torch.float64)[1:-1]
         high = float(sde.std(bridge).max())

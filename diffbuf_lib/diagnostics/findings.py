@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from diffbuf_lib.config import describe_keys
+from diffbuf_lib.trace import to_plain
 
 Severity = Literal["error", "warning", "info", "ok"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info", "ok")
@@ -52,7 +52,8 @@ class Finding:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name, as JSON can hold them."""
-        return {key: _plain(value) for key, value in asdict(self).items()}
+        plain: dict[str, Any] = to_plain(self)
+        return plain
 
     def line(self) -> str:
         """Return severity, message and fix in one line."""
@@ -166,14 +167,3 @@ def render(findings: Sequence[Finding], *, colour: bool = False, width: int = 10
 def _counts(findings: Iterable[Finding]) -> dict[str, int]:
     counts = Counter(finding.severity for finding in findings)
     return {severity: counts[severity] for severity in SEVERITIES}
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as JSON can hold it; what is not finite as a string."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return value if isinstance(value, str | int | float | bool | None) else str(value)

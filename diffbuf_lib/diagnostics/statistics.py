@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffbuf_lib.model import DiffusionBufferModel, evaluating
-from diffbuf_lib.summary import format_table
-from diffbuf_lib.trace import Trace
+from diffbuf_lib.trace import Trace, format_table
 
 
 @dataclass(frozen=True)
@@ -31,10 +29,6 @@ class ScoreRow:
     score_rms: float  # of |predicted score|
     loss: float  # mean of the loss map
     correlation: float  # Re <score, target> / (|score| |target|), -1 to 1; NaN where one is zero
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields by name."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

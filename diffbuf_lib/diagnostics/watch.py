@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.summary import StageSummary, Summary, format_table, summarise
-from diffbuf_lib.trace import Trace
+from diffbuf_lib.trace import StageSummary, Summary, Trace, format_table, summarise
 from diffbuf_lib.training.isolation import isolated
 from diffbuf_lib.training.plan import Stream, seed_everything
 
@@ -136,13 +135,6 @@ class GradientRow:
     zeros: float  # share, 0 to 1
     nonfinite: int  # elements that are NaN or Inf
     weight_norm: float  # of the parameters themselves
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields by name; what JSON cannot hold becomes None."""
-        return {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in dataclasses.asdict(self).items()
-        }
 
 
 @dataclass(frozen=True)

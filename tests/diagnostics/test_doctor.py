@@ -334,8 +334,8 @@ def test_findings_are_sorted_rendered_and_told_as_json():
     told = json.loads(to_json(ordered))
     assert told["ok"] is False
     assert told["counts"] == {"error": 2, "warning": 1, "info": 0, "ok": 1}
-    assert told["findings"][0]["value"] == "inf"
-    assert told["findings"][2]["value"] == {"1": [2, "nan"]}
+    assert told["findings"][0]["value"] is None
+    assert told["findings"][2]["value"] == {"1": [2, None]}
     plain, coloured = render(ordered), render(ordered, colour=True)
     assert "\x1b[" not in plain
     assert "\x1b[31;1merror" in coloured

@@ -13,7 +13,7 @@ from diffbuf_lib.diagnostics.memory import estimate, network_estimate
 from diffbuf_lib.diagnostics.watch import RecordingModel, StageRecorder
 from diffbuf_lib.memory import saved_bytes
 from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.summary import Summary, summarise
+from diffbuf_lib.trace import Summary, summarise
 from diffbuf_lib.training import train
 from tests.conftest import make_model, seeded
 from tests.diagnostics.clips import Items, config
@@ -69,7 +69,7 @@ def test_a_trace_sums_up_every_stage_and_leaves_it_as_it_was(model, batch):
     trace = model.trace(*batch, seeded())
     before = trace.V.clone()
     summary = trace.summary()
-    assert [row.name for row in summary] == list(trace.__dataclass_fields__)
+    assert [row.name for row in summary] == list(trace.stages())
     assert summary["V"].shape == (3, 32, 51)
     assert summary["V"].dtype == "complex64"
     assert summary["loss"].mean == pytest.approx(trace.loss.item())
