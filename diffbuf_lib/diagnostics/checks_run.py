@@ -131,7 +131,7 @@ def check_machine(cfg: Config, device: str, results_path: Path) -> Iterator[Find
         yield judge("machine.device", device, error=True, message=str(error))
         return
     training, on_gpu = cfg.training, chosen.type == "cuda"
-    gpu = torch.cuda.get_device_name(chosen) if on_gpu else "no GPU is used"
+    gpu = torch.cuda.get_device_name(chosen) if on_gpu else f"{torch.get_num_threads()} CPU threads"
     message = f"{gpu}: {free_memory(chosen) / GIB:.1f} GiB of memory are free"
     yield judge("machine.device", str(chosen), info=not on_gpu, message=message)
     if not on_gpu and training.use_amp and training.amp_dtype == "fp16":
@@ -142,7 +142,7 @@ def check_machine(cfg: Config, device: str, results_path: Path) -> Iterator[Find
         yield judge(f"{key}/workspace", workspace, list(allowed), error=True)
         return
     agree = "agree to the bit" if wanted else "may differ in last bits"
-    yield judge(key, wanted, info=True, agree=agree, seed=training.seed)
+    yield judge(key, wanted, info=True, state=str(wanted).lower(), agree=agree, seed=training.seed)
 
 
 def _versions() -> Iterator[Finding]:
