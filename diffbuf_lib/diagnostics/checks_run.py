@@ -116,13 +116,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def check_machine(cfg: Config, device: str, results_path: Path) -> Iterator[Finding]:
-    """Look at what training would run on.
-
-    Args:
-        cfg: the config.
-        device: as asked for: "auto", "cpu", "cuda" or "cuda:N".
-        results_path: where the run will write.
-    """
+    """Look at what training would run on: `device` as asked for, and the disk it writes to."""
     yield from _versions()
     yield _disk(results_path)
     try:
@@ -147,13 +141,20 @@ def check_machine(cfg: Config, device: str, results_path: Path) -> Iterator[Find
 
 def _versions() -> Iterator[Finding]:
     packages = ("torch", "torchaudio", "accelerate", "numpy")
-    versions = {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}}
+    versions = {"python": platform.python_version(), **{p: _version(p) for p in packages}}
     text = ", ".join(f"{name} {version}" for name, version in versions.items())
     yield judge("machine.versions", versions, info=True, versions=text)
     pair = [versions[name].partition("+")[0] for name in ("torch", "torchaudio")]
     release, other = (version.rpartition(".")[0] for version in pair)
     differ = release != other
     yield judge("machine.torch_pair", pair, "one release", warning=differ, release=release)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "missing"
 
 
 def _disk(path: Path) -> Finding:
@@ -222,12 +223,9 @@ def run_pass(
 def check_model(
     cfg: Config, clip: tuple[Tensor, Tensor] | None, device: torch.device
 ) -> Iterator[Finding]:
-    """Build the model, make one training pass on one clip, and count memory.
+    """Build the model, make one training pass on a clip, and count memory.
 
-    Args:
-        cfg: the config.
-        clip: mix and target, [C, T] float32 each; None takes noise.
-        device: where.
+    The clip is mix and target, [C, T] float32, full scale 1, each; None takes noise.
     """
     free = free_memory(device)
     if cfg.model.base_channels * cfg.audio.num_frames > _LARGE:
@@ -275,7 +273,6 @@ def _passes(
 
 
 def _step(check: str, outcome: Pass, precision: str) -> Finding:
-    names = ("loss", "grad_norm", "nonfinite", "seconds")
     text = f"loss {outcome.loss:.4g}, gradient norm {outcome.grad_norm:.4g}"
     if not outcome.finite:
         text += f", {outcome.nonfinite} gradient elements not finite"
@@ -283,7 +280,7 @@ def _step(check: str, outcome: Pass, precision: str) -> Finding:
         text += "; in float32 the same clip is finite" if check == "model.step_amp" else ""
     return judge(
         check,
-        {name: getattr(outcome, name) for name in names},
+        {"loss": outcome.loss, "grad_norm": outcome.grad_norm, "nonfinite": outcome.nonfinite},
         "finite",
         error=not outcome.finite,
         precision=precision,
