@@ -259,11 +259,15 @@ def _passes(
     measured = plain = run_pass(model, mix, target, None)
     yield _step("model.step", plain, "float32")
     precision = _PRECISIONS[device.type].get(training.amp_dtype)
-    if training.use_amp and precision is not None and plain.seconds < 3 * _SLOW:
-        measured = run_pass(model, mix, target, precision)
-        # Mixed precision is blamed only for what float32 can do.
-        check = "model.step_amp" if plain.finite else "model.step"
-        yield _step(check, measured, training.amp_dtype)
+    if training.use_amp and precision is not None:
+        if plain.seconds < 3 * _SLOW:
+            measured = run_pass(model, mix, target, precision)
+            # Mixed precision is blamed only for what float32 can do.
+            check = "model.step_amp" if plain.finite else "model.step"
+            yield _step(check, measured, training.amp_dtype)
+        else:
+            name = training.amp_dtype
+            yield judge("model.step_amp/skipped", plain.seconds, info=True, precision=name)
     model.zero_grad()
     yield _memory(cfg, estimate_step(cfg, model if measured.seconds < _SLOW else None), free)
     seconds, batch = measured.seconds, training.batch_size
@@ -280,7 +284,12 @@ def _step(check: str, outcome: Pass, precision: str) -> Finding:
         text += "; in float32 the same clip is finite" if check == "model.step_amp" else ""
     return judge(
         check,
-        {"loss": outcome.loss, "grad_norm": outcome.grad_norm, "nonfinite": outcome.nonfinite},
+        {
+            "loss": outcome.loss,
+            "grad_norm": outcome.grad_norm,
+            "nonfinite_gradients": outcome.nonfinite,
+            "seconds": outcome.seconds,
+        },
         "finite",
         error=not outcome.finite,
         precision=precision,
