@@ -139,6 +139,7 @@ def test_errors_are_one_line_with_status_2(args, message, data, tmp_path, monkey
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.law
 def test_config_prints_what_load_config_reads(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
     _, out, _ = call(monkeypatch, capsys, "config", "configs/debug.yaml", "--set", "training.lr=5")

@@ -33,6 +33,7 @@ def write(path, seconds=0.3, rate=16000, channels=1):
     return wave.mean(axis=1)
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("rate", [8000, 16000, 44100])
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("suffix", [".wav", ".flac"])
@@ -45,6 +46,7 @@ def test_rate_length_and_timing_are_kept(perfect_model, tmp_path, rate, channels
     assert np.abs(out[middle, 0] - wave[middle]).max() < 0.01
 
 
+@pytest.mark.law
 def test_a_file_is_a_stream_whatever_the_block(model, tmp_path, monkeypatch):
     wave = write(tmp_path / "in.wav")
     enhancer = OnlineEnhancer(model, seed=4)
@@ -77,6 +79,7 @@ def test_an_output_of_another_format_is_refused(model, tmp_path, out):
         enhance_file(model, tmp_path / "in.wav", tmp_path / out)
 
 
+@pytest.mark.law
 def test_a_bad_file_leaves_no_half_output_and_keeps_the_old_one(model, tmp_path):
     wave = np.zeros(9000, np.float32)
     wave[8000] = np.nan
@@ -103,6 +106,7 @@ def dataset(tmp_path):
     return DNLMDataset(tmp_path / "set", 1600, training=False)
 
 
+@pytest.mark.law
 def test_evaluation_of_a_model_that_changes_nothing_gains_nothing(perfect_model, dataset):
     clips = list(evaluate(perfect_model, dataset, ["si_sdr"]))
     (row,) = summary(clips, ["si_sdr"])
@@ -111,6 +115,7 @@ def test_evaluation_of_a_model_that_changes_nothing_gains_nothing(perfect_model,
     assert abs(row.noisy) < 1
 
 
+@pytest.mark.law
 def test_evaluation_does_not_depend_on_the_batch(model, dataset):
     together = list(evaluate(model, dataset, ["si_sdr"], batch_size=3))
     alone = list(evaluate(model, dataset, ["si_sdr"], batch_size=1))

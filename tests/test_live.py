@@ -52,6 +52,7 @@ def live(cfg, costs, realtime):
     return report, clock
 
 
+@pytest.mark.law
 def test_a_late_hop_is_counted_and_delays_the_next_ones(tiny_cfg):
     """Hops of 2 ms: one takes 5 ms, and the next two are late because of it."""
     report, clock = live(tiny_cfg, [1, 5, 1, 0.5, 1], realtime=True)
@@ -63,6 +64,7 @@ def test_a_late_hop_is_counted_and_delays_the_next_ones(tiny_cfg):
     assert report.latency_ms == pytest.approx(127 / 16)
 
 
+@pytest.mark.law
 def test_without_realtime_a_hop_is_late_by_itself_and_nothing_waits(tiny_cfg):
     report, clock = live(tiny_cfg, [1, 5, 1, 2.5], realtime=False)
     assert report.missed == 2
@@ -98,6 +100,7 @@ def test_latency_report(tiny_cfg):
     assert report.state_bytes >= 2 * 8 * 32 * 10  # V and Y, complex, [F, K]
 
 
+@pytest.mark.law
 def test_a_file_comes_out_as_the_enhancer_gives_it(tiny_cfg, tmp_path):
     model = make_model(tiny_cfg)
     wave = 0.1 * np.random.default_rng(0).standard_normal((1003, 2)).astype(np.float32)
@@ -127,6 +130,7 @@ def test_the_microphone_without_its_extra_names_it(tiny_cfg, monkeypatch):
         run_microphone(OnlineEnhancer(make_model(tiny_cfg)))
 
 
+@pytest.mark.law
 def test_the_microphone_is_enhanced_until_ctrl_c(tiny_cfg, monkeypatch):
     model, played = make_model(tiny_cfg), []
     blocks = torch.randn(8, HOP, 1, generator=torch.Generator().manual_seed(0)).numpy()
@@ -161,6 +165,7 @@ def test_the_microphone_is_enhanced_until_ctrl_c(tiny_cfg, monkeypatch):
     assert report.missed >= 1  # what the card lost
 
 
+@pytest.mark.law
 def test_a_pipe_through_the_command_line(tiny_cfg, tmp_path):
     """Raw s16le in and out, the report on stderr; the numbers are those of a file."""
     model = make_model(tiny_cfg.override("training.loss=data_prediction"))
