@@ -11,8 +11,7 @@ import torch
 
 from diffbuf_lib import OnlineEnhancer
 from diffbuf_lib.errors import DataError, MissingExtraError
-from diffbuf_lib.live import latency_report, run_live
-from diffbuf_lib.live_io import run_microphone, stream_path
+from diffbuf_lib.live import latency_report, run_live, run_microphone, stream_path
 from tests.conftest import make_model
 
 HOP = 32  # 2 ms of tiny_cfg
@@ -75,27 +74,17 @@ def test_quantiles_and_text(tiny_cfg):
     report, _ = live(tiny_cfg, [i / 100 for i in range(1, 101)], realtime=False)
     quantiles = [report.quantile(q) for q in (0.5, 0.95, 0.99, 1)]
     assert quantiles == pytest.approx([0.51, 0.96, 1.0, 1.0])
-    text = str(report)
-    for part in (
-        "real-time factor 0.255",
-        "p99 1.00",
-        "worst 1.00",
-        "missed deadlines 0",
-        "7.9 ms",
-    ):
-        assert part in text
+    for number in ("0.255", "p99 1.00", "deadlines 0", "7.9 ms"):
+        assert number in str(report)
     assert live(tiny_cfg, [], realtime=True)[0].real_time_factor == 0
 
 
 def test_latency_report(tiny_cfg):
-    cfg = tiny_cfg.override("training.loss=data_prediction")
-    model = make_model(cfg)
+    model = make_model(tiny_cfg.override("training.loss=data_prediction"))
     report = latency_report(model, delay=2, hops=5)
-    assert report.latency_samples == 31 + 32
-    assert report.latency_ms == pytest.approx(63 / 16)
-    assert report.hop_ms == 2
-    assert 0 < report.fastest_ms <= report.frame_ms
-    assert report.real_time_factor == report.frame_ms / 2
+    assert report.latency_ms == pytest.approx((31 + 32) / 16)
+    assert (report.hop_ms, len(report.frame_ms)) == (2, 5)
+    assert report.real_time_factor == sorted(report.frame_ms)[2] / 2 > 0
     assert report.weight_bytes == 4 * sum(p.numel() for p in model.parameters())
     assert report.state_bytes >= 2 * 8 * 32 * 10  # V and Y, complex, [F, K]
 

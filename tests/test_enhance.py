@@ -5,9 +5,9 @@ import pytest
 import soundfile
 import torch
 
-from diffbuf_lib import OnlineEnhancer, enhancement
+from diffbuf_lib import OnlineEnhancer, enhance
 from diffbuf_lib.data import DNLMDataset
-from diffbuf_lib.enhancement import enhance_file, enhance_path
+from diffbuf_lib.enhance import enhance_file, enhance_path
 from diffbuf_lib.errors import DataError
 from diffbuf_lib.evaluation import evaluate, summary
 from tests.conftest import make_model
@@ -53,7 +53,7 @@ def test_a_file_is_a_stream_whatever_the_block(model, tmp_path, monkeypatch):
     samples = torch.from_numpy(wave).float()
     expected = torch.cat([enhancer.push(samples), enhancer.flush()])
     for seconds in (4.0, 0.0101):
-        monkeypatch.setattr(enhancement, "BLOCK_SECONDS", seconds)
+        monkeypatch.setattr(enhance, "BLOCK_SECONDS", seconds)
         enhance_file(model, tmp_path / "in.wav", tmp_path / "out.wav", seed=4)
         out, _ = soundfile.read(tmp_path / "out.wav", dtype="float32")
         torch.testing.assert_close(torch.from_numpy(out), expected, rtol=1e-4, atol=1e-4)

@@ -15,6 +15,7 @@ import torch
 
 from diffbuf_lib.data.files import list_audio, read_info
 from diffbuf_lib.errors import DataError
+from diffbuf_lib.live import output_format
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.streaming import OnlineEnhancer
 
@@ -39,20 +40,15 @@ def enhance_file(
     Raises:
         DataError: a file that cannot be read or written, or that holds NaN.
     """
-    info = read_info(source)
-    destination = Path(destination)
-    subtypes = {".wav": "FLOAT", ".flac": "PCM_24"}
-    if destination.suffix.lower() not in subtypes:
-        raise DataError(f"{destination}: give the output a name in .wav or .flac")
+    info, destination = read_info(source), Path(destination)
+    arguments = output_format(destination)
     enhancer = OnlineEnhancer(model, seed=seed)
     partial = None
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=destination.parent, suffix=destination.suffix)
+        handle, partial = tempfile.mkstemp(dir=destination.parent)
         os.close(handle)
-        with soundfile.SoundFile(
-            partial, "w", info.sample_rate, 1, subtypes[destination.suffix.lower()]
-        ) as out:
+        with soundfile.SoundFile(partial, "w", info.sample_rate, 1, **arguments) as out:
             for block in _enhanced(enhancer, model.cfg.audio.sample_rate, info.path):
                 out.write(block)
         os.replace(partial, destination)
