@@ -72,8 +72,7 @@ def test_without_realtime_a_hop_is_late_by_itself_and_nothing_waits(tiny_cfg):
 
 def test_quantiles_and_text(tiny_cfg):
     report, _ = live(tiny_cfg, [i / 100 for i in range(1, 101)], realtime=False)
-    quantiles = [report.quantile(q) for q in (0.5, 0.95, 0.99, 1)]
-    assert quantiles == pytest.approx([0.51, 0.96, 1.0, 1.0])
+    assert [report.quantile(q) for q in (0.5, 0.95, 1)] == pytest.approx([0.51, 0.96, 1])
     for number in ("0.255", "p99 1.00", "deadlines 0", "7.9 ms"):
         assert number in str(report)
     assert live(tiny_cfg, [], realtime=True)[0].real_time_factor == 0
@@ -103,14 +102,13 @@ def test_a_file_comes_out_as_the_enhancer_gives_it(tiny_cfg, tmp_path):
     assert len(report.frame_ms) == -(-1003 // HOP)
 
 
-def test_wrong_rate_and_wrong_output_say_what_to_do(tiny_cfg, tmp_path):
-    enhancer = OnlineEnhancer(make_model(tiny_cfg))
-    soundfile.write(tmp_path / "8k.wav", np.zeros(100), 8000)
-    soundfile.write(tmp_path / "16k.wav", np.zeros(100), 16000)
-    with pytest.raises(DataError, match="8000 Hz and the model at 16000"):
-        stream_path(enhancer, tmp_path / "8k.wav", tmp_path / "out.wav")
-    with pytest.raises(DataError, match=r"\.wav or \.flac, or -"):
-        stream_path(enhancer, tmp_path / "16k.wav", tmp_path / "out.mp3")
+@pytest.mark.parametrize(
+    ("rate", "out", "message"), [(8000, "out.wav", "8000 Hz.*16000"), (16000, "out.mp3", ".wav or")]
+)
+def test_wrong_rate_and_wrong_output_say_what_to_do(tiny_cfg, tmp_path, rate, out, message):
+    soundfile.write(tmp_path / "in.wav", np.zeros(100), rate)
+    with pytest.raises(DataError, match=message):
+        stream_path(OnlineEnhancer(make_model(tiny_cfg)), tmp_path / "in.wav", tmp_path / out)
 
 
 def test_the_microphone_without_its_extra_names_it(tiny_cfg, monkeypatch):
