@@ -391,17 +391,15 @@ class DemoModel(Command, name="demo-model"):
 
     def __call__(self) -> None:
         root = Path(__file__).parents[1]
-        if not (root / "recipes" / "cpu_demo").is_dir():
+        if not (root / "recipes" / "cpu_demo" / "pretraining.py").is_file():
             raise ConfigError(
                 "diffbuf demo-model needs recipes/cpu_demo of the repository, which is not "
-                "installed with the package: run it from a checkout, pip install -e ."
+                "installed with the package: run it from a checkout, after pip install -e ."
             )
         cfg = load_config(self.config_path, self.overrides)
         sys.path.insert(0, str(root))
-        recipe = import_module("recipes.cpu_demo.pretraining")
-        print(
-            recipe.run_pretraining(cfg, self.data_path, self.results_path, say=say, progress=True)
-        )
+        run = import_module("recipes.cpu_demo.pretraining").run_pretraining
+        print(run(cfg, self.data_path, self.results_path, say=say, progress=True))
 
 
 class DataDemo(Command, name="data demo"):
