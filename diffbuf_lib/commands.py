@@ -244,7 +244,7 @@ class Stream(Command, name="stream"):
     output: Positional[Path] = Path("-")  # .wav or .flac file; - for stdout
     model: str = DEFAULT_MODEL  # folder of a trained model, a run's folder, or a name
     realtime: bool = False  # feed a file at its own pace
-    delay: int | None = None  # frames, 1 to buffer_size, from a sample to its output
+    delay: int | None = None  # output delay, 1 to buffer_size frames (data prediction)
     threads: int | None = None  # CPU threads of torch; default: its own choice
     compiled: bool = False  # one graph of a block_causal model: a minute to start, then faster
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: for the network of a block_causal model
@@ -304,7 +304,7 @@ class Evaluate(Scoring, name="evaluate"):
     metrics: tuple[str, ...] = ("si_sdr", "sdr", "pesq", "estoi")  # or distillmos dnsmos
     #: or noisereduce, noisereduce_nonstationary, deepfilternet
     baselines: tuple[str, ...] = ("noisy",)
-    delay: int | None = None  # frames, 1 to buffer_size, from a sample to its output
+    delay: int | None = None  # output delay, 1 to buffer_size frames (data prediction)
 
     def __call__(self) -> None:
         from diffbuf_lib.evaluation.runner import evaluate_folder
@@ -413,7 +413,10 @@ class DataDemo(Command, name="data demo"):
     def __call__(self) -> None:
         from diffbuf_lib.data import build_demo
 
-        print(build_demo(progress=True, **vars(self)))
+        built = build_demo(
+            self.out_path, train=self.train, valid=self.valid, seed=self.seed, progress=True
+        )
+        print(built)
 
 
 class DataBuild(Command, name="data build"):
@@ -437,7 +440,12 @@ class DataBuild(Command, name="data build"):
     def __call__(self) -> None:
         from diffbuf_lib.data import build_dnlm
 
-        print(build_dnlm(progress=True, **vars(self)))
+        built = build_dnlm(
+            self.speech_path, self.noise_path, self.out_path, train=self.train, valid=self.valid,
+            seconds=self.seconds, sample_rate=self.sample_rate, snr=self.snr,
+            distance=self.distance, seed=self.seed, processes=self.processes, progress=True,
+        )  # fmt: skip
+        print(built)
 
 
 class DataDownload(Command, name="data download"):

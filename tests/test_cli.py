@@ -146,6 +146,14 @@ def test_config_prints_what_load_config_reads(flags, monkeypatch, capsys, tmp_pa
     assert "diffusion_buffer.buffer_size = 20" in call(monkeypatch, capsys, "config")[1]
 
 
+def test_data_build_makes_a_set(data, tmp_path, monkeypatch, capsys):
+    status, _, _ = call(
+        monkeypatch, capsys, "data", "build", "--speech_path", data / "train", "--noise_path",
+        data / "valid", "--out_path", tmp_path, "--train", 2, "--valid", 1, "--processes", 1,
+    )  # fmt: skip
+    assert (status, len(list((tmp_path / "train").glob("sample_*")))) == (0, 2)
+
+
 def test_ctrl_c_is_status_130(monkeypatch, capsys):
     monkeypatch.setattr(commands.PrintConfig, "__call__", lambda self: signal.raise_signal(2))
     assert call(monkeypatch, capsys, "config")[::2] == (130, "\nstopped\n")
