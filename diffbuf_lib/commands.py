@@ -227,7 +227,7 @@ class Enhance(Command, name="enhance"):
 
     def __call__(self) -> None:
         from diffbuf_lib.enhance import enhance_path
-        from diffbuf_lib.loading import load_model
+        from diffbuf_lib.model import load_model
 
         model = load_model(self.model, self.device)
         for _, written in enhance_path(model, self.source, self.output, seed=self.seed):
@@ -255,7 +255,7 @@ class Stream(Command, name="stream"):
         import torch
 
         from diffbuf_lib.live import run_microphone, stream_path
-        from diffbuf_lib.loading import load_model
+        from diffbuf_lib.model import load_model
         from diffbuf_lib.streaming import OnlineEnhancer
 
         if self.threads is not None:
