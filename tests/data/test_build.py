@@ -47,6 +47,7 @@ def test_the_tree_is_a_dnlm_dataset(built):
     assert all(set(record) == keys for record in records(built, "train"))
 
 
+@pytest.mark.law
 def test_the_files_have_the_drawn_snr_and_add_up(built):
     for split in ("train", "valid"):
         for record in records(built, split):
@@ -69,6 +70,7 @@ def test_speech_is_never_a_pause(built):
         assert float((wave.abs() > 0.02 * wave.abs().max()).float().mean()) > 0.05
 
 
+@pytest.mark.law
 def test_train_and_valid_share_no_speaker_and_no_noise(built):
     train, valid = records(built, "train"), records(built, "valid")
     for of in (
@@ -81,11 +83,13 @@ def test_train_and_valid_share_no_speaker_and_no_noise(built):
     assert len(set(used)) == min(len(used), 6)
 
 
+@pytest.mark.law
 def test_one_process_and_two_write_the_same_bytes(tmp_path, sources, built):
     other = build_dnlm(*sources, tmp_path / "two", **SMALL, processes=2)
     assert contents(other) == contents(built)
 
 
+@pytest.mark.law
 def test_another_seed_writes_other_bytes(tmp_path, sources, built):
     other = build_dnlm(*sources, tmp_path / "other", **{**SMALL, "seed": 4})
     a, b = contents(built), contents(other)
@@ -93,6 +97,7 @@ def test_another_seed_writes_other_bytes(tmp_path, sources, built):
     assert same == []
 
 
+@pytest.mark.law
 def test_a_stopped_build_goes_on_and_ends_the_same(tmp_path, sources, built, monkeypatch):
     made = []
     real = build_module.make_sample
@@ -150,6 +155,7 @@ def test_sources_may_move(tmp_path, sources, built):
     build_dnlm(moved, sources[1], built, **SMALL)
 
 
+@pytest.mark.law
 def test_one_noise_file_is_split_in_time(tmp_path, sources, save):
     noise = tmp_path / "one"
     ramp = np.linspace(0.01, 0.9, 3 * 16000)[None] * np.sign(np.sin(np.arange(48000) * 3.0))

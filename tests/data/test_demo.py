@@ -38,6 +38,7 @@ def test_the_demo_set_trains_validates_and_can_be_listened_to(demo):
     assert 1.5 < spoken.shape[1] / 16000 < 5
 
 
+@pytest.mark.law
 def test_the_same_arguments_give_the_same_bytes(demo, small, tmp_path):
     again = build_demo(tmp_path / "again", **small)
     for path in demo.rglob("*"):

@@ -14,6 +14,7 @@ from diffbuf_lib.errors import DataError
 RATE = 16000
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("kind", KINDS)
 def test_noises_are_loud_finite_and_keyed_by_their_seed(kind):
     waves = [KINDS[kind](np.random.default_rng(seed), RATE, RATE) for seed in (0, 0, 1, 2, 3)]
@@ -45,6 +46,7 @@ def test_wind_is_low_and_rain_comes_in_bursts():
     assert kurtosis(rain) > 2 * kurtosis(hiss)
 
 
+@pytest.mark.law
 def test_every_drone_belongs_to_one_split():
     owners = [pretraining._owner(f) for f in np.linspace(80, 460, 2000)]
     assert set(owners) == {"train", "valid", "test"}
@@ -54,6 +56,7 @@ def test_every_drone_belongs_to_one_split():
     assert pretraining._owner(low - 0.1) == pretraining._owner(high + 0.1) == "train"
 
 
+@pytest.mark.law
 def test_no_language_is_in_two_splits():
     languages = [name for names in pretraining.SPEAKERS.values() for name in names]
     assert len(languages) == len(set(languages))
@@ -61,6 +64,7 @@ def test_no_language_is_in_two_splits():
     assert sum({"en", "es"} <= set(names) for names in pretraining.SPEAKERS.values()) == 1
 
 
+@pytest.mark.law
 def test_prompts_are_joined_to_long_files_without_loss():
     waves = [torch.full((1, RATE), 0.1 * (i + 1)) for i in range(23)]
     files = list(pretraining._joined(iter(waves)))
