@@ -13,7 +13,7 @@ import soundfile
 import soxr
 import torch
 
-from diffbuf_lib.data.files import list_audio, read_info
+from diffbuf_lib.data.audio import list_audio, read_info
 from diffbuf_lib.errors import DataError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.streaming import OnlineEnhancer

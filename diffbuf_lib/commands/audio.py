@@ -121,7 +121,7 @@ def demo_model_command(
         results_path: where everything else goes; an interrupted run goes on.
         overrides: config keys.
     """
-    from diffbuf_lib.pretraining import run_pretraining
+    from recipes.cpu_demo.pretraining import run_pretraining
 
     cfg = load_config(config_path, overrides)
     print(run_pretraining(cfg, data_path, results_path, say=say, progress=True))

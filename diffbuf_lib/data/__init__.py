@@ -1,19 +1,8 @@
 """Audio files, mixtures, drones, and datasets of (mix, target) clips."""
 
-from diffbuf_lib.data.build import build_dnlm
-from diffbuf_lib.data.clips import ClipDataset, Crop, collate, draw_crop
-from diffbuf_lib.data.demo import build_demo
-from diffbuf_lib.data.dnlm import (
-    LAYOUTS,
-    DNLMDataset,
-    MixingDataset,
-    PairedFolderDataset,
-    find_layout,
-    open_dataset,
-)
-from diffbuf_lib.data.drone import DroneParameters, synthesise
-from diffbuf_lib.data.files import (
+from diffbuf_lib.data.audio import (
     AudioInfo,
+    atomic_file,
     check_rate,
     list_audio,
     read_audio,
@@ -22,7 +11,21 @@ from diffbuf_lib.data.files import (
     write_audio,
     write_bytes,
 )
-from diffbuf_lib.data.librispeech import download_librispeech
+from diffbuf_lib.data.build import build_dnlm, download_librispeech
+from diffbuf_lib.data.datasets import (
+    LAYOUTS,
+    ClipDataset,
+    Crop,
+    DNLMDataset,
+    MixingDataset,
+    PairedFolderDataset,
+    collate,
+    draw_crop,
+    find_layout,
+    open_dataset,
+)
+from diffbuf_lib.data.demo_set import build_demo
+from diffbuf_lib.data.drone import DroneParameters, synthesise
 from diffbuf_lib.data.mixing import Mixture, mix_pair
 
 __all__ = [
@@ -35,6 +38,7 @@ __all__ = [
     "MixingDataset",
     "Mixture",
     "PairedFolderDataset",
+    "atomic_file",
     "build_demo",
     "build_dnlm",
     "check_rate",

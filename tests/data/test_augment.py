@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffbuf_lib.data.augment import change_speed, draw_response, reverberate, tilt_spectrum
+from diffbuf_lib.data.mixing import change_speed, reverberate, tilt_spectrum
+from recipes.cpu_demo.rooms import draw_response
 
 RATE = 16000
 

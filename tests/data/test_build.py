@@ -102,11 +102,14 @@ def test_a_stopped_build_goes_on_and_ends_the_same(tmp_path, sources, built, mon
     made = []
     real = build_module.make_sample
 
-    def counting(split, index):
+    def place(sample):
+        return sample.folder.parent.name, int(sample.folder.name.removeprefix("sample_"))
+
+    def counting(sample):
         if len(made) == 4:
             raise KeyboardInterrupt
-        made.append((split.name, index))
-        real(split, index)
+        made.append(place(sample))
+        real(sample)
 
     monkeypatch.setattr(build_module, "make_sample", counting)
     out = tmp_path / "stopped"
@@ -120,7 +123,7 @@ def test_a_stopped_build_goes_on_and_ends_the_same(tmp_path, sources, built, mon
     monkeypatch.setattr(
         build_module,
         "make_sample",
-        lambda split, i: (again.append((split.name, i)), real(split, i)),
+        lambda sample: (again.append(place(sample)), real(sample)),
     )
     build_dnlm(*sources, out, **SMALL)
     assert sorted(again) == sorted(
@@ -135,7 +138,7 @@ def test_a_stopped_build_goes_on_and_ends_the_same(tmp_path, sources, built, mon
 
 def test_other_arguments_or_sources_into_the_same_folder_are_refused(sources, built, save):
     before = contents(built)
-    with pytest.raises(DataError, match="was built with seed 3, not 9: choose another out_dir"):
+    with pytest.raises(DataError, match="seed 3, not 9"):
         build_dnlm(*sources, built, **{**SMALL, "seed": 9})
     with pytest.raises(DataError, match="snr"):
         build_dnlm(*sources, built, **SMALL, snr=(-5.0, 5.0))
@@ -185,12 +188,12 @@ def test_test_split_and_named_valid_speakers(tmp_path, sources):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"train": 0}, "train 0 is below 1: raise --train"),
-        ({"valid": -1}, "valid -1 is below 0"),
-        ({"seconds": 0.0}, "seconds 0.0 is not in"),
-        ({"snr": (0.0, -30.0)}, r"snr \(0.0, -30.0\) is not a range"),
+        ({"train": 0}, "train 0 .*--train"),
+        ({"valid": -1}, "valid -1 .*--valid"),
+        ({"seconds": 0.0}, "seconds 0.0 .*--seconds"),
+        ({"snr": (0.0, -30.0)}, r"snr .*--snr"),
         ({"distance": (0.0, 20.0)}, "distance"),
-        ({"sample_rate": 1}, "sample_rate 1 Hz"),
+        ({"sample_rate": 1}, "sample_rate 1 "),
         ({"processes": 0}, "processes 0"),
         ({"seconds": 2.5}, r"noise file .*drone.*lower --seconds"),
         ({"valid_speakers": ["nobody"]}, "'nobody' is none of the 4 speakers"),
