@@ -13,11 +13,12 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -127,14 +128,15 @@ def build_dnlm(
     if processes is not None and processes < 1:
         raise DataError(f"processes {processes} is below 1: raise --processes")
     _check_apart(speech_dir=speech_dir, noise_dir=noise_dir, out_dir=out_dir)
-    splits = _plan(speech_dir, noise_dir, out_dir, recipe)
-    if not (out_dir / "build.json").exists() and any(split.folder.exists() for split in splits):
+    samples = _plan(speech_dir, noise_dir, out_dir, recipe)
+    here = any((out_dir / name).exists() for name in _SPLIT_NUMBERS)
+    if here and not (out_dir / "build.json").exists():
         raise DataError(
             f"{out_dir} holds a dataset without build.json, made elsewhere: choose another folder"
         )
     sources = _fingerprint(speech_dir, noise_dir)
     claim(out_dir / "build.json", {**recipe.model_dump(mode="json"), "sources": sources})
-    make_splits(splits, processes=processes, progress=progress)
+    make_samples(samples, processes=processes, progress=progress)
     return out_dir
 
 
@@ -148,7 +150,7 @@ class NoiseRegion(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """What the samples of one split are drawn from, and where they go."""
+    """What the samples of one split have in common."""
 
     name: str  # train, valid or test
     number: int  # its key of randomness
@@ -161,74 +163,66 @@ class Split:
     folder: Path  # where the sample folders go
     speech_dir: Path
     noise_dir: Path
-    speech: tuple[str, ...]  # files below speech_dir, used in turn
-    noise: tuple[NoiseRegion, ...]
-
-    def draw(self, index: int) -> Sample:
-        """Draw SNR, distance and sources of one sample; no file is read."""
-        rng = np.random.default_rng([self.seed, self.number, index])
-        snr_db = float(rng.uniform(self.snr[0], self.snr[-1]))
-        if len(self.snr) > 2:
-            snr_db = self.snr[index % len(self.snr)]
-        distance = float(rng.uniform(*self.distance))
-        region = self.noise[int(rng.integers(len(self.noise)))]
-        speech = self.speech[index % len(self.speech)]
-        name = f"sample_{index:05d}"
-        return Sample(
-            folder=self.folder / name,
-            key=(self.seed, self.number, index),
-            frames=self.frames,
-            sample_rate=self.sample_rate,
-            speech=self.speech_dir / speech,
-            noise=self.noise_dir / region.name,
-            region=region,
-            record={
-                "id": name,
-                "input_snr": snr_db,
-                "speech_source": speech,
-                "noise_source": region.name,
-                "speech_distance": distance,
-            },
-        )
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One sample, drawn before any audio is read: all that a worker process must know."""
+class Sample(NamedTuple):
+    """One sample as it is drawn before any audio is read; small, since processes are sent it."""
 
-    folder: Path  # its own, such as train/sample_00000
-    key: tuple[int, int, int]  # seed, split, index
-    frames: int  # at sample_rate
-    sample_rate: int  # Hz
-    speech: Path
-    noise: Path
-    region: NoiseRegion  # the samples of `noise` that may be used
-    record: dict[str, Any]  # its entry in metadata.json: SNR in dB, distance in m
+    split: Split
+    number: int  # from 0
+    record: dict[str, Any]  # its entry in metadata.json
+    noise: NoiseRegion
 
-    def is_complete(self) -> bool:
-        """Return whether all of its files are there."""
-        return all((self.folder / f"{stem}.wav").is_file() for stem in STEMS)
+    @property
+    def folder(self) -> Path:
+        """Where its files go."""
+        return self.split.folder / str(self.record["id"])
 
 
-def make_splits(
-    splits: Sequence[Split], *, processes: int | None = None, progress: bool = False
+def draw_samples(
+    split: Split, speech: Sequence[str], noise: Sequence[NoiseRegion]
+) -> Iterator[Sample]:
+    """Draw SNR, distance and noise of each sample of a split; speech files are used in turn."""
+    for index in range(split.count):
+        rng = np.random.default_rng([split.seed, split.number, index])
+        drawn = float(rng.uniform(split.snr[0], split.snr[-1]))
+        distance = float(rng.uniform(*split.distance))
+        region = noise[int(rng.integers(len(noise)))]
+        record = {
+            "id": f"sample_{index:05d}",
+            "input_snr": split.snr[index % len(split.snr)] if len(split.snr) > 2 else drawn,
+            "speech_source": speech[index % len(speech)],
+            "noise_source": region.name,
+            "speech_distance": distance,
+        }
+        yield Sample(split, index, record, region)
+
+
+def make_samples(
+    samples: Iterable[Sample], *, processes: int | None = None, progress: bool = False
 ) -> None:
     """Make the samples that are missing, and last metadata.json, which says that a split is whole.
 
     Raises:
         DataError: a source file cannot be used, the disk is full, or a worker was killed.
     """
-    samples = {split.name: [split.draw(i) for i in range(split.count)] for split in splits}
-    for split in splits:
+    of_split: dict[Split, list[Sample]] = {}
+    for sample in samples:
+        of_split.setdefault(sample.split, []).append(sample)
+    for split in of_split:
         for leftover in split.folder.glob(".sample_*.tmp"):  # of a killed process
             shutil.rmtree(leftover, ignore_errors=True)
-    todo = [sample for drawn in samples.values() for sample in drawn if not sample.is_complete()]
+    todo = [
+        sample
+        for sample in chain(*of_split.values())
+        if not all((sample.folder / f"{stem}.wav").is_file() for stem in STEMS)
+    ]
     if processes is None:
         processes = min(_cores(), len(todo) // _SAMPLES_WORTH_A_PROCESS)
     run_parallel(make_sample, todo, processes, desc="clips", disable=not progress)
-    for split in splits:
-        records = [sample.record for sample in samples[split.name]]
-        _write_json(split.folder / "metadata.json", {split.name: records})
+    for split, made in of_split.items():
+        content = {split.name: [sample.record for sample in made]}
+        _write_json(split.folder / "metadata.json", content)
 
 
 def make_sample(sample: Sample) -> None:
@@ -239,23 +233,25 @@ def make_sample(sample: Sample) -> None:
     Raises:
         DataError: a source file cannot be used, or the disk is full.
     """
-    # Another key than draw's, so that the excerpts are not made of the same random numbers.
-    rng = np.random.default_rng([*sample.key, 1])
+    split, record = sample.split, sample.record
+    # Another key than draw_samples', so that excerpts are not made of the same random numbers.
+    rng = np.random.default_rng([split.seed, split.number, sample.number, 1])
+    speech_file = split.speech_dir / record["speech_source"]
+    noise_file = split.noise_dir / record["noise_source"]
     with _one_thread():
-        speech, noise = _speech_excerpt(sample, rng), _noise_excerpt(sample, rng)
+        speech = _speech_excerpt(split, speech_file, rng)
+        noise = _noise_excerpt(split, noise_file, sample.noise, rng)
         try:
-            mixture = mix_pair(
-                speech, noise, sample.record["input_snr"], sample.record["speech_distance"]
-            )
+            mixture = mix_pair(speech, noise, record["input_snr"], record["speech_distance"])
         except DataError as error:
-            raise DataError(f"{sample.speech} with {sample.noise}: {error}") from error
+            raise DataError(f"{speech_file} with {noise_file}: {error}") from error
     target, noise = (torch.round(wave * 32768) / 32768 for wave in (mixture.target, mixture.noise))
     # Written to a temporary folder, then renamed: a folder called sample_* is a finished one.
     temporary = sample.folder.with_name(f".{sample.folder.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         for stem, wave in zip(STEMS, (target + noise, target, noise), strict=True):
-            write_audio(temporary / f"{stem}.wav", wave, sample.sample_rate)
+            write_audio(temporary / f"{stem}.wav", wave, split.sample_rate)
         if sample.folder.exists():  # an incomplete one: someone deleted a file in it
             shutil.rmtree(sample.folder)
         temporary.rename(sample.folder)
@@ -288,7 +284,10 @@ def claim(marker: Path, parameters: dict[str, Any]) -> None:
         raise DataError(f"{marker} cannot be read: {fix}")
     for key, value in parameters.items():
         if before.get(key) != value:
-            raise DataError(f"{folder} was built with {key} {before.get(key)}, not {value}: {fix}")
+            what = f"{key} {before.get(key)}, not {value}"
+            if key == "sources":
+                what = "other speech or noise files"
+            raise DataError(f"{folder} was built with {what}: {fix}")
 
 
 def run_parallel(
@@ -296,11 +295,7 @@ def run_parallel(
 ) -> None:
     """Call `function(item)` for every item; from two processes on, in worker processes.
 
-    Args:
-        function: at the top level of a module, so that it can be sent.
-        items: what to do.
-        processes: how many work side by side.
-        bar: options of tqdm's progress bar.
+    `bar` has the options of tqdm's progress bar.
 
     Raises:
         DataError: a worker was killed.
@@ -356,7 +351,7 @@ def download_librispeech(out_dir: str | Path, subset: str = "train-clean-100") -
         reason = " ".join(str(error).split())
         raise DataError(
             f"LibriSpeech {subset} cannot be downloaded to {out_dir} ({reason}): check the network "
-            f"and the disk space, or unpack the archive from https://www.openslr.org/12 as {final}; "
+            f"and the disk, or unpack the archive from https://www.openslr.org/12 as {final}; "
             "without a network, `diffbuf data demo` makes a small dataset"
         ) from error
     shutil.rmtree(work, ignore_errors=True)
@@ -374,8 +369,8 @@ def _check_apart(**folders: Path) -> None:
                 )
 
 
-def _plan(speech_dir: Path, noise_dir: Path, out_dir: Path, recipe: Recipe) -> list[Split]:
-    """Decide which sources each split draws from."""
+def _plan(speech_dir: Path, noise_dir: Path, out_dir: Path, recipe: Recipe) -> list[Sample]:
+    """Decide which sources each split draws from, and draw."""
     counts = {"train": recipe.train, "valid": recipe.valid, "test": recipe.test}
     seconds = {"train": recipe.seconds, "valid": recipe.seconds, "test": recipe.test_seconds}
     frames = {name: round(seconds[name] * recipe.sample_rate) for name in counts}
@@ -385,23 +380,25 @@ def _plan(speech_dir: Path, noise_dir: Path, out_dir: Path, recipe: Recipe) -> l
     speech = _split_speech(speech_dir, fraction, recipe)
     noise = _split_noise(noise_dir, fraction, recipe, (frames["train"], longest))
     return [
-        Split(
-            name=name,
-            number=number,
-            count=counts[name],
-            frames=frames[name],
-            sample_rate=recipe.sample_rate,
-            snr=recipe.snr,
-            distance=recipe.distance,
-            seed=recipe.seed,
-            folder=out_dir / name,
-            speech_dir=speech_dir,
-            noise_dir=noise_dir,
-            speech=speech[min(number, 1)],
-            noise=noise[min(number, 1)],
-        )
+        sample
         for name, number in _SPLIT_NUMBERS.items()
-        if counts[name]
+        for sample in draw_samples(
+            Split(
+                name=name,
+                number=number,
+                count=counts[name],
+                frames=frames[name],
+                sample_rate=recipe.sample_rate,
+                snr=recipe.snr,
+                distance=recipe.distance,
+                seed=recipe.seed,
+                folder=out_dir / name,
+                speech_dir=speech_dir,
+                noise_dir=noise_dir,
+            ),
+            speech[min(number, 1)],
+            noise[min(number, 1)],
+        )
     ]
 
 
@@ -504,37 +501,39 @@ def _fingerprint(*folders: Path) -> str:
     return digest.hexdigest()
 
 
-def _speech_excerpt(sample: Sample, rng: np.random.Generator) -> Tensor:
+def _speech_excerpt(split: Split, path: Path, rng: np.random.Generator) -> Tensor:
     """Return [1, T] speech with energy in it: never a pause if the file has more than pauses."""
-    wave, rate = read_audio(sample.speech)
-    wave = resample(wave.mean(0, keepdim=True), rate, sample.sample_rate)  # [1, whole file]
+    wave, rate = read_audio(path)
+    wave = resample(wave.mean(0, keepdim=True), rate, split.sample_rate)  # [1, whole file]
     if is_silent(wave):
-        raise DataError(f"{sample.speech} is silent: remove it from the speech folder")
-    spare = wave.shape[1] - sample.frames
+        raise DataError(f"{path} is silent: remove it from the speech folder")
+    spare = wave.shape[1] - split.frames
     if spare <= 0:
         return torch.nn.functional.pad(wave, (0, -spare))
     # Energy of every possible excerpt at once, from differences of the running sum.
     running = torch.nn.functional.pad(wave[0].double().square().cumsum(0), (1, 0))
-    energy = (running[sample.frames :] - running[: -sample.frames]) / sample.frames
+    energy = (running[split.frames :] - running[: -split.frames]) / split.frames
     enough = _LOUD_ENOUGH**2 * float(running[-1]) / wave.shape[1]
     starts = rng.integers(spare + 1, size=_TRIES)
     loud = [int(start) for start in starts if float(energy[start]) >= enough]
     start = loud[0] if loud else int(energy.argmax())
-    return wave[:, start : start + sample.frames]
+    return wave[:, start : start + split.frames]
 
 
-def _noise_excerpt(sample: Sample, rng: np.random.Generator) -> Tensor:
+def _noise_excerpt(
+    split: Split, path: Path, region: NoiseRegion, rng: np.random.Generator
+) -> Tensor:
     """Return [1, T] noise from the split's part of the file; only what is needed is read."""
-    rate = read_info(sample.noise).sample_rate
-    needed = _noise_frames(sample.frames, sample.sample_rate, rate)
+    rate = read_info(path).sample_rate
+    needed = _noise_frames(split.frames, split.sample_rate, rate)
     for _ in range(_TRIES):
-        start = int(rng.integers(sample.region.start, sample.region.stop - needed + 1))
-        wave, _ = read_audio(sample.noise, start, needed)
+        start = int(rng.integers(region.start, region.stop - needed + 1))
+        wave, _ = read_audio(path, start, needed)
         if not is_silent(wave):
             break
-    wave = resample(wave.mean(0, keepdim=True), rate, sample.sample_rate)
-    skip = int(_RESAMPLING_MARGIN * sample.sample_rate) if rate != sample.sample_rate else 0
-    return wave[:, skip : skip + sample.frames]
+    wave = resample(wave.mean(0, keepdim=True), rate, split.sample_rate)
+    skip = int(_RESAMPLING_MARGIN * split.sample_rate) if rate != split.sample_rate else 0
+    return wave[:, skip : skip + split.frames]
 
 
 def _noise_frames(frames: int, sample_rate: int, file_rate: int) -> int:

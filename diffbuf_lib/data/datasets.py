@@ -13,14 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffbuf_lib.config import Config
-from diffbuf_lib.data.audio import (
-    EXTENSIONS,
-    AudioInfo,
-    check_rate,
-    list_audio,
-    read_audio,
-    read_info,
-)
+from diffbuf_lib.data import audio
+from diffbuf_lib.data.audio import AudioInfo, check_rate, list_audio, read_audio, read_info
 from diffbuf_lib.data.mixing import change_speed, is_silent, mix_pair, reverberate, tilt_spectrum
 from diffbuf_lib.errors import DataError
 from diffbuf_lib.registry import LAYOUTS
@@ -85,14 +79,6 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
     What item `i` is depends on (seed, epoch, i) only: not on the order of reading, on other items,
     on workers, or on any global random state.
 
-    Args:
-        root: the dataset's folder.
-        chunk_size: samples of a clip (audio.chunk_size).
-        sample_rate: Hz (audio.sample_rate); files of another rate are refused.
-        training: crop at random; else from the start and without leading zeros.
-        seed: of the crops (training.seed).
-        leading_zeros: zero samples put before each file in training.
-
     Raises:
         DataError: no such folder, nothing in it, an incomplete pair, or another layout than this
             class reads; the message names the --dataset_type that fits.
@@ -103,21 +89,18 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
 
     def __init__(
         self,
-        root: str | Path,
-        chunk_size: int = 16000,
+        root: str | Path,  # the dataset's folder
+        chunk_size: int = 16000,  # samples of a clip (audio.chunk_size)
         *,
-        sample_rate: int = 16000,
-        training: bool = True,
-        seed: int = 0,
-        leading_zeros: int = 0,
+        sample_rate: int = 16000,  # Hz (audio.sample_rate); files of another rate are refused
+        training: bool = True,  # crop at random; else from the start, without leading zeros
+        seed: int = 0,  # of everything drawn (training.seed)
+        leading_zeros: int = 0,  # zero samples put before each file in training
     ) -> None:
         if chunk_size < 1:
             raise DataError(f"chunk_size {chunk_size} is below 1 sample: raise audio.chunk_size")
-        if seed < 0 or leading_zeros < 0:
-            raise DataError(
-                f"seed {seed} and leading_zeros {leading_zeros} must not be negative: "
-                "change training.seed or diffusion_buffer.leading_zeros"
-            )
+        if seed < 0:
+            raise DataError(f"seed {seed} is below 0: raise training.seed")
         self.root = Path(root)
         self.chunk_size = chunk_size
         self.sample_rate = sample_rate
@@ -251,7 +234,7 @@ class DNLMDataset(ClipDataset):
 
 def _stem(folder: Path, stem: str) -> Path:
     """Return the path of one stem of a sample."""
-    found = [path for x in EXTENSIONS if (path := folder / f"{stem}{x}").is_file()]
+    found = [path for x in audio.EXTENSIONS if (path := folder / f"{stem}{x}").is_file()]
     if len(found) > 1:
         names = " and ".join(path.name for path in found)
         raise DataError(f"{folder} has both {names}: remove one of them")
@@ -300,17 +283,8 @@ class MixingDataset(ClipDataset):
     drawn, keyed by (seed, epoch, index). Validation always mixes as in epoch 0 and takes speech
     from the start of the file (from elsewhere only if the start is silent). Nothing is resampled.
 
-    Args:
-        root: a folder with `speech/` and `noise/`.
-        chunk_size: samples of a clip (audio.chunk_size).
-        snr: lowest and highest SNR, dB (data.snr_min, data.snr_max); of the whole chunk, before
-            leading zeros push its end out.
-        distance: nearest and farthest talker, m.
-        speed: largest change of the speech's speed, and with it of its pitch (data.speed).
-        tilt: largest tilt of the speech's spectrum, up or down, dB per octave (data.tilt).
-        room_probability: share of clips whose speech is convolved with an impulse response drawn
-            from the files below `rooms/`, direct sound at sample 0 (data.room_probability).
-        shared: the other arguments of `ClipDataset`.
+    The SNR is that of the whole chunk, before leading zeros push its end out. Rooms are impulse
+    responses drawn from the files below `rooms/`, direct sound at sample 0.
 
     Raises:
         DataError: as in `ClipDataset`; or snr is no range; or rooms are asked for and not there.
@@ -323,20 +297,17 @@ class MixingDataset(ClipDataset):
         root: str | Path,
         chunk_size: int = 16000,
         *,
-        snr: tuple[float, float] = (-30.0, 0.0),
-        distance: tuple[float, float] = (5.0, 20.0),
-        speed: float = 0.0,
-        tilt: float = 0.0,
-        room_probability: float = 0.0,
-        **shared: Any,
+        snr: tuple[float, float] = (-30.0, 0.0),  # lowest and highest, dB (data.snr_min, snr_max)
+        distance: tuple[float, float] = (5.0, 20.0),  # nearest and farthest talker, m
+        speed: float = 0.0,  # largest change of the speech's speed and pitch (data.speed)
+        tilt: float = 0.0,  # largest tilt of its spectrum, either way, dB per octave (data.tilt)
+        room_probability: float = 0.0,  # share of clips that go through a room
+        **shared: Any,  # the other arguments of `ClipDataset`
     ) -> None:
         if not snr[0] <= snr[1]:
             raise DataError(f"snr {snr[0]} is above {snr[1]} dB: lower data.snr_min")
-        self.snr = snr
-        self.distance = distance
-        self.speed = speed
-        self.tilt = tilt
-        self.room_probability = room_probability
+        self.snr, self.distance = snr, distance
+        self.speed, self.tilt, self.room_probability = speed, tilt, room_probability
         self.noise_files: list[Path] = []
         self.room_files: list[Path] = []
         super().__init__(root, chunk_size, **shared)
@@ -448,9 +419,6 @@ def draw_crop(
         chunk_size: of the clip, samples.
         leading_zeros: samples; (K - 1) hops, so that training sees the start of a stream.
         rng: draws the offset; None takes the file from its start, without leading zeros.
-
-    Returns:
-        The crop; zeros + frames is at most `chunk_size`.
     """
     if rng is None:
         return Crop(0, 0, min(length, chunk_size))

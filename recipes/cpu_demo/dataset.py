@@ -21,7 +21,14 @@ import torch
 from torch import Tensor
 
 from diffbuf_lib.data.audio import list_audio, read_audio, read_info, write_audio
-from diffbuf_lib.data.build import NoiseRegion, Split, make_splits, run_parallel
+from diffbuf_lib.data.build import (
+    NoiseRegion,
+    Sample,
+    Split,
+    draw_samples,
+    make_samples,
+    run_parallel,
+)
 from diffbuf_lib.data.demo_set import audio_samples, join_recordings
 from diffbuf_lib.data.drone import DroneParameters, synthesise
 from diffbuf_lib.errors import DataError
@@ -103,8 +110,8 @@ def build_pretraining(
     work = [(_babble, (train, number, seed)) for number in range(_BABBLES)]
     work += [(_room, (train / "rooms", number, seed)) for number in range(_ROOMS)]
     run_parallel(_run, work, processes, desc="rooms", disable=not progress)
-    splits = [_split(out, name, seed) for name in _COUNTS]
-    make_splits(splits, processes=processes, progress=progress)
+    samples = [sample for name in _COUNTS for sample in _clips(out, name, seed)]
+    make_samples(samples, processes=processes, progress=progress)
     return out
 
 
@@ -121,16 +128,16 @@ def _noise_folder(out: Path, split: str) -> Path:
     return out / "train" / "noise" if split == "train" else out / "sources" / split / "noise"
 
 
-def _split(out: Path, name: str, seed: int) -> Split:
-    """Describe the clips of validation or test."""
+def _clips(out: Path, name: str, seed: int) -> Iterator[Sample]:
+    """Draw the clips of validation or test."""
     speech_dir = _speech_folder(out, name)
     noise_dir = _noise_folder(out, "test" if name == "test_recordings" else name)
-    speech = tuple(path.relative_to(speech_dir).as_posix() for path in list_audio(speech_dir))
-    noise = tuple(
+    speech = [path.relative_to(speech_dir).as_posix() for path in list_audio(speech_dir)]
+    noise = [
         NoiseRegion(path.relative_to(noise_dir).as_posix(), 0, read_info(path).frames)
         for path in list_audio(noise_dir)
-    )
-    return Split(
+    ]
+    split = Split(
         name=name,
         number=_SPLIT_NUMBERS[name],
         count=_COUNTS[name],
@@ -142,9 +149,8 @@ def _split(out: Path, name: str, seed: int) -> Split:
         folder=out / name,
         speech_dir=speech_dir,
         noise_dir=noise_dir,
-        speech=speech,
-        noise=noise,
     )
+    return draw_samples(split, speech, noise)
 
 
 # The sources. Each function makes what is missing of one speaker, one noise or one room.

@@ -7,7 +7,7 @@ import pytest
 import soundfile
 import torch
 
-from diffbuf_lib.data import (
+from diffbuf_lib.data.audio import (
     AudioInfo,
     check_rate,
     list_audio,

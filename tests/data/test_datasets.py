@@ -16,10 +16,10 @@ from diffbuf_lib.data import (
     MixingDataset,
     PairedFolderDataset,
     collate,
-    draw_crop,
     open_dataset,
     read_audio,
 )
+from diffbuf_lib.data.datasets import draw_crop
 from diffbuf_lib.errors import ConfigError, DataError
 
 CHUNK = 1000
