@@ -262,12 +262,13 @@ def claim(marker: Path, parameters: dict[str, Any]) -> None:
     folder, fix = marker.parent, "choose another folder, or delete this one"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not marker.exists():
-            return _write_json(marker, parameters)
-        before = json.loads(marker.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{folder} cannot be used ({error.strerror}): {fix}") from error
-    except (ValueError, RecursionError):
+        raise DataError(f"{folder} cannot be made ({error.strerror}): {fix}") from error
+    if not marker.exists():
+        return _write_json(marker, parameters)
+    try:
+        before = json.loads(marker.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         before = None
     if not isinstance(before, dict):
         raise DataError(f"{marker} cannot be read: {fix}")
