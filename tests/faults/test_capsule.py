@@ -223,6 +223,7 @@ def test_capsule_holds_the_stages_and_the_whole_state(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.law
 def test_optimizer_state_survives_packing(tmp_path):
     """What the capsule of step 4 holds is what the checkpoint of step 3 holds."""
     bad = EpochPlan(7, 1, 1, 1, seed=0).order(0)[3]
@@ -236,6 +237,7 @@ def test_optimizer_state_survives_packing(tmp_path):
         assert same(value, checkpoint[name]), name
 
 
+@pytest.mark.law
 def test_replay_leaves_the_process_as_it_was(tmp_path):
     _, folder = failing(tmp_path, DROPOUT, model=planted("network.last.bias"))
     capsule, threads = Capsule.load(folder), torch.get_num_threads()
@@ -271,6 +273,7 @@ def test_a_broken_autopsy_does_not_mask_the_first_error(tmp_path, monkeypatch):
     assert "Looking closer failed: RuntimeError: CUDA error" in message
 
 
+@pytest.mark.law
 def test_first_and_two_newest_are_kept(tmp_path):
     with pytest.warns(UserWarning, match="left out"):
         fit(

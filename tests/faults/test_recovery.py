@@ -32,6 +32,7 @@ def bad_clip(step):
     return EpochPlan(7, 1, 1, 1, seed=0).order(0)[step - 1]
 
 
+@pytest.mark.law
 def test_skipped_batch_changes_nothing_and_is_counted(tmp_path):
     model = DiffusionBufferModel(config())
     run = train(
@@ -66,6 +67,7 @@ def test_too_many_skipped_batches_end_the_run_also_after_a_resume(tmp_path):
         fit(cfg, tmp_path, train_set=clips, valid_set=None, resume=True)
 
 
+@pytest.mark.law
 @pytest.mark.filterwarnings("ignore:left out")
 def test_resume_with_skipped_batches_is_exact(tmp_path):
     cfg = config(*SKIP[:2], "training.num_epochs=2", "model.dropout=0.3")
@@ -162,6 +164,7 @@ def test_every_kind_of_out_of_memory(tmp_path, error):
     assert not memory.is_out_of_memory(RuntimeError("shape mismatch"))
 
 
+@pytest.mark.law
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(0, 300))
 @settings(max_examples=60, deadline=None)
 def test_search_of_the_largest_batch(first, ceiling, limit):
@@ -224,6 +227,7 @@ def test_find_batch_size_that_is_there_for_none(monkeypatch):
         memory.find_batch_size(config(), Clips(), "cpu")
 
 
+@pytest.mark.law
 def test_killed_reader_names_the_file_it_was_reading(tmp_path):
     class Deadly(Clips):
         def __getitem__(self, index):
@@ -235,6 +239,7 @@ def test_killed_reader_names_the_file_it_was_reading(tmp_path):
         fit(config("training.num_workers=2"), tmp_path, train_set=Deadly(), valid_set=None)
 
 
+@pytest.mark.law
 def test_reader_that_dies_in_mid_step_is_no_fault_of_the_step(tmp_path):
     """Torch raises a reader's death from a signal handler, wherever the main process is."""
 
@@ -278,6 +283,7 @@ def _hold(folder, ready):
     time.sleep(60)
 
 
+@pytest.mark.law
 def test_lock_ends_with_its_process(tmp_path):
     context = get_context("fork")
     ready = context.Event()
@@ -295,6 +301,7 @@ def test_lock_ends_with_its_process(tmp_path):
     lock.release()
 
 
+@pytest.mark.law
 def test_forked_reader_does_not_hold_the_lock(tmp_path):
     lock = FolderLock(tmp_path)
     lock.acquire()
@@ -306,6 +313,7 @@ def test_forked_reader_does_not_hold_the_lock(tmp_path):
     child.join()
 
 
+@pytest.mark.law
 def test_lock_is_taken_by_one_of_many(tmp_path):
     got, locks = [], [FolderLock(tmp_path) for _ in range(8)]
 

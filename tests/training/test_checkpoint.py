@@ -35,6 +35,7 @@ def save(path, value):
     save_checkpoint(path, {k: v for k, v in state(value).items() if k != "format"})
 
 
+@pytest.mark.law
 def test_round_trip(path):
     assert same(load_checkpoint(path), state() | {"format": 1})
 
@@ -43,6 +44,7 @@ def full_disk(*_args, **_kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("name", ["fsync", "replace"])
 def test_full_disk_keeps_the_old_checkpoint(path, monkeypatch, name):
     with monkeypatch.context() as patch:
@@ -56,6 +58,7 @@ def test_full_disk_keeps_the_old_checkpoint(path, monkeypatch, name):
     assert stored(path) == 3
 
 
+@pytest.mark.law
 def test_full_disk_in_the_middle_of_the_file(path):
     """A real one: the system refuses to let a file grow beyond 16 kB."""
     import resource
@@ -74,6 +77,7 @@ def test_full_disk_in_the_middle_of_the_file(path):
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.law
 def test_checkpoint_is_on_the_disk_before_it_takes_its_name(path, monkeypatch):
     calls = []
     for name in ("fsync", "replace"):
@@ -94,6 +98,7 @@ def test_missing(tmp_path):
         load_checkpoint(tmp_path / "none.pt")
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("size", [0, 10, 0.5, 0.99])
 def test_cut_short(path, size):
     content = path.read_bytes()
@@ -103,6 +108,7 @@ def test_cut_short(path, size):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.law
 def test_one_wrong_bit_in_the_weights(path):
     content = bytearray(path.read_bytes())
     content[content.index(torch.ones(99).numpy().tobytes()) + 20] ^= 1
@@ -116,6 +122,7 @@ class Malicious:
         return (os.mkdir, (os.environ["DIFFBUF_TEST_TARGET"],))
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("plain", [True, False])
 def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch, plain):
     target = tmp_path / "pwned"
@@ -147,6 +154,7 @@ def test_another_format(path):
         load_checkpoint(path)
 
 
+@pytest.mark.law
 def test_full_disk_in_a_run_leaves_the_older_checkpoint(tmp_path, monkeypatch):
     run = train(config("training.checkpoint_every=2"), Clips(), None, tmp_path, device="cpu")
     next(run)
@@ -158,6 +166,7 @@ def test_full_disk_in_a_run_leaves_the_older_checkpoint(tmp_path, monkeypatch):
     assert len(fit(config("training.checkpoint_every=2"), tmp_path, resume=True)) == 6
 
 
+@pytest.mark.law
 def test_weights_only_start(tmp_path):
     """Averaged weights, no optimizer, from a checkpoint and from the exported folder."""
     fit(config("training.metric_for_scheduler=loss", "training.num_epochs=1"), tmp_path / "a")
@@ -190,6 +199,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     assert not (tmp_path / "b").exists() or not list((tmp_path / "b").iterdir())
 
 
+@pytest.mark.law
 def test_half_made_swap_of_the_model_is_undone(tmp_path):
     folder = ResultsFolder(tmp_path)
     (tmp_path / ".model.old").mkdir()

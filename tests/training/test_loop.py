@@ -18,6 +18,7 @@ from diffbuf_lib.training.validation import validate
 from tests.training.helpers import Clips, config, fit, history, last
 
 
+@pytest.mark.law
 def test_one_clip_is_learnt(tmp_path):
     """The whole chain learns: with a single clip the loss falls to a fraction."""
     cfg = config("training.num_epochs=150", "training.lr=0.01", "model.base_channels=8")
@@ -41,6 +42,7 @@ def test_records_and_their_history(tmp_path):
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
 
 
+@pytest.mark.law
 def test_loss_and_gradient_are_those_of_the_model(tmp_path):
     """The first record against a forward and backward pass by hand."""
     cfg = config("training.grad_clip=1e-3")
@@ -59,6 +61,7 @@ def test_loss_and_gradient_are_those_of_the_model(tmp_path):
     assert record.grad_norm > 1e-3  # measured before clipping
 
 
+@pytest.mark.law
 def test_clipping_bounds_the_update(tmp_path):
     cfg = config("training.optimizer=sgd", "training.lr=1", "training.grad_clip=1e-3")
     model = DiffusionBufferModel(cfg)
@@ -77,6 +80,7 @@ def test_optimizers_step(tmp_path, optimizer):
     assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
+@pytest.mark.law
 def test_accumulation_equals_a_larger_batch(tmp_path):
     """Two batches of 1 make the step of one batch of 2: same noise, same mean gradient."""
     small = config("training.batch_size=1", "training.accumulation_steps=2")
@@ -88,6 +92,7 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
         torch.testing.assert_close(value, b["model"][name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.law
 def test_averaged_weights_follow_their_formula(tmp_path):
     cfg = config("training.ema_momentum=0.7")
     model = DiffusionBufferModel(cfg)
@@ -104,6 +109,7 @@ def test_averaged_weights_follow_their_formula(tmp_path):
     assert torch.equal(dict(exported.named_parameters())[name], averaged)
 
 
+@pytest.mark.law
 def test_noise_of_an_example_depends_on_its_position_only():
     one, two = EpochPlan(12, 4, 1, 1, seed=5), EpochPlan(12, 1, 2, 2, seed=5)
     assert [i for b in one.batches(3, 0) for i in b] == one.order(3)
@@ -121,6 +127,7 @@ def test_noise_of_an_example_depends_on_its_position_only():
     assert stream_seed(5, Stream.EXAMPLE, 3, 0) != stream_seed(5, Stream.STEP, 3, 0)
 
 
+@pytest.mark.law
 @pytest.mark.parametrize(
     ("size", "batch", "processes"), [(7, 2, 1), (8, 2, 2), (3, 4, 1), (1, 4, 3)]
 )
@@ -146,6 +153,7 @@ def test_empty_set(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.law
 def test_plateau_lowers_the_learning_rate_and_early_stopping_ends(tmp_path):
     """A loss that never falls, because the steps are too small to change a thing."""
     cfg = config(
@@ -163,6 +171,7 @@ def test_plateau_lowers_the_learning_rate_and_early_stopping_ends(tmp_path):
     assert fit(cfg, tmp_path, resume=True) == []
 
 
+@pytest.mark.law
 def test_validation_does_not_depend_on_the_batch_size(tmp_path):
     from accelerate import Accelerator
 
@@ -179,6 +188,7 @@ def test_validation_does_not_depend_on_the_batch_size(tmp_path):
     assert values[0]["si_sdr_clips"] == 3
 
 
+@pytest.mark.law
 def test_validation_scores_the_averaged_weights(tmp_path):
     from accelerate import Accelerator
 
@@ -234,6 +244,7 @@ def test_infinite_gradient_is_an_error(tmp_path):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.law
 def test_exploded_weights_are_not_saved(tmp_path):
     class Steep(DiffusionBufferModel):
         def forward(self, mix, target=None, generator=None):
@@ -315,6 +326,7 @@ def test_training_leaves_no_figure_in_pyplot(tmp_path):
     assert plt.get_fignums() == before
 
 
+@pytest.mark.law
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
     """Under torchrun: averaged gradients, shared-out clips and noise, gathered scores."""
     torchrun = Path(sys.executable).with_name("torchrun")

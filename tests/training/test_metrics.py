@@ -27,6 +27,7 @@ def noisy(wave, level, seed=1):
     return wave + level * noise
 
 
+@pytest.mark.law
 def test_si_sdr_by_hand():
     target = torch.cat([speech(), speech(seed=5)])
     estimate = noisy(target, 0.05)
@@ -39,6 +40,7 @@ def test_si_sdr_by_hand():
     torch.testing.assert_close(louder, scores, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.law
 def test_sdr_by_hand():
     """The projection on 512 shifts of the target, by least squares."""
     target = speech(0.1)
@@ -52,6 +54,7 @@ def test_sdr_by_hand():
     assert score == pytest.approx(expected, abs=0.01)
 
 
+@pytest.mark.law
 def test_better_estimates_score_better():
     target = speech(2.0)
     good, bad = (score_clips(noisy(target, level), target, 16000, ALL) for level in (0.003, 0.1))
@@ -61,6 +64,7 @@ def test_better_estimates_score_better():
     assert 0 < good["estoi"].item() <= 1
 
 
+@pytest.mark.law
 def test_wide_and_narrow_band():
     from pesq import pesq
 
@@ -71,6 +75,7 @@ def test_wide_and_narrow_band():
         assert score == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.law
 def test_one_bad_clip_does_not_spoil_the_others():
     target = speech(2.0).repeat(5, 1)
     estimate = noisy(target, 0.02)

@@ -28,6 +28,7 @@ def scaler(monkeypatch):
     return choose
 
 
+@pytest.mark.law
 def test_overflow_skips_a_step_and_lowers_the_scale(tmp_path, scaler):
     scaler(2.0**40)
     model = DiffusionBufferModel(config())
@@ -44,6 +45,7 @@ def test_overflow_skips_a_step_and_lowers_the_scale(tmp_path, scaler):
     assert 0 < records[-1].grad_norm < 1e3  # of the gradient, not of the scaled one
 
 
+@pytest.mark.law
 def test_resume_keeps_the_scale(tmp_path, scaler):
     scaler(2.0**40)
     cfg = config("training.num_epochs=12")
