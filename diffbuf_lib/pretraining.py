@@ -9,7 +9,7 @@ from diffbuf_lib.config import Config
 from diffbuf_lib.data import open_dataset
 from diffbuf_lib.data.pretraining import build_pretraining
 from diffbuf_lib.training import train
-from diffbuf_lib.training.results import ResultsFolder
+from diffbuf_lib.training.folder import ResultsFolder
 
 _VALID_SECONDS = 3
 

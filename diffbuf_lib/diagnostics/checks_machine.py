@@ -15,7 +15,7 @@ import torch
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.diagnostics.findings import Finding
-from diffbuf_lib.memory import free_memory
+from diffbuf_lib.training.memory import free_memory
 
 GIB = 2**30
 _LITTLE_DISK = 2 * GIB  # checkpoints, logs and a model of a large run

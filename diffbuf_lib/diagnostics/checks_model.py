@@ -11,15 +11,16 @@ from torch import Tensor
 from diffbuf_lib.config import Config
 from diffbuf_lib.diagnostics.checks_machine import GIB
 from diffbuf_lib.diagnostics.findings import Finding
-from diffbuf_lib.diagnostics.memory import (
-    MemoryEstimate,
-    estimate,
-    network_estimate,
-)
 from diffbuf_lib.diagnostics.trial import Pass, autocast, run_pass
 from diffbuf_lib.errors import DiffbufError
-from diffbuf_lib.memory import free_memory, saved_bytes
 from diffbuf_lib.model import DiffusionBufferModel
+from diffbuf_lib.training.memory import (
+    MemoryEstimate,
+    estimate,
+    free_memory,
+    network_estimate,
+    saved_bytes,
+)
 
 _SLOW = 1.0  # seconds of a pass on one clip from which on there is only one
 _LARGE = 8 * 96 * 63  # channels times frames from which on memory is estimated before it is taken
@@ -36,7 +37,7 @@ def check_model(
         clip: mix and target, [C, T] float32 each; None takes noise.
         device: where.
     """
-    from diffbuf_lib.training.isolation import isolated
+    from diffbuf_lib.training.signals import isolated
 
     free = free_memory(device)
     if cfg.model.base_channels * cfg.audio.num_frames > _LARGE:

@@ -33,8 +33,8 @@ class RecordingModel(DiffusionBufferModel):
     """
 
     def __init__(self, cfg: Config, listener: Callable[[Trace], None] | None = None) -> None:
-        from diffbuf_lib.training.isolation import isolated
-        from diffbuf_lib.training.plan import Stream, seed_everything
+        from diffbuf_lib.training.feed import Stream, seed_everything
+        from diffbuf_lib.training.signals import isolated
 
         with isolated(torch.device("cpu"), deterministic=False):
             seed_everything(cfg.training.seed, Stream.WEIGHTS)

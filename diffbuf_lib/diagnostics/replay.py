@@ -18,11 +18,11 @@ import diffbuf_lib.model
 from diffbuf_lib.errors import CheckpointError, ConfigError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.training.autopsy import Autopsy, walk
-from diffbuf_lib.training.checkpoint import apply_weights
-from diffbuf_lib.training.engine import Batch
+from diffbuf_lib.training.feed import Batch
 from diffbuf_lib.training.finding import Finding, Visit, finding_of
-from diffbuf_lib.training.isolation import isolated
+from diffbuf_lib.training.folder import apply_weights
 from diffbuf_lib.training.optimizer import make_optimizer
+from diffbuf_lib.training.signals import isolated
 
 if TYPE_CHECKING:
     from diffbuf_lib.diagnostics.capsule import Capsule, Record

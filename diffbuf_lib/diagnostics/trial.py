@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from diffbuf_lib.diagnostics.watch import watch_modules
-from diffbuf_lib.memory import SavedBytes, saved_bytes
 from diffbuf_lib.model import DiffusionBufferModel
+from diffbuf_lib.training.memory import SavedBytes, saved_bytes
 
 _SCALES = (2.0**16, 2.0**8, 1.0)  # of the float16 loss: a scaler starts at the first
 

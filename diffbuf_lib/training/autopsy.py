@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from diffbuf_lib.trace import Trace
-from diffbuf_lib.training.engine import Batch
+from diffbuf_lib.training.feed import Batch
 from diffbuf_lib.training.finding import (
     Finding,
     Visit,

@@ -32,9 +32,10 @@ from torch import Tensor
 import diffbuf_lib
 from diffbuf_lib.config import Config
 from diffbuf_lib.training.autopsy import Autopsy
-from diffbuf_lib.training.checkpoint import sync_folder
-from diffbuf_lib.training.engine import Batch, Engine
+from diffbuf_lib.training.feed import Batch
+from diffbuf_lib.training.folder import sync_folder
 from diffbuf_lib.training.packing import pack, save_json, save_tensors
+from diffbuf_lib.training.step import Engine
 
 FORMAT = 1
 KEPT = 3

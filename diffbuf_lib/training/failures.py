@@ -15,11 +15,10 @@ from diffbuf_lib.errors import DiffbufError, NonFiniteError, OutOfMemoryError
 from diffbuf_lib.training import memory
 from diffbuf_lib.training.autopsy import Autopsy, stages_of, walk
 from diffbuf_lib.training.crash import Scene, global_states, write_capsule
-from diffbuf_lib.training.engine import Batch, Engine, Outcome
+from diffbuf_lib.training.feed import Batch, ClipSource, EpochPlan, Stream, seed_everything
 from diffbuf_lib.training.finding import finding_of
 from diffbuf_lib.training.finite import describe
-from diffbuf_lib.training.plan import EpochPlan, Stream, seed_everything
-from diffbuf_lib.training.reading import ClipSource
+from diffbuf_lib.training.step import Engine, Outcome
 
 
 class Failures:

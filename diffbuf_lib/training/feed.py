@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import random
+import re
+import signal
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from diffbuf_lib.config import TrainingConfig
+from diffbuf_lib.data import collate
 from diffbuf_lib.errors import DataError
-from diffbuf_lib.training.engine import Batch
-from diffbuf_lib.training.plan import EpochPlan, Stream, example_generators, stream_seed
-from diffbuf_lib.training.reading import ClipSource, InFlight, read_batches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's part of a round.
+
+    Args:
+        mix: [B, C, T] float32, full scale 1.
+        target: [B, C, T] float32, full scale 1.
+        generators: B generators on the model's device, one an example.
+    """
+
+    mix: torch.Tensor
+    target: torch.Tensor
+    generators: list[torch.Generator]
 
 
 class Feed:
@@ -68,3 +91,283 @@ class Feed:
     def stop(self) -> None:
         """End the processes that read ahead; the next batch may be of any epoch and round."""
         self._reader = None
+
+
+class ClipSource(Protocol):
+    """What training asks of a dataset; `diffbuf_lib.data` has the real ones."""
+
+    def __len__(self) -> int:
+        """Return the number of clips."""
+
+    def __getitem__(self, index: int, /) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (mix, target), each [C, T] float32, full scale 1."""
+
+    def name(self, index: int, /) -> str:
+        """Return what error messages call a clip, such as its folder."""
+
+    def set_epoch(self, epoch: int, /) -> None:
+        """Set what the random crops are keyed by."""
+
+
+def read_batches(
+    dataset: ClipSource,
+    batches: Sequence[Sequence[int]],
+    *,
+    num_workers: int = 0,
+    seed: int = 0,
+    pin_memory: bool = False,
+    in_flight: InFlight | None = None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield (mix, target), each [B, C, T] float32, of every batch of indices.
+
+    Args:
+        dataset: where the clips come from.
+        batches: lists of dataset indices, one list a batch.
+        num_workers: processes that read ahead; 0 reads in this process.
+        seed: of the workers' own generators (clips are keyed by index and do not use them).
+        pin_memory: for faster copies to a GPU.
+        in_flight: is kept up to date, for whoever hears of a reader's death elsewhere: torch
+            raises it from a signal handler, wherever the main process is.
+
+    Raises:
+        DataError: a clip cannot be read, or a reading process died; names the clip.
+    """
+    in_flight = InFlight() if in_flight is None else in_flight
+    in_flight.begin(dataset, num_workers)
+    loader: DataLoader[Any] = DataLoader(
+        _Guarded(dataset, in_flight.readers),
+        batch_size=None,
+        sampler=batches,  # one "index" is a whole batch of indices
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        worker_init_fn=_leave_signals_to_the_main_process if num_workers else None,
+        generator=torch.Generator().manual_seed(seed),
+        pin_memory=pin_memory,
+    )
+    iterator = iter(loader)
+    try:
+        for indices in batches:
+            in_flight.batch = indices
+            try:
+                item = next(iterator)
+            except RuntimeError as error:
+                if (death := in_flight.death(error)) is None:
+                    raise
+                raise death from error
+            if isinstance(item, _Failure):
+                raise item.error()
+            yield item
+    finally:
+        del iterator  # ends the workers now: a kept traceback would keep them alive with it
+
+
+class InFlight:
+    """Who reads which clip: names the file when a reading process dies."""
+
+    def __init__(self) -> None:
+        self.dataset: ClipSource | None = None
+        self.batch: Sequence[int] = ()
+        self.readers: torch.Tensor | None = None  # [W, 2] process id and clip, -1 between clips
+
+    def begin(self, dataset: ClipSource, num_workers: int) -> None:
+        """Forget earlier readers."""
+        self.dataset, self.batch = dataset, ()
+        self.readers = torch.full((num_workers, 2), -1).share_memory_() if num_workers else None
+
+    def death(self, error: BaseException) -> DataError | None:
+        """Return what to raise for torch's message of a reader's death; None for another error."""
+        if "DataLoader worker" not in str(error) or self.dataset is None:
+            return None
+        dead = [int(pid) for pid in re.findall(r"\d+", str(error).partition("pid")[2])]
+        readers = [] if self.readers is None else self.readers.tolist()
+        clips = [clip for pid, clip in readers if pid in dead and clip >= 0]
+        names = ", ".join(self.dataset.name(i) for i in clips or self.batch)
+        return DataError(
+            f"a process that reads clips died {'at' if clips else 'near'} {names}: lower "
+            "training.num_workers (0 reads in the main process) or free memory, /dev/shm too"
+        )
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An exception on its way out of a worker."""
+
+    message: str
+    details: str | None  # a traceback, where the error is not a plain DataError
+
+    def error(self) -> DataError:
+        error = DataError(self.message)
+        if self.details:
+            error.add_note(self.details)
+        return error
+
+
+class _Guarded(Dataset[Any]):
+    """A dataset of batches in which an unreadable clip is a value, not an exception."""
+
+    def __init__(self, dataset: ClipSource, readers: torch.Tensor | None) -> None:
+        self.dataset, self.readers = dataset, readers
+
+    def __getitem__(self, indices: Sequence[int]) -> Any:
+        items = []
+        worker = get_worker_info()
+        for index in indices:
+            if worker is not None and self.readers is not None:
+                self.readers[worker.id] = torch.tensor([os.getpid(), index])
+            try:
+                items.append(self.dataset[index])
+            except Exception as error:
+                return _failure(error, self.dataset.name(index))
+        if worker is not None and self.readers is not None:
+            self.readers[worker.id, 1] = -1
+        try:
+            return collate(items)
+        except Exception as error:
+            return _failure(error, ", ".join(self.dataset.name(index) for index in indices))
+
+
+def _failure(error: Exception, names: str) -> _Failure:
+    if isinstance(error, DataError):
+        text = str(error)
+        named = any(part in text for part in names.split(" + "))
+        return _Failure(text if named else f"{names}: {text}", None)
+    reason = " ".join(str(error).split())
+    return _Failure(f"{names}: {type(error).__name__}: {reason}", traceback.format_exc())
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """Keep a worker alive at Ctrl-C, which a terminal sends to it too, until it is told to end.
+
+    A forked worker also inherits the run's SIGTERM handler, which would not let it end at all.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _unchanged(item: Any) -> Any:
+    """Return the batch as the dataset made it (a lambda would not reach spawned workers)."""
+    return item
+
+
+class Stream(IntEnum):
+    """What a seed is for: two streams never share one, whatever their other numbers are."""
+
+    WEIGHTS = 0
+    ORDER = 1
+    EXAMPLE = 2
+    STEP = 3
+    VALID = 4
+    WORKERS = 5
+
+
+def stream_seed(seed: int, stream: Stream, *key: int) -> int:
+    """Return a 64-bit seed for one stream of one run.
+
+    Args:
+        seed: `training.seed`.
+        stream: what the seed is for.
+        key: what names the draw within the stream, such as (epoch, position).
+    """
+    sequence = np.random.SeedSequence([seed, int(stream), *key])
+    return int(sequence.generate_state(1, np.uint64)[0])
+
+
+def example_generators(
+    keys: Sequence[tuple[int, ...]], seed: int, stream: Stream, device: torch.device
+) -> list[torch.Generator]:
+    """Return one generator an example, each seeded from its own key.
+
+    Args:
+        keys: one key an example: (epoch, position) in training, (clip,) in validation.
+        seed: `training.seed`.
+        stream: `Stream.EXAMPLE` or `Stream.VALID`.
+        device: where the model draws its noise; a generator works on one device only.
+    """
+    return [torch.Generator(device).manual_seed(stream_seed(seed, stream, *key)) for key in keys]
+
+
+def seed_everything(seed: int, stream: Stream, *key: int) -> None:
+    """Seed the global generators of torch (all devices), numpy and Python, for dropout and such."""
+    value = stream_seed(seed, stream, *key)
+    torch.manual_seed(value)
+    np.random.seed(value & 0xFFFFFFFF)
+    random.seed(value)
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """How one epoch is cut into batches, over all processes.
+
+    A batch is one model call of one process; `processes` batches side by side are a round, and
+    `accumulation` rounds (fewer at the end of the epoch) are one optimizer step. A last round
+    that is not full is dropped, except when the whole set is smaller than one round: then the
+    only round holds all of it in smaller batches.
+
+    Args:
+        size: examples in the training set.
+        batch_size: examples of a batch.
+        accumulation: rounds whose gradients make one step.
+        processes: how many processes train.
+        seed: `training.seed`.
+
+    Raises:
+        DataError: the training set is empty.
+    """
+
+    size: int
+    batch_size: int
+    accumulation: int
+    processes: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise DataError("the training set holds no clip: check the path of the training data")
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of an epoch, at least 1."""
+        return max(1, self.size // (self.batch_size * self.processes))
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch, at least 1."""
+        return -(-self.rounds // self.accumulation)
+
+    @property
+    def examples_per_round(self) -> int:
+        """Examples that all processes together take in one round."""
+        return min(self.batch_size * self.processes, self.size)
+
+    def positions(self, round_: int, rank: int) -> list[int]:
+        """Return where in the epoch's order the examples of one batch stand.
+
+        Example j of round b on process r of W stands at (b W + r) batch_size + j. So two
+        processes with batches of 1 see, together, what one process with batches of 2 sees.
+        """
+        if self.size >= self.batch_size * self.processes:
+            start = (round_ * self.processes + rank) * self.batch_size
+            return list(range(start, start + self.batch_size))
+        # Fewer examples than one round: equal shares, and where they do not come out even the
+        # last process starts again at the front. All processes must have a batch, or the
+        # gradient exchange would wait for one that never comes.
+        share = -(-self.size // self.processes)
+        return [(rank * share + j) % self.size for j in range(share)]
+
+    def order(self, epoch: int) -> list[int]:
+        """Return the shuffled indices of the training set in one epoch."""
+        generator = torch.Generator().manual_seed(stream_seed(self.seed, Stream.ORDER, epoch))
+        order: list[int] = torch.randperm(self.size, generator=generator).tolist()
+        return order
+
+    def batches(self, epoch: int, rank: int, start: int = 0) -> list[list[int]]:
+        """Return the dataset indices of one process's batches from round `start` on.
+
+        Because the rest of an epoch is computed rather than skipped, a resumed run does not read
+        the files that came before.
+        """
+        order = self.order(epoch)
+        return [
+            [order[position] for position in self.positions(round_, rank)]
+            for round_ in range(start, self.rounds)
+        ]

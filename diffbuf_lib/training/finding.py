@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffbuf_lib.training.engine import Batch
+from diffbuf_lib.training.feed import Batch
 
 
 @dataclass(frozen=True)

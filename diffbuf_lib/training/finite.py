@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from accelerate.utils import gather_object
 
-from diffbuf_lib.training.engine import Batch, Engine, Outcome
-from diffbuf_lib.training.plan import EpochPlan
-from diffbuf_lib.training.reading import ClipSource
+from diffbuf_lib.training.feed import Batch, ClipSource, EpochPlan
+from diffbuf_lib.training.step import Engine, Outcome
 
 
 def describe(

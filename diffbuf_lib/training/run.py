@@ -1,42 +1,143 @@
-"""One training run: where it stands, and how it gets from one record to the next.
+"""Training as a generator: one `StepRecord` an optimizer step.
 
-A run is "whole" between two steps; only then is a checkpoint taken. What a checkpoint holds beside
-the engine is its place: steps made, epoch, next round, and the scores that decide on the rest.
+A script exhausts it, a notebook takes `next(run)`. Whoever stops asking, by `close()`, Ctrl-C or
+SIGTERM, can go on later with `resume=True` and gets the weights of a run that never stopped.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 import warnings
+from collections.abc import Generator
 from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import nn
 
 import diffbuf_lib
-from diffbuf_lib.config import Config
+from diffbuf_lib.config import Config, TrainingConfig
 from diffbuf_lib.errors import CheckpointError, DataError, DiffbufError, NonFiniteError
-from diffbuf_lib.training.checkpoint import apply_weights, load_weights, save_checkpoint
-from diffbuf_lib.training.engine import Batch, Engine, Outcome, make_accelerator
 from diffbuf_lib.training.failures import Failures
-from diffbuf_lib.training.feed import Feed
-from diffbuf_lib.training.fitting import check_place
-from diffbuf_lib.training.isolation import StopRequest, isolated
-from diffbuf_lib.training.judge import Judge
-from diffbuf_lib.training.lock import FolderLock
-from diffbuf_lib.training.logs import RunLog
+from diffbuf_lib.training.feed import Batch, ClipSource, EpochPlan, Feed, Stream, seed_everything
+from diffbuf_lib.training.folder import (
+    FolderLock,
+    ResultsFolder,
+    RunLog,
+    apply_weights,
+    load_weights,
+    save_checkpoint,
+)
 from diffbuf_lib.training.metrics import check_metrics
-from diffbuf_lib.training.plan import EpochPlan, Stream, seed_everything
-from diffbuf_lib.training.reading import ClipSource
-from diffbuf_lib.training.record import StepRecord
-from diffbuf_lib.training.results import ResultsFolder
-from diffbuf_lib.training.validation import Validation, validate
+from diffbuf_lib.training.optimizer import check_place
+from diffbuf_lib.training.signals import StopRequest, isolated
+from diffbuf_lib.training.step import Engine, Outcome, Validation, make_accelerator, validate
+
+__all__ = ["StepRecord", "train"]
+
+
+def train(
+    cfg: Config,
+    train_set: ClipSource,
+    valid_set: ClipSource | None,
+    results_path: str | Path,
+    *,
+    resume: bool = False,
+    start_check_point: str | Path | None = None,
+    device: str = "auto",
+    progress: bool = False,
+    model: nn.Module | None = None,
+) -> Generator[StepRecord, None, None]:
+    """Train, yielding a record after every optimizer step.
+
+    The generator may be abandoned at any time: on `close()`, Ctrl-C, SIGTERM or an error between
+    steps it saves a checkpoint and closes its logs. A signal waits for the end of a step and is
+    then raised as KeyboardInterrupt; a second one does not wait, and saves nothing. For a loop
+    whose body can fail, `with contextlib.closing(train(...)) as run:` closes at once.
+
+    Args:
+        cfg: the config; `cfg.training` is what matters here.
+        train_set: `[i] -> (mix, target)`, each [C, T] float32, full scale 1.
+        valid_set: the same; None or empty: no validation, and the learning rate stays.
+        results_path: folder for checkpoints, logs and the model; see `training.folder`.
+        resume: go on with the run in `results_path`.
+        start_check_point: a checkpoint file or a `save_pretrained` folder whose weights (averaged
+            ones, if there) are the first ones. Not read when resuming.
+        device: "auto", "cpu", "cuda" or "cuda:N". Without a CUDA device: a warning, and the CPU.
+        progress: draw a progress bar on standard error.
+        model: a model to train in place; default: a new one, seeded by `training.seed`.
+
+    Yields:
+        One record a step. A step is also one whose update the float16 scaler skipped.
+
+    Raises:
+        CheckpointError: the folder holds a run (without `resume`), none or one of another config
+            (with it), weights do not fit, or a file cannot be written.
+        NonFiniteError: the loss or gradient is NaN or infinite; names the files. The checkpoints
+            are from before. With float16, infinite gradients are the scaler's search and no
+            error, until its scale has fallen below 1.
+        DataError: an empty training set, or a clip that cannot be read; names it.
+        MissingExtraError, ConfigError: a metric or device that cannot be had.
+    """
+    stop = StopRequest()
+    stop.install()
+    run, abandoned = None, False
+    try:
+        with stop.running():
+            run = Run(cfg, train_set, valid_set, results_path, device, model, stop)
+            run.begin(resume=resume, start_check_point=start_check_point, progress=progress)
+        while (record := run.advance()) is not None:
+            yield record
+    except (GeneratorExit, KeyboardInterrupt):
+        abandoned = True
+        raise
+    finally:
+        try:
+            if run is not None:
+                run.close(abandoned=abandoned)
+        finally:
+            stop.restore()
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step.
+
+    Args:
+        step: counted from 1 over the whole run, resumed or not.
+        epoch: counted from 0, as in `set_epoch`.
+        loss: mean over the step's examples, on all processes.
+        grad_norm: of all gradients together, before clipping. Infinite in a skipped step.
+        lr: the learning rate that the step was made with.
+        seconds: wall time of the step, reading included, validation not.
+        skipped: float16 only: the gradients overflowed, the weights were left as they were and
+            the gradient scaler lowered its scale. Normal now and then. Also with
+            training.on_nonfinite=skip, for a batch with a loss or gradient that is not finite.
+        valid: on the last record of an epoch with validation, and of a run: "loss", the metrics'
+            means, and `<metric>_clips`, over how many clips; else None.
+        bad_batches: non-finite batches that the run has left out so far.
+    """
+
+    step: int
+    epoch: int
+    loss: float
+    grad_norm: float
+    lr: float
+    seconds: float
+    skipped: bool = False
+    valid: dict[str, float] | None = None
+    bad_batches: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name."""
+        return asdict(self)
 
 
 class Run:
-    """A run; `diffbuf_lib.training.loop.train` has the arguments' meaning."""
+    """A run; `diffbuf_lib.training.train` has the arguments' meaning."""
 
     def __init__(
         self,
@@ -363,3 +464,47 @@ def _new_model(cfg: Config) -> nn.Module:
 
     model: nn.Module = DiffusionBufferModel(cfg)
     return model
+
+
+@dataclass
+class Judge:
+    """Keeps count of the scores of `training.metric_for_scheduler`.
+
+    Args:
+        training: the metric's name and `early_stopping`.
+        best: best score so far.
+        bad_validations: validations since then.
+    """
+
+    training: TrainingConfig
+    best: float | None = None
+    bad_validations: int = 0
+
+    @property
+    def enough(self) -> bool:
+        """Whether `training.early_stopping` validations in a row brought no gain."""
+        limit = self.training.early_stopping
+        return limit is not None and self.bad_validations >= limit
+
+    def score(self, values: dict[str, float]) -> float | None:
+        """Pick the deciding score of a validation; None, with a warning, if it is not finite.
+
+        A score that could not be computed for a single clip decides nothing.
+        """
+        name = self.training.metric_for_scheduler
+        if math.isfinite(values[name]):
+            return values[name]
+        warnings.warn(
+            f"no validation clip has a finite {name}: learning rate and early stopping wait",
+            stacklevel=2,
+        )
+        return None
+
+    def gains(self, score: float) -> bool:
+        """Count a score; return whether it is the best so far. Losses are better when lower."""
+        lower_is_better = self.training.metric_for_scheduler == "loss"
+        if self.best is None or (score < self.best if lower_is_better else score > self.best):
+            self.best, self.bad_validations = score, 0
+            return True
+        self.bad_validations += 1
+        return False

@@ -18,7 +18,7 @@ from diffbuf_lib.diffusion.sde import BBED
 from diffbuf_lib.errors import CheckpointError, ConfigError, NonFiniteError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.training import crash
-from diffbuf_lib.training.plan import EpochPlan
+from diffbuf_lib.training.feed import EpochPlan
 from tests.training.helpers import Clips, config, fit, last, same
 
 ROOT = Path(__file__).parents[2]

@@ -25,7 +25,7 @@ from diffbuf_lib.errors import DiffbufError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.training import load_checkpoint, save_checkpoint, train
 from diffbuf_lib.training import run as run_module
-from diffbuf_lib.training.checkpoint import KEYS
+from diffbuf_lib.training.folder import KEYS
 from tests.faults import gallery
 from tests.faults.gallery import FAULTS, fault
 from tests.training.helpers import Clips, config, fit, kill_at, last

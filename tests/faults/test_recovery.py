@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from diffbuf_lib.diagnostics.capsule import Capsule
 from diffbuf_lib.errors import CheckpointError, DataError, NonFiniteError, OutOfMemoryError
 from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.training import memory, train, trial
-from diffbuf_lib.training.lock import FolderLock
+from diffbuf_lib.training import memory, train
+from diffbuf_lib.training.feed import EpochPlan
+from diffbuf_lib.training.folder import FolderLock
 from diffbuf_lib.training.packing import save_json, save_tensors
-from diffbuf_lib.training.plan import EpochPlan
 from tests.training.helpers import Clips, assert_same_state, config, fit, history, last, same
 from tests.training.test_scaler import scaler  # noqa: F401
 
@@ -186,13 +186,13 @@ def test_search_of_the_largest_batch(first, ceiling, limit):
 
 
 def test_trial_of_a_batch(tmp_path, monkeypatch):
-    monkeypatch.setattr(trial, "limit_memory", lambda: None)
+    monkeypatch.setattr(memory, "limit_memory", lambda: None)
     mix, target = Clips()[0]
     save_tensors(tmp_path / "clip.safetensors", {"mix": mix, "target": target})
     save_json(tmp_path / "config.json", config().to_dict())
-    assert trial.main(tmp_path, 3) == 0
+    assert memory.main(tmp_path, 3) == 0
     monkeypatch.setattr("diffbuf_lib.model.DiffusionBufferModel", Hungry)
-    assert trial.main(tmp_path, 3) == memory.TOO_LARGE
+    assert memory.main(tmp_path, 3) == memory.TOO_LARGE
 
 
 @pytest.mark.slow
@@ -205,7 +205,7 @@ def test_find_batch_size_with_a_real_limit():
     """The system allows 300 MB more: the search ends below, whatever the trials die of."""
     code = """
 import resource
-from diffbuf_lib.memory import taken_memory
+from diffbuf_lib.training.memory import taken_memory
 from diffbuf_lib.training import memory
 from tests.training.helpers import Clips, config
 cfg = config("training.batch_size=512", "model.base_channels=32")

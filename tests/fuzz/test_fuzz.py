@@ -25,7 +25,7 @@ from diffbuf_lib.diagnostics.capsule import Capsule
 from diffbuf_lib.diffusion.sde import make_sde
 from diffbuf_lib.errors import DataError, DiffbufError
 from diffbuf_lib.training import load_checkpoint, load_weights, save_checkpoint
-from diffbuf_lib.training.results import ResultsFolder, read_history
+from diffbuf_lib.training.folder import ResultsFolder, read_history
 from tests.training.helpers import Clips, config, fit, last
 
 SECONDS = 10  # in which any input must be done with

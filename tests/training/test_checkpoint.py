@@ -11,8 +11,7 @@ import torch
 from diffbuf_lib.errors import CheckpointError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.training import load_checkpoint, load_weights, save_checkpoint, train
-from diffbuf_lib.training.checkpoint import KEYS
-from diffbuf_lib.training.results import CHANGEABLE, ResultsFolder, check_same_config
+from diffbuf_lib.training.folder import CHANGEABLE, KEYS, ResultsFolder, check_same_config
 from tests.training.helpers import Clips, config, fit, last, same
 
 

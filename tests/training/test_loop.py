@@ -13,8 +13,8 @@ import torch
 from diffbuf_lib.errors import ConfigError, DataError, NonFiniteError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.training import StepRecord, load_checkpoint, load_weights, train
-from diffbuf_lib.training.plan import EpochPlan, Stream, example_generators, stream_seed
-from diffbuf_lib.training.validation import validate
+from diffbuf_lib.training.feed import EpochPlan, Stream, example_generators, stream_seed
+from diffbuf_lib.training.step import validate
 from tests.training.helpers import Clips, config, fit, history, last
 
 
