@@ -8,8 +8,7 @@ from pathlib import Path
 from diffbuf_lib.config import Config
 from diffbuf_lib.data import DNLMDataset, build_demo, open_dataset, write_audio
 from diffbuf_lib.evaluation import ScoredClip, evaluate, summary
-from diffbuf_lib.loading import load_model
-from diffbuf_lib.model import DiffusionBufferModel
+from diffbuf_lib.model import DiffusionBufferModel, load_model
 from diffbuf_lib.pretrained import DEFAULT as DEFAULT_MODEL
 from diffbuf_lib.report import write_report
 from diffbuf_lib.training import train

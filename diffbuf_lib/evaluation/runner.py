@@ -22,7 +22,7 @@ from diffbuf_lib.evaluation.scoring import columns_of
 from diffbuf_lib.evaluation.statistics import LEVEL, RESAMPLES, compare_methods, group
 from diffbuf_lib.evaluation.work import OURS, Job, Worker, all_rows, run_batches
 from diffbuf_lib.live import latency_report
-from diffbuf_lib.loading import fingerprint
+from diffbuf_lib.model import fingerprint
 from diffbuf_lib.training.folder import FolderLock
 
 

@@ -22,7 +22,7 @@ from diffbuf_lib.evaluation.baselines import NOISY
 from diffbuf_lib.evaluation.points import Point, draw_sweep, to_csv
 from diffbuf_lib.evaluation.runner import Evaluation, evaluate_folder
 from diffbuf_lib.evaluation.work import OURS, Job
-from diffbuf_lib.loading import load_model
+from diffbuf_lib.model import load_model
 
 Vary = Literal["auto", "buffer_size", "delay", "t_max", "none"]
 BUFFER_SIZES = (5, 10, 20, 30, 60)

@@ -21,7 +21,7 @@ from diffbuf_lib.evaluation.baselines import NOISY, make_baselines
 from diffbuf_lib.evaluation.clips import Clip, Clips, clip_generators, pad_batch
 from diffbuf_lib.evaluation.results import Batch, Row
 from diffbuf_lib.evaluation.scoring import check_scoring, score
-from diffbuf_lib.loading import load_model
+from diffbuf_lib.model import load_model
 
 OURS = "diffbuf"
 """What the evaluated model is called among the methods."""

@@ -11,7 +11,7 @@ from torch import nn
 from diffbuf_lib.diagnostics import gradient_statistics, score_statistics, watch_modules
 from diffbuf_lib.diagnostics.recording import RecordingModel, StageRecorder
 from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.summary import Summary, summarise
+from diffbuf_lib.trace import Summary, summarise
 from diffbuf_lib.training import train
 from diffbuf_lib.training.memory import estimate, network_estimate, saved_bytes
 from tests.conftest import make_model, seeded

@@ -13,7 +13,7 @@ from diffbuf_lib.evaluation.comparison import compare_folders
 from diffbuf_lib.evaluation.results import EvaluationFolder, read_scores
 from diffbuf_lib.evaluation.runner import evaluate_folder
 from diffbuf_lib.evaluation.work import Job, Worker
-from diffbuf_lib.loading import load_model
+from diffbuf_lib.model import load_model
 from tests.evaluation.conftest import voice, write_clip
 
 METRICS = ("si_sdr", "pesq", "estoi")
