@@ -16,7 +16,7 @@ from diffbuf_lib.errors import DiffbufError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.training.memory import (
     MemoryEstimate,
-    estimate,
+    estimate_step,
     free_memory,
     network_estimate,
     saved_bytes,
@@ -107,7 +107,7 @@ def _passes(
         with saved_bytes(model) as two, autocast(device, precision):
             loss = model(mix.repeat(2, 1, 1), target.repeat(2, 1, 1))
         del loss
-    needed = estimate(model, cfg.training.optimizer, measured.saved, two)
+    needed = estimate_step(cfg, model)
     yield _memory(cfg, needed, free)
     yield _speed(cfg, measured.seconds, device)
 

@@ -1,4 +1,9 @@
-"""One process's batches, in the order of the plan, each with the generators of its examples."""
+"""Which examples make up which batch, and how they are read: all a function of (seed, epoch).
+
+No state has to be saved: the order of an epoch, the noise of the example at a position of that
+order and the dropout of a step are seeded from their names. So they depend neither on the batch
+size, nor on the number of processes, nor on where a run was stopped and resumed.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +26,22 @@ from diffbuf_lib.data import collate
 from diffbuf_lib.errors import DataError
 
 
+class ClipSource(Protocol):
+    """What training asks of a dataset; `diffbuf_lib.data` has the real ones."""
+
+    def __len__(self) -> int:
+        """Return the number of clips."""
+
+    def __getitem__(self, index: int, /) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (mix, target), each [C, T] float32, full scale 1."""
+
+    def name(self, index: int, /) -> str:
+        """Return what error messages call a clip, such as its folder."""
+
+    def set_epoch(self, epoch: int, /) -> None:
+        """Set what the random crops are keyed by."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """One process's part of a round.
@@ -37,7 +58,7 @@ class Batch:
 
 
 class Feed:
-    """Reads ahead within an epoch, from any round of it.
+    """One process's batches in the order of the plan, read ahead within an epoch.
 
     Args:
         plan: which clips make up which batch.
@@ -57,8 +78,8 @@ class Feed:
     ) -> None:
         self.plan, self.training, self.train_set = plan, training, train_set
         self.device, self.rank = device, rank
-        self._in_flight = InFlight()
-        self._reader: Iterator[tuple[torch.Tensor, torch.Tensor]] | None = None
+        self.readers = Readers()
+        self._batches: Iterator[tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def batch(self, epoch: int, round_: int) -> Batch:
         """Return the batch of a round; ask for the rounds of an epoch in their order.
@@ -66,17 +87,17 @@ class Feed:
         Raises:
             DataError: a clip cannot be read; names it.
         """
-        if self._reader is None:
+        if self._batches is None:
             self.train_set.set_epoch(epoch)
-            self._reader = read_batches(
+            self._batches = read_batches(
                 self.train_set,
                 self.plan.batches(epoch, self.rank, start=round_),
                 num_workers=self.training.num_workers,
                 seed=stream_seed(self.training.seed, Stream.WORKERS, epoch, self.rank),
                 pin_memory=self.device.type == "cuda",
-                in_flight=self._in_flight,
+                readers=self.readers,
             )
-        mix, target = next(self._reader)
+        mix, target = next(self._batches)
         keys = [(epoch, position) for position in self.plan.positions(round_, self.rank)]
         return Batch(
             mix.to(self.device, non_blocking=True),
@@ -84,169 +105,9 @@ class Feed:
             example_generators(keys, self.training.seed, Stream.EXAMPLE, self.device),
         )
 
-    def death(self, error: BaseException) -> DataError | None:
-        """Return what to raise if an exception, met anywhere, tells of a reader's death."""
-        return self._in_flight.death(error)
-
     def stop(self) -> None:
         """End the processes that read ahead; the next batch may be of any epoch and round."""
-        self._reader = None
-
-
-class ClipSource(Protocol):
-    """What training asks of a dataset; `diffbuf_lib.data` has the real ones."""
-
-    def __len__(self) -> int:
-        """Return the number of clips."""
-
-    def __getitem__(self, index: int, /) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (mix, target), each [C, T] float32, full scale 1."""
-
-    def name(self, index: int, /) -> str:
-        """Return what error messages call a clip, such as its folder."""
-
-    def set_epoch(self, epoch: int, /) -> None:
-        """Set what the random crops are keyed by."""
-
-
-def read_batches(
-    dataset: ClipSource,
-    batches: Sequence[Sequence[int]],
-    *,
-    num_workers: int = 0,
-    seed: int = 0,
-    pin_memory: bool = False,
-    in_flight: InFlight | None = None,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (mix, target), each [B, C, T] float32, of every batch of indices.
-
-    Args:
-        dataset: where the clips come from.
-        batches: lists of dataset indices, one list a batch.
-        num_workers: processes that read ahead; 0 reads in this process.
-        seed: of the workers' own generators (clips are keyed by index and do not use them).
-        pin_memory: for faster copies to a GPU.
-        in_flight: is kept up to date, for whoever hears of a reader's death elsewhere: torch
-            raises it from a signal handler, wherever the main process is.
-
-    Raises:
-        DataError: a clip cannot be read, or a reading process died; names the clip.
-    """
-    in_flight = InFlight() if in_flight is None else in_flight
-    in_flight.begin(dataset, num_workers)
-    loader: DataLoader[Any] = DataLoader(
-        _Guarded(dataset, in_flight.readers),
-        batch_size=None,
-        sampler=batches,  # one "index" is a whole batch of indices
-        num_workers=num_workers,
-        collate_fn=_unchanged,
-        worker_init_fn=_leave_signals_to_the_main_process if num_workers else None,
-        generator=torch.Generator().manual_seed(seed),
-        pin_memory=pin_memory,
-    )
-    iterator = iter(loader)
-    try:
-        for indices in batches:
-            in_flight.batch = indices
-            try:
-                item = next(iterator)
-            except RuntimeError as error:
-                if (death := in_flight.death(error)) is None:
-                    raise
-                raise death from error
-            if isinstance(item, _Failure):
-                raise item.error()
-            yield item
-    finally:
-        del iterator  # ends the workers now: a kept traceback would keep them alive with it
-
-
-class InFlight:
-    """Who reads which clip: names the file when a reading process dies."""
-
-    def __init__(self) -> None:
-        self.dataset: ClipSource | None = None
-        self.batch: Sequence[int] = ()
-        self.readers: torch.Tensor | None = None  # [W, 2] process id and clip, -1 between clips
-
-    def begin(self, dataset: ClipSource, num_workers: int) -> None:
-        """Forget earlier readers."""
-        self.dataset, self.batch = dataset, ()
-        self.readers = torch.full((num_workers, 2), -1).share_memory_() if num_workers else None
-
-    def death(self, error: BaseException) -> DataError | None:
-        """Return what to raise for torch's message of a reader's death; None for another error."""
-        if "DataLoader worker" not in str(error) or self.dataset is None:
-            return None
-        dead = [int(pid) for pid in re.findall(r"\d+", str(error).partition("pid")[2])]
-        readers = [] if self.readers is None else self.readers.tolist()
-        clips = [clip for pid, clip in readers if pid in dead and clip >= 0]
-        names = ", ".join(self.dataset.name(i) for i in clips or self.batch)
-        return DataError(
-            f"a process that reads clips died {'at' if clips else 'near'} {names}: lower "
-            "training.num_workers (0 reads in the main process) or free memory, /dev/shm too"
-        )
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """An exception on its way out of a worker."""
-
-    message: str
-    details: str | None  # a traceback, where the error is not a plain DataError
-
-    def error(self) -> DataError:
-        error = DataError(self.message)
-        if self.details:
-            error.add_note(self.details)
-        return error
-
-
-class _Guarded(Dataset[Any]):
-    """A dataset of batches in which an unreadable clip is a value, not an exception."""
-
-    def __init__(self, dataset: ClipSource, readers: torch.Tensor | None) -> None:
-        self.dataset, self.readers = dataset, readers
-
-    def __getitem__(self, indices: Sequence[int]) -> Any:
-        items = []
-        worker = get_worker_info()
-        for index in indices:
-            if worker is not None and self.readers is not None:
-                self.readers[worker.id] = torch.tensor([os.getpid(), index])
-            try:
-                items.append(self.dataset[index])
-            except Exception as error:
-                return _failure(error, self.dataset.name(index))
-        if worker is not None and self.readers is not None:
-            self.readers[worker.id, 1] = -1
-        try:
-            return collate(items)
-        except Exception as error:
-            return _failure(error, ", ".join(self.dataset.name(index) for index in indices))
-
-
-def _failure(error: Exception, names: str) -> _Failure:
-    if isinstance(error, DataError):
-        text = str(error)
-        named = any(part in text for part in names.split(" + "))
-        return _Failure(text if named else f"{names}: {text}", None)
-    reason = " ".join(str(error).split())
-    return _Failure(f"{names}: {type(error).__name__}: {reason}", traceback.format_exc())
-
-
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    """Keep a worker alive at Ctrl-C, which a terminal sends to it too, until it is told to end.
-
-    A forked worker also inherits the run's SIGTERM handler, which would not let it end at all.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _unchanged(item: Any) -> Any:
-    """Return the batch as the dataset made it (a lambda would not reach spawned workers)."""
-    return item
+        self._batches = None
 
 
 class Stream(IntEnum):
@@ -275,14 +136,7 @@ def stream_seed(seed: int, stream: Stream, *key: int) -> int:
 def example_generators(
     keys: Sequence[tuple[int, ...]], seed: int, stream: Stream, device: torch.device
 ) -> list[torch.Generator]:
-    """Return one generator an example, each seeded from its own key.
-
-    Args:
-        keys: one key an example: (epoch, position) in training, (clip,) in validation.
-        seed: `training.seed`.
-        stream: `Stream.EXAMPLE` or `Stream.VALID`.
-        device: where the model draws its noise; a generator works on one device only.
-    """
+    """Return a generator on `device` for each key: (epoch, position), or in validation (clip,)."""
     return [torch.Generator(device).manual_seed(stream_seed(seed, stream, *key)) for key in keys]
 
 
@@ -361,13 +215,152 @@ class EpochPlan:
         return order
 
     def batches(self, epoch: int, rank: int, start: int = 0) -> list[list[int]]:
-        """Return the dataset indices of one process's batches from round `start` on.
-
-        Because the rest of an epoch is computed rather than skipped, a resumed run does not read
-        the files that came before.
-        """
+        """Return the dataset indices of one process's batches from round `start` on."""
         order = self.order(epoch)
-        return [
-            [order[position] for position in self.positions(round_, rank)]
-            for round_ in range(start, self.rounds)
-        ]
+        rounds = range(start, self.rounds)
+        return [[order[position] for position in self.positions(r, rank)] for r in rounds]
+
+
+def read_batches(
+    dataset: ClipSource,
+    batches: Sequence[Sequence[int]],
+    *,
+    num_workers: int = 0,
+    seed: int = 0,
+    pin_memory: bool = False,
+    readers: Readers | None = None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield (mix, target), each [B, C, T] float32, of every batch of indices.
+
+    Args:
+        dataset: where the clips come from.
+        batches: lists of dataset indices, one list a batch.
+        num_workers: processes that read ahead; 0 reads in this process.
+        seed: of the workers' own generators (clips are keyed by index and do not use them).
+        pin_memory: for faster copies to a GPU.
+        readers: is kept up to date, for whoever hears of a reader's death elsewhere.
+
+    Raises:
+        DataError: a clip cannot be read, or a reading process died; names the clip.
+    """
+    readers = Readers() if readers is None else readers
+    readers.begin(dataset, num_workers)
+    loader: DataLoader[Any] = DataLoader(
+        _ReadableBatches(dataset, readers.reading),
+        batch_size=None,
+        sampler=batches,  # one "index" is a whole batch of indices
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        worker_init_fn=_leave_signals_to_the_main_process if num_workers else None,
+        generator=torch.Generator().manual_seed(seed),
+        pin_memory=pin_memory,
+    )
+    iterator = iter(loader)
+    try:
+        for indices in batches:
+            readers.batch = indices
+            try:
+                item = next(iterator)
+            except RuntimeError as error:
+                if (death := readers.death(error)) is None:
+                    raise
+                raise death from error
+            if isinstance(item, _Unreadable):
+                raise item.error()
+            yield item
+    finally:
+        del iterator  # ends the workers now: a kept traceback would keep them alive with it
+
+
+class Readers:
+    """Who reads which clip, so that the death of a reading process can name the file.
+
+    Torch raises it from a signal handler, wherever the main process is: in mid-step, too.
+    """
+
+    def __init__(self) -> None:
+        self.dataset: ClipSource | None = None
+        self.batch: Sequence[int] = ()
+        self.reading: torch.Tensor | None = None  # [W, 2] process id and clip, -1 between clips
+
+    def begin(self, dataset: ClipSource, num_workers: int) -> None:
+        """Forget earlier readers."""
+        self.dataset, self.batch = dataset, ()
+        self.reading = torch.full((num_workers, 2), -1).share_memory_() if num_workers else None
+
+    def death(self, error: BaseException) -> DataError | None:
+        """Return what to raise for torch's message of a reader's death; None for another error."""
+        if "DataLoader worker" not in str(error) or self.dataset is None:
+            return None
+        dead = [int(pid) for pid in re.findall(r"\d+", str(error).partition("pid")[2])]
+        reading = [] if self.reading is None else self.reading.tolist()
+        clips = [clip for pid, clip in reading if pid in dead and clip >= 0]
+        names = ", ".join(self.dataset.name(i) for i in clips or self.batch)
+        return DataError(
+            f"a process that reads clips died {'at' if clips else 'near'} {names}: lower "
+            "training.num_workers (0 reads in the main process) or free memory, /dev/shm too"
+        )
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    """An exception on its way out of a worker: as an exception it would become a traceback's text.
+
+    Args:
+        message: of the DataError.
+        details: a traceback, where the error is not a plain DataError.
+    """
+
+    message: str
+    details: str | None
+
+    def error(self) -> DataError:
+        error = DataError(self.message)
+        if self.details:
+            error.add_note(self.details)
+        return error
+
+
+class _ReadableBatches(Dataset[Any]):
+    """A dataset of batches in which an unreadable clip is a value, not an exception."""
+
+    def __init__(self, dataset: ClipSource, reading: torch.Tensor | None) -> None:
+        self.dataset, self.reading = dataset, reading
+
+    def __getitem__(self, indices: Sequence[int]) -> Any:
+        names = ""
+        try:
+            items = []
+            for index in indices:
+                names = self.dataset.name(index)
+                self._note(index)
+                items.append(self.dataset[index])
+            self._note(-1)
+            names = ", ".join(self.dataset.name(index) for index in indices)
+            return collate(items)
+        except DataError as error:
+            text = str(error)
+            named = any(part in text for part in names.split(" + "))
+            return _Unreadable(text if named else f"{names}: {text}", None)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return _Unreadable(f"{names}: {reason}", traceback.format_exc())
+
+    def _note(self, clip: int) -> None:
+        worker = get_worker_info()
+        if worker is not None and self.reading is not None:
+            self.reading[worker.id] = torch.tensor([os.getpid(), clip])
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """Keep a worker alive at Ctrl-C, which a terminal sends to it too, until it is told to end.
+
+    A forked worker also inherits the run's SIGTERM handler, which would not let it end at all.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _unchanged(item: Any) -> Any:
+    """Return the batch as the dataset made it (a lambda would not reach spawned workers)."""
+    return item

@@ -6,16 +6,11 @@ checkpoints/last.pt   to go on from, written at step 0, at every epoch's end and
 checkpoints/best.pt   the same, of the best validation
 model/                averaged weights of the best validation, for `from_pretrained`
 tensorboard/          event files
-capsule_<step>/       a failed step, to be replayed; see `training.crash`
-.lock                 while a run goes on here; see `FolderLock`
+capsule_<step>/       a failed step, to be replayed; see `training.failure`
+.lock                 while a run goes on here
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from diffbuf_lib.training.run import StepRecord
 
 import contextlib
 import errno
@@ -28,14 +23,29 @@ import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
+import filelock
 import torch
 from torch import nn
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.errors import CheckpointError
 from diffbuf_lib.figures import spectrograms, to_pixels
+from diffbuf_lib.trace import to_plain
+
+if TYPE_CHECKING:
+    from diffbuf_lib.training.run import StepRecord
+    from diffbuf_lib.training.step import Validation
+
+FORMAT = 1
+"""Raised when a checkpoint's content changes so that an older library cannot read it."""
+
+KEYS = frozenset(
+    {"format", "version", "config", "step", "epoch", "examples", "processes", "pending", "best"}
+    | {"bad_validations", "bad_batches", "model", "ema", "optimizer", "scheduler", "scaler"}
+)
+"""What a checkpoint holds. No state of random generators: all draws are keyed (see feed.py)."""
 
 CHANGEABLE = {
     "training.num_epochs": "where the run ends does not change the steps before; but see below",
@@ -94,17 +104,12 @@ class ResultsFolder:
                 "--results_path, or leave out --resume to start there"
             )
         state = load_checkpoint(self.last)
-        try:
-            check_same_config(state["config"], cfg.to_dict(), self.path)
-        except (AttributeError, TypeError, RuntimeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"checkpoint {self.last} holds no config: {error}") from error
+        check_same_config(state["config"], cfg.to_dict(), self.path)
         return state
 
     def write_config(self, cfg: Config) -> None:
         """Write config.yaml."""
-        with replacing(self.config) as file:
+        with atomic_file(self.config) as file:
             file.write(cfg.to_yaml().encode())
 
     def truncate_history(self, step: int, *, validated: bool) -> None:
@@ -117,16 +122,13 @@ class ResultsFolder:
             validated: whether the checkpoint comes after that step's validation; if not, a
                 validation of that very step will be made again.
         """
-        kept = [
-            line
-            for line in read_history(self.history)
-            if line["step"] < step
-            or (
-                line["step"] == step
-                and (("valid" not in line) or (validated and not line["final"]))
-            )
-        ]
-        with replacing(self.history) as file:
+
+        def stays(line: dict[str, Any]) -> bool:
+            repeated = "valid" in line and (line["final"] or not validated)
+            return line["step"] < step or (line["step"] == step and not repeated)
+
+        kept = [line for line in read_history(self.history) if stays(line)]
+        with atomic_file(self.history) as file:
             file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def export_model(self, model: Any) -> None:
@@ -147,10 +149,7 @@ class ResultsFolder:
             sync_folder(self.path)
         except OSError as error:
             self.tidy()
-            raise CheckpointError(
-                f"{self.model} cannot be written ({error.strerror or error}): free space or choose "
-                "another --results_path; what was there before is untouched"
-            ) from error
+            raise _unwritable(self.model, error) from error
         shutil.rmtree(old, ignore_errors=True)
 
     def tidy(self) -> None:
@@ -158,14 +157,11 @@ class ResultsFolder:
         new, old = self.path / ".model.new", self.path / ".model.old"
         if old.exists() and not self.model.exists():
             old.rename(self.model)
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        for left in (new, old, *self.path.glob(".capsule_*.tmp")):
+            shutil.rmtree(left, ignore_errors=True)
         for folder in (self.path, self.last.parent):
             for file in folder.glob(".*.tmp"):
-                if file.is_dir():  # of a capsule
-                    shutil.rmtree(file, ignore_errors=True)
-                else:
-                    file.unlink(missing_ok=True)
+                file.unlink(missing_ok=True)
 
 
 def check_same_config(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
@@ -182,10 +178,9 @@ def check_same_config(old: Mapping[str, Any], new: Mapping[str, Any], path: Path
     before, after = dict(_flat(old)), dict(_flat(new))
     linear = "linear" in (before.get("training.lr_schedule"), after.get("training.lr_schedule"))
     fixed = _ENDS if linear else ()
-    keys = [*before, *(key for key in after if key not in before)]
     changed = [
         f"{key} was {str(before.get(key, 'not there'))[:80]}, is {after.get(key, 'not there')}"
-        for key in keys
+        for key in {**before, **after}
         if (key in fixed or key not in CHANGEABLE) and before.get(key) != after.get(key)
     ]
     if changed:
@@ -195,6 +190,14 @@ def check_same_config(old: Mapping[str, Any], new: Mapping[str, Any], path: Path
             "Set them back, or choose another --results_path (--start_check_point takes over the "
             "weights)"
         )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def read_history(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -220,25 +223,6 @@ def read_history(path: str | Path) -> Iterator[dict[str, Any]]:
             yield content
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-FORMAT = 1
-"""Raised when a checkpoint's content changes so that an older library cannot read it."""
-
-KEYS = frozenset(
-    {"format", "version", "config", "step", "epoch", "examples", "processes", "pending", "best"}
-    | {"bad_validations"}
-    | {"model", "ema", "optimizer", "scheduler", "scaler"}
-)
-"""What a checkpoint holds. No state of random generators: all draws are keyed (see plan.py)."""
-
-
 def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
     """Write a checkpoint so that, whenever the machine stops, `path` is the old or the new one.
 
@@ -250,38 +234,19 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
         CheckpointError: it cannot be written (disk full, no permission). An older file at `path`
             is still there and whole.
     """
-    path = Path(path)
-    with replacing(path) as file:
+    with atomic_file(Path(path)) as file:
         torch.save({"format": FORMAT, **state}, file)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU.
-
-    Only tensors and plain values are read (`weights_only`): a file that would run code is refused.
+    """Read a checkpoint onto the CPU, without running what is in it.
 
     Raises:
         CheckpointError: no such file, cut short or damaged, not a checkpoint of this library, or
             one that holds more than tensors and plain values.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist: check the path")
-    try:
-        _check_whole(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"checkpoint {path} is refused: it holds more than tensors and plain values, and "
-            "reading it could run code; take a file that diffbuf has written"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from error
-    except Exception as error:  # whatever the zip and pickle readers meet in damaged bytes
-        raise CheckpointError(
-            f"checkpoint {path} is damaged or cut short: take another one, such as best.pt "
-            f"({type(error).__name__})"
-        ) from error
+    state = load_tensors(path, "checkpoint")
     if not isinstance(state, dict) or not KEYS.issubset(state):
         raise CheckpointError(
             f"{path} is not a training checkpoint of diffbuf: take checkpoints/last.pt or best.pt "
@@ -293,6 +258,37 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{state['version']}; this library reads format {FORMAT}: install that version"
         )
     return state
+
+
+def load_tensors(path: Path, what: str) -> Any:
+    """Read what `torch.save` wrote onto the CPU: tensors and plain values only (`weights_only`).
+
+    Args:
+        path: the file.
+        what: what error messages call it.
+
+    Raises:
+        CheckpointError: no such file, a damaged one, or one that would run code.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{what} {path} does not exist: check the path")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch's reader does not look at checksums
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(damaged)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{what} {path} is refused: it holds more than tensors and plain values, and "
+            "reading it could run code; take a file that diffbuf has written"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{what} {path} cannot be read: {error.strerror}") from error
+    except Exception as error:  # whatever the zip and pickle readers meet in damaged bytes
+        raise CheckpointError(
+            f"{what} {path} is damaged or cut short: take another one, such as best.pt "
+            f"({type(error).__name__})"
+        ) from error
 
 
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
@@ -335,28 +331,23 @@ def apply_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source:
     Raises:
         CheckpointError: a tensor is missing, unknown or of another shape; names the first.
     """
-    own = model.state_dict()
-    for name, value in own.items():
-        if name not in weights:
-            problem = f"it has no {name}, which is {list(value.shape)} in this model"
-        elif weights[name].shape != value.shape:
-            problem = (
-                f"its {name} is {list(weights[name].shape)}, in this model {list(value.shape)}"
-            )
+    own = {name: list(value.shape) for name, value in model.state_dict().items()}
+    given = {name: list(value.shape) for name, value in weights.items()}
+    for name in {**own, **given}:
+        if name not in given:
+            problem = f"it has no {name}, which is {own[name]} in this model"
+        elif name not in own:
+            problem = f"its {name}, {given[name]}, is not in this model"
+        elif own[name] != given[name]:
+            problem = f"its {name} is {given[name]}, in this model {own[name]}"
         else:
             continue
         raise CheckpointError(f"weights of {source} do not fit: {problem}; make `model` equal")
-    for name in weights:
-        if name not in own:
-            raise CheckpointError(
-                f"weights of {source} do not fit: its {name}, {list(weights[name].shape)}, is not "
-                "in this model; make `model` equal"
-            )
     model.load_state_dict(dict(weights))
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file beside `path` that takes its place once it is safely on the disk.
 
     Raises:
@@ -372,12 +363,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns some OSErrors into these
-        cause = error if isinstance(error, OSError) else error.__context__
-        reason = cause.strerror if isinstance(cause, OSError) else None
-        raise CheckpointError(
-            f"{path} cannot be written ({reason or error}): free space or choose another "
-            "--results_path; what was there before is untouched"
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -392,40 +378,21 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _check_whole(path: Path) -> None:
-    """Compare every member of the archive with its checksum; torch's reader does not."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(damaged)
-
-
-try:
-    import fcntl
-except ImportError:  # not a Unix: two runs in one folder are not noticed there
-    fcntl = None  # type: ignore[assignment]
-
-_held: set[int] = set()
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # some network file systems
-
-
-def _let_go() -> None:
-    """Close a forked child's copies: a reader that outlives a killed run must not hold its lock."""
-    for descriptor in _held:
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
-    _held.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
+def _unwritable(path: Path, error: Exception) -> CheckpointError:
+    cause = error if isinstance(error, OSError) else error.__context__
+    reason = cause.strerror if isinstance(cause, OSError) else None
+    return CheckpointError(
+        f"{path} cannot be written ({reason or error}): free space or choose another "
+        "--results_path; what was there before is untouched"
+    )
 
 
 class FolderLock:
-    """A lock that the system gives back when its process ends, however it ends.
+    """One run at a time in a results folder, until its process ends, however it ends.
 
-    The file holds the owner's process id, for the message; what counts is the lock on it, so that
-    a file which a killed run has left behind stops nobody.
+    What counts is the system's lock on the file, not the file: one that a killed run has left
+    behind stops nobody. A forked reader that outlives its run does not hold the lock, since
+    filelock closes the descriptor in forked children.
 
     Args:
         folder: the results folder; made if needed.
@@ -433,62 +400,39 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / ".lock"
-        self._descriptor: int | None = None
+        self._lock = filelock.FileLock(
+            self.path, timeout=0, thread_local=False, fallback_to_soft=False
+        )
 
     def acquire(self) -> None:
-        """Take the lock.
+        """Take the lock, or go on without one on a file system that has none.
 
         Raises:
             CheckpointError: another process has it, or the folder cannot be written.
         """
-        if fcntl is None:
-            return
+        folder = self.path.parent
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            while not self._try():
-                pass
-        except BlockingIOError:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+            self.path.write_text(f"{os.getpid()}\n")  # for the message
+        except filelock.Timeout:
             raise CheckpointError(
-                f"results folder {self.path.parent} is in use by another run ({self._owner()}): "
-                "wait for it, stop it, or choose another --results_path"
+                f"results folder {folder} is in use by another run ({self._owner()}): wait for "
+                "it, stop it, or choose another --results_path"
             ) from None
         except OSError as error:
-            if error.errno in _NO_LOCKS:
-                return
+            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                return  # some network file systems
             raise CheckpointError(
-                f"results folder {self.path.parent} cannot be written ({error.strerror}): choose "
-                "another --results_path"
+                f"results folder {folder} cannot be written ({error.strerror}): choose another "
+                "--results_path"
             ) from error
 
     def release(self) -> None:
-        """Give the lock back and remove its file; without a lock, do nothing."""
-        if self._descriptor is None:
-            return
-        with contextlib.suppress(OSError):
-            self.path.unlink()
-        if self._descriptor in _held:  # not in a forked child
-            _held.discard(self._descriptor)
-            os.close(self._descriptor)
-        self._descriptor = None
-
-    def _try(self) -> bool:
-        """Lock the file; False if its last owner removed it meanwhile."""
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not self.path.exists() or not os.path.samestat(
-                os.fstat(descriptor), os.stat(self.path)
-            ):
-                os.close(descriptor)
-                return False
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
-        self._descriptor = descriptor
-        _held.add(descriptor)
-        return True
+        """Remove the file and give the lock back; without a lock, do nothing."""
+        if self._lock.is_locked:
+            self.path.unlink(missing_ok=True)
+            self._lock.release()
 
     def _owner(self) -> str:
         try:
@@ -498,7 +442,7 @@ class FolderLock:
 
 
 class RunLog:
-    """Writes records and validations of the main process.
+    """What the main process writes down: history.jsonl, TensorBoard and a progress bar.
 
     Args:
         cfg: the config.
@@ -512,95 +456,62 @@ class RunLog:
         self, cfg: Config, folder: ResultsFolder, *, step: int, total: int, progress: bool
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
 
-        self.cfg = cfg
-        self.history = folder.history
+        self.cfg, self.history = cfg, folder.history
         self._file = open(self.history, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         self._board = SummaryWriter(
             str(folder.tensorboard), purge_step=step + 1 if step else None, max_queue=100
         )
-        self._bar: Any = None
-        if progress:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, initial=step, unit="step", desc="training")
+        self._bar = tqdm(
+            total=total, initial=step, unit="step", desc="training", disable=not progress
+        )
         self._last = (step, time.perf_counter())
 
     def step(self, record: StepRecord) -> None:
         """Write one optimizer step."""
-        line = {
-            "step": record.step,
-            "epoch": record.epoch,
-            "loss": record.loss,
-            "grad_norm": record.grad_norm,
-            "lr": record.lr,
-            "seconds": record.seconds,
-            "skipped": record.skipped,
-            "bad_batches": record.bad_batches,
-        }
+        line = record.to_dict()
+        del line["valid"]
         self._write(line)
         if record.step % self.cfg.training.log_every == 0:
-            self._scalars(record)
-        if self._bar is not None:
-            self._bar.set_postfix(epoch=record.epoch, loss=f"{record.loss:.4g}", refresh=False)
-            self._bar.update(record.step - self._bar.n)
+            step, then = self._last
+            self._last = (record.step, time.perf_counter())
+            rate = (record.step - step) / max(self._last[1] - then, 1e-9)
+            for name in ("loss", "grad_norm", "lr"):
+                self._point(f"train/{name}", line[name], record.step)
+            self._point("train/steps_per_second", rate, record.step)
+        self._bar.set_postfix(epoch=record.epoch, loss=f"{record.loss:.4g}", refresh=False)
+        self._bar.update(record.step - self._bar.n)
 
-    def validation(
-        self,
-        record: StepRecord,
-        values: dict[str, float],
-        example: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
-        *,
-        final: bool,
-    ) -> None:
+    def validation(self, record: StepRecord, result: Validation, *, final: bool) -> None:
         """Write one validation: its scores, and sound and picture of its first clip."""
-        self._write({"step": record.step, "epoch": record.epoch, "valid": values, "final": final})
-        for name, value in values.items():
-            self._point(f"valid/{name}", value, record.step)
-        if example is not None:
-            rate = self.cfg.audio.sample_rate
-            waves = dict(zip(("mix", "target", "estimate"), example, strict=True))
+        step, rate = record.step, self.cfg.audio.sample_rate
+        self._write({"step": step, "epoch": record.epoch, "valid": result.values, "final": final})
+        for name, value in result.values.items():
+            self._point(f"valid/{name}", value, step)
+        if result.example is not None:
+            waves = dict(zip(("mix", "target", "estimate"), result.example, strict=True))
             for name, wave in waves.items():
                 sound = torch.nan_to_num(wave).clamp(-1, 1)
-                self._board.add_audio(f"audio/{name}", sound[None], record.step, sample_rate=rate)
+                self._board.add_audio(f"audio/{name}", sound[None], step, sample_rate=rate)
             picture = to_pixels(spectrograms(waves, rate, self.cfg.audio.stft))
-            self._board.add_image("spectrogram", picture, record.step, dataformats="HWC")
+            self._board.add_image("spectrogram", picture, step, dataformats="HWC")
         self._board.flush()
 
     def close(self) -> None:
         """Flush and close everything."""
-        self._file.close()
-        self._board.close()
-        if self._bar is not None:
-            self._bar.close()
+        for part in (self._file, self._board, self._bar):
+            part.close()
 
     def _write(self, line: dict[str, Any]) -> None:
         try:
-            self._file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+            self._file.write(json.dumps(to_plain(line), allow_nan=False) + "\n")
             self._file.flush()  # a killed process loses nothing that the system has
         except OSError as error:
             raise CheckpointError(
                 f"{self.history} cannot be written ({error.strerror}): free space, then --resume"
             ) from error
 
-    def _scalars(self, record: StepRecord) -> None:
-        step, then = self._last
-        now = time.perf_counter()
-        for name in ("loss", "grad_norm", "lr"):
-            self._point(f"train/{name}", getattr(record, name), record.step)
-        rate = (record.step - step) / max(now - then, 1e-9)
-        self._point("train/steps_per_second", rate, record.step)
-        self._last = (record.step, now)
-
     def _point(self, name: str, value: float, step: int) -> None:
         if math.isfinite(value):  # else TensorBoard prints a warning of its own and draws nothing
             self._board.add_scalar(name, value, step)
-
-
-def _finite(value: Any) -> Any:
-    """Return a tree with None for each number that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -1,4 +1,4 @@
-"""What learns: the model, its averaged copy, the optimizer and what changes the learning rate.
+"""One optimizer step and one validation: the model, and all that changes or scores it.
 
 `Engine.step` is one optimizer step over one or several batches; `state_dict` is all of it.
 """
@@ -16,8 +16,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
-from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diffbuf_lib.config import Config, TrainingConfig
@@ -31,13 +31,7 @@ from diffbuf_lib.training.feed import (
     seed_everything,
 )
 from diffbuf_lib.training.metrics import mean_scores, score_clips
-from diffbuf_lib.training.optimizer import (
-    LinearRate,
-    check_optimizer,
-    check_scheduler,
-    make_optimizer,
-    make_scheduler,
-)
+from diffbuf_lib.training.optimizer import make_optimizer, make_scheduler
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,7 @@ class Outcome:
         scale: the gradient scaler's factor in this step; None without a scaler.
     """
 
-    losses: torch.Tensor
+    losses: Tensor
     grad_norm: float
     skipped: bool
     stop: bool
@@ -62,43 +56,6 @@ class Outcome:
     def loss(self) -> float:
         """Mean over processes and rounds."""
         return self.losses.double().mean().item()
-
-
-def make_accelerator(training: TrainingConfig, device: str) -> Accelerator:
-    """Choose the device and the precision; warn, in one line, where they are not what was asked.
-
-    Args:
-        training: for `use_amp` and `amp_dtype`.
-        device: "auto" (CUDA if there is), "cpu", "cuda" or "cuda:N".
-
-    Raises:
-        ConfigError: a device of another kind, or a GPU number that this machine does not have.
-    """
-    kind, _, number = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
-        raise ConfigError(f"device {device!r} is none of auto, cpu, cuda, cuda:N")
-    available = torch.cuda.is_available()
-    on_cpu = kind == "cpu" or not available
-    fp16_on_cpu = on_cpu and training.use_amp and training.amp_dtype == "fp16"
-    if kind == "cuda" and not available:
-        precision = "bfloat16" if training.use_amp and not fp16_on_cpu else "float32"
-        warnings.warn(f"no CUDA device: training on the CPU in {precision}", stacklevel=2)
-    elif fp16_on_cpu:
-        warnings.warn(
-            "training.use_amp with fp16 needs a CUDA device: training on the CPU in float32",
-            stacklevel=2,
-        )
-    precision = training.amp_dtype if training.use_amp and not fp16_on_cpu else "no"
-    if number and not on_cpu:
-        if int(number) >= torch.cuda.device_count():
-            raise ConfigError(
-                f"device {device} does not exist: this machine has {torch.cuda.device_count()} GPUs"
-            )
-        torch.cuda.set_device(int(number))  # accelerate's "cuda" is torch's current device
-    # Accelerate keeps one state a process and refuses another precision or device than its
-    # first. A notebook trains more than once; a process group, though, has to stay.
-    AcceleratorState._reset_state(not torch.distributed.is_initialized())
-    return Accelerator(cpu=on_cpu, mixed_precision=precision)
 
 
 class Engine:
@@ -134,16 +91,6 @@ class Engine:
     def lr(self) -> float:
         """The learning rate of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
-
-    def count_step(self) -> None:
-        """Move a learning rate that goes by steps."""
-        if isinstance(self.scheduler, LinearRate):
-            self.scheduler.step()
-
-    def judge(self, score: float) -> None:
-        """Move a learning rate that goes by validations."""
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(score)
 
     @property
     def scale(self) -> float | None:
@@ -181,19 +128,28 @@ class Engine:
     def _update(self) -> tuple[float, bool]:
         """Clip, step, average; return the gradient norm before clipping and whether skipped."""
         self.accelerator.unscale_gradients()
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        grad_norm = norm.item()
+        norm = gradient_norm(self.model)
         if self.accelerator.scaler is None and not norm.isfinite():
-            return grad_norm, False
+            return norm.item(), False
         if self.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.grad_clip, norm)
         self.optimizer.step()
         skipped = bool(self.accelerator.optimizer_step_was_skipped)
         if not skipped:
             self.ema.update_parameters(self.model)
-        return grad_norm, skipped
+        return norm.item(), skipped
+
+    def count_step(self) -> None:
+        """Move a learning rate that goes by steps, also by one that changed no weight."""
+        if isinstance(self.scheduler, LambdaLR):
+            with warnings.catch_warnings():  # torch wants an update of the weights before the first
+                warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step")
+                self.scheduler.step()
+
+    def count_validation(self, score: float) -> None:
+        """Move a learning rate that goes by validations."""
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(score)
 
     def is_finite(self) -> bool:
         """Whether every weight and buffer, averaged ones too, is finite."""
@@ -212,17 +168,9 @@ class Engine:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave.
-
-        A gradient scaler's state is left out where this machine trains without one, and starts
-        anew where the earlier one did.
-        """
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
-        check_optimizer(state["optimizer"], self.optimizer)
-        self.optimizer.load_state_dict(state["optimizer"])
-        check_scheduler(state["scheduler"], self.scheduler.state_dict())
-        self.scheduler.load_state_dict(state["scheduler"])
+        """Go on from what `state_dict` gave; a scaler's state only where both have a scaler."""
+        for name in ("model", "ema", "optimizer", "scheduler"):
+            getattr(self, name).load_state_dict(state[name])
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -230,6 +178,60 @@ class Engine:
         """Undo what wrapping did to the caller's model."""
         if self.parallel is not self.model:
             self.accelerator.unwrap_model(self.parallel, keep_fp32_wrapper=False)
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Return the norm of all gradients together, a scalar."""
+    return torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+
+
+def resolve_device(name: str, *, fallback: bool = False) -> torch.device:
+    """Return the device that a user's name stands for.
+
+    Args:
+        name: auto (CUDA if there is), cpu, cuda or cuda:N.
+        fallback: take the CPU where this machine has no CUDA device at all.
+
+    Raises:
+        ConfigError: another name, or a GPU that this machine does not have.
+    """
+    kind, _, number = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
+        raise ConfigError(f"device {name!r} is none of auto, cpu, cuda, cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cpu" or (not count and (kind == "auto" or fallback)):
+        return torch.device("cpu")
+    if int(number or 0) >= count:
+        raise ConfigError(f"device {name} does not exist: this machine has {count} GPUs")
+    return torch.device("cuda", int(number) if number else torch.cuda.current_device())
+
+
+def make_accelerator(training: TrainingConfig, device: str) -> Accelerator:
+    """Choose the device and the precision; warn, in one line, where they are not what was asked.
+
+    Args:
+        training: for `use_amp` and `amp_dtype`.
+        device: as for `resolve_device`.
+
+    Raises:
+        ConfigError: as from `resolve_device`.
+    """
+    chosen = resolve_device(device, fallback=True)
+    on_cpu = chosen.type == "cpu"
+    precision = training.amp_dtype if training.use_amp else "no"
+    reason = "no CUDA device" if on_cpu and device.startswith("cuda") else ""
+    if on_cpu and precision == "fp16":
+        precision = "no"
+        reason = reason or "training.use_amp with fp16 needs a CUDA device"
+    if reason:
+        name = "bfloat16" if precision == "bf16" else "float32"
+        warnings.warn(f"{reason}: training on the CPU in {name}", stacklevel=2)
+    if ":" in device and not on_cpu:
+        torch.cuda.set_device(chosen)  # accelerate's "cuda" is torch's current device
+    # Accelerate keeps one state a process and refuses another precision or device than its
+    # first. A notebook trains more than once; a process group, though, has to stay.
+    AcceleratorState._reset_state(not torch.distributed.is_initialized())
+    return Accelerator(cpu=on_cpu, mixed_precision=precision)
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,7 @@ class Validation:
     """
 
     values: dict[str, float]
-    example: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    example: tuple[Tensor, Tensor, Tensor] | None
 
 
 def validate(
@@ -296,13 +298,15 @@ def validate(
             results.append((clip, loss, {name: v[i].item() for name, v in scores.items()}))
         if round_ == 0 and accelerator.is_main_process:
             example = (mix[0].mean(0).cpu(), clean[0], estimate[0])
-    return Validation(_average(_gathered(results, processes), training.metrics), example)
+    results = gather_object(results) if processes > 1 else results
+    results.sort(key=lambda result: result[0])  # by clip, so that sums round alike
+    return Validation(_average(results, training.metrics), example)
 
 
 @torch.no_grad()
 def _run_model(
-    model: nn.Module, mix: torch.Tensor, target: torch.Tensor, clips: list[int], seed: int
-) -> tuple[float, torch.Tensor]:
+    model: nn.Module, mix: Tensor, target: Tensor, clips: list[int], seed: int
+) -> tuple[float, Tensor]:
     """Return the mean loss and the estimates [B, C, T]."""
     keys = [(clip,) for clip in clips]
     generators = example_generators(keys, seed, Stream.VALID, mix.device)
@@ -311,15 +315,11 @@ def _run_model(
     return loss, model.enhance(mix, generator=generators)  # type: ignore[operator]
 
 
-def _gathered(results: list[tuple[int, float, dict[str, float]]], processes: int) -> list:
-    """Return all processes' results in the order of the clips, so that sums round alike."""
-    everything = gather_object(results) if processes > 1 else results
-    return sorted(everything, key=lambda result: result[0])
-
-
-def _average(results: list, metrics: tuple[str, ...]) -> dict[str, float]:
+def _average(
+    results: list[tuple[int, float, dict[str, float]]], metrics: tuple[str, ...]
+) -> dict[str, float]:
     values = {"loss": sum(loss for _, loss, _ in results) / len(results)}
-    scores = {name: torch.tensor([result[2][name] for result in results]) for name in metrics}
+    scores = {name: torch.tensor([by_name[name] for *_, by_name in results]) for name in metrics}
     for name, score in mean_scores(scores).items():
         values[name] = score.mean
         values[f"{name}_clips"] = float(score.scored)
