@@ -76,6 +76,10 @@ class Registry:
 
         return decorate
 
+    def remove(self, name: str | int) -> None:
+        """Forget a choice."""
+        del self._entries[name]
+
     def names(self) -> list[str | int]:
         """Return all names."""
         return list(self._entries)

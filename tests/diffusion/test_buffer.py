@@ -19,6 +19,8 @@ from diffbuf_lib.errors import ShapeError
 from diffbuf_lib.registry import LOSSES
 from tests.conftest import seeded
 
+pytestmark = pytest.mark.law
+
 SHAPE = (2, 3, 9)
 
 

@@ -8,6 +8,8 @@ from diffbuf_lib.networks import can_stream, make_network
 from diffbuf_lib.networks.block_causal import BlockCausal
 from diffbuf_lib.networks.layers import TimeConv
 
+pytestmark = pytest.mark.law
+
 F_, K, KB = 32, 24, 5
 
 

@@ -8,6 +8,8 @@ from diffbuf_lib.networks.conv import ConvNet
 from diffbuf_lib.networks.layers import FrameTimeEmbedding, Resample, num_groups_for
 from diffbuf_lib.networks.ncsnpp import NCSNpp
 
+pytestmark = pytest.mark.law
+
 
 def small_ncsnpp(**changes):
     torch.manual_seed(0)
