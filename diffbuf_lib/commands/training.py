@@ -97,7 +97,7 @@ def train_command(
         _consult_doctor(cfg, train_set, valid_set, device, results_path)
     recorder, model = None, None
     if main_process and (log_shapes or log_stats > 0):
-        from diffbuf_lib.diagnostics.recording import RecordingModel, StageRecorder
+        from diffbuf_lib.diagnostics.watch import RecordingModel, StageRecorder
 
         board = results_path / "tensorboard" / "stats"
         recorder = StageRecorder(

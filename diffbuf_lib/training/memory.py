@@ -92,7 +92,7 @@ def estimate_step(cfg: Config, model: nn.Module | None = None) -> MemoryEstimate
             loss = model(mix, mix)
         del loss
         saved.append(kept)
-    return _put_together(model, cfg, saved[0], saved[1])
+    return estimate(model, training.optimizer, *saved)
 
 
 def network_estimate(cfg: Config) -> MemoryEstimate:
@@ -107,17 +107,24 @@ def network_estimate(cfg: Config) -> MemoryEstimate:
         t = torch.empty(1, cfg.diffusion_buffer.buffer_size)
         with saved_bytes(network) as saved:
             network(x, t)
-    return _put_together(network, cfg, saved)
+    return estimate(network, cfg.training.optimizer, saved)
 
 
-def _put_together(
-    model: nn.Module, cfg: Config, one: SavedBytes, two: SavedBytes | None = None
+def estimate(
+    model: nn.Module, optimizer: str, one: SavedBytes, two: SavedBytes | None = None
 ) -> MemoryEstimate:
-    """Combine what one clip saves, and two (None: everything grows with the batch)."""
+    """Put an estimate together.
+
+    Args:
+        model: its weights and buffers count.
+        optimizer: `training.optimizer`.
+        one: of a forward pass on one clip.
+        two: of one on two clips; None takes everything to grow with the batch.
+    """
     weights, buffers = _size(model.parameters()), _size(model.buffers())
     # The weights themselves, their gradients, the average and the optimizer's states.
-    states = OPTIMIZERS[cfg.training.optimizer].facts.get("states", 2)
-    fixed = weights * (3 + states) + 2 * buffers + _OVERHEAD
+    copies = 3 + OPTIMIZERS[optimizer].facts.get("states", 2)
+    fixed = weights * copies + 2 * buffers + _OVERHEAD
     per_clip = one.total if two is None else max(0, two.total - one.total)
     return MemoryEstimate(fixed, max(0, one.total - per_clip), per_clip + _WORKING * one.largest)
 

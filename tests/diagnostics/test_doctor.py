@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 
-from diffbuf_lib.diagnostics import checks_model, examine, examine_paths, has_error
-from diffbuf_lib.diagnostics.checks_machine import resolve_device
+from diffbuf_lib.diagnostics import checks_run, examine, examine_paths, has_error
+from diffbuf_lib.diagnostics.checks_run import resolve_device
 from diffbuf_lib.diagnostics.findings import Finding, render, to_json, worst_first
 from tests.conftest import TINY, call
 from tests.diagnostics.clips import Items, config, make_split, opened, samples, stem, write
@@ -33,6 +33,7 @@ def of(findings, check) -> Finding:
     return finding
 
 
+@pytest.mark.law
 def test_a_good_set_has_no_error_and_no_warning(paths):
     findings = examine_paths(**paths)
     assert [f for f in findings if f.severity in ("error", "warning")] == []
@@ -56,6 +57,7 @@ def test_a_config_that_cannot_be_opened_is_the_only_finding(paths, overrides, ch
     assert finding.fix
 
 
+@pytest.mark.law
 @pytest.mark.parametrize(
     ("overrides", "check", "key"),
     [
@@ -140,6 +142,7 @@ def too_loud(root):
             write(stem(root, name, clip), samples(stem(root, name, clip)) * 7e38)
 
 
+@pytest.mark.law
 @pytest.mark.parametrize(
     ("damage", "check", "says"),
     [
@@ -197,6 +200,7 @@ def clip_off(paths):
     write(path, (5 * samples(path)).clip(-1, 1))
 
 
+@pytest.mark.law
 @pytest.mark.parametrize(
     ("overrides", "change", "check"),
     [
@@ -229,6 +233,7 @@ def test_what_is_only_unwise_is_a_warning_and_its_overrides_clear_it(
         assert {f.severity for f in mended if f.check == check} <= {"ok", "info"}
 
 
+@pytest.mark.law
 @pytest.mark.parametrize(("center", "frames"), [(True, 63), (False, 61)])
 def test_frames_of_a_one_second_clip_are_counted_exactly(paths, center, frames):
     stft = f"audio.stft={{n_fft: 510, win_length: 510, hop_length: 256, center: {center}}}"
@@ -245,6 +250,7 @@ def test_frames_of_a_one_second_clip_are_counted_exactly(paths, center, frames):
     assert str(127 * 256 + (0 if center else 510)) in window.message
 
 
+@pytest.mark.law
 def test_everything_is_left_as_it_was(paths):
     cfg = config("training.deterministic=true")
     state = torch.get_rng_state()
@@ -268,15 +274,15 @@ def test_mixed_precision_is_tried_and_blamed_only_where_float32_is_finite(paths,
     cfg = config("training.use_amp=true", "training.amp_dtype=bf16")
     dataset = opened(paths["data_path"], cfg)
     assert of(examine(cfg, dataset), "model.step_amp").severity == "ok"
-    real = checks_model.run_pass
+    real = checks_run.run_pass
 
     def overflowing(model, mix, target, precision):
         outcome = real(model, mix, target, precision)
         if precision is None:
             return outcome
-        return checks_model.Pass(torch.inf, torch.nan, 7, 0.1, outcome.saved)
+        return checks_run.Pass(torch.inf, torch.nan, 7, 0.1, outcome.saved)
 
-    monkeypatch.setattr(checks_model, "run_pass", overflowing)
+    monkeypatch.setattr(checks_run, "run_pass", overflowing)
     first = examine(cfg, dataset)[0]
     assert (first.severity, first.check) == ("error", "model.step_amp")
     assert first.overrides == ("training.use_amp=false",)
@@ -288,7 +294,7 @@ def test_running_out_of_memory_is_a_finding(paths, monkeypatch):
     def forward(self, *args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(checks_model.DiffusionBufferModel, "trace", forward)
+    monkeypatch.setattr(checks_run.DiffusionBufferModel, "trace", forward)
     cfg = config()
     first = examine(cfg, opened(paths["data_path"], cfg))[0]
     assert (first.severity, first.check) == ("error", "model.memory")
@@ -328,8 +334,8 @@ def test_findings_are_sorted_rendered_and_told_as_json():
     told = json.loads(to_json(ordered))
     assert told["ok"] is False
     assert told["counts"] == {"error": 2, "warning": 1, "info": 0, "ok": 1}
-    assert told["findings"][0]["value"] == "inf"
-    assert told["findings"][2]["value"] == {"1": [2, "nan"]}
+    assert told["findings"][0]["value"] is None
+    assert told["findings"][2]["value"] == {"1": [2, None]}
     plain, coloured = render(ordered), render(ordered, colour=True)
     assert "\x1b[" not in plain
     assert "\x1b[31;1merror" in coloured
