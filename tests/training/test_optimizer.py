@@ -112,6 +112,7 @@ def test_a_linear_rate_rises_stays_and_falls_to_nothing():
     rates = []
     for _ in range(100):
         rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
         schedule.step()
     assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
     assert rates[30] == 1
