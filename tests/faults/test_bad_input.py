@@ -91,9 +91,9 @@ def nan_wave():
 )
 def test_file_that_does_not_fit(tmp_path, file, parts):
     write(tmp_path, **file)
+    if file.get("rate"):
+        write(tmp_path, name="vocals.wav", rate=file["rate"])
     with pytest.raises(DataError) as caught:
-        if file.get("rate"):
-            write(tmp_path, name="vocals.wav", rate=file["rate"])
         train_on(tmp_path)
     assert all(part in str(caught.value) for part in parts)
     assert "\n" not in str(caught.value)
