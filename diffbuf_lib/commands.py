@@ -136,7 +136,7 @@ class Train(Command, name="train"):
 
     def _recorded(self, cfg: Config) -> tuple[Any, Any]:
         """Return a model that shows its batches to a recorder, and that recorder."""
-        from diffbuf_lib.diagnostics.recording import RecordingModel, StageRecorder
+        from diffbuf_lib.diagnostics.watch import RecordingModel, StageRecorder
 
         board = self.results_path / "tensorboard" / "stats"
         recorder = StageRecorder(

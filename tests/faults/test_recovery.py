@@ -194,11 +194,6 @@ def test_trial_of_a_batch(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_find_batch_size_tries_for_real(tmp_path):
-    assert memory.find_batch_size(config("training.batch_size=2"), Clips(9), "cpu") == 2
-
-
-@pytest.mark.slow
 def test_find_batch_size_with_a_real_limit():
     """The system allows 300 MB more: the search ends below, whatever the trials die of."""
     code = """
@@ -336,30 +331,3 @@ def test_resume_with_a_smaller_set_turns_to_the_next_epoch(tmp_path):
     fit(config(), tmp_path, steps=2)
     records = fit(config(), tmp_path, resume=True, train_set=Clips(2))
     assert [(r.step, r.epoch) for r in records] == [(3, 1)]
-
-
-def test_flags_of_the_command_line(tmp_path, monkeypatch, capsys):
-    """--find_batch_size and --on_nonfinite reach training; a resumed run keeps its batch size."""
-    from diffbuf_lib.commands import Train
-
-    seen = []
-
-    def train(cfg, *args, **options):
-        seen.append(cfg.training)
-        return (x for x in ())
-
-    monkeypatch.setattr("diffbuf_lib.training.train", train)
-    monkeypatch.setattr("diffbuf_lib.data.open_dataset", lambda *args, **options: Clips())
-    monkeypatch.setattr(memory, "find_batch_size", lambda *args: 5)
-    (tmp_path / "c.yaml").write_text(config("training.batch_size=3").to_yaml())
-    given = {
-        "config_path": tmp_path / "c.yaml", "results_path": tmp_path / "run",
-        "data_path": tmp_path, "skip_doctor": True, "find_batch_size": True,
-    }  # fmt: skip
-    Train(**given, on_nonfinite="skip")()
-    assert (seen[0].batch_size, seen[0].on_nonfinite) == (5, "skip")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text(config("training.batch_size=7").to_yaml())
-    Train(**given, resume=True)()
-    assert (seen[1].batch_size, seen[1].on_nonfinite) == (7, "stop")
-    assert "batch_size 5 fits (training.batch_size was 3)" in capsys.readouterr().out

@@ -71,15 +71,6 @@ def test_clipping_bounds_the_update(tmp_path):
     assert moved.sqrt().item() == pytest.approx(1e-3, rel=1e-3)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "radam", "sgd"])
-def test_optimizers_step(tmp_path, optimizer):
-    cfg = config(f"training.optimizer={optimizer}", "training.weight_decay=0.1")
-    model = DiffusionBufferModel(cfg)
-    before = [p.detach().clone() for p in model.parameters()]
-    fit(cfg, tmp_path, steps=2, model=model)
-    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
-
-
 @pytest.mark.law
 def test_accumulation_equals_a_larger_batch(tmp_path):
     """Two batches of 1 make the step of one batch of 2: same noise, same mean gradient."""
@@ -140,11 +131,6 @@ def test_every_process_has_equal_batches(size, batch, processes):
         assert len(seen) == len(set(seen)) == size - size % (batch * processes)
     else:
         assert set(seen) == set(range(size))
-
-
-def test_a_set_smaller_than_a_batch_is_used(tmp_path):
-    records = fit(config("training.batch_size=16"), tmp_path, train_set=Clips(3), valid_set=None)
-    assert len(records) == 2
 
 
 def test_empty_set(tmp_path):
@@ -234,8 +220,8 @@ def test_nan_clip_is_named_and_reaches_no_checkpoint(tmp_path, workers):
 
 def test_infinite_gradient_is_an_error(tmp_path):
     class Steep(DiffusionBufferModel):
-        def forward(self, mix, target=None, generator=None):
-            loss = super().forward(mix, target, generator)
+        def forward(self, *args, **options):
+            loss = super().forward(*args, **options)
             return loss + 0 * next(self.parameters()).abs().sum().mul(0).sqrt()  # 0 * inf
 
     model = Steep(config())
@@ -247,46 +233,14 @@ def test_infinite_gradient_is_an_error(tmp_path):
 @pytest.mark.law
 def test_exploded_weights_are_not_saved(tmp_path):
     class Steep(DiffusionBufferModel):
-        def forward(self, mix, target=None, generator=None):
-            return 1e9 * super().forward(mix, target, generator)
+        def forward(self, *args, **options):
+            return 1e9 * super().forward(*args, **options)
 
     cfg = config("training.lr=1e38", "training.optimizer=sgd", "training.checkpoint_every=1")
     with pytest.raises(NonFiniteError, match=r"step 1 .* weights are not finite .* training\.lr"):
         fit(cfg, tmp_path, valid_set=None, model=Steep(cfg))
     assert last(tmp_path)["step"] == 0
     assert all(v.isfinite().all() for v in last(tmp_path)["model"].values())
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_clip_is_named(tmp_path, workers):
-    cfg = config(f"training.num_workers={workers}")
-    with pytest.raises(DataError) as caught:
-        fit(cfg, tmp_path, train_set=Clips(broken=[2]))
-    assert str(caught.value) == "clip_002.wav: the header is damaged"
-
-
-def test_unexpected_error_in_a_worker_keeps_its_traceback(tmp_path):
-    class Buggy(Clips):
-        def __getitem__(self, index):
-            raise KeyError("speed")
-
-    with pytest.raises(DataError, match=r"clip_\d+\.wav: KeyError: 'speed'") as caught:
-        fit(config("training.num_workers=1"), tmp_path, train_set=Buggy())
-    assert "__getitem__" in caught.value.__notes__[0]
-
-
-def test_missing_gpu_is_one_warning(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a CUDA device")
-    cfg = config("training.use_amp=true", "training.num_steps=1")
-    for device in ("cuda", "cuda:0", "auto", "cpu"):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            assert len(list(train(cfg, Clips(), None, tmp_path / device, device=device))) == 1
-        assert len(caught) == 1
-        assert "on the CPU in float32" in str(caught[0].message)
-    with pytest.raises(ConfigError, match="none of auto"):
-        next(train(cfg, Clips(), None, tmp_path / "x", device="0"))
 
 
 def test_bfloat16_on_the_cpu_after_float32(tmp_path):
@@ -297,33 +251,6 @@ def test_bfloat16_on_the_cpu_after_float32(tmp_path):
     assert rough[0].loss == pytest.approx(exact[0].loss, rel=0.05)
     assert rough[1].loss != exact[1].loss
     assert last(tmp_path / "b")["model"].keys() == last(tmp_path / "a")["model"].keys()
-
-
-def test_progress_and_tensorboard(tmp_path, capsys):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    fit(config("training.num_epochs=1"), tmp_path, progress=True)
-    assert "3/3" in capsys.readouterr().err
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    tags = events.Tags()
-    assert {"train/loss", "train/grad_norm", "train/lr", "train/steps_per_second"} <= set(
-        tags["scalars"]
-    )
-    assert "valid/si_sdr" in tags["scalars"]
-    assert set(tags["audio"]) == {"audio/mix", "audio/target", "audio/estimate"}
-    assert tags["images"] == ["spectrogram"]
-    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3]
-
-
-def test_training_leaves_no_figure_in_pyplot(tmp_path):
-    """Pyplot keeps every figure and is not thread-safe; a notebook trains in a thread."""
-    import matplotlib.pyplot as plt
-
-    before = plt.get_fignums()
-    fit(config("training.num_epochs=1"), tmp_path)
-    assert plt.get_fignums() == before
 
 
 @pytest.mark.law
@@ -351,3 +278,43 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
             assert a[values] == pytest.approx(b[values], rel=1e-3)
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-4)
     assert json.loads((tmp_path / "two" / "history.jsonl").read_text().splitlines()[0])["step"] == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_clip_is_named(tmp_path, workers):
+    class Buggy(Clips):
+        def __getitem__(self, index):
+            raise KeyError("speed")
+
+    cfg = config(f"training.num_workers={workers}")
+    with pytest.raises(DataError) as caught:
+        fit(cfg, tmp_path, train_set=Clips(broken=[2]))
+    assert str(caught.value) == "clip_002.wav: the header is damaged"
+    with pytest.raises(DataError, match=r"clip_\d+\.wav: KeyError: 'speed'") as caught:
+        fit(cfg, tmp_path, train_set=Buggy(), resume=True)
+    assert "__getitem__" in caught.value.__notes__[0]
+
+
+def test_missing_gpu_is_one_warning(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    cfg = config("training.use_amp=true", "training.num_steps=1")
+    for device in ("cuda:0", "auto"):
+        with pytest.warns(UserWarning, match="on the CPU in float32") as caught:
+            assert len(list(train(cfg, Clips(), None, tmp_path / device, device=device))) == 1
+        assert len(caught) == 1
+    with pytest.raises(ConfigError, match="none of auto"):
+        next(train(cfg, Clips(), None, tmp_path / "x", device="0"))
+
+
+def test_tensorboard_and_the_bar(tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    fit(config("training.num_epochs=1"), tmp_path, progress=True)
+    assert "3/3" in capsys.readouterr().err
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3]
+    assert "valid/si_sdr" in events.Tags()["scalars"]
+    assert "audio/estimate" in events.Tags()["audio"]
