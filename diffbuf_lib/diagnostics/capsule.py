@@ -25,9 +25,9 @@ from diffbuf_lib.diagnostics.watch import ModuleWatch, watch_modules
 from diffbuf_lib.errors import CheckpointError, ConfigError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.trace import Draws, StageSummary, Summary, summarise
+from diffbuf_lib.training.checkpoint import apply_weights, load_tensors
 from diffbuf_lib.training.failure import FORMAT, BadValue, bad_file, bad_stage, first_bad
 from diffbuf_lib.training.feed import Stream, seed_everything
-from diffbuf_lib.training.folder import apply_weights, load_tensors
 from diffbuf_lib.training.optimizer import make_optimizer
 from diffbuf_lib.training.signals import isolated
 from diffbuf_lib.training.step import gradient_norm, resolve_device

@@ -28,8 +28,8 @@ import diffbuf_lib
 from diffbuf_lib.config import Config
 from diffbuf_lib.errors import DiffbufError, NonFiniteError, OutOfMemoryError
 from diffbuf_lib.trace import to_plain
+from diffbuf_lib.training.checkpoint import sync_folder
 from diffbuf_lib.training.feed import Batch, ClipSource, EpochPlan, Stream, seed_everything
-from diffbuf_lib.training.folder import sync_folder
 from diffbuf_lib.training.memory import explain_out_of_memory, is_out_of_memory
 from diffbuf_lib.training.step import Engine, Outcome
 

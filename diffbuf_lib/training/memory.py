@@ -29,8 +29,8 @@ from diffbuf_lib.errors import DataError, DiffbufError, OutOfMemoryError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.networks import make_network
 from diffbuf_lib.registry import OPTIMIZERS
+from diffbuf_lib.training.checkpoint import load_tensors
 from diffbuf_lib.training.feed import Batch, ClipSource, Stream, example_generators, seed_everything
-from diffbuf_lib.training.folder import load_tensors
 from diffbuf_lib.training.signals import isolated
 from diffbuf_lib.training.step import Engine, make_accelerator
 

@@ -25,16 +25,10 @@ import diffbuf_lib
 from diffbuf_lib.config import Config
 from diffbuf_lib.errors import CheckpointError, DataError, NonFiniteError
 from diffbuf_lib.model import DiffusionBufferModel
+from diffbuf_lib.training.checkpoint import apply_weights, load_weights, save_checkpoint
 from diffbuf_lib.training.failure import Attempt, Failures
 from diffbuf_lib.training.feed import Batch, ClipSource, EpochPlan, Feed, Stream, seed_everything
-from diffbuf_lib.training.folder import (
-    FolderLock,
-    ResultsFolder,
-    RunLog,
-    apply_weights,
-    load_weights,
-    save_checkpoint,
-)
+from diffbuf_lib.training.folder import FolderLock, ResultsFolder, RunLog
 from diffbuf_lib.training.metrics import check_metrics, lower_is_better
 from diffbuf_lib.training.signals import StopRequest, isolated
 from diffbuf_lib.training.step import Engine, Outcome, Validation, make_accelerator, validate

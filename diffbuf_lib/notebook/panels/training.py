@@ -18,8 +18,9 @@ from diffbuf_lib.notebook.panels.runs import open_run, read_records, remove_run
 from diffbuf_lib.notebook.panels.worker import Worker, weakly
 from diffbuf_lib.notebook.plots.training import training_progress
 from diffbuf_lib.training import StepRecord, load_weights
+from diffbuf_lib.training.checkpoint import apply_weights
 from diffbuf_lib.training.feed import ClipSource
-from diffbuf_lib.training.folder import ResultsFolder, apply_weights
+from diffbuf_lib.training.folder import ResultsFolder
 
 _PICTURE_EVERY = 0.25  # s, at least
 _PICTURE_SHARE = 0.2  # of the thread's time that may go into pictures
