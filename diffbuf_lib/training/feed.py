@@ -122,13 +122,7 @@ class Stream(IntEnum):
 
 
 def stream_seed(seed: int, stream: Stream, *key: int) -> int:
-    """Return a 64-bit seed for one stream of one run.
-
-    Args:
-        seed: `training.seed`.
-        stream: what the seed is for.
-        key: what names the draw within the stream, such as (epoch, position).
-    """
+    """Return a 64-bit seed for a draw, named by `key`, of one stream of one run."""
     sequence = np.random.SeedSequence([seed, int(stream), *key])
     return int(sequence.generate_state(1, np.uint64)[0])
 
@@ -238,7 +232,7 @@ def read_batches(
         num_workers: processes that read ahead; 0 reads in this process.
         seed: of the workers' own generators (clips are keyed by index and do not use them).
         pin_memory: for faster copies to a GPU.
-        readers: is kept up to date, for whoever hears of a reader's death elsewhere.
+        readers: is kept up to date, for whoever hears of a reader's death.
 
     Raises:
         DataError: a clip cannot be read, or a reading process died; names the clip.

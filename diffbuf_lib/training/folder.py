@@ -20,7 +20,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import filelock
 import torch
@@ -30,10 +30,7 @@ from diffbuf_lib.errors import CheckpointError
 from diffbuf_lib.figures import spectrograms, to_pixels
 from diffbuf_lib.trace import to_plain
 from diffbuf_lib.training.checkpoint import atomic_file, load_checkpoint, sync_folder, unwritable
-
-if TYPE_CHECKING:
-    from diffbuf_lib.training.run import StepRecord
-    from diffbuf_lib.training.step import Validation
+from diffbuf_lib.training.step import StepRecord, Validation
 
 CHANGEABLE = {
     "training.num_epochs": "where the run ends does not change the steps before; but see below",

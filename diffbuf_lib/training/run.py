@@ -15,7 +15,6 @@ import time
 import warnings
 from collections.abc import Generator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,41 +30,7 @@ from diffbuf_lib.training.feed import Batch, ClipSource, EpochPlan, Feed, Stream
 from diffbuf_lib.training.folder import FolderLock, ResultsFolder, RunLog
 from diffbuf_lib.training.metrics import check_metrics, lower_is_better
 from diffbuf_lib.training.signals import StopRequest, isolated
-from diffbuf_lib.training.step import Engine, Outcome, Validation, make_accelerator, validate
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One optimizer step.
-
-    Args:
-        step: counted from 1 over the whole run, resumed or not.
-        epoch: counted from 0, as in `set_epoch`.
-        loss: mean over the step's examples, on all processes.
-        grad_norm: of all gradients together, before clipping. Infinite in a skipped step.
-        lr: the learning rate that the step was made with.
-        seconds: wall time of the step, reading included, validation not.
-        skipped: float16 only: the gradients overflowed, the weights were left as they were and
-            the gradient scaler lowered its scale. Normal now and then. Also with
-            training.on_nonfinite=skip, for a batch with a loss or gradient that is not finite.
-        valid: on the last record of an epoch with validation, and of a run: "loss", the metrics'
-            means, and `<metric>_clips`, over how many clips; else None.
-        bad_batches: non-finite batches that the run has left out so far.
-    """
-
-    step: int
-    epoch: int
-    loss: float
-    grad_norm: float
-    lr: float
-    seconds: float
-    skipped: bool = False
-    valid: dict[str, float] | None = None
-    bad_batches: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields by name."""
-        return asdict(self)
+from diffbuf_lib.training.step import Engine, Outcome, StepRecord, make_accelerator, validate
 
 
 def train(
@@ -82,13 +47,13 @@ def train(
 ) -> Generator[StepRecord, None, None]:
     """Train, yielding a record after every optimizer step.
 
-    The generator may be abandoned at any time: on `close()`, Ctrl-C, SIGTERM or an error between
-    steps it saves a checkpoint and closes its logs. A signal waits for the end of a step and is
-    then raised as KeyboardInterrupt; a second one does not wait, and saves nothing. For a loop
-    whose body can fail, `with contextlib.closing(train(...)) as run:` closes at once.
+    On `close()`, Ctrl-C, SIGTERM or an error between steps it saves a checkpoint and closes its
+    logs. A signal waits for the end of a step and is then raised as KeyboardInterrupt; a second
+    one does not wait, and saves nothing. For a loop whose body can fail,
+    `with contextlib.closing(train(...)) as run:` closes at once.
 
     Args:
-        cfg: the config; `cfg.training` is what matters here.
+        cfg: the config.
         train_set: `[i] -> (mix, target)`, each [C, T] float32, full scale 1.
         valid_set: the same; None or empty: no validation, and the learning rate stays.
         results_path: folder for checkpoints, logs and the model; see `training.folder`.
@@ -173,19 +138,12 @@ class Run:
         self.bad_batches = 0  # left out so far, with training.on_nonfinite=skip
         self.pending: StepRecord | None = None  # its step is made; it has not been handed out
         self.whole = False
-        self.saved: tuple[int, int, bool] | None = None
+        self.saved = True  # whether last.pt holds this place
 
     # From batch to record.
 
     def next_record(self) -> StepRecord | None:
-        """Make the next step and what is due after it.
-
-        Returns:
-            The step's record; None at the end of the run.
-
-        Raises:
-            KeyboardInterrupt: a signal has come; the run is whole.
-        """
+        """Make the next step and what is due after it; return None at the end of the run."""
         with self.stop.running(), self._isolated():
             if self.pending is None:
                 if self._over():
@@ -202,7 +160,7 @@ class Run:
         batches = [self._next_batch(round_) for round_ in rounds]
         attempt = Attempt(self.step + 1, self.epoch, rounds, batches)
 
-        self.whole = False
+        self.whole = self.saved = False
         outcome = self._make_step(attempt)
         left_out = self._is_left_out(attempt, outcome)
         self.step, self.round = attempt.step, end
@@ -235,7 +193,10 @@ class Run:
         due = due or (training.lr_schedule == "linear" and last)
         is_best = False
         if self.valid_set is not None and (due or last):
-            result = self._validate(record, self.valid_set)
+            averaged = self.engine.ema.module
+            result = validate(self.cfg, averaged, self.valid_set, self.accelerator, self.stop)
+            if result is None:
+                self._interrupt(record)
             record = dataclasses.replace(record, valid=result.values)
             if self.log is not None:
                 self.log.validation(record, result, final=not due)
@@ -247,7 +208,7 @@ class Run:
         if epoch_over:
             self.epoch, self.round = self.epoch + 1, 0
             self.feed.stop()
-        self.pending, self.whole = None, True
+        self.pending, self.whole, self.saved = None, True, False
         if epoch_over or self.step % training.checkpoint_every == 0 or self._over():
             self._save(is_best=is_best)
         return record
@@ -294,15 +255,6 @@ class Run:
         self.pending = record
         raise KeyboardInterrupt
 
-    def _validate(self, record: StepRecord, valid_set: ClipSource) -> Validation:
-        averaged = self.engine.ema.module
-        result = validate(
-            self.cfg, averaged, valid_set, self.accelerator, lambda: self.stop.requested
-        )
-        if result is None:
-            self._interrupt(record)
-        return result
-
     def _judge(self, values: dict[str, float]) -> bool:
         """Let a validation change the learning rate; return whether it is the best one."""
         name = self.cfg.training.metric_for_scheduler
@@ -338,9 +290,6 @@ class Run:
         enough = patience is not None and self.bad_validations >= patience
         return enough or self._is_last(False) or self.epoch >= self.cfg.training.num_epochs
 
-    def _place(self) -> tuple[int, int, bool]:
-        return self.step, self.epoch, self.pending is None
-
     def _isolated(self) -> AbstractContextManager[None]:
         return isolated(self.accelerator.device, deterministic=self.cfg.training.deterministic)
 
@@ -369,15 +318,13 @@ class Run:
             self.log = RunLog(
                 self.cfg, self.folder, step=self.step, total=self._total(), progress=progress
             )
-        self.saved = self._place()
         self.whole = True
 
     def close(self, *, abandoned: bool) -> None:
         """Save where the run stands if it is whole, and close the logs.
 
-        Args:
-            abandoned: by its caller, rather than at its end or by an error. Then, as at its end,
-                model/ is written where no validation has picked a best one.
+        A run that its caller abandoned, or that has come to its end, writes model/ too, where no
+        validation has picked a best one.
         """
         self.feed.stop()
         try:
@@ -387,7 +334,7 @@ class Run:
                         f"weights are not finite: step {self.step} is not saved", stacklevel=2
                     )
                     return
-                if self.saved != self._place():
+                if not self.saved:
                     self._write(self.folder.last)
                 if (abandoned or self._over()) and self.best is None and self.step:
                     self.folder.export_model(self.engine.ema.module)
@@ -398,11 +345,7 @@ class Run:
             self.lock.release()
 
     def _save(self, *, is_best: bool) -> None:
-        """Write the checkpoints that are due.
-
-        Raises:
-            NonFiniteError: the weights are not finite; nothing was written.
-        """
+        """Write the checkpoints that are due, or raise NonFiniteError for exploded weights."""
         if not self.engine.is_finite():
             self.whole = False
             raise NonFiniteError(
@@ -415,7 +358,7 @@ class Run:
                 self._write(self.folder.best)
                 self.folder.export_model(self.engine.ema.module)
             self._write(self.folder.last)
-        self.saved = self._place()
+        self.saved = True
 
     def _write(self, path: Path) -> None:
         state: dict[str, Any] = {

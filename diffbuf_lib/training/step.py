@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -32,15 +32,16 @@ from diffbuf_lib.training.feed import (
 )
 from diffbuf_lib.training.metrics import mean_scores, score_clips
 from diffbuf_lib.training.optimizer import make_optimizer, make_scheduler
+from diffbuf_lib.training.signals import StopRequest
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one optimizer step came to.
+    """What one optimizer step came to; none was made if losses or, without a scaler, norm are bad.
 
     Args:
-        losses: [W, R] float32 on the CPU: of every process and round. Not finite: no step was made.
-        grad_norm: before clipping. Not finite without a gradient scaler: no step was made.
+        losses: [W, R] float32 on the CPU: of every process and round.
+        grad_norm: before clipping.
         skipped: the gradient scaler found an overflow, made no step and lowered its scale.
         stop: some process was asked to stop.
         scale: the gradient scaler's factor in this step; None without a scaler.
@@ -50,12 +51,39 @@ class Outcome:
     grad_norm: float
     skipped: bool
     stop: bool
-    scale: float | None = None
+    scale: float | None
 
     @property
     def loss(self) -> float:
         """Mean over processes and rounds."""
         return self.losses.double().mean().item()
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step.
+
+    Args:
+        skipped: float16 only: the gradients overflowed, the weights were left as they were and
+            the gradient scaler lowered its scale. Normal now and then. Also with
+            training.on_nonfinite=skip, for a batch with a loss or gradient that is not finite.
+        valid: on the last record of an epoch with validation, and of a run: "loss", the metrics'
+            means, and `<metric>_clips`, over how many clips; else None.
+    """
+
+    step: int  # counted from 1 over the whole run, resumed or not
+    epoch: int  # counted from 0, as in `set_epoch`
+    loss: float  # mean over the step's examples, on all processes
+    grad_norm: float  # of all gradients together, before clipping; infinite in a skipped step
+    lr: float  # that the step was made with
+    seconds: float  # wall time, reading included, validation not
+    skipped: bool = False
+    valid: dict[str, float] | None = None
+    bad_batches: int = 0  # that the run has left out so far
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name."""
+        return asdict(self)
 
 
 class Engine:
@@ -252,7 +280,7 @@ def validate(
     model: nn.Module,
     dataset: ClipSource,
     accelerator: Accelerator,
-    should_stop: Callable[[], bool] = lambda: False,
+    stop: StopRequest | None = None,
 ) -> Validation | None:
     """Enhance and score the first `training.valid_clips` clips, in float32.
 
@@ -264,7 +292,7 @@ def validate(
         model: the averaged model; is left in eval mode.
         dataset: the validation set, not empty.
         accelerator: process i of W takes every W-th clip.
-        should_stop: asked before each batch.
+        stop: is looked at before each batch.
 
     Returns:
         None when some process was asked to stop.
@@ -285,7 +313,7 @@ def validate(
     results: list[tuple[int, float, dict[str, float]]] = []
     example = None
     for round_ in range(rounds):
-        flag = torch.tensor([float(should_stop())], device=device)
+        flag = torch.tensor([float(stop is not None and stop.requested)], device=device)
         if accelerator.gather(flag).any():
             return None
         if round_ >= len(batches):
