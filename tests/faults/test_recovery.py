@@ -77,15 +77,6 @@ def test_resume_with_skipped_batches_is_exact(tmp_path):
     assert history(tmp_path / "a") == history(tmp_path / "b")
 
 
-def test_skip_policy_may_change_on_resume(tmp_path):
-    clips = Clips(bad=[bad_clip(3)])
-    with pytest.raises(NonFiniteError):
-        fit(config(*SKIP[1:]), tmp_path, train_set=clips, valid_set=None)
-    with pytest.warns(UserWarning, match="left out"):
-        fit(config(*SKIP), tmp_path, train_set=clips, valid_set=None, resume=True)
-    assert last(tmp_path)["step"] == 7
-
-
 def test_fp16_overflow_is_finite_in_float32(tmp_path, scaler):  # noqa: F811
     """Real float16 arithmetic, under autocast on the CPU: 65504 is exceeded in the network."""
     scaler(4.0)
@@ -100,15 +91,6 @@ def test_fp16_overflow_is_finite_in_float32(tmp_path, scaler):  # noqa: F811
     assert result.same_numbers
     assert (result.finding.kind, result.finding.name) == ("module", "network.layers.0")
     assert "training.use_amp=false" in result.advice
-
-
-def test_nan_under_fp16_is_one_in_float32_too(tmp_path, scaler):  # noqa: F811
-    scaler(4.0)
-    with pytest.raises(NonFiniteError):
-        fit(config(), tmp_path, valid_set=None, train_set=Clips(bad=range(7)))
-    result = Capsule.load(next(tmp_path.glob("capsule_*"))).replay()
-    assert result.reproduced
-    assert "not finite either" in result.advice
 
 
 class Hungry(DiffusionBufferModel):
@@ -211,12 +193,6 @@ print(memory.find_batch_size(cfg, Clips(1000), "cpu"))
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert 1 <= int(done.stdout) < 512
-
-
-def test_find_batch_size_that_is_there_for_none(monkeypatch):
-    monkeypatch.setattr(memory, "_fits_in_a_child", lambda *_: False)
-    with pytest.raises(OutOfMemoryError, match=r"not even one clip .* model\.base_channels"):
-        memory.find_batch_size(config(), Clips(), "cpu")
 
 
 @pytest.mark.law
