@@ -171,14 +171,14 @@ def check_data(cfg: Config, dataset: Any, valid_set: Any = None) -> Iterator[Fin
     yield judge("valid.duplicates", both, 0, warning=both > 0, count=len(valid_set), names=names)
 
 
-def _check_set(cfg: Config, facts: Audit, room: str) -> Iterator[Finding]:
-    """Judge one set; `room` is "data" or "valid", the first part of the findings' names."""
+def _check_set(cfg: Config, facts: Audit, split: str) -> Iterator[Finding]:
+    """Judge one set; `split` is "data" or "valid", the first part of the findings' names."""
     kinds: dict[str, list[BrokenClip]] = defaultdict(list)
     for broken in facts.broken:
         kinds[str(broken.error).rpartition(": ")[2]].append(broken)
     for same in kinds.values():  # of each kind the first clip is quoted
         why = "training stops when it comes to this clip"
-        finding = from_error(same[0].error, f"{room}.files", why)
+        finding = from_error(same[0].error, f"{split}.files", why)
         more = f" (and {len(same) - 1} more of {len(facts.clips)})" if len(same) > 1 else ""
         names = [clip.name for clip in same]
         yield replace(finding, message=finding.message + more, value=names)
@@ -186,15 +186,15 @@ def _check_set(cfg: Config, facts: Audit, room: str) -> Iterator[Finding]:
     if not clips:
         return
     shapes = " and ".join(sorted({str(list(clip.wave.shape)) for clip in clips}))
-    yield judge(f"{room}.shape", shapes, seen=len(facts.clips), size=facts.size)
-    yield from _check_format(cfg, clips, room)
+    yield judge(f"{split}.shape", shapes, seen=len(facts.clips), size=facts.size)
+    yield from _check_format(cfg, clips, split)
     for rule in _RULES:
         numbers = [(clip, number) for clip in clips if (number := rule.number(clip)) is not None]
         if not numbers:
             continue
         bad = [clip for clip, number in numbers if number > rule.limit]
         yield judge(
-            f"{room}.{rule.name}",
+            f"{split}.{rule.name}",
             max(number for _, number in numbers),
             rule.limit,
             error=bool(bad) and len(bad) >= rule.error_from * len(numbers),
@@ -225,23 +225,25 @@ _RULES = (
 )
 
 
-def _check_format(cfg: Config, clips: Sequence[ClipFacts], room: str) -> Iterator[Finding]:
+def _check_format(cfg: Config, clips: Sequence[ClipFacts], split: str) -> Iterator[Finding]:
     """Judge channels, sample rate, and how much of the clips is zeros after short files."""
     counts = Counter(clip.wave.shape[0] for clip in clips)
     if len(counts) > 1 and cfg.training.batch_size > 1:
         found = " and ".join(f"{n} of {count}" for count, n in sorted(counts.items()))
         odd = [clip for clip in clips if clip.wave.shape[0] == min(counts, key=counts.__getitem__)]
-        yield judge(f"{room}.channels", dict(counts), 1, error=True, found=found, names=_names(odd))
+        yield judge(
+            f"{split}.channels", dict(counts), 1, error=True, found=found, names=_names(odd)
+        )
     elif max(counts) > 1:
-        yield replace(judge("data.channels/many", max(counts), info=True), check=f"{room}.channels")
+        yield judge(f"{split}.channels/many", max(counts), info=True)
     rate, chunk = cfg.audio.sample_rate, cfg.audio.chunk_size
     if {info.sample_rate for clip in clips for info in clip.infos} == {rate}:
-        yield judge(f"{room}.sample_rate", rate, rate)
+        yield judge(f"{split}.sample_rate", rate, rate)
     lengths = [clip.infos[0].frames for clip in clips if clip.infos]
     if lengths:
         padding = fmean(max(0, chunk - length) / chunk for length in lengths)
         yield judge(
-            f"{room}.padding",
+            f"{split}.padding",
             padding,
             _PADDING,
             warning=padding > _PADDING,

@@ -121,13 +121,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def check_machine(cfg: Config, device: str, results_path: Path) -> Iterator[Finding]:
-    """Look at what training would run on.
-
-    Args:
-        cfg: the config.
-        device: as asked for: "auto", "cpu", "cuda" or "cuda:N".
-        results_path: where the run will write.
-    """
+    """Look at what training would run on: `device` as asked for, and the disk it writes to."""
     yield from _versions()
     yield _disk(results_path)
     try:
@@ -136,7 +130,7 @@ def check_machine(cfg: Config, device: str, results_path: Path) -> Iterator[Find
         yield judge("machine.device", device, error=True, message=str(error))
         return
     training, on_gpu = cfg.training, chosen.type == "cuda"
-    gpu = torch.cuda.get_device_name(chosen) if on_gpu else "no GPU is used"
+    gpu = torch.cuda.get_device_name(chosen) if on_gpu else f"{torch.get_num_threads()} CPU threads"
     message = f"{gpu}: {free_memory(chosen) / GIB:.1f} GiB of memory are free"
     yield judge("machine.device", str(chosen), info=not on_gpu, message=message)
     if not on_gpu and training.use_amp and training.amp_dtype == "fp16":
@@ -147,18 +141,25 @@ def check_machine(cfg: Config, device: str, results_path: Path) -> Iterator[Find
         yield judge(f"{key}/workspace", workspace, list(allowed), error=True)
         return
     agree = "agree to the bit" if wanted else "may differ in last bits"
-    yield judge(key, wanted, info=True, agree=agree, seed=training.seed)
+    yield judge(key, wanted, info=True, state=str(wanted).lower(), agree=agree, seed=training.seed)
 
 
 def _versions() -> Iterator[Finding]:
     packages = ("torch", "torchaudio", "accelerate", "numpy")
-    versions = {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}}
+    versions = {"python": platform.python_version(), **{p: _version(p) for p in packages}}
     text = ", ".join(f"{name} {version}" for name, version in versions.items())
     yield judge("machine.versions", versions, info=True, versions=text)
     pair = [versions[name].partition("+")[0] for name in ("torch", "torchaudio")]
     release, other = (version.rpartition(".")[0] for version in pair)
     differ = release != other
     yield judge("machine.torch_pair", pair, "one release", warning=differ, release=release)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "missing"
 
 
 def _disk(path: Path) -> Finding:
@@ -227,12 +228,9 @@ def run_pass(
 def check_model(
     cfg: Config, clip: tuple[Tensor, Tensor] | None, device: torch.device
 ) -> Iterator[Finding]:
-    """Build the model, make one training pass on one clip, and count memory.
+    """Build the model, make one training pass on a clip, and count memory.
 
-    Args:
-        cfg: the config.
-        clip: mix and target, [C, T] float32 each; None takes noise.
-        device: where.
+    The clip is mix and target, [C, T] float32, full scale 1, each; None takes noise.
     """
     free = free_memory(device)
     if cfg.model.base_channels * cfg.audio.num_frames > _LARGE:
@@ -266,11 +264,15 @@ def _passes(
     measured = plain = run_pass(model, mix, target, None)
     yield _step("model.step", plain, "float32")
     precision = _PRECISIONS[device.type].get(training.amp_dtype)
-    if training.use_amp and precision is not None and plain.seconds < 3 * _SLOW:
-        measured = run_pass(model, mix, target, precision)
-        # Mixed precision is blamed only for what float32 can do.
-        check = "model.step_amp" if plain.finite else "model.step"
-        yield _step(check, measured, training.amp_dtype)
+    if training.use_amp and precision is not None:
+        if plain.seconds < 3 * _SLOW:
+            measured = run_pass(model, mix, target, precision)
+            # Mixed precision is blamed only for what float32 can do.
+            check = "model.step_amp" if plain.finite else "model.step"
+            yield _step(check, measured, training.amp_dtype)
+        else:
+            name = training.amp_dtype
+            yield judge("model.step_amp/skipped", plain.seconds, info=True, precision=name)
     model.zero_grad()
     yield _memory(cfg, estimate_step(cfg, model if measured.seconds < _SLOW else None), free)
     seconds, batch = measured.seconds, training.batch_size
@@ -280,7 +282,6 @@ def _passes(
 
 
 def _step(check: str, outcome: Pass, precision: str) -> Finding:
-    names = ("loss", "grad_norm", "nonfinite", "seconds")
     text = f"loss {outcome.loss:.4g}, gradient norm {outcome.grad_norm:.4g}"
     if not outcome.finite:
         text += f", {outcome.nonfinite} gradient elements not finite"
@@ -288,7 +289,12 @@ def _step(check: str, outcome: Pass, precision: str) -> Finding:
         text += "; in float32 the same clip is finite" if check == "model.step_amp" else ""
     return judge(
         check,
-        {name: getattr(outcome, name) for name in names},
+        {
+            "loss": outcome.loss,
+            "grad_norm": outcome.grad_norm,
+            "nonfinite_gradients": outcome.nonfinite,
+            "seconds": outcome.seconds,
+        },
         "finite",
         error=not outcome.finite,
         precision=precision,

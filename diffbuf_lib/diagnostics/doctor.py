@@ -74,16 +74,8 @@ def examine_paths(
 ) -> list[Finding]:
     """Open config and datasets and `examine` them.
 
-    What cannot be opened becomes an error, and what does not depend on it is still looked at.
-
-    Args:
-        config_path: a YAML file.
-        data_path: folder of the training set.
-        valid_path: folder of the validation set, or None.
-        dataset_type: 1, 2 or 3: see `diffbuf_lib.data.LAYOUTS`.
-        overrides: `key.path=value` strings.
-        device: as in `examine`.
-        results_path: as in `examine`.
+    The arguments are those of `diffbuf doctor`. What cannot be opened becomes an error, and what
+    does not depend on it is still looked at.
     """
     try:
         cfg = load_config(config_path, overrides)

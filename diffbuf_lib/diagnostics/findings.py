@@ -27,28 +27,19 @@ _WORDS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="
 class Finding:
     """One thing that was looked at.
 
-    Attributes:
-        severity: "error": training would fail or learn nonsense; "warning": it will run, worse or
-            slower than meant; "info": good to know; "ok": looked at, and fine.
-        check: what was looked at, such as "data.sample_rate".
-        message: what was found, in one sentence.
-        value: what was measured.
-        limit: what it is measured against.
-        why: what goes wrong if nothing is done.
-        fix: what to do.
-        config_key: the key to change; empty if the fix is not in the config.
-        overrides: the fix as `--set` arguments, where it is one.
+    An error means that training would fail or learn nonsense, a warning that it will run, worse or
+    slower than meant; info is good to know, and ok was looked at and is fine.
     """
 
     severity: Severity
-    check: str
-    message: str
-    value: Any = None
-    limit: Any = None
-    why: str = ""
-    fix: str = ""
-    config_key: str = ""
-    overrides: tuple[str, ...] = ()
+    check: str  # what was looked at, such as "data.sample_rate"
+    message: str  # what was found, in one sentence
+    value: Any = None  # what was measured
+    limit: Any = None  # what it is measured against
+    why: str = ""  # what goes wrong if nothing is done
+    fix: str = ""  # what to do
+    config_key: str = ""  # the key to change; empty if the fix is not in the config
+    overrides: tuple[str, ...] = ()  # the fix as `--set` arguments, where it is one
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name, as JSON can hold them."""

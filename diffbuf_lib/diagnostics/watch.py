@@ -229,12 +229,7 @@ class RecordingModel(DiffusionBufferModel):
         """As in `DiffusionBufferModel`."""
         trace = super().trace(*args, **kwargs)
         if self.listener is not None and self.training and torch.is_grad_enabled():
-            stages = {
-                key: value.detach()
-                for key, value in vars(trace).items()
-                if isinstance(value, Tensor)
-            }
-            self.listener(dataclasses.replace(trace, **stages))
+            self.listener(trace.detach())
         return trace
 
 
