@@ -12,7 +12,7 @@ from diffbuf_lib.model import DiffusionBufferModel, load_model
 from diffbuf_lib.pretrained import DEFAULT as DEFAULT_MODEL
 from diffbuf_lib.report import write_report
 from diffbuf_lib.training import train
-from diffbuf_lib.training.results import ResultsFolder
+from diffbuf_lib.training.folder import ResultsFolder
 
 TEST_SECONDS = 6
 METRICS = ("si_sdr", "sdr", "pesq", "estoi")

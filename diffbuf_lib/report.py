@@ -20,7 +20,7 @@ from diffbuf_lib.config import Config
 from diffbuf_lib.data.audio import write_bytes
 from diffbuf_lib.evaluation import ScoredClip, summary
 from diffbuf_lib.evaluation.scoring import LABELS
-from diffbuf_lib.training.results import ResultsFolder, read_history
+from diffbuf_lib.training.folder import ResultsFolder, read_history
 
 STYLE = """
   body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto;

@@ -21,7 +21,7 @@ from diffbuf_lib import figures
 from diffbuf_lib.evaluation.scoring import LABELS
 from diffbuf_lib.evaluation.tables import cell
 from diffbuf_lib.pretrained import DEFAULT, FOLDER
-from diffbuf_lib.training.results import read_history
+from diffbuf_lib.training.folder import read_history
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
 STAGES = ("first", "second")

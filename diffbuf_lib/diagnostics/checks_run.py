@@ -17,13 +17,18 @@ from torch import Tensor
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.diagnostics.findings import Finding, judge
-from diffbuf_lib.diagnostics.memory import MemoryEstimate, estimate_step
 from diffbuf_lib.diagnostics.watch import watch_modules
 from diffbuf_lib.diffusion.sde import make_sde
 from diffbuf_lib.errors import ConfigError, DiffbufError
-from diffbuf_lib.memory import SavedBytes, free_memory, saved_bytes
 from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.training.isolation import isolated
+from diffbuf_lib.training.memory import (
+    MemoryEstimate,
+    SavedBytes,
+    estimate_step,
+    free_memory,
+    saved_bytes,
+)
+from diffbuf_lib.training.signals import isolated
 
 AUTHORS_SIGMA = 0.212  # the largest sigma of the authors' code, theta 0.08, k 2.6, t up to 1
 FP16_MAX, FP32_MAX = 65504.0, 3.4e38

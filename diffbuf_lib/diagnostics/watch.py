@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from diffbuf_lib.config import Config
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.trace import StageSummary, Summary, Trace, format_table, summarise
-from diffbuf_lib.training.isolation import isolated
-from diffbuf_lib.training.plan import Stream, seed_everything
+from diffbuf_lib.training.feed import Stream, seed_everything
+from diffbuf_lib.training.signals import isolated
 
 _FIRST_BATCH = ("mix", "target", "Y", "V", "t", "sigma", "target_score", "score")
 _NUMBERS = ("min", "max", "mean", "std", "zeros", "nan", "inf")

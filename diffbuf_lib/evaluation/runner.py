@@ -23,7 +23,7 @@ from diffbuf_lib.evaluation.statistics import LEVEL, RESAMPLES, compare_methods,
 from diffbuf_lib.evaluation.work import OURS, Job, Worker, all_rows, run_batches
 from diffbuf_lib.live import latency_report
 from diffbuf_lib.model import fingerprint
-from diffbuf_lib.training.lock import FolderLock
+from diffbuf_lib.training.folder import FolderLock
 
 
 @dataclass(frozen=True)

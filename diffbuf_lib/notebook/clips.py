@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from diffbuf_lib.training.reading import ClipSource
+from diffbuf_lib.training.feed import ClipSource
 
 
 class FirstClips:

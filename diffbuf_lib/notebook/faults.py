@@ -16,7 +16,7 @@ from diffbuf_lib.config import Config
 from diffbuf_lib.diffusion.buffer import Generators
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.training import StepRecord, train
-from diffbuf_lib.training.reading import ClipSource
+from diffbuf_lib.training.feed import ClipSource
 
 SMALL = (
     "model={name: conv, base_channels: 16, num_layers: 2}",

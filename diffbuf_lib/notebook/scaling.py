@@ -13,8 +13,7 @@ from diffbuf_lib.config import Config
 from diffbuf_lib.data import collate
 from diffbuf_lib.diagnostics.checks_run import run_pass
 from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.training.plan import EpochPlan
-from diffbuf_lib.training.reading import ClipSource, read_batches
+from diffbuf_lib.training.feed import ClipSource, EpochPlan, read_batches
 
 SMALL = (
     "model={name: block_causal, base_channels: 8, channel_multipliers: [1, 2]}",

@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from diffbuf_lib.diagnostics import gradient_statistics, score_statistics, watch_modules
-from diffbuf_lib.diagnostics.memory import estimate_step, network_estimate
 from diffbuf_lib.diagnostics.watch import RecordingModel, StageRecorder
-from diffbuf_lib.memory import saved_bytes
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.trace import summarise
 from diffbuf_lib.training import train
+from diffbuf_lib.training.memory import estimate_step, network_estimate, saved_bytes
 from tests.conftest import make_model, seeded
 from tests.diagnostics.clips import Items, config
 

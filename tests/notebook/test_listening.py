@@ -16,7 +16,7 @@ from diffbuf_lib.live import LiveReport
 from diffbuf_lib.notebook import listening, models, open_workbench, plots
 from diffbuf_lib.notebook.listening import DelayScore
 from diffbuf_lib.training import load_checkpoint
-from diffbuf_lib.training.results import ResultsFolder
+from diffbuf_lib.training.folder import ResultsFolder
 from tests.conftest import make_model
 from tests.notebook.folders import make_paired_folder
 

@@ -12,7 +12,7 @@ from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.notebook import launch, plots, scaling
 from diffbuf_lib.notebook.scaling import ReadingCost, StepCost
 from diffbuf_lib.training import train
-from diffbuf_lib.training.results import ResultsFolder, read_history
+from diffbuf_lib.training.folder import ResultsFolder, read_history
 from tests.conftest import make_model
 from tests.notebook.folders import make_paired_folder
 from tests.training.helpers import Clips, config

@@ -9,8 +9,8 @@ from typing import Any
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.training import StepRecord, train
-from diffbuf_lib.training.reading import ClipSource
-from diffbuf_lib.training.results import ResultsFolder, read_history
+from diffbuf_lib.training.feed import ClipSource
+from diffbuf_lib.training.folder import ResultsFolder, read_history
 
 
 def open_run(

@@ -18,8 +18,8 @@ from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.notebook.panels.base import Panel
 from diffbuf_lib.notebook.plots.stepping import stepping
 from diffbuf_lib.trace import Trace
+from diffbuf_lib.training.feed import Stream, example_generators, stream_seed
 from diffbuf_lib.training.optimizer import make_optimizer
-from diffbuf_lib.training.plan import Stream, example_generators, stream_seed
 
 _RUN = 10  # steps of the button "Run 10"
 _PEAK = 0.9  # of what is played

@@ -19,8 +19,8 @@ from diffbuf_lib.notebook.panels.worker import Worker, weakly
 from diffbuf_lib.notebook.plots.training import training_progress
 from diffbuf_lib.training import StepRecord, load_weights
 from diffbuf_lib.training.checkpoint import apply_weights
-from diffbuf_lib.training.reading import ClipSource
-from diffbuf_lib.training.results import ResultsFolder
+from diffbuf_lib.training.feed import ClipSource
+from diffbuf_lib.training.folder import ResultsFolder
 
 _PICTURE_EVERY = 0.25  # s, at least
 _PICTURE_SHARE = 0.2  # of the thread's time that may go into pictures
@@ -39,7 +39,7 @@ class TrainingPanel(Panel):
     """`training.train` with Start, Pause, Resume, Stop and Save.
 
     The run goes on in a thread, so the kernel stays free; but the global random generators are
-    shared, so do not make or train other models while it runs (see `training.isolation`). A
+    shared, so do not make or train other models while it runs (see `training.signals`). A
     stopped run goes on from its checkpoint at the next `start`, also in a new panel over the same
     folder, which takes it over from the panel before.
 
@@ -47,7 +47,7 @@ class TrainingPanel(Panel):
         cfg: the config.
         train_set: `[i] -> (mix, target)`, each [C, T] float32, full scale 1.
         valid_set: the same; None or empty: no validation.
-        results_path: the run's folder; see `training.results`.
+        results_path: the run's folder; see `training.folder`.
         fresh: remove a run that is there, rather than go on with it.
         device: as in `train`.
 

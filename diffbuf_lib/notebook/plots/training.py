@@ -1,6 +1,6 @@
 """How a run goes: loss, scores, learning rate, gradient, and what one clip sounds like by now.
 
-Lines are those of a run's history (`training.results.read_history`) or `StepRecord.to_dict()`: one
+Lines are those of a run's history (`training.folder.read_history`) or `StepRecord.to_dict()`: one
 with "loss" is a step, one with "valid" that is not None a validation.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from diffbuf_lib.config import AudioConfig
 from diffbuf_lib.figures import DYNAMIC_RANGE, scale_of, smooth
 from diffbuf_lib.notebook.plots.signals import DPI, analyse, decibels, draw_level
-from diffbuf_lib.training.results import ResultsFolder, read_history
+from diffbuf_lib.training.folder import ResultsFolder, read_history
 
 Line = Mapping[str, Any]
 

@@ -10,7 +10,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -24,8 +24,7 @@ def isolated(device: torch.device, *, deterministic: bool) -> Iterator[None]:
     """Restore the global generators and determinism flags at the end of a block.
 
     They belong to the process, not to a thread: while a run in another thread is within a step,
-    code that draws from the global generators disturbs its dropout (never its noise, which has
-    generators of its own).
+    code that draws from the global generators disturbs its dropout (never its noise).
 
     Args:
         device: whose generator is restored beside the CPU's.
@@ -70,7 +69,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         self._inside = False
-        self._previous: dict[signal.Signals, Any] = {}
+        self._previous: dict[int, Any] = {}
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -100,7 +99,7 @@ class StopRequest:
         if self._inside and not self.requested:
             self.requested = True
             return
-        previous: Callable[..., Any] | Any = self._previous.get(signal.Signals(number))
+        previous = self._previous.get(number)
         if number == signal.SIGINT and callable(previous):
             previous(number, frame)
         else:
