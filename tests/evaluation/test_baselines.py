@@ -27,6 +27,7 @@ def noisy_voice(seconds=2.0, level=0.03):
     return target + level * noise, target
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("name", NAMES)
 def test_length_and_alignment_are_kept(name):
     (baseline,) = make_baselines([name]).values()
@@ -39,6 +40,7 @@ def test_length_and_alignment_are_kept(name):
     assert baseline(torch.zeros(5000), RATE).abs().max() < 1e-4
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("name", NAMES)
 def test_noise_before_the_voice_is_reduced(name):
     (baseline,) = make_baselines([name]).values()
@@ -49,6 +51,7 @@ def test_noise_before_the_voice_is_reduced(name):
     assert after < before / 4
 
 
+@pytest.mark.law
 def test_a_clip_does_not_depend_on_the_one_before():
     (baseline,) = make_baselines(["deepfilternet"]).values()
     mix, _ = noisy_voice(0.5)

@@ -61,6 +61,7 @@ def _undefined(tmp_path):
     return json.loads((tmp_path / "r" / "summary.json").read_text())["undefined"]
 
 
+@pytest.mark.law
 def test_the_noisy_input_scores_what_was_mixed(job, tmp_path):
     run(job, tmp_path / "r", page=False)
     _, rows = read_scores(tmp_path / "r")
@@ -72,6 +73,7 @@ def test_the_noisy_input_scores_what_was_mixed(job, tmp_path):
     assert noisy["sample_00004"].snr is None
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("cut", ["between lines", "within a line", "before the tables"])
 def test_a_stopped_evaluation_goes_on_to_the_same_bytes(job, tmp_path, cut, monkeypatch):
     run(job, tmp_path / "whole", page=False)
@@ -91,6 +93,7 @@ def test_a_stopped_evaluation_goes_on_to_the_same_bytes(job, tmp_path, cut, monk
     assert scores_of(tmp_path / "stopped") == scores_of(tmp_path / "whole")
 
 
+@pytest.mark.law
 def test_processes_and_batches_do_not_change_the_numbers(job, tmp_path):
     run(job, tmp_path / "one", page=False)
     run(replace(job, batch_size=3), tmp_path / "two", processes=2, page=False)
@@ -135,6 +138,7 @@ def test_wrong_use_is_refused_before_any_work(job, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.law
 def test_estimates_do_not_depend_on_the_company(job):
     worker = Worker(job)
     clips = [worker.clips[i] for i in range(4)]
@@ -172,6 +176,7 @@ def test_clips_of_every_layout(tiny_cfg, data, tmp_path):
     assert pairs[0].checksum == Clips(1, tmp_path / "1", tiny_cfg)[0].checksum
 
 
+@pytest.mark.law
 def test_a_comparison_with_itself_is_zero(job, tmp_path):
     run(job, tmp_path / "r", page=False)
     found = compare_folders(tmp_path / "r", tmp_path / "r")
@@ -183,6 +188,7 @@ def test_a_comparison_with_itself_is_zero(job, tmp_path):
     assert any(row.difference and row.difference.low is not None for row in found)
 
 
+@pytest.mark.law
 def test_a_comparison_is_paired_and_turns_its_sign(job, tmp_path):
     run(job, tmp_path / "a", page=False)
     run(replace(job, seed=1, metrics=("estoi", "si_sdr")), tmp_path / "b", page=False)
@@ -221,6 +227,7 @@ def test_a_comparison_of_other_clips_names_them(job, tmp_path, data):
         compare_folders(tmp_path / "a", tmp_path / "a", method="x")
 
 
+@pytest.mark.law
 def test_every_seed_and_clip_has_noise_of_its_own():
     drawn = {
         torch.randn(1, generator=generator).item()

@@ -20,6 +20,7 @@ def pair(seconds=2.0, level=0.05):
     return target + level * noise, target
 
 
+@pytest.mark.law
 def test_scores_are_those_of_training():
     estimate, target = pair()
     expected = score_clips(estimate[None], target[None], 16000, FOUR)
