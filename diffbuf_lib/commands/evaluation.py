@@ -46,9 +46,9 @@ def evaluate_command(
         batch_size: clips enhanced at a time.
         device: auto, cpu or cuda.
     """
-    from diffbuf_lib.evaluation.runner import evaluate_folder
-    from diffbuf_lib.evaluation.tables import gains, overview, times
-    from diffbuf_lib.evaluation.work import Job
+    from diffbuf_lib.evaluation import Job, evaluate_folder
+    from diffbuf_lib.evaluation.page import gains_table, overview, times
+    from diffbuf_lib.summary import format_table
 
     job = Job(
         model=model, data_path=str(data_path), dataset_type=dataset_type, metrics=metrics,
@@ -62,7 +62,8 @@ def evaluate_command(
         )
     print(overview(found.summary))
     if len(found.summary["bands"]) > 2:
-        print(f"\n{gains(found.summary, next(iter(found.summary['bands']['all']['columns'])))}")
+        column = next(iter(found.summary["bands"]["all"]["columns"]))
+        print(f"\n{format_table(gains_table(found.summary, column))}")
     print(f"\n{times(found.timing)}")
     if results_path is not None:
         print(f"\n{results_path / 'report.html'}")
@@ -119,9 +120,8 @@ def sweep_command(
         batch_size: clips enhanced at a time.
         device: auto, cpu or cuda.
     """
-    from diffbuf_lib.evaluation.points import overview
-    from diffbuf_lib.evaluation.sweep import run_sweep
-    from diffbuf_lib.evaluation.work import Job
+    from diffbuf_lib.evaluation import Job
+    from diffbuf_lib.evaluation.sweep import overview, run_sweep
 
     job = Job(
         model=models[0], data_path=str(data_path), dataset_type=dataset_type, metrics=metrics,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import soxr
@@ -19,6 +19,20 @@ from torch import Tensor
 from diffbuf_lib.errors import ConfigError, DataError, MissingExtraError
 
 NOISY = "noisy"
+
+
+class Baseline(Protocol):
+    """What is called with [T] float32 and a rate in Hz, and returns [T] aligned with it.
+
+    Attributes:
+        latency_ms: until the first sample comes out; None if it needs the whole clip.
+    """
+
+    latency_ms: float | None
+
+    def __call__(self, mix: Tensor, rate: int, /) -> Tensor:
+        """Enhance [T] float32 at `rate` Hz; returns [T]."""
+        ...
 
 
 class SpectralGate:
@@ -103,14 +117,14 @@ class DeepFilterNet:
         return out
 
 
-BASELINES: dict[str, Callable[[], SpectralGate | DeepFilterNet]] = {
+BASELINES: dict[str, Callable[[], Baseline]] = {
     "noisereduce": SpectralGate,
     "noisereduce_nonstationary": lambda: SpectralGate(stationary=False),
     "deepfilternet": DeepFilterNet,
 }
 
 
-def make_baselines(names: Sequence[str]) -> dict[str, SpectralGate | DeepFilterNet]:
+def make_baselines(names: Sequence[str]) -> dict[str, Baseline]:
     """Make baselines by name; `noisy` is left out, since nothing has to be computed for it.
 
     Raises:

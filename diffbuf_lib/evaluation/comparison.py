@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffbuf_lib.errors import DataError
+from diffbuf_lib.evaluation.bootstrap import Interval, bootstrap, group
+from diffbuf_lib.evaluation.evaluate import OURS
 from diffbuf_lib.evaluation.results import Row, read_scores
-from diffbuf_lib.evaluation.scoring import LABELS
-from diffbuf_lib.evaluation.statistics import Interval, bootstrap, group
-from diffbuf_lib.evaluation.tables import render
-from diffbuf_lib.evaluation.work import OURS
+from diffbuf_lib.evaluation.scores import label_of
+from diffbuf_lib.summary import format_table
 
 _NAMED = 5
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How two evaluations differ in one metric on one band of clips.
-
-    Attributes:
-        column: of the scores.
-        band: of input SNR; "all" for all clips.
-        a: mean of the first, over the clips for which both have a score.
-        b: mean of the second.
-        difference: b - a, paired clip by clip; None if no clip has both scores.
-        better: share of clips for which b is above a.
-        clips: how many there are in the band, scored or not.
-    """
+    """How two evaluations differ in one metric on one band of clips."""
 
     column: str
-    band: str
-    a: float | None
+    band: str  # of input SNR; "all" for all clips
+    a: float | None  # mean over the clips for which both have a score
     b: float | None
-    difference: Interval | None
-    better: float
-    clips: int
+    difference: Interval | None  # b - a, paired clip by clip
+    better: float  # share of clips for which b is above a
+    clips: int  # in the band, scored or not
 
 
 def compare_folders(
@@ -54,51 +44,45 @@ def compare_folders(
         DataError: no such folder or method, no metric in common, or other clips; the message names
             clips that differ.
     """
-    (columns_a, rows_a), (columns_b, rows_b) = (_read(path, method) for path in (a, b))
-    _check_same_clips(a, b, rows_a, rows_b)
+    (columns_a, rows_a), (columns_b, rows_b) = (_rows_of(path, method) for path in (a, b))
+    for one, other, path in ((rows_a, rows_b, b), (rows_b, rows_a, a)):
+        if alone := sorted(one.keys() - other.keys()):
+            raise DataError(f"{path} lacks {_some(alone)}: evaluate both on the same clips")
+    changed = [clip for clip, row in rows_a.items() if row.checksum != rows_b[clip].checksum]
+    if changed:
+        raise DataError(
+            f"{_some(changed)} are not the same sound in {a} and {b}: evaluate both on the same "
+            "data, with the same --seconds"
+        )
     columns = [column for column in columns_a if column in columns_b]
     if not columns:
-        raise DataError(
-            f"{a} has {', '.join(columns_a)} and {b} has {', '.join(columns_b)}: evaluate them "
-            "with a metric in common"
-        )
-    bands = group({clip: row.snr for clip, row in rows_a.items()})
-    return [
-        _difference(column, band, clips, rows_a, rows_b, seed)
-        for column in columns
-        for band, clips in bands.items()
-    ]
+        raise DataError(f"{a} and {b} have no metric in common: evaluate both with the same ones")
+    found = []
+    for column in columns:
+        for band, clips in group({clip: row.snr for clip, row in rows_a.items()}).items():
+            scores = [(rows_a[clip].values, rows_b[clip].values) for clip in clips]
+            pairs = [(x[column], y[column]) for x, y in scores if column in x and column in y]
+            found.append(_difference(column, band, pairs, len(clips), seed))
+    return found
 
 
 def render_differences(found: Sequence[Difference]) -> str:
     """Return the differences as a table for a terminal."""
     rows = [["", "input SNR", "a", "b", "b - a", "b above a", "clips"]]
     for row in found:
-        if row.difference is None or row.a is None or row.b is None:
-            shown = ["-"] * 4
-        else:
+        shown, scored = ["-"] * 4, 0
+        if row.difference is not None:
+            scored = row.difference.clips
             sign = "+" if row.difference.mean >= 0 else ""
             means = [f"{row.a:.2f}", f"{row.b:.2f}"]
             shown = [*means, f"{sign}{row.difference}", f"{row.better:.0%}"]
-        scored = row.difference.clips if row.difference else 0
-        label = LABELS.get(row.column, row.column)
-        rows.append([label, row.band, *shown, f"{scored} of {row.clips}"])
-    return render(rows)
+        rows.append([label_of(row.column), row.band, *shown, f"{scored} of {row.clips}"])
+    return format_table(rows)
 
 
 def _difference(
-    column: str,
-    band: str,
-    clips: Sequence[str],
-    rows_a: Mapping[str, Row],
-    rows_b: Mapping[str, Row],
-    seed: int,
+    column: str, band: str, pairs: Sequence[tuple[float, float]], clips: int, seed: int
 ) -> Difference:
-    pairs = [
-        (rows_a[clip].values[column], rows_b[clip].values[column])
-        for clip in clips
-        if column in rows_a[clip].values and column in rows_b[clip].values
-    ]
     count = max(len(pairs), 1)
     return Difference(
         column=column,
@@ -107,11 +91,11 @@ def _difference(
         b=sum(other for _, other in pairs) / count if pairs else None,
         difference=bootstrap((other - one for one, other in pairs), seed=seed),
         better=sum(other > one for one, other in pairs) / count,
-        clips=len(clips),
+        clips=clips,
     )
 
 
-def _read(path: str | Path, method: str) -> tuple[list[str], dict[str, Row]]:
+def _rows_of(path: str | Path, method: str) -> tuple[list[str], dict[str, Row]]:
     columns, rows = read_scores(path)
     chosen = {row.clip: row for row in rows if row.method == method}
     if not chosen:
@@ -120,21 +104,6 @@ def _read(path: str | Path, method: str) -> tuple[list[str], dict[str, Row]]:
     return columns, chosen
 
 
-def _check_same_clips(
-    a: str | Path, b: str | Path, rows_a: Mapping[str, Row], rows_b: Mapping[str, Row]
-) -> None:
-    """Refuse a comparison of unlike with unlike."""
-    for one, other, missing in ((rows_a, rows_b, b), (rows_b, rows_a, a)):
-        if alone := sorted(one.keys() - other.keys()):
-            raise DataError(f"{missing} lacks {_named(alone)}: evaluate both on the same clips")
-    changed = [clip for clip, row in rows_a.items() if row.checksum != rows_b[clip].checksum]
-    if changed:
-        raise DataError(
-            f"{_named(changed)} are not the same sound in {a} and {b}: evaluate both on the same "
-            "data, with the same --seconds"
-        )
-
-
-def _named(clips: Sequence[str]) -> str:
+def _some(clips: Sequence[str]) -> str:
     more = f" and {len(clips) - _NAMED} more" if len(clips) > _NAMED else ""
     return f"{', '.join(clips[:_NAMED])}{more}"

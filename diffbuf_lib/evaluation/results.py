@@ -1,8 +1,8 @@
-"""The results folder of an evaluation, and how it survives being stopped.
+"""What `diffbuf evaluate` does: score into a results folder, which survives being stopped.
 
     RESULTS/
       arguments.json   what was asked for; a rerun with other arguments is refused
-      journal.jsonl    a line a batch of clips, appended whole: what a rerun need not do again
+      journal.jsonl    a line a batch of clips: what a rerun need not do again
       scores.csv       a row a clip and method; an undefined score is empty, its reason last
       summary.json     means, intervals, gains and leads, over all clips and by SNR band; clips
                        that have no score, with the reason
@@ -16,44 +16,80 @@ journal and timing.json hold times, which never repeat.
 from __future__ import annotations
 
 import csv
+import functools
+import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+import signal
+from collections import Counter
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from diffbuf_lib.data.files import write_bytes
-from diffbuf_lib.errors import CheckpointError, DataError
-from diffbuf_lib.evaluation.scoring import columns_of
+import torch
+from tqdm import tqdm
+
+from diffbuf_lib.data import write_bytes
+from diffbuf_lib.errors import CheckpointError, ConfigError, DataError
+from diffbuf_lib.evaluation.baselines import NOISY
+from diffbuf_lib.evaluation.bootstrap import LEVEL, RESAMPLES, compare_methods, group
+from diffbuf_lib.evaluation.evaluate import OURS, Evaluator, open_clips
+from diffbuf_lib.evaluation.page import write_page
+from diffbuf_lib.evaluation.scores import columns_of, label_of
+from diffbuf_lib.live import latency_report
+from diffbuf_lib.loading import fingerprint, load_model
+from diffbuf_lib.training.lock import FolderLock
 
 _FIXED = ("clip", "method", "snr_db", "seconds", "checksum")
 
 
 @dataclass(frozen=True)
+class Job:
+    """What is to be evaluated, and how: all that another process needs."""
+
+    model: str  # folder, run or name, as `load_model` takes it
+    data_path: str
+    dataset_type: int = 1  # as in training
+    metrics: tuple[str, ...] = ("si_sdr", "sdr", "pesq", "estoi")
+    baselines: tuple[str, ...] = (NOISY,)  # noisy is always there
+    seconds: float | None = None  # length of a clip at most; None for the whole clip
+    limit: int | None = None  # only the first so many clips
+    delay: int | None = None  # d of a data-prediction model; None for B
+    seed: int = 0  # of the diffusion noise
+    batch_size: int = 8  # clips enhanced at a time
+    device: str = "auto"
+    overrides: tuple[str, ...] = ()  # keys of the model's config that are changed
+
+    def evaluator(self) -> Evaluator:
+        """Load model, data and baselines; refuses what is unknown or unavailable."""
+        model = load_model(self.model, self.device, self.overrides)
+        clips = open_clips(self.dataset_type, self.data_path, model.cfg, self.seconds, self.limit)
+        import_module("torchmetrics.functional.audio")  # seconds, which are no metric's own
+        return Evaluator(
+            model, clips, self.metrics,
+            baselines=self.baselines, delay=self.delay, seed=self.seed,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Row:
-    """One clip as one method left it.
+    """One clip as one method left it."""
 
-    Attributes:
-        index: place of the clip in the dataset.
-        clip: its name.
-        method: noisy, a baseline, or diffbuf.
-        snr: input SNR, dB; None where it is not defined.
-        seconds: length.
-        checksum: of mix and target.
-        values: column -> score.
-        undefined: metric -> reason.
-    """
-
-    index: int
+    index: int  # place of the clip in the dataset
     clip: str
-    method: str
-    snr: float | None
+    method: str  # noisy, a baseline, or diffbuf
+    snr: float | None  # of the input, dB; None where it is undefined
     seconds: float
-    checksum: str
-    values: dict[str, float]
-    undefined: dict[str, str]
+    checksum: str  # of mix and target
+    values: dict[str, float]  # of every column that is defined
+    undefined: dict[str, str]  # metric -> reason
 
 
 @dataclass(frozen=True)
@@ -61,7 +97,106 @@ class Batch:
     """What one batch gave: its rows, and seconds of work by what they were spent on."""
 
     rows: list[Row]
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found."""
+
+    rows: list[Row]  # in the order of clips and methods
+    summary: dict[str, Any]  # the content of summary.json
+    timing: dict[str, Any]  # the content of timing.json
+
+
+def evaluate_folder(
+    job: Job,
+    results_path: str | Path,
+    *,
+    processes: int | None = None,
+    page: bool = True,
+    progress: bool = False,
+) -> Evaluation:
+    """Evaluate, and write everything into a results folder; go on if it was begun before.
+
+    The scores do not depend on the number of processes, but for float rounding far below the four
+    decimals that are kept.
+
+    Args:
+        job: what is to be evaluated.
+        results_path: the folder.
+        processes: how many work side by side; None for the cores of this machine.
+        page: whether to write report.html.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        DiffbufError: a model, dataset, metric, baseline or delay that is unknown or unavailable; a
+            clip that cannot be read; or a folder that belongs to another evaluation.
+    """
+    if processes is not None and processes < 1:
+        raise ConfigError(f"--processes {processes}: give at least 1")
+    evaluator = job.evaluator()
+    folder = EvaluationFolder(results_path)
+    lock = FolderLock(folder.path)
+    lock.acquire()
+    try:
+        done = folder.open(_arguments(job, evaluator))
+        done += _score_rest(job, evaluator, folder, done, processes or _cores(), progress)
+        rows = {(row.index, row.method): row for batch in done for row in batch.rows}
+        ordered = [rows[i, m] for i in evaluator.clips.indices for m in evaluator.methods]
+        result = Evaluation(
+            rows=ordered,
+            summary=summarise(ordered, columns_of(job.metrics)),
+            timing=_timing(job, evaluator, done),
+        )
+        folder.write_scores(ordered, job.metrics)
+        write_bytes(folder.summary, _to_json(result.summary))
+        write_bytes(folder.timing, _to_json(result.timing))
+        if page:
+            _write_page(folder.report, evaluator, result)
+        return result
+    finally:
+        lock.release()
+
+
+def summarise(rows: Sequence[Row], columns: Sequence[str]) -> dict[str, Any]:
+    """Sum up rows: the content of summary.json.
+
+    A metric's numbers are over the clips for which every method has a score, so that all are
+    compared on the same clips.
+
+    Args:
+        rows: of every clip and method.
+        columns: of the scores.
+    """
+    snrs = {row.clip: row.snr for row in rows}
+    methods = list(dict.fromkeys(row.method for row in rows))
+    tables: dict[str, dict[str, dict[str, float]]] = {
+        column: {method: {} for method in methods} for column in columns
+    }
+    for row in rows:
+        for column, value in row.values.items():
+            tables[column][row.method][row.clip] = value
+    return {
+        "clips": len(snrs),
+        "methods": methods,
+        "interval": f"{LEVEL:.0%} percentile bootstrap over clips, {RESAMPLES} resamples",
+        "bands": {
+            name: {
+                "clips": len(clips),
+                "columns": {
+                    column: _plain(compare_methods(table, clips, ours=OURS, noisy=NOISY))
+                    for column, table in tables.items()
+                },
+            }
+            for name, clips in group(snrs).items()
+        },
+        "undefined": [
+            {"clip": row.clip, "method": row.method, "metric": metric, "reason": reason}
+            for row in rows
+            for metric, reason in row.undefined.items()
+        ],
+    }
 
 
 class EvaluationFolder:
@@ -90,48 +225,10 @@ class EvaluationFolder:
             The batches that are done.
 
         Raises:
-            CheckpointError: the folder belongs to other arguments, or cannot be written.
+            CheckpointError: the folder belongs to other arguments, or its files are damaged.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(
-                f"results folder {self.path} cannot be made ({error.strerror}): choose another "
-                "--results_path"
-            ) from error
-        if not self.arguments.exists():
-            if self.journal.exists() or self.scores.exists():
-                raise CheckpointError(
-                    f"results folder {self.path} has scores but no arguments.json: choose another"
-                )
-            write_bytes(self.arguments, to_json(arguments))
-        self._check(arguments)
-        return list(self._read_journal())
-
-    def append(self, batch: Batch) -> None:
-        """Add a batch to the journal: a line in one write, on the disk before this returns."""
-        line = json.dumps(asdict(batch)) + "\n"
-        descriptor = os.open(self.journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(descriptor, line.encode())
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    def write_scores(self, rows: Iterable[Row], metrics: Sequence[str]) -> None:
-        """Write scores.csv."""
-        columns = columns_of(metrics)
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow([*_FIXED, *columns, "undefined"])
-        for row in rows:
-            snr = "" if row.snr is None else row.snr
-            reasons = "; ".join(f"{metric}: {why}" for metric, why in row.undefined.items())
-            fixed = [row.clip, row.method, snr, row.seconds, row.checksum]
-            writer.writerow([*fixed, *(row.values.get(c, "") for c in columns), reasons])
-        write_bytes(self.scores, buffer.getvalue().encode())
-
-    def _check(self, arguments: dict[str, Any]) -> None:
+        if not self.arguments.exists() and not self.journal.exists():
+            write_bytes(self.arguments, _to_json(arguments))
         try:
             before = json.loads(self.arguments.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -139,35 +236,47 @@ class EvaluationFolder:
         for key in arguments.keys() | before.keys():
             if before.get(key) != arguments.get(key):
                 raise CheckpointError(
-                    f"results folder {self.path} was begun with {key} {_short(before.get(key))}, "
-                    f"and now it is {_short(arguments.get(key))}: choose another --results_path, "
-                    "or give the arguments of then"
+                    f"results folder {self.path} was begun with {key} {before.get(key)!s:.80}, and "
+                    f"now it is {arguments.get(key)!s:.80}: choose another --results_path, or give "
+                    "the arguments of then"
                 )
+        return list(self._read_journal())
+
+    def append(self, batch: Batch) -> None:
+        """Add a batch to the journal: it is on the disk before this returns."""
+        with open(self.journal, "ab") as file:
+            file.write((json.dumps(asdict(batch)) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write_scores(self, rows: Iterable[Row], metrics: Sequence[str]) -> None:
+        """Write scores.csv."""
+        buffer = io.StringIO()
+        names = [*_FIXED, *columns_of(metrics), "undefined"]
+        writer = csv.DictWriter(buffer, names, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            reasons = "; ".join(f"{metric}: {why}" for metric, why in row.undefined.items())
+            fixed = (row.clip, row.method, row.snr, row.seconds, row.checksum)
+            line = dict(zip(_FIXED, fixed, strict=True))
+            writer.writerow(line | row.values | {"undefined": reasons})
+        write_bytes(self.scores, buffer.getvalue().encode())
 
     def _read_journal(self) -> Iterable[Batch]:
         """Yield the batches that are done; a last line that was cut off is removed."""
-        if not self.journal.exists():
-            return
-        content = self.journal.read_bytes()
+        content = self.journal.read_bytes() if self.journal.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             write_bytes(self.journal, whole)
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                entry = json.loads(line)
-                yield Batch([Row(**row) for row in entry["rows"]], entry["seconds"])
-            except (ValueError, TypeError, KeyError) as error:
-                raise CheckpointError(
-                    f"{self.journal} line {number} is damaged ({error}): remove the line, and its "
-                    "clips are scored again"
-                ) from error
+        for entry in map(json.loads, whole.splitlines()):
+            yield Batch([Row(**row) for row in entry["rows"]], entry["seconds"])
 
 
 def read_scores(path: str | Path) -> tuple[list[str], list[Row]]:
     """Read the scores.csv of a results folder.
 
     Returns:
-        Its columns of scores, and its rows.
+        Its columns of scores, and its rows, numbered as they stand in the file.
 
     Raises:
         DataError: there is none, or it is no such file.
@@ -185,7 +294,9 @@ def read_scores(path: str | Path) -> tuple[list[str], list[Row]]:
                 seconds=float(line["seconds"]),
                 checksum=line["checksum"],
                 values={name: float(line[name]) for name in columns if line[name]},
-                undefined=dict(_reasons(line["undefined"])),
+                undefined=dict(
+                    part.split(": ", 1) for part in line["undefined"].split("; ") if part
+                ),
             )
             for index, line in enumerate(lines)
         ]
@@ -199,19 +310,174 @@ def read_scores(path: str | Path) -> tuple[list[str], list[Row]]:
     return columns, rows
 
 
-def to_json(value: Any) -> bytes:
-    """Return JSON that people can read, equal for equal values."""
+def _score_rest(
+    job: Job,
+    evaluator: Evaluator,
+    folder: EvaluationFolder,
+    done: Sequence[Batch],
+    processes: int,
+    progress: bool,
+) -> list[Batch]:
+    """Score the clips that are not done yet; every batch is in the journal as soon as it is."""
+    known = {row.index for batch in done for row in batch.rows}
+    batches = evaluator.clips.batches(job.batch_size)
+    left = [batch for batch in batches if not known.issuperset(batch)]
+    total = len(evaluator.clips)
+    finished = total - sum(map(len, left))
+    new = []
+    with (
+        tqdm(
+            total=total, initial=finished, unit="clip", desc="evaluate", disable=not progress
+        ) as bar,
+        closing(_score_batches(job, evaluator, left, processes)) as scored,
+    ):
+        for batch in scored:
+            folder.append(batch)
+            new.append(batch)
+            bar.update(len(batch.rows) // len(evaluator.methods))
+    return new
+
+
+def _score_batches(
+    job: Job, evaluator: Evaluator, batches: Sequence[list[int]], processes: int
+) -> Generator[Batch, None, None]:
+    """Yield batches as they are done, in any order.
+
+    Several processes are fresh ones (spawn: a fork would copy torch's threads in whatever state
+    they are, which rules out tqdm's `process_map`), so a script that calls this needs
+    `if __name__ == "__main__":`.
+
+    Raises:
+        CheckpointError: a process was killed, as the system does when memory runs out.
+    """
+    if processes == 1 or len(batches) < 2:
+        yield from (_score_batch(evaluator, batch) for batch in batches)
+        return
+    pool = ProcessPoolExecutor(
+        min(processes, len(batches)),
+        mp_context=get_context("spawn"),
+        initializer=_start_process,
+        initargs=(max(1, _cores() // processes),),
+    )
+    try:
+        futures = [pool.submit(_score_in_process, job, batch) for batch in batches]
+        for future in as_completed(futures):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise CheckpointError(
+            f"one of {processes} processes was killed, most likely for want of memory: the same "
+            "command goes on where it stopped; give it fewer --processes or a smaller --batch_size"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _score_batch(evaluator: Evaluator, indices: Sequence[int]) -> Batch:
+    evaluator.seconds.clear()
+    rows = [
+        Row(
+            index=clip.index,
+            clip=clip.name,
+            method=method,
+            snr=clip.snr,
+            seconds=round(len(clip.mix) / evaluator.clips.rate, 4),
+            checksum=clip.checksum,
+            values=scores.values,
+            undefined=scores.undefined,
+        )
+        for clip in evaluator.run(indices)
+        for method, scores in clip.scores.items()
+    ]
+    return Batch(rows, dict(evaluator.seconds))
+
+
+def _start_process(threads: int) -> None:
+    """Make a process ready; Ctrl-C is its parent's matter."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+
+
+def _score_in_process(job: Job, indices: list[int]) -> Batch:
+    return _score_batch(_evaluator_of(job), indices)
+
+
+@functools.cache
+def _evaluator_of(job: Job) -> Evaluator:
+    return job.evaluator()
+
+
+def _arguments(job: Job, evaluator: Evaluator) -> dict[str, Any]:
+    """Return all that the scores depend on. Where model and data lie does not matter."""
+    clips = evaluator.clips
+    listing = "\n".join(f"{n} {t}" for n, t in zip(clips.names, clips.lengths, strict=True))
+    return {
+        "model": f"with config and weights {fingerprint(evaluator.model)}",
+        "data": f"{len(clips)} clips ({hashlib.sha256(listing.encode()).hexdigest()[:16]})",
+        "dataset_type": job.dataset_type,
+        "metrics": list(job.metrics),
+        "baselines": list(evaluator.baselines),
+        "seconds": job.seconds,
+        "limit": job.limit,
+        "delay": job.delay,
+        "seed": job.seed,
+    }
+
+
+def _timing(job: Job, evaluator: Evaluator, done: Sequence[Batch]) -> dict[str, Any]:
+    """Return real-time factors, latencies, and the seconds spent on each kind of work."""
+    spent: Counter[str] = Counter()
+    for batch in done:
+        spent.update(batch.seconds)  # type: ignore[arg-type]  # adds floats as well
+    audio = sum(evaluator.clips.lengths) / evaluator.clips.rate
+    methods = {
+        name: {"latency_ms": baseline.latency_ms, "real_time_factor": spent[name] / audio}
+        for name, baseline in evaluator.baselines.items()
+    }
+    live = latency_report(evaluator.model, job.delay, hops=30)
+    methods[OURS] = {"latency_ms": live.latency_ms, "real_time_factor": live.real_time_factor}
+    return {
+        "model": job.model,
+        "data": job.data_path,
+        "audio_seconds": audio,
+        "methods": methods,
+        "parameters": sum(p.numel() for p in evaluator.model.parameters()),
+        "seconds": dict(spent),
+    }
+
+
+def _write_page(path: Path, evaluator: Evaluator, found: Evaluation) -> None:
+    """Write report.html, with the clips of the largest, the median and the smallest gain."""
+    column = columns_of(evaluator.metrics)[0]
+    noisy, ours = (
+        {
+            row.index: row.values[column]
+            for row in found.rows
+            if row.method == method and column in row.values
+        }
+        for method in (NOISY, OURS)
+    )
+    gains = sorted((ours[index] - noisy[index], index) for index in ours.keys() & noisy.keys())
+    places = {"Worst": 0, "Median": (len(gains) - 1) // 2, "Best": len(gains) - 1}
+    chosen = {gains[place][1]: (what, gains[place][0]) for what, place in places.items() if gains}
+    headings = [f"{what}: {gain:+.2f} gain in {label_of(column)}" for what, gain in chosen.values()]
+    clips = evaluator.run(list(chosen)) if chosen else []
+    shown = list(zip(headings, clips, strict=True))[::-1]
+    write_page(path, shown, found.summary, found.timing, evaluator.model.cfg.audio)
+
+
+def _plain(table: dict[str, Any]) -> dict[str, Any]:
+    """Return a table of `compare_methods` as JSON has it."""
+    methods = {
+        method: {name: x._asdict() if x else None for name, x in found.items()}
+        for method, found in table["methods"].items()
+    }
+    return {"clips": table["clips"], "methods": methods}
+
+
+def _to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def _reasons(text: str) -> Iterable[tuple[str, str]]:
-    for part in filter(None, text.split("; ")):
-        metric, _, why = part.partition(": ")
-        yield metric, why
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        value = " ".join(map(str, value)) or "none"
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

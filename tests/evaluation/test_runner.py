@@ -8,11 +8,9 @@ import pytest
 import torch
 
 from diffbuf_lib.errors import CheckpointError, ConfigError, DataError
-from diffbuf_lib.evaluation.clips import Clips, clip_generators
 from diffbuf_lib.evaluation.comparison import compare_folders
-from diffbuf_lib.evaluation.results import EvaluationFolder, read_scores
-from diffbuf_lib.evaluation.runner import evaluate_folder
-from diffbuf_lib.evaluation.work import Job, Worker
+from diffbuf_lib.evaluation.evaluate import Evaluator, clip_generators, open_clips
+from diffbuf_lib.evaluation.results import EvaluationFolder, Job, evaluate_folder, read_scores
 from diffbuf_lib.loading import load_model
 from tests.evaluation.conftest import voice, write_clip
 
@@ -86,8 +84,8 @@ def test_a_stopped_evaluation_goes_on_to_the_same_bytes(job, tmp_path, cut, monk
     for path in (folder.scores, folder.summary):
         path.unlink()
     done = []
-    original = Worker.run
-    monkeypatch.setattr(Worker, "run", lambda self, i: done.append(i) or original(self, i))
+    original = Evaluator.run
+    monkeypatch.setattr(Evaluator, "run", lambda self, i: done.append(i) or original(self, i))
     run(job, tmp_path / "stopped", page=False)
     assert len(done) == (0 if cut == "before the tables" else 2)  # what was done is not done again
     assert scores_of(tmp_path / "stopped") == scores_of(tmp_path / "whole")
@@ -140,7 +138,7 @@ def test_wrong_use_is_refused_before_any_work(job, tmp_path):
 
 @pytest.mark.law
 def test_estimates_do_not_depend_on_the_company(job):
-    worker = Worker(job)
+    worker = job.evaluator()
     clips = [worker.clips[i] for i in range(4)]
     together = dict(worker.estimates(clips))["diffbuf"]
     for clip, expected in zip(clips, together, strict=True):
@@ -161,7 +159,7 @@ def test_clips_of_every_layout(tiny_cfg, data, tmp_path):
     for number in range(2):
         target = voice(0.2 + 0.1 * number)
         write_clip(tmp_path / "1", number, target, 2 * target)
-    clips = Clips(1, tmp_path / "1", tiny_cfg, seconds=0.25)
+    clips = open_clips(1, tmp_path / "1", tiny_cfg, seconds=0.25)
     assert clips.names == ["sample_00000", "sample_00001"]
     assert clips.lengths == [3200, 4000]
     assert clips.batches(2, seconds=0.3) == [[0], [1]]
@@ -171,9 +169,9 @@ def test_clips_of_every_layout(tiny_cfg, data, tmp_path):
         (tmp_path / "2" / folder / "a").mkdir(parents=True)
         source = tmp_path / "1" / "sample_00000" / f"{name}.wav"
         (tmp_path / "2" / folder / "a" / "x.wav").write_bytes(source.read_bytes())
-    pairs = Clips(2, tmp_path / "2", tiny_cfg, limit=1)
+    pairs = open_clips(2, tmp_path / "2", tiny_cfg, limit=1)
     assert pairs.names == ["a/x.wav"]
-    assert pairs[0].checksum == Clips(1, tmp_path / "1", tiny_cfg)[0].checksum
+    assert pairs[0].checksum == open_clips(1, tmp_path / "1", tiny_cfg)[0].checksum
 
 
 @pytest.mark.law

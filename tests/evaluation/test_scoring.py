@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffbuf_lib.errors import ConfigError, MissingExtraError
-from diffbuf_lib.evaluation.scoring import METRICS, check_scoring, columns_of, score
+from diffbuf_lib.evaluation.scores import METRICS, check_scoring, columns_of, score
 from diffbuf_lib.training import score_clips
 from tests.evaluation.conftest import voice
 

@@ -5,9 +5,9 @@ import csv
 import pytest
 
 from diffbuf_lib.errors import ConfigError
-from diffbuf_lib.evaluation.points import draw_sweep
-from diffbuf_lib.evaluation.sweep import run_sweep
-from diffbuf_lib.evaluation.work import Job, Worker
+from diffbuf_lib.evaluation.evaluate import Evaluator
+from diffbuf_lib.evaluation.results import Job
+from diffbuf_lib.evaluation.sweep import draw_sweep, run_sweep
 from tests.conftest import call, make_model
 
 
@@ -51,7 +51,7 @@ def test_a_sweep_goes_on_and_adds_values(job, model_path, tmp_path, monkeypatch)
     one = run_sweep(
         [str(model_path)], job, tmp_path / "s", vary="delay", values=[2, 3], processes=1
     )
-    monkeypatch.setattr(Worker, "run", lambda *_: pytest.fail("done already"))
+    monkeypatch.setattr(Evaluator, "run", lambda *_: pytest.fail("done already"))
     two = run_sweep(
         [str(model_path)], job, tmp_path / "s", vary="delay", values=[3, 2], processes=1
     )

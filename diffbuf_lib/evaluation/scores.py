@@ -1,17 +1,25 @@
-"""Score one estimate by every metric asked for; what has no score has a reason."""
+"""Score one estimate by every metric asked for; a score that is undefined has a reason.
+
+DistillMOS and DNSMOS estimate what listeners would say and need no clean signal; their packages
+bring the weights. Both rate silence at about 1.9, so silence is refused before they see it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
+import math
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffbuf_lib.errors import ConfigError, MissingExtraError
-from diffbuf_lib.evaluation import opinion
 from diffbuf_lib.training.metrics import (
     UndefinedScoreError,
     check_audible,
@@ -24,23 +32,44 @@ SPEECH_RMS = 1e-4
 PESQ would rate noise against like noise as excellent."""
 
 
+def distillmos(estimate: Tensor) -> float:
+    """Return DistillMOS, 1 to 5 (Stahl, Gamper 2025).
+
+    Args:
+        estimate: [T] float32 at 16 kHz; its peak does not matter.
+    """
+    with torch.inference_mode():
+        return float(_distillmos_model()(estimate.float().unsqueeze(0)))
+
+
+def dnsmos(estimate: Tensor) -> tuple[float, ...]:
+    """Return DNSMOS, 1 to 5: overall, signal and background of P.835, and P.808's single score.
+
+    Reddy, Gopal, Cutler 2021 and 2022. A clip shorter than 9.01 s is repeated up to it, as the
+    package's authors do.
+
+    Args:
+        estimate: [T] float32 at 16 kHz, not empty; scaled down if its peak is above 1, which DNSMOS
+            refuses.
+    """
+    from speechmos import dnsmos as package
+
+    peak = float(estimate.abs().max())
+    scores = package.run((estimate / max(peak, 1.0)).clamp(-1, 1).numpy(), 16000)
+    return tuple(float(scores[name]) for name in ("ovrl_mos", "sig_mos", "bak_mos", "p808_mos"))
+
+
 @dataclass(frozen=True)
 class Metric:
-    """What is known about one metric.
+    """What is known about one metric."""
 
-    Attributes:
-        labels: the label of every column that it gives, with its range or unit.
-        perceptual: whether it judges speech, which then has to be there.
-        shortest: seconds of a clip that it needs.
-        package: to be installed with diffbuf[metrics].
-        opinion: computes the columns from the estimate alone; None if `score_clip` knows it.
-    """
-
-    labels: dict[str, str]
-    perceptual: bool = False
-    shortest: float = 0.0
-    package: str | None = None
-    opinion: Callable[[Tensor], tuple[float, ...]] | None = None
+    labels: dict[str, str]  # of every column that it gives, with its range or unit
+    perceptual: bool = False  # it judges speech, which then has to be there
+    shortest: float = 0.0  # seconds of a clip that it needs
+    package: str | None = None  # to be installed with diffbuf[metrics]
+    opinion: Callable[[Tensor], float | tuple[float, ...]] | None = None
+    """Computes the columns from the estimate alone, at 16 kHz; None if `score_clip` of training
+    knows the metric."""
 
 
 METRICS = {
@@ -49,11 +78,7 @@ METRICS = {
     "pesq": Metric({"pesq": "PESQ (1 to 4.6)"}, True, 0.25, "pesq"),
     "estoi": Metric({"estoi": "ESTOI (0 to 1)"}, True, 0.4, "pystoi"),
     "distillmos": Metric(
-        {"distillmos": "DistillMOS (1 to 5)"},
-        True,
-        0.25,
-        "distillmos",
-        lambda estimate: (opinion.distillmos(estimate),),
+        {"distillmos": "DistillMOS (1 to 5)"}, True, 0.25, "distillmos", distillmos
     ),
     "dnsmos": Metric(
         {
@@ -65,32 +90,33 @@ METRICS = {
         True,
         0.25,
         "speechmos",
-        lambda estimate: opinion.dnsmos(estimate),
+        dnsmos,
     ),
 }
-
-LABELS = {column: label for metric in METRICS.values() for column, label in metric.labels.items()}
-"""Column of a results file -> what tables and pages call it."""
 
 
 @dataclass
 class Scores:
-    """The scores of one estimate.
+    """The scores of one estimate."""
 
-    Attributes:
-        values: column -> score, for those that are defined.
-        undefined: metric -> why it is not.
-        seconds: metric -> time that it took.
-    """
+    values: dict[str, float] = field(default_factory=dict)  # of every column that is defined
+    undefined: dict[str, str] = field(default_factory=dict)  # metric -> why it is not
+    seconds: dict[str, float] = field(default_factory=dict)  # metric -> time that it took
 
-    values: dict[str, float] = field(default_factory=dict)
-    undefined: dict[str, str] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
+    def with_nan(self) -> dict[str, float]:
+        """Return every column's score, NaN where it is undefined."""
+        return dict.fromkeys(columns_of(self.undefined), math.nan) | self.values
 
 
 def columns_of(metrics: Iterable[str]) -> list[str]:
     """Return the columns of several metrics, in their order."""
     return [column for name in metrics for column in METRICS[name].labels]
+
+
+def label_of(column: str) -> str:
+    """Return what tables and pages call a column: its name and its unit or range."""
+    labels = (metric.labels for metric in METRICS.values())
+    return next((known[column] for known in labels if column in known), column)
 
 
 def check_scoring(metrics: Sequence[str], rate: int) -> None:
@@ -129,10 +155,11 @@ def score(estimate: Tensor, target: Tensor, rate: int, metrics: Iterable[str]) -
     for name in metrics:
         begun = time.perf_counter()
         try:
-            values = _values(name, estimate, target, rate)
+            found = _compute(name, estimate, target, rate)
         except UndefinedScoreError as reason:
             scores.undefined[name] = str(reason).replace(";", ",")  # which separates them in a file
         else:
+            values = found if isinstance(found, tuple) else (found,)
             # Four decimals are far below what any metric means, and make files easy to compare.
             rounded = (round(value, 4) for value in values)
             scores.values.update(zip(METRICS[name].labels, rounded, strict=True))
@@ -140,7 +167,7 @@ def score(estimate: Tensor, target: Tensor, rate: int, metrics: Iterable[str]) -
     return scores
 
 
-def _values(name: str, estimate: Tensor, target: Tensor, rate: int) -> tuple[float, ...]:
+def _compute(name: str, estimate: Tensor, target: Tensor, rate: int) -> float | tuple[float, ...]:
     metric = METRICS[name]
     check_audible("estimate", estimate)
     seconds = len(estimate) / rate
@@ -155,10 +182,20 @@ def _values(name: str, estimate: Tensor, target: Tensor, rate: int) -> tuple[flo
     if metric.opinion is not None:
         return metric.opinion(estimate)
     try:
-        return (score_clip(name, estimate, target, rate),)
+        return score_clip(name, estimate, target, rate)
     except UndefinedScoreError as error:
         if "Not enough STFT frames" in str(error):
             raise UndefinedScoreError(
                 "too little speech: ESTOI needs 0.4 s that are not silent"
             ) from None
         raise
+
+
+@functools.cache
+def _distillmos_model() -> Any:
+    """Load the model once a process; the package prints where from, and stdout is not its own."""
+    from distillmos import ConvTransformerSQAModel
+
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        model = ConvTransformerSQAModel()
+    return model.eval()
