@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffbuf_lib import DiffusionBufferModel, OnlineEnhancer, load_config
 from diffbuf_lib.diffusion.sampler import BufferSampler
-from diffbuf_lib.fast import FastHistory, Precision
 from diffbuf_lib.live import LiveReport, run_live
+from diffbuf_lib.networks import Precision
 
 BINS = 256
 WINDOWS = (64, 128, 256, 512)  # K, frames
@@ -94,8 +94,8 @@ def gains() -> Iterator[tuple[str, float, str, str]]:
     for count in (torch.get_num_threads(), 1):
         samplers = {"recomputed": model.sampler(cached=False), "cached": model.sampler()}
         for label, compiled, precision in wishes:
-            fast = FastHistory(model, compiled=compiled, precision=precision)
-            samplers[f"cached, {label}"] = model.sampler(cached=fast)
+            faster = model.sampler(compiled=compiled, precision=precision)
+            samplers[f"cached, {label}"] = faster
         notes = {}
         with threads(count):  # a graph is compiled for a number of threads
             exact = some_frames(samplers["cached"])

@@ -8,15 +8,29 @@ are refused here rather than minutes into a run.
 from __future__ import annotations
 
 import difflib
+import math
 import reprlib
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from diffbuf_lib import registry
 from diffbuf_lib.errors import ConfigError
+from diffbuf_lib.registry import Registry
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -44,7 +58,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"config file {path} is not plain YAML: {reason}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"config file {path} holds {_short(tree)}, not `section: ...` mappings")
-    return build_config(tree, overrides, source=str(path))
+    for override in overrides:
+        tree = _with_override(tree, override)
+    # Here only: a config that came with someone's checkpoint or capsule imports nothing.
+    for plugin in tree.get("plugins") or ():
+        _import_plugin(plugin, path)
+    return build_config(tree, source=str(path))
 
 
 def build_config(
@@ -65,10 +84,20 @@ def build_config(
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        problems = "; ".join(_describe(problem) for problem in error.errors()[:20])
+        problems = "; ".join(_describe(problem, Config) for problem in error.errors()[:20])
         raise ConfigError(_one_line(f"{source}: {problems}")) from None
     except RecursionError:
         raise ConfigError(f"{source} is nested too deeply, or holds itself") from None
+
+
+def _import_plugin(name: Any, path: Path) -> None:
+    try:
+        import_module(str(name))
+    except ImportError as error:
+        raise ConfigError(
+            f"plugins of {path}: module {_short(name)} cannot be imported ({error}): install it, "
+            "or set PYTHONPATH to its folder"
+        ) from error
 
 
 class Section(BaseModel):
@@ -77,6 +106,32 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
     )
+
+
+def _chosen(choices: Registry) -> Any:
+    """Return a type for a key whose value is a name in a registry."""
+    return Annotated[str, AfterValidator(lambda name: choices[name].name)]
+
+
+def _options(choices: Registry, name: str, given: Any, path: str) -> Section:
+    """Check the own config keys of a choice.
+
+    Raises:
+        ValueError: an unknown key or a bad value, in one line.
+    """
+    section = choices[name].options or NoOptions
+    if isinstance(given, section):
+        return given
+    try:
+        return section.model_validate(given)
+    except ValidationError as error:
+        hint = f"with {choices.key} {name} the names are {', '.join(section.model_fields)}"
+        problems = [_describe(problem, section, path, hint) for problem in error.errors()[:5]]
+        raise ValueError("; ".join(problems)) from None
+
+
+class NoOptions(Section):
+    """The options of a choice that has none."""
 
 
 class STFTConfig(Section):
@@ -140,7 +195,7 @@ class PreprocessingConfig(Section):
 class ModelConfig(Section):
     """The network."""
 
-    name: Literal["conv", "ncsnpp", "block_causal"] = Field(
+    name: _chosen(registry.NETWORKS) = Field(  # type: ignore[valid-type]
         "ncsnpp", description="which network; block_causal is the one for streams"
     )
     base_channels: int = Field(96, ge=4, multiple_of=4, description="channels of the first level")
@@ -164,6 +219,15 @@ class ModelConfig(Section):
     x0_output: Literal["spectrum", "mask"] = Field(
         "spectrum", description="data prediction: the output is x0_hat, or M in (1 + M) Y"
     )
+    options: SerializeAsAny[Section] = Field(
+        {}, validate_default=True, description="keys of a network from outside this package"
+    )
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _check_options(cls, value: Any, info: ValidationInfo) -> Section:
+        name = info.data.get("name", "conv")
+        return _options(registry.NETWORKS, name, value, "model.options")
 
 
 class DiffusionBufferConfig(Section):
@@ -231,18 +295,22 @@ class OUVEDiffusion(Section):
         return self
 
 
-class BBEDConfig(Section):
-    """Brownian bridge with exponential diffusion."""
-
-    type: Literal["bbed"] = Field("bbed", description="which SDE")
-    diffusion: BBEDDiffusion = BBEDDiffusion()
+registry.SDES.add("bbed", "diffbuf_lib.diffusion.sde:BBED", options=BBEDDiffusion, t_limit=1.0)
+registry.SDES.add("ouve", "diffbuf_lib.diffusion.sde:OUVE", options=OUVEDiffusion)
 
 
-class OUVEConfig(Section):
-    """Ornstein-Uhlenbeck SDE with exploding variance."""
+class SDEConfig(Section):
+    """The stochastic differential equation between clean and noisy."""
 
-    type: Literal["ouve"] = Field("ouve", description="which SDE")
-    diffusion: OUVEDiffusion = OUVEDiffusion()
+    type: _chosen(registry.SDES) = Field(  # type: ignore[valid-type]
+        "bbed", description="which SDE: bbed (Brownian bridge) or ouve (Ornstein-Uhlenbeck)"
+    )
+    diffusion: SerializeAsAny[Section] = Field({}, description="the SDE's own keys")
+
+    @field_validator("diffusion", mode="before")
+    @classmethod
+    def _check_diffusion(cls, value: Any, info: ValidationInfo) -> Section:
+        return _options(registry.SDES, info.data.get("type", "bbed"), value, "sde.diffusion")
 
 
 class DataConfig(Section):
@@ -276,7 +344,7 @@ class DataConfig(Section):
 class TrainingConfig(Section):
     """The training run."""
 
-    loss: Literal["score", "weighted_score", "data_prediction"] = Field(
+    loss: _chosen(registry.LOSSES) = Field(  # type: ignore[valid-type]
         "score", description="see diffbuf_lib.diffusion.losses"
     )
     own_estimate: float = Field(
@@ -297,8 +365,11 @@ class TrainingConfig(Section):
         description="data_prediction: adds this times the error of the linear spectrum in dB re "
         "the clean clip, its negative SNR: compressed, strong tones count little",
     )
-    optimizer: Literal["adam", "adamw", "radam", "sgd", "muon"] = Field(
+    optimizer: _chosen(registry.OPTIMIZERS) = Field(  # type: ignore[valid-type]
         "adam", description="torch.optim; muon: see diffbuf_lib.training.optimizer"
+    )
+    optimizer_options: SerializeAsAny[Section] = Field(
+        {}, description="keys of an optimizer from outside this package"
     )
     lr: float = Field(1e-4, gt=0, description="learning rate")
     lr_schedule: Literal["plateau", "linear"] = Field(
@@ -328,11 +399,13 @@ class TrainingConfig(Section):
         10, ge=0, description="batches that on_nonfinite=skip leaves out of a run at most"
     )
 
-    metrics: tuple[Literal["si_sdr", "sdr", "pesq", "estoi"], ...] = Field(
+    metrics: tuple[_chosen(registry.METRICS), ...] = Field(  # type: ignore[valid-type]
         ("si_sdr",), min_length=1, description="scores of the enhanced validation clips"
     )
-    metric_for_scheduler: Literal["si_sdr", "sdr", "pesq", "estoi", "loss"] = Field(
-        "si_sdr", description="what lowers the learning rate, stops early and picks the best"
+    metric_for_scheduler: str = Field(
+        "si_sdr",
+        description="what lowers the learning rate, stops early and picks the best: loss, or one "
+        "of metrics",
     )
     patience: int = Field(10, ge=0, description="validations without gain before lr is lowered")
     reduce_factor: float = Field(0.5, gt=0, lt=1, description="lr is multiplied by this")
@@ -344,23 +417,30 @@ class TrainingConfig(Section):
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints in an epoch")
     log_every: int = Field(10, ge=1, description="steps between TensorBoard points")
 
+    @property
+    def predicts_data(self) -> bool:
+        """Whether the loss takes the network's output for x0_hat rather than for a score."""
+        return bool(registry.LOSSES[self.loss].facts.get("predicts") == "data")
+
+    @field_validator("optimizer_options", mode="before")
+    @classmethod
+    def _check_optimizer_options(cls, value: Any, info: ValidationInfo) -> Section:
+        name = info.data.get("optimizer", "adam")
+        return _options(registry.OPTIMIZERS, name, value, "training.optimizer_options")
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.own_estimate and self.loss != "data_prediction":
+        if self.from_noisy and self.own_estimate:
             raise ValueError(
-                f"own_estimate {self.own_estimate} needs an x0_hat to train on, and loss is "
-                f"{self.loss}: set training.loss to data_prediction, or own_estimate to 0"
+                f"from_noisy makes V of Y, so own_estimate {self.own_estimate} must be 0: change "
+                "it, or set training.from_noisy to false"
             )
-        if self.from_noisy and (self.own_estimate or self.loss != "data_prediction"):
-            raise ValueError(
-                f"from_noisy makes V of Y, so own_estimate {self.own_estimate} must be 0 and loss "
-                f"{self.loss} data_prediction: change them, or set training.from_noisy to false"
-            )
-        if self.snr_weight and self.loss != "data_prediction":
-            raise ValueError(
-                f"snr_weight {self.snr_weight} needs an x0_hat to train on, and loss is "
-                f"{self.loss}: set training.loss to data_prediction, or snr_weight to 0"
-            )
+        for key in ("own_estimate", "from_noisy", "snr_weight"):
+            if getattr(self, key) and not self.predicts_data:
+                raise ValueError(
+                    f"{key} {getattr(self, key)} needs an x0_hat to train on, and loss is "
+                    f"{self.loss}: set training.loss to data_prediction, or leave {key} out"
+                )
         if self.metric_for_scheduler not in (*self.metrics, "loss"):
             raise ValueError(
                 f"metric_for_scheduler {self.metric_for_scheduler} is not among metrics "
@@ -372,11 +452,14 @@ class TrainingConfig(Section):
 class Config(Section):
     """One experiment."""
 
+    plugins: tuple[str, ...] = Field(
+        (), description="modules to import first: they register networks, losses, ... of your own"
+    )
     audio: AudioConfig = AudioConfig()
     preprocessing: PreprocessingConfig = PreprocessingConfig()
     model: ModelConfig = ModelConfig()
     diffusion_buffer: DiffusionBufferConfig = DiffusionBufferConfig()
-    sde: Annotated[BBEDConfig | OUVEConfig, Field(discriminator="type")] = BBEDConfig()
+    sde: SDEConfig = SDEConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
 
@@ -401,10 +484,11 @@ class Config(Section):
                 f"{audio.chunk_size}-sample chunk: lower diffusion_buffer.buffer_size or raise "
                 "audio.chunk_size"
             )
-        if self.sde.type == "bbed" and buffer.t_max >= 1:
+        limit = registry.SDES[self.sde.type].facts.get("t_limit", math.inf)
+        if buffer.t_max >= limit:
             raise ValueError(
-                f"t_max {buffer.t_max} is where the bridge ends and sigma is 0, so 1 / sigma is "
-                "infinite: lower diffusion_buffer.t_max below 1"
+                f"t_max {buffer.t_max} is where sde.type {self.sde.type} ends and sigma is 0, so "
+                f"1 / sigma is infinite: lower diffusion_buffer.t_max below {limit:g}"
             )
         if buffer.num_frames is not None and buffer.num_frames < buffer.buffer_size:
             raise ValueError(
@@ -445,13 +529,14 @@ def describe_keys() -> Iterator[tuple[str, str, str]]:
 
 def _describe_section(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
     for name, field in section.model_fields.items():
-        default = field.get_default()
-        if isinstance(default, Section):
-            yield from _describe_section(type(default), f"{prefix}{name}.")
-            if isinstance(default, BBEDConfig):
-                yield from _describe_section(OUVEDiffusion, f"{prefix}{name}.diffusion.")
+        path, default = f"{prefix}{name}", field.get_default()
+        if path == "sde.diffusion":
+            for entry in registry.SDES:
+                yield from _describe_section(entry.options or NoOptions, f"{path}.")
+        elif isinstance(default, Section):
+            yield from _describe_section(type(default), f"{path}.")
         else:
-            yield f"{prefix}{name}", str(default), field.description or ""
+            yield path, str(default), field.description or ""
 
 
 def _with_override(tree: dict[str, Any], override: str) -> dict[str, Any]:
@@ -474,18 +559,12 @@ def _with_override(tree: dict[str, Any], override: str) -> dict[str, Any]:
     return changed
 
 
-def _describe(problem: Any) -> str:
+def _describe(problem: Any, section: type[Section], prefix: str = "", hint: str = "") -> str:
     """Return one pydantic problem in one line: where, what, and what would be valid."""
-    loc = problem["loc"]
-    # pydantic puts the chosen SDE into the path behind sde, where it is no key; elsewhere somebody
-    # may have written it.
-    tagged = loc[:1] == ("sde",) and loc[1:2] in (("bbed",), ("ouve",))
-    keys = [str(key) for key in (loc[:1] + loc[2:] if tagged else loc)]
-    path = ".".join(keys)
+    keys = [str(key) for key in problem["loc"]]
+    path = ".".join([prefix, *keys] if prefix else keys)
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {path}{_nearest(keys, ouve=tagged and loc[1] == 'ouve')}"
-    if problem["type"].startswith("union_tag"):
-        return f"sde.type must be bbed or ouve, not {problem['ctx'].get('tag', 'missing')}"
+        return f"unknown key {path}{_nearest(path, section, keys, hint)}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return message
@@ -519,25 +598,20 @@ def _one_line(text: str) -> str:
     return line if len(line) < 2000 else f"{line[:2000]} ..."
 
 
-def _nearest(keys: list[str], *, ouve: bool) -> str:
-    """Return `; did you mean ...?` and the valid names beside an unknown key."""
-    section: Any = OUVEConfig if ouve else Config
+def _nearest(path: str, section: Any, keys: list[str], hint: str) -> str:
+    """Return `; did you mean ...?`, or the valid names, for an unknown key."""
     for key in keys[:-1]:
-        if key == "sde" and section is OUVEConfig:
-            continue
         field = section.model_fields.get(key)
-        default = field.get_default() if field else None
-        if not isinstance(default, Section):
+        section = type(field.get_default()) if field else None
+        if section is None or not issubclass(section, Section):
             return ""
-        section = type(default)
     names = list(section.model_fields)
     close = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.5)
-    if section in (BBEDDiffusion, OUVEDiffusion) and not close:
-        chosen = "bbed" if section is BBEDDiffusion else "ouve"
-        return f": with sde.type {chosen} the names are {', '.join(names)}"
     if close:
-        return f": did you mean {'.'.join([*keys[:-1], close[0]])}?"
-    elsewhere = [path for path, *_ in describe_keys() if path.endswith(f".{keys[-1]}")]
-    if elsewhere:
-        return f": did you mean {elsewhere[0]}?"
-    return f": valid names are {', '.join(names)}"
+        return f": did you mean {path.removesuffix(keys[-1])}{close[0]}?"
+    if hint:
+        return f": {hint}"
+    elsewhere = [known for known, *_ in describe_keys() if known.endswith(f".{keys[-1]}")]
+    return (
+        f": did you mean {elsewhere[0]}?" if elsewhere else f": valid names are {', '.join(names)}"
+    )

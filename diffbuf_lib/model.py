@@ -4,15 +4,19 @@
 `trace(...).loss`, so what a notebook inspects is what trains.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
 from diffbuf_lib import pretrained
@@ -25,45 +29,17 @@ from diffbuf_lib.diffusion.buffer import (
     perturb,
     uniform,
 )
-from diffbuf_lib.diffusion.losses import LOSSES, abs2, error_level
-from diffbuf_lib.diffusion.sampler import BufferSampler, CachedDenoise
+from diffbuf_lib.diffusion.losses import LossInputs, abs2, error_level
+from diffbuf_lib.diffusion.sampler import BufferSampler
 from diffbuf_lib.diffusion.sde import make_sde, over_frequency
 from diffbuf_lib.diffusion.spectral import Spectral
-from diffbuf_lib.errors import ShapeError
-from diffbuf_lib.networks import BlockCausal, HistoryCache, make_network
+from diffbuf_lib.errors import ConfigError, ShapeError
+from diffbuf_lib.networks import Precision, can_stream, make_network
 from diffbuf_lib.networks.layers import frame_times
-from diffbuf_lib.trace import Trace
+from diffbuf_lib.registry import LOSSES
+from diffbuf_lib.trace import Draws, Trace
 
-
-class Levels(NamedTuple):
-    """What follows from a window's diffusion times; a stream, whose times never change, keeps it.
-
-    Attributes:
-        sigma: [B, 1, Kb], of the buffer's frames.
-        unit: [B, 1, K], what brings V to unit size; None without model.data_scale.
-    """
-
-    sigma: Tensor
-    unit: Tensor | None
-
-
-@dataclass
-class History:
-    """What a stream keeps for a network that remembers its history.
-
-    Attributes:
-        cache: the network's own memory, changed at every step.
-        levels: of the buffer and the one frame before it.
-    """
-
-    cache: HistoryCache
-    levels: Levels
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory, bytes."""
-        kept = [tensor for tensor in self.levels if tensor is not None]
-        return self.cache.num_bytes + sum(t.numel() * t.element_size() for t in kept)
+# Without `from __future__ import annotations`: the hub's mixin needs the type of __init__'s cfg.
 
 
 class DiffusionBufferModel(
@@ -93,7 +69,7 @@ class DiffusionBufferModel(
         )
         self.sde = make_sde(cfg.sde)
         self.network = make_network(cfg.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.loss_map = LOSSES[cfg.training.loss]
+        self.loss_map = LOSSES[cfg.training.loss].load()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
@@ -115,10 +91,14 @@ class DiffusionBufferModel(
     @property
     def predicts_data(self) -> bool:
         """Whether the network's output is x0_hat rather than a score."""
-        return self.cfg.training.loss == "data_prediction"
+        return self.cfg.training.predicts_data
 
     def forward(
-        self, mix: Tensor, target: Tensor | None = None, generator: Generators = None
+        self,
+        mix: Tensor,
+        target: Tensor | None = None,
+        generator: Generators = None,
+        draws: Draws | None = None,
     ) -> Tensor:
         """Return the training loss, or without `target` the enhanced signal.
 
@@ -126,6 +106,7 @@ class DiffusionBufferModel(
             mix: [B, C, T] float32, full scale 1.
             target: [B, C, T] float32, the clean signal at the same moments.
             generator: where the randomness comes from: one, or one for each example.
+            draws: the randomness itself; see `trace`.
 
         Returns:
             A scalar loss, or [B, C, T] as from `enhance`.
@@ -135,21 +116,22 @@ class DiffusionBufferModel(
         """
         if target is None:
             return self.enhance(mix, generator)
-        return self.trace(mix, target, generator).loss
+        return self.trace(mix, target, generator, draws).loss
 
-    def trace(self, mix: Tensor, target: Tensor, generator: Generators = None) -> Trace:
+    def trace(
+        self,
+        mix: Tensor,
+        target: Tensor,
+        generator: Generators = None,
+        draws: Draws | None = None,
+    ) -> Trace:
         """Walk one batch through training and keep every stage.
-
-        With training.from_noisy V holds Y in the place of S: the network learns to denoise without
-        having seen anything of S. With training.own_estimate V holds, in that share of the clips,
-        the network's own first estimate, in history and buffer, as it does online. A network that
-        has only seen S there takes its own estimates for the truth: it relies on them, and the
-        more steps a frame makes through the buffer, the worse it gets.
 
         Args:
             mix: [B, C, T] float32, full scale 1.
             target: [B, C, T] float32, the clean signal at the same moments.
             generator: of diffusion times and noise: one, or one for each example.
+            draws: the diffusion times and noise themselves, of an earlier trace of this shape.
 
         Raises:
             ShapeError: not [B, C, T], mix and target of different shapes, or a signal with
@@ -160,29 +142,18 @@ class DiffusionBufferModel(
                 f"mix {list(mix.shape)} and target {list(target.shape)} differ: both must be "
                 "one [B, C, T] (mono and stereo do not mix)"
             )
+        draws = self.draw(mix, generator) if draws is None else draws
         Y, S = self.spectral(_mono(mix)), self.spectral(_mono(target))
-        B, num_bins, K = Y.shape
-        Kb = self.cfg.diffusion_buffer.buffer_size
-        if Kb > K:
-            raise ShapeError(
-                f"buffer_size {Kb} is larger than the {K} STFT frames of a "
-                f"{mix.shape[-1]}-sample signal: lower diffusion_buffer.buffer_size or raise "
-                "audio.chunk_size"
-            )
-        t = draw_times(self.cfg.diffusion_buffer, B, generator, Y.device, Y.real.dtype)
-        z = complex_normal((B, num_bins, Kb), generator, Y.device, Y.dtype)
+        t, z, Kb = draws.t, draws.z, draws.t.shape[-1]
         sigma = self.sde.std(t)
-        x0, first_loss = Y if self.cfg.training.from_noisy else S, None
-        if share := self.cfg.training.own_estimate:
-            first = self._first_estimate(Y, generator)
-            first_loss = self._in_data_units(abs2(first - S)).mean() + self._snr_loss(first, S)
-            own = uniform((B, 1, 1), generator, Y.device, Y.real.dtype) < share
-            x0 = torch.where(own, first.detach(), S)
+        x0, first_loss = self._what_is_perturbed(Y, S, draws)
         V = perturb(x0, Y, t, z, self.sde)
-        score, x0_hat = self.denoise(V, Y, t)
-        loss_map = self.loss_map(score, x0_hat, S[..., -Kb:], z, over_frequency(sigma, z))
-        loss_map = self._in_data_units(loss_map) if self.predicts_data else loss_map
-        loss = loss_map.mean() + self._snr_loss(x0_hat, S[..., -Kb:])
+        score, x0_hat = self.denoise(V, Y, t, sigma)
+        end, sigma_z = S[..., -Kb:], over_frequency(sigma, z)
+        loss_map = self.loss_map(LossInputs(score, x0_hat, end, z, sigma_z, self.spectral))
+        if self.predicts_data:
+            loss_map = self._in_data_units(loss_map)
+        loss = loss_map.mean() + self._snr_loss(x0_hat, end)
         return Trace(
             mix=mix,
             target=target,
@@ -194,10 +165,59 @@ class DiffusionBufferModel(
             V=V,
             score=score,
             x0_hat=x0_hat,
-            target_score=-z / over_frequency(sigma, z),
+            target_score=-z / sigma_z,
             loss_map=loss_map,
             loss=loss if first_loss is None else (loss + first_loss) / 2,
+            draws=draws,
         )
+
+    def draw(self, mix: Tensor, generator: Generators = None) -> Draws:
+        """Draw all that is random in the training of a batch.
+
+        Args:
+            mix: [B, C, T]; only its shape, type and device count.
+            generator: one, or one for each example; None for the global state.
+
+        Raises:
+            ShapeError: not [B, C, T], or a signal with fewer STFT frames than the buffer has.
+        """
+        _check_batch(mix)
+        B, num_bins, K = len(mix), self.spectral.num_bins, self.spectral.num_frames(mix.shape[-1])
+        Kb = self.cfg.diffusion_buffer.buffer_size
+        if Kb > K:
+            raise ShapeError(
+                f"buffer_size {Kb} is larger than the {K} STFT frames of a "
+                f"{mix.shape[-1]}-sample signal: lower diffusion_buffer.buffer_size or raise "
+                "audio.chunk_size"
+            )
+        real = torch.float64 if mix.dtype == torch.float64 else torch.float32
+        given = (generator, mix.device, real)
+        noise = (generator, mix.device, real.to_complex())
+        t = draw_times(self.cfg.diffusion_buffer, B, *given)
+        z = complex_normal((B, num_bins, Kb), *noise)
+        share = self.cfg.training.own_estimate
+        if not share:
+            return Draws(t, z)
+        first_z = complex_normal((B, num_bins, K), *noise)
+        return Draws(t, z, first_z, uniform((B, 1, 1), *given)[:, 0, 0] < share)
+
+    def _what_is_perturbed(
+        self, Y: Tensor, S: Tensor, draws: Draws
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what V is made of, [B, F, K], and the loss of the call that it took, if any.
+
+        S; with training.from_noisy Y, so that the network learns to denoise without having seen
+        anything of S; with training.own_estimate, in that share of the clips, the network's own
+        estimate from frames that have just entered, V = Y + sigma(t_max) z, in history and buffer
+        as it is online. A network that has only seen S there takes its own estimates for the
+        truth: it relies on them, and the more steps a frame makes, the worse it gets.
+        """
+        if draws.first_z is None or draws.own is None:
+            return (Y if self.cfg.training.from_noisy else S), None
+        t = Y.real.new_full((Y.shape[0], Y.shape[-1]), self.cfg.diffusion_buffer.t_max)
+        first = self.denoise(perturb(Y, Y, t, draws.first_z, self.sde), Y, t)[1]
+        loss = self._in_data_units(abs2(first - S)).mean() + self._snr_loss(first, S)
+        return torch.where(draws.own[:, None, None], first.detach(), S), loss
 
     def _snr_loss(self, x0_hat: Tensor, S: Tensor) -> Tensor | float:
         """Return training.snr_weight times the error's level in the linear spectrum."""
@@ -211,21 +231,9 @@ class DiffusionBufferModel(
         scale = self.cfg.model.data_scale
         return squared_error if scale is None else squared_error / scale**2
 
-    def _first_estimate(self, Y: Tensor, generator: Generators) -> Tensor:
-        """Estimate S from frames that have just entered, V = Y + sigma(t_max) z, all K of them.
-
-        Args:
-            Y: [B, F, K] complex, noisy.
-            generator: as in `trace`.
-
-        Returns:
-            [B, F, K] complex, x0_hat.
-        """
-        t = Y.real.new_full((Y.shape[0], Y.shape[-1]), self.cfg.diffusion_buffer.t_max)
-        z = complex_normal(tuple(Y.shape), generator, Y.device, Y.dtype)
-        return self.denoise(perturb(Y, Y, t, z, self.sde), Y, t)[1]
-
-    def denoise(self, V: Tensor, Y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def denoise(
+        self, V: Tensor, Y: Tensor, t: Tensor, sigma: Tensor | None = None, memory: Any = None
+    ) -> tuple[Tensor, Tensor]:
         """Run the network once.
 
         A score model's x0_hat follows from Tweedie's formula, E[mean | V] = V + sigma^2 score; a
@@ -235,59 +243,34 @@ class DiffusionBufferModel(
             V: [B, F, K] complex, perturbed input.
             Y: [B, F, K] complex, noisy spectrum of the same frames.
             t: [B, Kb], diffusion times of the last Kb frames.
+            sigma: [B, Kb], the SDE's std(t), if it is known.
+            memory: what a streaming network remembers, from `start_memory`; K is then 1 + Kb: the
+                frame that has just become history, and the buffer. Changed in place.
 
         Returns:
             (score, x0_hat), each [B, F, Kb] complex in the precision of V: scaling and loss stay
             in float32 under mixed precision.
         """
-        levels = self._levels(t, V.shape[-1])
-        return self._estimates(self.network(self._inputs(V, Y, levels), t), V, Y, t, levels)
+        sigma = self.sde.std(t) if sigma is None else sigma
+        x = self._inputs(V, Y, sigma)
+        out = self.network(x, t) if memory is None else self.network.step(memory, x)  # type: ignore[operator]
+        out = out.to(V.real.dtype)
+        out = torch.complex(out[:, 0], out[:, 1])  # [B, F, Kb]
+        scale = self.cfg.model.output_scale
+        if scale == "time":
+            out = out / over_frequency(t, out)
+        elif scale == "sigma" and not self.predicts_data:
+            out = out / over_frequency(sigma, out)
 
-    def start_history(self, batch: int, num_bins: int, t: Tensor) -> History:
-        """Begin streams with a network that remembers its history, after endless silence.
+        Kb, variance = t.shape[-1], over_frequency(sigma, out) ** 2
+        Vb, Yb = V[..., -Kb:], Y[..., -Kb:]
+        if not self.predicts_data:
+            return out, self.sde.denoised(Vb + variance * out, Yb, t)
+        if self.cfg.model.x0_output == "mask":
+            out = Yb + out * Yb
+        return (self.sde.mean(out, Yb, t) - Vb) / variance, out
 
-        Args:
-            batch: how many streams.
-            num_bins: F.
-            t: [Kb], the diffusion times of every step.
-        """
-        assert isinstance(self.network, BlockCausal)
-        t = t.expand(batch, -1)
-        with evaluating(self):
-            return History(self.network.start(num_bins, t), self._levels(t, 1 + t.shape[-1]))
-
-    def denoise_next(
-        self,
-        history: History,
-        V: Tensor,
-        Y: Tensor,
-        step: Callable[[HistoryCache, Tensor], Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Run the network once on the buffer, with what it remembers of the history.
-
-        Args:
-            history: from `start_history`, changed in place.
-            V: [B, F, 1 + Kb] complex: the frame that has just become history, then the buffer.
-            Y: [B, F, 1 + Kb] complex, noisy spectrum of the same frames.
-            step: a faster equal of the network's own `step`.
-
-        Returns:
-            What `denoise` returns for a window that holds the whole past.
-        """
-        assert isinstance(self.network, BlockCausal)
-        cache, levels = history.cache, history.levels
-        out = (step or self.network.step)(cache, self._inputs(V, Y, levels))
-        return self._estimates(out, V, Y, cache.t, levels)
-
-    def _levels(self, t: Tensor, num_frames: int) -> Levels:
-        """Compute what depends on the times [B, Kb] of a window of num_frames frames only."""
-        sigma, scale = self.sde.std(t), self.cfg.model.data_scale
-        if scale is None:
-            return Levels(sigma.unsqueeze(1), None)
-        unit = 1 / (frame_times(sigma, num_frames) ** 2 + scale**2).sqrt()  # history: sigma = 0
-        return Levels(sigma.unsqueeze(1), unit.unsqueeze(1))
-
-    def _inputs(self, V: Tensor, Y: Tensor, levels: Levels) -> Tensor:
+    def _inputs(self, V: Tensor, Y: Tensor, sigma: Tensor) -> Tensor:
         """Make of V and Y [B, F, K] complex what networks see: [B, 4, F, K] real, channels-last.
 
         With model.data_scale s the network sees V / sqrt(s^2 + sigma(t)^2) and Y / s, of unit size
@@ -296,60 +279,59 @@ class DiffusionBufferModel(
         """
         scale = self.cfg.model.data_scale
         if scale is not None:
-            assert levels.unit is not None
-            V, Y = V * levels.unit, Y / scale
+            size = (frame_times(sigma, V.shape[-1]) ** 2 + scale**2).sqrt()  # history: sigma = 0
+            V, Y = V / size.unsqueeze(1), Y / scale
         x = torch.stack([V.real, V.imag, Y.real, Y.imag], dim=1)
         return x.contiguous(memory_format=torch.channels_last)
 
-    def _estimates(
-        self, out: Tensor, V: Tensor, Y: Tensor, t: Tensor, levels: Levels
-    ) -> tuple[Tensor, Tensor]:
-        """Make a score and an x0_hat of the network's output [B, 2, F, Kb]."""
-        out = out.to(V.real.dtype)
-        out = torch.complex(out[:, 0], out[:, 1])  # [B, F, Kb]
-        sigma, scale = levels.sigma, self.cfg.model.output_scale
-        if scale == "time":
-            out = out / over_frequency(t, out)
-        elif scale == "sigma" and not self.predicts_data:
-            out = out / sigma
+    def start_memory(self, num_bins: int, t: Tensor, **options: Any) -> Any:
+        """Begin streams with a network that remembers its history.
 
-        Kb = t.shape[-1]
-        Vb, Yb = V[..., -Kb:], Y[..., -Kb:]
-        if self.predicts_data:
-            if self.cfg.model.x0_output == "mask":
-                out = Yb + out * Yb
-            return (self.sde.mean(out, Yb, t) - Vb) / sigma**2, out
-        return out, self.sde.denoised(Vb + sigma**2 * out, Yb, t)
+        Args:
+            num_bins: F.
+            t: [B, Kb], the diffusion times of every step.
+            options: compiled and precision, of `StreamingNetwork.start`.
+        """
+        with evaluating(self):
+            return self.network.start(num_bins, t, **options)  # type: ignore[operator]
 
     def sampler(
-        self, delay: int | None = None, *, cached: bool | CachedDenoise = True
+        self,
+        delay: int | None = None,
+        *,
+        cached: bool = True,
+        compiled: bool = False,
+        precision: Precision = "fp32",
     ) -> BufferSampler:
         """Make what moves this model's buffer along a stream.
 
         Args:
             delay: d, 1 to B, of a data-prediction model; None for B.
-            cached: let a network that can remember its history do so; the output is the same as
-                that of a window K that shows it all it can see. Or what does so in its place: see
-                `diffbuf_lib.fast`.
+            cached: let a streaming network remember its history; the output is the same as that
+                of a window K that shows it all it can see.
+            compiled: of a streaming network: compile its steps.
+            precision: of a streaming network: "bf16" runs it in bfloat16, all else in float32.
 
         Raises:
-            ConfigError: a delay that this model cannot have.
+            ConfigError: a delay, compiled or precision that this model does not have.
         """
-        memory: CachedDenoise | None
-        if isinstance(cached, bool):
-            memory = self if cached and isinstance(self.network, BlockCausal) else None
-        else:
-            memory = cached
-        device = next(self.parameters()).device
-        dtype = next(self.parameters()).dtype
+        start_memory = None
+        if cached and can_stream(self.network):
+            start_memory = partial(self.start_memory, compiled=compiled, precision=precision)
+        elif compiled or precision != "fp32":
+            raise ConfigError(
+                "compiled and bf16 streams need a network that remembers its history, such as "
+                f"model.name block_causal, not {self.cfg.model.name}"
+            )
+        parameter = next(self.parameters())
         return BufferSampler(
             self.denoise,
             self.sde,
-            inference_times(self.cfg.diffusion_buffer, device, dtype),
+            inference_times(self.cfg.diffusion_buffer, parameter.device, parameter.dtype),
             self.cfg.num_frames,
             predicts_data=self.predicts_data,
             delay=delay,
-            cached=memory,
+            start_memory=start_memory,
         )
 
     @torch.inference_mode()
@@ -397,11 +379,72 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.train(was_training)
 
 
-def _mono(wave: Tensor) -> Tensor:
-    """[B, C, T] to [B, T]: the mean of the channels."""
+def load_model(
+    source: str | Path, device: str = "auto", overrides: Sequence[str] = ()
+) -> DiffusionBufferModel:
+    """Load a trained model for use.
+
+    Args:
+        source: a folder that `save_pretrained` wrote, a run's folder (its model/ is taken), or a
+            name such as diffbuf/cpu-demo, which comes with the package.
+        device: auto, cpu, cuda or cuda:N.
+        overrides: `key.path=value` that change its config but not its weights, such as
+            diffusion_buffer.buffer_size=10.
+
+    Raises:
+        ConfigError: no such model, or an override that its config refuses.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    location = _location(source)
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # huggingface_hub prints
+            model = DiffusionBufferModel.from_pretrained(location)
+    except (OSError, HFValidationError) as error:  # what the hub raises, offline too, is an OSError
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"--model {source} is no folder here and could not be fetched as a name ({reason}): "
+            "give a folder that training wrote, such as results/demo/model"
+        ) from error
+    if overrides:
+        changed = DiffusionBufferModel(model.cfg.override(*overrides))
+        changed.load_state_dict(model.state_dict())
+        model = changed
+    return model.to(device).eval()
+
+
+def fingerprint(model: DiffusionBufferModel) -> str:
+    """Return 16 hexadecimal digits of the config and every weight: equal models have equal ones."""
+    digest = hashlib.sha256(model.cfg.to_yaml().encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _location(source: str | Path) -> str | Path:
+    """Return the folder of a model, or the name of one that is not a folder here."""
+    folder = Path(source)
+    for candidate in (folder, folder / "model"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        return str(source)
+    raise ConfigError(
+        f"--model {source} holds no trained model: give a folder that training wrote, such as "
+        "results/demo/model, or a name such as diffbuf/cpu-demo"
+    )
+
+
+def _check_batch(wave: Tensor) -> None:
     if wave.ndim != 3:
         hint = ": add the batch axis with .unsqueeze(0)" if wave.ndim == 2 else ""
         raise ShapeError(f"a batch must be [B, C, T], not {list(wave.shape)}{hint}")
     if 0 in wave.shape:
         raise ShapeError(f"a batch must not be empty, and this one is {list(wave.shape)}")
+
+
+def _mono(wave: Tensor) -> Tensor:
+    """[B, C, T] to [B, T]: the mean of the channels."""
+    _check_batch(wave)
     return wave.mean(dim=1)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from diffbuf_lib.diffusion.sampler import BufferState
 from diffbuf_lib.errors import ShapeError
-from diffbuf_lib.fast import FastHistory, Precision
 from diffbuf_lib.model import DiffusionBufferModel, evaluating
+from diffbuf_lib.networks import Precision
 
 
 @dataclass
@@ -40,7 +40,7 @@ class StreamState:
     def num_bytes(self) -> int:
         """Memory of one batch of streams, bytes."""
         own = (self.waiting, self.overlap, self.envelope)
-        return self.buffer.num_bytes + sum(t.numel() * t.element_size() for t in own)
+        return self.buffer.num_bytes + sum(tensor.nbytes for tensor in own)
 
 
 class OnlineEnhancer:
@@ -49,16 +49,16 @@ class OnlineEnhancer:
     The output is that of `model.enhance` on the whole signal with the same noise, however the
     input is cut into pushes, and needs no future sample: a frame is analysed when its last
     sample has been pushed. After `flush` as many samples have come out as went in. A network that
-    can remember its history (block_causal) does so: a frame then costs the same after an hour.
+    can remember its history does so: a frame then costs the same after an hour.
 
     Args:
         model: any DiffusionBufferModel; it is used in evaluation mode and left as it was.
         seed: of the diffusion noise, so that a stream can be repeated.
         delay: d, 1 to B frames, of a data-prediction model; None for B.
         batch: streams that run side by side.
-        compiled: of a block_causal model: run one compiled graph, which takes about a minute to
-            make (see `FastHistory`).
-        precision: of a block_causal model: "bf16" runs its network in bfloat16.
+        compiled: of a streaming network: run one compiled graph, which takes about a minute to
+            make.
+        precision: of a streaming network: "bf16" runs it in bfloat16.
 
     Raises:
         ConfigError: a delay, compiled or precision that the model cannot have.
@@ -76,11 +76,7 @@ class OnlineEnhancer:
     ) -> None:
         self.model, self.seed, self.batch = model, seed, batch
         self.spectral = model.framing
-        faster = compiled or precision != "fp32"
-        self.sampler = model.sampler(
-            delay,
-            cached=FastHistory(model, compiled=compiled, precision=precision) if faster else True,
-        )
+        self.sampler = model.sampler(delay, compiled=compiled, precision=precision)
         self.device = self.sampler.t.device
         self.reset()
 

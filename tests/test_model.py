@@ -1,7 +1,5 @@
 """trace is forward, alignment, online enhancement, saving, and the errors of wrong shapes."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -24,9 +22,10 @@ def test_trace_names_every_stage_with_its_documented_shape(tiny_cfg, batch):
         "t": (B, Kb), "sigma": (B, Kb), "z": (B, F, Kb), "V": (B, F, K), "score": (B, F, Kb),
         "x0_hat": (B, F, Kb), "target_score": (B, F, Kb), "loss_map": (B, F, Kb), "loss": (),
     }  # fmt: skip
-    assert {f.name: getattr(trace, f.name).shape for f in dataclasses.fields(trace)} == shapes
+    assert {name: stage.shape for name, stage in trace.stages().items()} == shapes
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("loss", ["score", "weighted_score", "data_prediction"])
 def test_forward_is_the_loss_of_trace(tiny_cfg, batch, loss):
     model = make_model(tiny_cfg.override(f"training.loss={loss}"))
@@ -37,6 +36,7 @@ def test_forward_is_the_loss_of_trace(tiny_cfg, batch, loss):
     assert torch.equal(trace.V, perturb(trace.S, trace.Y, trace.t, trace.z, model.sde))
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("loss", ["weighted_score", "data_prediction"])
 def test_score_and_x0_hat_say_the_same(tiny_cfg, batch, loss):
     """score = (mean(x0_hat) - V) / sigma^2, whichever of the two the network predicts."""
@@ -48,6 +48,7 @@ def test_score_and_x0_hat_say_the_same(tiny_cfg, batch, loss):
     torch.testing.assert_close(trace.score * trace.sigma[:, None] ** 2, residual)
 
 
+@pytest.mark.law
 def test_data_scale_gives_the_network_inputs_of_unit_size(tiny_cfg, monkeypatch):
     """For spectra of that size, in the history and at every diffusion time."""
     cfg = tiny_cfg.override("model.data_scale=0.02", "diffusion_buffer.t_eps=0.001")
@@ -63,6 +64,7 @@ def test_data_scale_gives_the_network_inputs_of_unit_size(tiny_cfg, monkeypatch)
     torch.testing.assert_close(power[2:] + 0, torch.full((2, 10), 0.5), rtol=0.3, atol=0)
 
 
+@pytest.mark.law
 def test_a_cached_stream_scales_its_inputs_as_the_whole_does(tiny_cfg):
     names = ("name=block_causal", "channel_multipliers=[1, 2]", "data_scale=0.05")
     cfg = tiny_cfg.override(*(f"model.{n}" for n in names), "diffusion_buffer.num_frames=16")
@@ -79,6 +81,7 @@ def test_a_cached_stream_scales_its_inputs_as_the_whole_does(tiny_cfg):
     torch.testing.assert_close(cached, whole, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.law
 def test_own_estimate_makes_v_of_what_the_network_has_put_out(tiny_cfg):
     cfg = tiny_cfg.override("training.loss=data_prediction", "training.own_estimate=0.5")
     model = make_model(cfg)
@@ -97,13 +100,14 @@ def test_own_estimate_makes_v_of_what_the_network_has_put_out(tiny_cfg):
     assert plain.loss == plain.loss_map.mean()
 
 
+@pytest.mark.law
 def test_own_estimate_of_a_perfect_network_changes_nothing(tiny_cfg, monkeypatch):
     """Whose first estimate is S: then V is what it is without."""
     cfg = tiny_cfg.override("training.loss=data_prediction", "training.own_estimate=1")
     model = make_model(cfg)
     mix, target = torch.randn(2, 2, 1, 800, generator=seeded()) * 0.1
     S = model.spectral(target[:, 0])
-    perfect = lambda V, Y, t: (V[..., -t.shape[1] :], S[..., -t.shape[1] :])  # noqa: E731
+    perfect = lambda V, Y, t, *_: (V[..., -t.shape[1] :], S[..., -t.shape[1] :])  # noqa: E731
     monkeypatch.setattr(model, "denoise", perfect)
     trace = model.trace(mix, target, seeded(1))
     plain = make_model(cfg.override("training.own_estimate=0")).trace(mix, target, seeded(1))
@@ -111,6 +115,7 @@ def test_own_estimate_of_a_perfect_network_changes_nothing(tiny_cfg, monkeypatch
     assert trace.loss == 0
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_own_estimate_leaves_every_weight_its_gradient(tiny_cfg, batch, dtype):
     """The call without gradients must not leave its copies of the weights to the one with them."""
@@ -121,6 +126,7 @@ def test_own_estimate_leaves_every_weight_its_gradient(tiny_cfg, batch, dtype):
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
+@pytest.mark.law
 def test_from_noisy_shows_the_network_nothing_of_the_clean_signal(tiny_cfg):
     cfg = tiny_cfg.override("training.loss=data_prediction", "training.from_noisy=true")
     model = make_model(cfg)
@@ -131,6 +137,7 @@ def test_from_noisy_shows_the_network_nothing_of_the_clean_signal(tiny_cfg):
     assert one.loss != other.loss
 
 
+@pytest.mark.law
 def test_snr_weight_adds_the_error_in_decibels_of_the_linear_spectrum(tiny_cfg, batch):
     cfg = tiny_cfg.override("training.loss=data_prediction")
     plain = make_model(cfg).trace(*batch, seeded())
@@ -144,6 +151,7 @@ def test_snr_weight_adds_the_error_in_decibels_of_the_linear_spectrum(tiny_cfg, 
     torch.testing.assert_close(trace.loss, plain.loss + 0.5 * level)
 
 
+@pytest.mark.law
 def test_a_silent_clip_has_no_error_level(tiny_cfg, batch):
     model = make_model(
         tiny_cfg.override(
@@ -168,6 +176,7 @@ def test_output_scale(tiny_cfg, batch, scale):
     torch.testing.assert_close(trace.score * divisor[:, None], plain.score)
 
 
+@pytest.mark.law
 def test_a_mask_multiplies_the_noisy_spectrum(tiny_cfg, batch):
     """x0_hat = (1 + M) Y; untrained, where M is 0, the model gives its input back."""
     cfg = tiny_cfg.override("training.loss=data_prediction")
@@ -179,6 +188,7 @@ def test_a_mask_multiplies_the_noisy_spectrum(tiny_cfg, batch):
     torch.testing.assert_close(untrained(batch[0]), batch[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.law
 def test_stereo_is_averaged_to_mono(tiny_cfg):
     model = make_model(tiny_cfg)
     stereo = torch.randn(2, 2, 1600)
@@ -189,6 +199,7 @@ def test_stereo_is_averaged_to_mono(tiny_cfg):
     assert torch.equal(enhanced[:, 1:], model(mono, generator=seeded()))
 
 
+@pytest.mark.law
 def test_an_untrained_zero_network_has_the_loss_of_noise(tiny_cfg, batch):
     """The last layer starts at zero, and E|z|^2 = 1."""
     torch.manual_seed(0)
@@ -197,6 +208,7 @@ def test_an_untrained_zero_network_has_the_loss_of_noise(tiny_cfg, batch):
     assert model(big, big, generator=seeded()).item() == pytest.approx(1, abs=0.03)
 
 
+@pytest.mark.law
 def test_noise_of_an_example_does_not_depend_on_its_batch(tiny_cfg, batch):
     model = make_model(tiny_cfg)
     whole = model.trace(*batch, [seeded(i) for i in range(3)])
@@ -205,6 +217,7 @@ def test_noise_of_an_example_does_not_depend_on_its_batch(tiny_cfg, batch):
     torch.testing.assert_close(whole.loss_map[1:2], alone.loss_map)
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("loss", ["weighted_score", "data_prediction"])
 @pytest.mark.parametrize("name", ["conv", "ncsnpp"])
 def test_a_future_sample_changes_no_past_output(tiny_cfg, loss, name):
@@ -221,6 +234,7 @@ def test_a_future_sample_changes_no_past_output(tiny_cfg, loss, name):
     assert first >= 27 * 32 - 31
 
 
+@pytest.mark.law
 def test_conditioning_is_the_window_of_v(tiny_cfg, monkeypatch):
     """With a network that returns nothing, V's history and Y are one stream of frames."""
     cfg = tiny_cfg.override("training.loss=data_prediction")
@@ -242,6 +256,7 @@ def test_conditioning_is_the_window_of_v(tiny_cfg, monkeypatch):
         torch.testing.assert_close(V[..., :6], expected[..., :6])  # history: the same moments
 
 
+@pytest.mark.law
 def test_enhance_with_the_true_signal_returns_it(tiny_cfg, monkeypatch):
     model = make_model(tiny_cfg.override("training.loss=data_prediction"))
     monkeypatch.setattr(model, "denoise", lambda V, Y, t: (Y[..., -4:], Y[..., -4:]))
@@ -249,6 +264,7 @@ def test_enhance_with_the_true_signal_returns_it(tiny_cfg, monkeypatch):
     torch.testing.assert_close(model.enhance(mix), mix, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.law
 def test_enhance_batches_and_repeats(tiny_cfg):
     model = make_model(tiny_cfg)
     mix = torch.randn(2, 1, 800) * 0.1
@@ -257,6 +273,7 @@ def test_enhance_batches_and_repeats(tiny_cfg):
     assert torch.equal(model.enhance(mix, seeded(3)), model.enhance(mix, seeded(3)))
 
 
+@pytest.mark.law
 def test_enhance_turns_dropout_off_and_leaves_the_mode(tiny_cfg):
     model = make_model(tiny_cfg.override("model.dropout=0.5")).train()
     mix = torch.randn(1, 1, 400)
@@ -265,6 +282,7 @@ def test_enhance_turns_dropout_off_and_leaves_the_mode(tiny_cfg):
     assert model.network.training
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("sde", ["{type: ouve}", "{type: bbed, diffusion: {c: 0.08}}"])
 def test_save_and_load_keep_config_and_numbers(tiny_cfg, tmp_path, sde):
     model = make_model(tiny_cfg.override(f"sde={sde}"))
@@ -276,6 +294,7 @@ def test_save_and_load_keep_config_and_numbers(tiny_cfg, tmp_path, sde):
     assert not list(tmp_path.glob("*.bin"))
 
 
+@pytest.mark.law
 def test_one_batch_overfits(tiny_cfg):
     """300 steps on one clip with its noise: the weighted loss falls far below that of noise."""
     cfg = tiny_cfg.override("model.base_channels=16", "model.num_layers=3")
@@ -301,6 +320,7 @@ def test_float64_runs_throughout(tiny_cfg):
     assert model.enhance(mix).dtype == torch.float64
 
 
+@pytest.mark.law
 def test_bfloat16_autocast_keeps_sigma_and_loss_in_float32(tiny_cfg, batch):
     model = make_model(tiny_cfg)
     with torch.autocast("cpu", torch.bfloat16):

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from diffbuf_lib import DiffusionBufferModel, DNLMDataset, OnlineEnhancer, load_config
 from diffbuf_lib.data import build_demo, read_audio
-from diffbuf_lib.loading import load_model
+from diffbuf_lib.model import load_model
 from diffbuf_lib.pretrained import DEFAULT, FOLDER
 from diffbuf_lib.pretraining import first_stage
 from diffbuf_lib.training.metrics import score_clips

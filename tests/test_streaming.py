@@ -10,6 +10,8 @@ from diffbuf_lib.config import build_config
 from diffbuf_lib.errors import ConfigError, ShapeError
 from tests.conftest import TINY, make_model, seeded
 
+pytestmark = pytest.mark.law
+
 # History features reach 12 frames back: the window of K = 16 shows all that a buffer of 4 can see.
 BLOCK_CAUSAL = (
     "model.name=block_causal",

@@ -32,7 +32,7 @@ def enhance_command(
         device: auto, cpu or cuda.
     """
     from diffbuf_lib.enhancement import enhance_path
-    from diffbuf_lib.loading import load_model
+    from diffbuf_lib.model import load_model
 
     for _, written in enhance_path(load_model(model, device), source, output, seed=seed):
         print(written)
@@ -70,7 +70,7 @@ def stream_command(
     import torch
 
     from diffbuf_lib.live_io import run_microphone, stream_path
-    from diffbuf_lib.loading import load_model
+    from diffbuf_lib.model import load_model
     from diffbuf_lib.streaming import OnlineEnhancer
 
     if threads is not None:

@@ -48,7 +48,7 @@ def evaluate_command(
     """
     from diffbuf_lib.evaluation import Job, evaluate_folder
     from diffbuf_lib.evaluation.page import gains_table, overview, times
-    from diffbuf_lib.summary import format_table
+    from diffbuf_lib.trace import format_table
 
     job = Job(
         model=model, data_path=str(data_path), dataset_type=dataset_type, metrics=metrics,

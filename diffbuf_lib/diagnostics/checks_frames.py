@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from diffbuf_lib.config import BBEDConfig, Config
+from diffbuf_lib.config import Config, SDEConfig
 from diffbuf_lib.diagnostics.findings import Finding
 from diffbuf_lib.diffusion.sde import make_sde
 
@@ -84,7 +84,7 @@ def check_schedule(cfg: Config) -> Iterator[Finding]:
         config_key="sde.diffusion",
     )
     yield from _score_targets(cfg, low)
-    if isinstance(cfg.sde, BBEDConfig):
+    if cfg.sde.type == "bbed":
         yield from _c_or_theta(cfg.sde)
     if buffer.t_max < 0.3 or buffer.t_eps > 0.2:
         yield Finding(
@@ -188,7 +188,7 @@ def _score_targets(cfg: Config, low: float) -> Iterator[Finding]:
         )
 
 
-def _c_or_theta(cfg: BBEDConfig) -> Iterator[Finding]:
+def _c_or_theta(cfg: SDEConfig) -> Iterator[Finding]:
     """Compare sigma's maximum over the whole bridge with that of the authors' code.
 
     The paper prints c = 0.08, its authors' code runs theta = c^2 = 0.08: 3.5 times the noise.

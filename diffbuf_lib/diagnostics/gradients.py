@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffbuf_lib.summary import format_table
+from diffbuf_lib.trace import format_table
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch import nn
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.memory import SavedBytes, saved_bytes
+from diffbuf_lib.registry import OPTIMIZERS
 
-_STATES = {"adam": 2, "adamw": 2, "radam": 2, "sgd": 0}  # copies of the weights in an optimizer
 # Beside what is saved, a step at its peak holds gradients of activations and convolution scratch:
 # this many times the largest saved tensor, and something whatever the batch. Both are fitted to the
 # peak memory of ncsnpp's training steps on a CPU (16 and 96 channels, batches of 2 to 16), which
@@ -60,7 +60,7 @@ def estimate(
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     # The weights themselves, their gradients, the average and the optimizer's states.
-    fixed = weights * (3 + _STATES[optimizer]) + 2 * buffers + _OVERHEAD
+    fixed = weights * (3 + OPTIMIZERS[optimizer].facts["states"]) + 2 * buffers + _OVERHEAD
     per_clip = saved.total if two is None else max(0, two.total - saved.total)
     return MemoryEstimate(
         fixed, max(0, saved.total - per_clip), per_clip + _WORKING * saved.largest

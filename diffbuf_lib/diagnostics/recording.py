@@ -18,8 +18,7 @@ from torch import Tensor
 from diffbuf_lib.config import Config
 from diffbuf_lib.diffusion.buffer import Generators
 from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.summary import Summary
-from diffbuf_lib.trace import Trace
+from diffbuf_lib.trace import Summary, Trace
 
 _STAGES = ("mix", "target", "Y", "V", "t", "sigma", "target_score", "score")
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from diffbuf_lib.model import DiffusionBufferModel, evaluating
-from diffbuf_lib.summary import format_table
-from diffbuf_lib.trace import Trace
+from diffbuf_lib.trace import Trace, format_table
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffbuf_lib.summary import Summary, summarise
+from diffbuf_lib.trace import Summary, summarise
 
 
 class ModuleWatch:

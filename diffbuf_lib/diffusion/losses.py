@@ -1,39 +1,53 @@
-"""The training losses, one function each: same arguments, same body, so differences stand out.
+"""The training losses, one function each: same argument, same body, so differences stand out.
 
 Each returns the loss of every time-frequency bin of the buffer, [B, F, Kb] real; training takes
-the mean. `score` and `weighted_score` have the same optimum, score = -z / sigma.
+the mean. A loss of yours (see `diffbuf_lib.registry`) may return any shape. `score` and
+`weighted_score` have the same optimum, score = -z / sigma.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from diffbuf_lib.diffusion.spectral import Spectral
 
-def score(score: Tensor, x0_hat: Tensor, S: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
+
+class LossInputs(NamedTuple):
+    """What a loss is made of; all spectra are those of the buffer's frames.
+
+    Attributes:
+        score: [B, F, Kb] complex, the network's estimate of grad log p.
+        x0_hat: [B, F, Kb] complex, its estimate of S.
+        S: [B, F, Kb] complex, clean, compressed.
+        z: [B, F, Kb] complex, the noise, CN(0, 1).
+        sigma: [B, 1, Kb], its standard deviation.
+        spectral: takes compressed spectra back: `spectral.inverse(x0_hat, samples)`.
+    """
+
+    score: Tensor
+    x0_hat: Tensor
+    S: Tensor
+    z: Tensor
+    sigma: Tensor
+    spectral: Spectral
+
+
+def score(given: LossInputs) -> Tensor:
     """|score + z / sigma|^2: denoising score matching; frames weigh as 1 / sigma^2."""
-    return abs2(score + z / sigma)
+    return abs2(given.score + given.z / given.sigma)
 
 
-def weighted_score(score: Tensor, x0_hat: Tensor, S: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
+def weighted_score(given: LossInputs) -> Tensor:
     """|sigma score + z|^2, the authors' code: all diffusion times weigh the same."""
-    return abs2(sigma * score + z)
+    return abs2(given.sigma * given.score + given.z)
 
 
-def data_prediction(score: Tensor, x0_hat: Tensor, S: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
+def data_prediction(given: LossInputs) -> Tensor:
     """|x0_hat - S|^2 (Lay et al. 2025, arXiv 2510.18744)."""
-    return abs2(x0_hat - S)
-
-
-LossMap = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-
-LOSSES: dict[str, LossMap] = {
-    "score": score,
-    "weighted_score": weighted_score,
-    "data_prediction": data_prediction,
-}
+    return abs2(given.x0_hat - given.S)
 
 
 def abs2(x: Tensor) -> Tensor:

@@ -22,59 +22,56 @@ from diffbuf_lib.diffusion.buffer import (
 from diffbuf_lib.diffusion.sde import SDE
 from diffbuf_lib.errors import ConfigError
 
-Denoise = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(V [B, F, K], Y [B, F, K], t [B, Kb]) -> (score, x0_hat), each [B, F, Kb]."""
 
+class Denoise(Protocol):
+    """The network with its output made a score and an estimate of x0."""
 
-class CachedDenoise(Protocol):
-    """A network that remembers its history, so that it need not see it again."""
+    def __call__(
+        self, V: Tensor, Y: Tensor, t: Tensor, sigma: Tensor | None = None, memory: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Take V and Y [B, F, K], t [B, Kb] to (score, x0_hat), each [B, F, Kb].
 
-    def start_history(self, batch: int, num_bins: int, t: Tensor) -> Any:
-        """Begin after endless silence; t [Kb]. Returns the cache, whatever it is."""
-
-    def denoise_next(self, history: Any, V: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
-        """Do what `Denoise` does, for V and Y [B, F, 1 + Kb]: the newest history frame, the buffer.
-
-        The cache is changed in place.
+        With `memory`, what a streaming network remembers, K is 1 + Kb: the frame that has just
+        become history, and the buffer. `sigma` [B, Kb] is `sde.std(t)`, if it is known.
         """
 
 
 @dataclass
 class BufferState:
-    """All that one stream remembers, in the open.
+    """All that one stream remembers of spectra, in the open.
 
     Attributes:
         V: [B, F, K] complex, the network's perturbed input; its last Kb frames are the buffer.
-            With a cache it holds 1 + Kb frames, whatever K is.
+            With a streaming network it holds 1 + Kb frames, whatever K is.
         Y: [B, F, K] complex, the noisy frames of the same K moments as V: conditioning on any
             other window would be misaligned, or leak the future.
-        history: what a network with a cache keeps of all earlier frames; None without one.
+        memory: what a streaming network keeps of all earlier frames; else None.
         pushed: frames taken in so far.
     """
 
     V: Tensor
     Y: Tensor
-    history: Any = None
+    memory: Any = None
     pushed: int = 0
 
     @property
     def num_bytes(self) -> int:
         """Memory of the state, bytes."""
-        own = sum(tensor.numel() * tensor.element_size() for tensor in (self.V, self.Y))
-        return own + (self.history.num_bytes if self.history is not None else 0)
+        own = self.V.nbytes + self.Y.nbytes
+        return own + (self.memory.num_bytes if self.memory is not None else 0)
 
 
 class BufferSampler:
     """Moves a buffer along a stream of noisy frames.
 
     Args:
-        denoise: the network with its output made a score and an estimate of x0.
+        denoise: the network.
         sde: the SDE that it was trained with.
         t: diffusion times of the buffer, [Kb], rising.
         num_frames: K, frames that the network sees; at least Kb.
         predicts_data: whether x0_hat replaces the reverse step (data prediction).
         delay: d, which frame of the buffer is put out, 1 (the newest) to Kb (the oldest, None).
-        cached: a network that remembers its history, used instead of `denoise`; K then has no
+        start_memory: of a streaming network: (F, times [B, Kb]) -> its memory. K then has no
             meaning, since all the past counts. None: K frames are computed for each new one.
 
     Raises:
@@ -90,7 +87,7 @@ class BufferSampler:
         *,
         predicts_data: bool = False,
         delay: int | None = None,
-        cached: CachedDenoise | None = None,
+        start_memory: Callable[[int, Tensor], Any] | None = None,
     ) -> None:
         Kb = t.shape[0]
         delay = Kb if delay is None else delay
@@ -101,18 +98,19 @@ class BufferSampler:
                 f"delay {delay} below buffer_size {Kb} needs a model trained with training.loss "
                 "data_prediction: a score model's estimate is ready when it leaves the buffer"
             )
-        self.denoise, self.cached, self.sde, self.t = denoise, cached, sde, t
-        self.predicts_data, self.delay = predicts_data, delay
-        self.num_frames = num_frames if cached is None else 1 + Kb
+        self.denoise, self.sde, self.t = denoise, sde, t
+        self.predicts_data, self.delay, self.start_memory = predicts_data, delay, start_memory
+        self.num_frames = num_frames if start_memory is None else 1 + Kb
+        # A stream's times never change: what follows from them is computed once.
         self.next_t = next_times(t)
-        self.next_std, self.entering_std = sde.std(self.next_t), sde.std(t[-1])
+        self.std, self.next_std = sde.std(t), sde.std(self.next_t)
 
     def start(
         self,
         batch: int,
         num_bins: int,
         generator: Generators = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype = torch.complex64,
     ) -> BufferState:
         """Begin `batch` streams with silence as their past.
 
@@ -120,13 +118,14 @@ class BufferSampler:
         leading zeros is noise. Between two steps slot i has reached t_{i-1}, since the next
         frame will shift it to slot i - 1.
         """
-        dtype = dtype or torch.complex64
         Kb = self.t.shape[0]
         V = torch.zeros(batch, num_bins, self.num_frames, dtype=dtype, device=self.t.device)
         z = complex_normal((batch, num_bins, Kb), generator, self.t.device, dtype)
         V[..., -Kb:] = self.next_std * z
-        history = self.cached.start_history(batch, num_bins, self.t) if self.cached else None
-        return BufferState(V=V, Y=torch.zeros_like(V), history=history)
+        memory = None
+        if self.start_memory is not None:
+            memory = self.start_memory(num_bins, self.t.expand(batch, -1))
+        return BufferState(V=V, Y=torch.zeros_like(V), memory=memory)
 
     def step(self, state: BufferState, R: Tensor, generator: Generators = None) -> Tensor:
         """Take in one noisy frame and put out one clean frame.
@@ -141,16 +140,17 @@ class BufferSampler:
         """
         Kb = self.t.shape[0]
         z = complex_normal((*R.shape, Kb + 1), generator, R.device, R.dtype)
-        entering = R + self.entering_std * z[..., -1]
+        entering = R + self.std[-1] * z[..., -1]
         state.V = torch.cat([state.V[..., 1:], entering.unsqueeze(-1)], dim=-1)
         state.Y = torch.cat([state.Y[..., 1:], R.unsqueeze(-1)], dim=-1)
         state.pushed += 1
 
-        if self.cached is None:
-            t = self.t.expand(R.shape[0], -1)
+        t = self.t.expand(R.shape[0], -1)
+        if state.memory is None:
             score, x0_hat = self.denoise(state.V, state.Y, t)
         else:
-            score, x0_hat = self.cached.denoise_next(state.history, state.V, state.Y)
+            sigma = self.std.expand(R.shape[0], -1)
+            score, x0_hat = self.denoise(state.V, state.Y, t, sigma, state.memory)
         x, y = state.V[..., -Kb:], state.Y[..., -Kb:]
         if self.predicts_data:
             moved = renoise_step(x0_hat, y, self.next_t, self.next_std, z[..., :-1], self.sde)

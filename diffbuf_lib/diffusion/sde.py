@@ -12,8 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from diffbuf_lib.config import BBEDConfig, OUVEConfig
+from diffbuf_lib.config import SDEConfig
 from diffbuf_lib.errors import ConfigError
+from diffbuf_lib.registry import SDES
 
 
 class SDE(Protocol):
@@ -35,11 +36,10 @@ class SDE(Protocol):
         """The x0 whose mean at t is xt: `mean` solved for x0."""
 
 
-def make_sde(cfg: BBEDConfig | OUVEConfig) -> SDE:
+def make_sde(cfg: SDEConfig) -> SDE:
     """Make the SDE of `cfg.sde`."""
-    if isinstance(cfg, BBEDConfig):
-        return BBED(**cfg.diffusion.model_dump())
-    return OUVE(**cfg.diffusion.model_dump())
+    sde: SDE = SDES[cfg.type].load()(**cfg.diffusion.model_dump())
+    return sde
 
 
 class BBED:

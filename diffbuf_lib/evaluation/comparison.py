@@ -11,7 +11,7 @@ from diffbuf_lib.evaluation.bootstrap import Interval, bootstrap, group
 from diffbuf_lib.evaluation.evaluate import OURS
 from diffbuf_lib.evaluation.results import Row, read_scores
 from diffbuf_lib.evaluation.scores import label_of
-from diffbuf_lib.summary import format_table
+from diffbuf_lib.trace import format_table
 
 _NAMED = 5
 

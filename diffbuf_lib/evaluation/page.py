@@ -25,7 +25,7 @@ from diffbuf_lib.data import write_bytes
 from diffbuf_lib.evaluation.bootstrap import Interval
 from diffbuf_lib.evaluation.evaluate import ScoredClip, summary
 from diffbuf_lib.evaluation.scores import columns_of, label_of
-from diffbuf_lib.summary import format_table
+from diffbuf_lib.trace import format_table
 
 Table = list[list[str]]
 _SHOWN_REASONS = 10

@@ -44,7 +44,7 @@ from diffbuf_lib.evaluation.evaluate import OURS, Evaluator, open_clips
 from diffbuf_lib.evaluation.page import write_page
 from diffbuf_lib.evaluation.scores import columns_of, label_of
 from diffbuf_lib.live import latency_report
-from diffbuf_lib.loading import fingerprint, load_model
+from diffbuf_lib.model import fingerprint, load_model
 from diffbuf_lib.training.lock import FolderLock
 
 _FIXED = ("clip", "method", "snr_db", "seconds", "checksum")

@@ -27,8 +27,8 @@ from diffbuf_lib.evaluation.evaluate import OURS
 from diffbuf_lib.evaluation.page import Mark, cell, draw_panels
 from diffbuf_lib.evaluation.results import Evaluation, Job, evaluate_folder
 from diffbuf_lib.evaluation.scores import label_of
-from diffbuf_lib.loading import load_model
-from diffbuf_lib.summary import format_table
+from diffbuf_lib.model import load_model
+from diffbuf_lib.trace import format_table
 
 Vary = Literal["auto", "buffer_size", "delay", "t_max", "none"]
 BUFFER_SIZES = (5, 10, 20, 30, 60)

@@ -1,18 +1,60 @@
-"""Networks: from [B, 4, F, K] (V and Y, real and imaginary) and times [B, Kb] to [B, 2, F, Kb]."""
+"""Networks: from [B, 4, F, K] (V and Y, real and imaginary) and times [B, Kb] to [B, 2, F, Kb].
 
-from torch import nn
+`registry.NETWORKS` names them. A network that remembers its history can stream: see
+`StreamingNetwork`. Nobody asks a network for its class, only for what it can do.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol, TypeGuard
+
+from torch import Tensor, nn
 
 from diffbuf_lib.config import ModelConfig
-from diffbuf_lib.networks.block_causal import BlockCausal, HistoryCache
-from diffbuf_lib.networks.conv import ConvNet
-from diffbuf_lib.networks.ncsnpp import NCSNpp
+from diffbuf_lib.registry import NETWORKS
 
-__all__ = ["BlockCausal", "ConvNet", "HistoryCache", "NCSNpp", "make_network"]
+Precision = Literal["fp32", "bf16"]
+
+
+class StreamingNetwork(Protocol):
+    """What a network has that need not see its history again."""
+
+    def start(
+        self, num_bins: int, t: Tensor, *, compiled: bool = False, precision: Precision = "fp32"
+    ) -> Any:
+        """Begin B streams after endless silence.
+
+        Args:
+            num_bins: F, bins of the frames to come.
+            t: [B, Kb], the diffusion times of the buffer, the same at every step.
+            compiled: make steps faster by compiling them, if that is possible.
+            precision: of the steps.
+
+        Returns:
+            What the network remembers, with its size in bytes as `num_bytes`.
+
+        Raises:
+            ConfigError: compiled or precision that this network does not have.
+        """
+
+    def step(self, state: Any, x: Tensor) -> Tensor:
+        """Take one more frame into the history, and run the buffer after it.
+
+        Args:
+            state: from `start`, changed in place.
+            x: [B, 4, F, 1 + Kb]: the frame that has just reached t = 0, then the buffer.
+
+        Returns:
+            [B, 2, F, Kb], what the network gives for a window that shows the whole past.
+        """
 
 
 def make_network(cfg: ModelConfig) -> nn.Module:
     """Make the network of `cfg.model`."""
-    if cfg.name == "conv":
-        return ConvNet(cfg.base_channels, cfg.num_layers, cfg.dropout)
-    network = NCSNpp if cfg.name == "ncsnpp" else BlockCausal
-    return network(cfg.base_channels, cfg.channel_multipliers, cfg.num_res_blocks, cfg.dropout)
+    network: nn.Module = NETWORKS[cfg.name].load()(cfg)
+    return network
+
+
+def can_stream(network: object) -> TypeGuard[StreamingNetwork]:
+    """Whether a network remembers its history."""
+    return callable(getattr(network, "start", None)) and callable(getattr(network, "step", None))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from torch import Tensor, nn
 
+from diffbuf_lib.config import ModelConfig
 from diffbuf_lib.networks.layers import FrameTimeEmbedding, NormAct, conv3x3, frame_times
 
 
@@ -31,6 +34,11 @@ class ConvNet(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
         self.last = conv3x3(base_channels, 2, zero=True)
+
+    @classmethod
+    def from_config(cls, cfg: ModelConfig) -> Self:
+        """Make the network of `cfg.model`."""
+        return cls(cfg.base_channels, cfg.num_layers, cfg.dropout)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Take [B, 4, F, K] and the buffer's times [B, Kb] to [B, 2, F, Kb]."""

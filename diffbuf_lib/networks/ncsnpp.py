@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffbuf_lib.config import ModelConfig
 from diffbuf_lib.networks.layers import (
     FrameTimeEmbedding,
     NormAct,
@@ -90,6 +92,11 @@ class NCSNpp(nn.Module):
             grow = block(width, width, level - 1, "up") if level > 0 else None
             self.up.append(UpStage(blocks, grow, width))
         self.last = nn.Conv2d(IO_CHANNELS, 2, 1)
+
+    @classmethod
+    def from_config(cls, cfg: ModelConfig) -> Self:
+        """Make the network of `cfg.model`."""
+        return cls(cfg.base_channels, cfg.channel_multipliers, cfg.num_res_blocks, cfg.dropout)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Run the U-Net.

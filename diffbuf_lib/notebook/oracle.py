@@ -14,7 +14,7 @@ import scipy.signal
 import torch
 from torch import Tensor
 
-from diffbuf_lib.config import BBEDConfig, Config, OUVEConfig
+from diffbuf_lib.config import Config, SDEConfig
 
 _AUTHORS_THETA = 0.08  # where a config gives neither c nor theta
 
@@ -44,7 +44,7 @@ def spectrum(wave: Tensor, cfg: Config) -> Tensor:
     return torch.from_numpy(magnitude * np.exp(1j * np.angle(frames))).to(torch.complex64)
 
 
-def sigma(sde: BBEDConfig | OUVEConfig, t: Tensor) -> Tensor:
+def sigma(sde: SDEConfig, t: Tensor) -> Tensor:
     """Return the standard deviation of X_t, by integrating what the noise adds and the drift takes.
 
         sigma(t)^2 = Int_0^t g(s)^2 (rest(t) / rest(s))^2 ds
@@ -59,7 +59,7 @@ def sigma(sde: BBEDConfig | OUVEConfig, t: Tensor) -> Tensor:
     return torch.tensor(values, dtype=t.dtype).view(t.shape)
 
 
-def perturbed(S: Tensor, Y: Tensor, t: Tensor, z: Tensor, sde: BBEDConfig | OUVEConfig) -> Tensor:
+def perturbed(S: Tensor, Y: Tensor, t: Tensor, z: Tensor, sde: SDEConfig) -> Tensor:
     """Return V: S before the buffer, and rest(t) S + (1 - rest(t)) Y + sigma(t) z within it.
 
     Args:
@@ -75,21 +75,21 @@ def perturbed(S: Tensor, Y: Tensor, t: Tensor, z: Tensor, sde: BBEDConfig | OUVE
     return torch.cat([S[..., :first], mean + sigma(sde, t)[:, None] * z], dim=-1)
 
 
-def _variance(sde: BBEDConfig | OUVEConfig, t: float) -> float:
+def _variance(sde: SDEConfig, t: float) -> float:
     value, _ = scipy.integrate.quad(
         lambda s: (_diffusion(sde, s) * _rest(sde, t) / _rest(sde, s)) ** 2, 0, t, epsrel=1e-8
     )
     return float(value)
 
 
-def _rest(sde: BBEDConfig | OUVEConfig, t: float) -> float:
+def _rest(sde: SDEConfig, t: float) -> float:
     """Return how much of X_0 is left in the mean at t."""
-    return 1 - t if isinstance(sde, BBEDConfig) else math.exp(-sde.diffusion.gamma * t)
+    return 1 - t if sde.type == "bbed" else math.exp(-sde.diffusion.gamma * t)
 
 
-def _diffusion(sde: BBEDConfig | OUVEConfig, t: float) -> float:
+def _diffusion(sde: SDEConfig, t: float) -> float:
     """Return g(t)."""
-    if isinstance(sde, BBEDConfig):
+    if sde.type == "bbed":
         theta = _AUTHORS_THETA if sde.diffusion.theta is None else sde.diffusion.theta
         c = math.sqrt(theta) if sde.diffusion.c is None else sde.diffusion.c
         return c * sde.diffusion.k**t

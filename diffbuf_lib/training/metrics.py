@@ -10,20 +10,19 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 
 from diffbuf_lib.errors import ConfigError, MissingExtraError, ShapeError
+from diffbuf_lib.registry import METRICS
 
 SILENCE_RMS = 1e-5
 """Full scale 1. Below it (-100 dB, a third of a 16-bit step) a clip counts as silent."""
 
 PESQ_SAMPLE_RATES = {8000: "nb", 16000: "wb"}
 """Hz and the mode that ITU-T P.862 (narrow band) and P.862.2 (wide band) define there."""
-
-_PACKAGES = {"pesq": "pesq", "estoi": "pystoi"}
 
 
 class UndefinedScoreError(Exception):
@@ -106,9 +105,7 @@ def check_metrics(metrics: Iterable[str], sample_rate: int) -> None:
         MissingExtraError: a package is missing; the message has the command that installs it.
     """
     for metric in metrics:
-        if metric not in _METRICS:
-            raise ConfigError(f"metric {metric!r} is unknown: the names are {', '.join(_METRICS)}")
-        package = _PACKAGES.get(metric)
+        package = METRICS[metric].facts.get("package")
         if package and importlib.util.find_spec(package) is None:
             raise MissingExtraError(
                 f"metric {metric} needs the package {package}: pip install 'diffbuf[metrics]', or "
@@ -138,7 +135,7 @@ def score_clip(
     check_audible("estimate", estimate)
     check_audible("target", target)
     try:
-        value = _METRICS[metric](estimate, target, sample_rate)
+        value = METRICS[metric].load()(estimate, target, sample_rate)
     except Exception as error:  # pesq has its own errors, linear solvers theirs: all mean this
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UndefinedScoreError(f"{metric} gave up: {reason}") from error
@@ -168,27 +165,31 @@ def _score_or_nan(
         return math.nan
 
 
-def _si_sdr(estimate: torch.Tensor, target: torch.Tensor, sample_rate: int) -> float:
+def si_sdr(estimate: torch.Tensor, target: torch.Tensor, sample_rate: int) -> float:
+    """Return the scale-invariant SDR, dB."""
     from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
 
     # float64: in float32 a good estimate's residual is rounding noise above about 70 dB.
     return scale_invariant_signal_distortion_ratio(estimate.double(), target.double()).item()
 
 
-def _sdr(estimate: torch.Tensor, target: torch.Tensor, sample_rate: int) -> float:
+def sdr(estimate: torch.Tensor, target: torch.Tensor, sample_rate: int) -> float:
+    """Return BSS eval's SDR with a 512-tap filter, dB."""
     from torchmetrics.functional.audio import signal_distortion_ratio
 
     return signal_distortion_ratio(estimate.double(), target.double()).item()
 
 
-def _pesq(estimate: torch.Tensor, target: torch.Tensor, sample_rate: int) -> float:
+def pesq(estimate: torch.Tensor, target: torch.Tensor, sample_rate: int) -> float:
+    """Return PESQ, MOS-LQO: wide band at 16 kHz, narrow band at 8 kHz."""
     from torchmetrics.functional.audio import perceptual_evaluation_speech_quality
 
     mode = PESQ_SAMPLE_RATES[sample_rate]
     return perceptual_evaluation_speech_quality(estimate, target, sample_rate, mode).item()
 
 
-def _estoi(estimate: torch.Tensor, target: torch.Tensor, sample_rate: int) -> float:
+def estoi(estimate: torch.Tensor, target: torch.Tensor, sample_rate: int) -> float:
+    """Return ESTOI, 0 to 1."""
     from torchmetrics.functional.audio import short_time_objective_intelligibility
 
     with warnings.catch_warnings():
@@ -197,11 +198,3 @@ def _estoi(estimate: torch.Tensor, target: torch.Tensor, sample_rate: int) -> fl
         return short_time_objective_intelligibility(
             estimate, target, sample_rate, extended=True
         ).item()
-
-
-_METRICS: dict[str, Callable[[torch.Tensor, torch.Tensor, int], float]] = {
-    "si_sdr": _si_sdr,
-    "sdr": _sdr,
-    "pesq": _pesq,
-    "estoi": _estoi,
-}

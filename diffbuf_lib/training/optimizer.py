@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from diffbuf_lib.config import TrainingConfig
+from diffbuf_lib.registry import OPTIMIZERS
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic of Jordan's Muon
 _MUON_MOMENTUM = 0.95
@@ -104,24 +105,17 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     return (x.T if tall else x).to(matrix.dtype)
 
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "radam": torch.optim.RAdam,
-    "sgd": torch.optim.SGD,
-    "muon": Muon,
-}
-
-
 def make_optimizer(
     training: TrainingConfig, model: nn.Module, lr: float | None = None
 ) -> torch.optim.Optimizer:
     """Make `training.optimizer` for all parameters of a model; lr: None for `training.lr`."""
-    return OPTIMIZERS[training.optimizer](
+    optimizer: torch.optim.Optimizer = OPTIMIZERS[training.optimizer].load()(
         model.parameters(),
-        lr=training.lr if lr is None else lr,  # type: ignore[call-arg]
+        lr=training.lr if lr is None else lr,
         weight_decay=training.weight_decay,
+        **training.optimizer_options.model_dump(),
     )
+    return optimizer
 
 
 class LinearRate:

@@ -13,7 +13,7 @@ from diffbuf_lib.diagnostics.memory import estimate, network_estimate
 from diffbuf_lib.diagnostics.recording import RecordingModel, StageRecorder
 from diffbuf_lib.memory import saved_bytes
 from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.summary import Summary, summarise
+from diffbuf_lib.trace import Summary, summarise
 from diffbuf_lib.training import train
 from tests.conftest import make_model, seeded
 from tests.diagnostics.clips import Items, config

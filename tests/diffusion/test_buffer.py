@@ -12,10 +12,14 @@ from diffbuf_lib.diffusion.buffer import (
     renoise_step,
     reverse_step,
 )
-from diffbuf_lib.diffusion.losses import LOSSES
+from diffbuf_lib.diffusion.losses import LossInputs
 from diffbuf_lib.diffusion.sde import BBED, OUVE
+from diffbuf_lib.diffusion.spectral import Spectral
 from diffbuf_lib.errors import ShapeError
+from diffbuf_lib.registry import LOSSES
 from tests.conftest import seeded
+
+pytestmark = pytest.mark.law
 
 SHAPE = (2, 3, 9)
 
@@ -141,12 +145,14 @@ def test_losses_by_formula_and_at_their_optimum():
     z = torch.randn(2, 3, 4, dtype=torch.complex128)
     S, x0_hat, score = (torch.randn_like(z) for _ in range(3))
     sigma = torch.rand(2, 1, 4, dtype=torch.float64) + 0.1
-    plain = LOSSES["score"](score, x0_hat, S, z, sigma)
-    weighted = LOSSES["weighted_score"](score, x0_hat, S, z, sigma)
+
+    def loss(name, score):
+        return LOSSES[name].load()(LossInputs(score, x0_hat, S, z, sigma, Spectral()))
+
+    plain = loss("score", score)
+    weighted = loss("weighted_score", score)
     torch.testing.assert_close(plain, (score + z / sigma).abs() ** 2)
     torch.testing.assert_close(weighted, sigma**2 * plain)
-    torch.testing.assert_close(
-        LOSSES["data_prediction"](score, x0_hat, S, z, sigma), (x0_hat - S).abs() ** 2
-    )
+    torch.testing.assert_close(loss("data_prediction", score), (x0_hat - S).abs() ** 2)
     for name in ("score", "weighted_score"):
-        assert LOSSES[name](-z / sigma, x0_hat, S, z, sigma).max() < 1e-25
+        assert loss(name, -z / sigma).max() < 1e-25

@@ -10,6 +10,8 @@ from scipy import integrate
 from diffbuf_lib.diffusion.sde import BBED, OUVE, over_frequency
 from diffbuf_lib.errors import ConfigError
 
+pytestmark = pytest.mark.law
+
 TIMES = np.concatenate([np.geomspace(1e-4, 0.1, 12), np.linspace(0.15, 0.999, 12)])
 
 

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from diffbuf_lib.diffusion.spectral import Spectral
 from diffbuf_lib.errors import ShapeError
 
+pytestmark = pytest.mark.law
+
 
 @pytest.mark.parametrize(("center", "frames"), [(True, 63), (False, 61)])
 def test_frames_of_one_second(center, frames):

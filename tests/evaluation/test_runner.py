@@ -11,7 +11,7 @@ from diffbuf_lib.errors import CheckpointError, ConfigError, DataError
 from diffbuf_lib.evaluation.comparison import compare_folders
 from diffbuf_lib.evaluation.evaluate import Evaluator, clip_generators, open_clips
 from diffbuf_lib.evaluation.results import EvaluationFolder, Job, evaluate_folder, read_scores
-from diffbuf_lib.loading import load_model
+from diffbuf_lib.model import load_model
 from tests.evaluation.conftest import voice, write_clip
 
 METRICS = ("si_sdr", "pesq", "estoi")

@@ -4,8 +4,11 @@ import pytest
 import torch
 from scipy import signal
 
-from diffbuf_lib.networks import ConvNet, NCSNpp
+from diffbuf_lib.networks.conv import ConvNet
 from diffbuf_lib.networks.layers import FrameTimeEmbedding, Resample, num_groups_for
+from diffbuf_lib.networks.ncsnpp import NCSNpp
+
+pytestmark = pytest.mark.law
 
 
 def small_ncsnpp(**changes):

@@ -7,7 +7,7 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from diffbuf_lib.config import BBEDConfig, Config
+from diffbuf_lib.config import BBEDDiffusion, Config
 from diffbuf_lib.diagnostics.checks_frames import check_schedule
 from diffbuf_lib.diffusion.sde import make_sde
 from diffbuf_lib.errors import ConfigError
@@ -38,7 +38,7 @@ class SigmaExplorer(Panel):
         self._start = cfg
         self.cfg: Config | None = None
         self._messages = Messages()
-        bbed = cfg.sde.diffusion if isinstance(cfg.sde, BBEDConfig) else BBEDConfig().diffusion
+        bbed = cfg.sde.diffusion if cfg.sde.type == "bbed" else BBEDDiffusion()
         spelling = "theta" if bbed.c is None else "c"
         self.spelling = widgets.ToggleButtons(
             options=["theta", "c"],

@@ -1,0 +1,166 @@
+"""What a config can choose from by name: losses, networks, SDEs, optimizers, metrics and more.
+
+A new choice is one decorator, in this package or outside of it:
+
+    from diffbuf_lib.registry import NETWORKS
+
+    @NETWORKS.register("mine", options=MyOptions)
+    class MyNetwork(nn.Module): ...
+
+The built-in ones are named here and imported when first used, so that a config is checked, and the
+command line explains itself, without torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from operator import attrgetter
+from typing import Any, TypeVar
+
+from diffbuf_lib.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One choice.
+
+    Attributes:
+        name: what a config calls it.
+        target: the object, or "module:attribute" to import it from.
+        options: the pydantic section of its own config keys; None if it has none.
+        facts: what others need to know of it; the registry says which facts there are.
+    """
+
+    name: str | int
+    target: Any
+    options: Any = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self) -> Any:
+        """Return the object."""
+        if not isinstance(self.target, str):
+            return self.target
+        module, _, attribute = self.target.partition(":")
+        return attrgetter(attribute)(import_module(module))
+
+
+class Registry:
+    """Choices by name.
+
+    Args:
+        key: the config key or flag that chooses, for error messages.
+        builtin: "module:attribute" of each name.
+    """
+
+    def __init__(self, key: str, builtin: Mapping[str | int, str] | None = None) -> None:
+        self.key = key
+        self._entries: dict[str | int, Entry] = {}
+        for name, target in (builtin or {}).items():
+            self.add(name, target)
+
+    def add(self, name: str | int, target: Any, *, options: Any = None, **facts: Any) -> None:
+        """Add a choice, or replace the one of that name (a notebook cell runs more than once)."""
+        self._entries[name] = Entry(name, target, options, facts)
+
+    def register(self, name: str | int, *, options: Any = None, **facts: Any) -> Callable[[T], T]:
+        """Return a decorator that adds a class or function under a name."""
+
+        def decorate(target: T) -> T:
+            self.add(name, target, options=options, **facts)
+            return target
+
+        return decorate
+
+    def remove(self, name: str | int) -> None:
+        """Forget a choice."""
+        del self._entries[name]
+
+    def names(self) -> list[str | int]:
+        """Return all names."""
+        return list(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
+
+    def __getitem__(self, name: str | int) -> Entry:
+        """Return the entry of a name.
+
+        Raises:
+            ConfigError: no such name; it has the names that there are.
+        """
+        if name in self._entries:
+            return self._entries[name]
+        names = [str(known) for known in self._entries]
+        close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
+        guess = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(
+            f"{self.key} = {name!r:.80} is unknown: it must be {' or '.join(names)}{guess}"
+        )
+
+
+LOSSES = Registry("training.loss")
+"""(LossInputs) -> a loss of any shape, whose mean is trained on. Fact: `predicts`, data or score:
+what the network's output is taken for."""
+
+NETWORKS = Registry("model.name")
+"""(ModelConfig) -> nn.Module; see `diffbuf_lib.networks`."""
+
+SDES = Registry("sde.type")
+"""(**options) -> an `SDE`. Fact: `t_limit`, which t_max must stay below."""
+
+OPTIMIZERS = Registry("training.optimizer")
+"""(parameters, lr, weight_decay, **options) -> an optimizer. Fact: `states`, how many copies of the
+weights it keeps."""
+
+METRICS = Registry("training.metrics")
+"""(estimate [T], target [T], sample_rate) -> a number. Facts: `package` and `extra`, which it
+needs; `needs_target`; `lower_is_better`; `unit`."""
+
+LAYOUTS = Registry("--dataset_type")
+"""A dataset class with the arguments of `DNLMDataset`."""
+
+BASELINES = Registry("--baselines")
+"""A method that `diffbuf evaluate` compares with."""
+
+for _name in ("score", "weighted_score", "data_prediction"):
+    LOSSES.add(
+        _name,
+        f"diffbuf_lib.diffusion.losses:{_name}",
+        predicts="data" if _name == "data_prediction" else "score",
+    )
+for _name, _target in {
+    "conv": "diffbuf_lib.networks.conv:ConvNet.from_config",
+    "ncsnpp": "diffbuf_lib.networks.ncsnpp:NCSNpp.from_config",
+    "block_causal": "diffbuf_lib.networks.block_causal:BlockCausal.from_config",
+}.items():
+    NETWORKS.add(_name, _target)
+for _name, _target, _states in (
+    ("adam", "torch.optim:Adam", 2),
+    ("adamw", "torch.optim:AdamW", 2),
+    ("radam", "torch.optim:RAdam", 2),
+    ("sgd", "torch.optim:SGD", 0),
+    ("muon", "diffbuf_lib.training.optimizer:Muon", 1),
+):
+    OPTIMIZERS.add(_name, _target, states=_states)
+for _name, _unit, _package in (
+    ("si_sdr", "dB", ""),
+    ("sdr", "dB", ""),
+    ("pesq", "", "pesq"),
+    ("estoi", "", "pystoi"),
+):
+    METRICS.add(
+        _name,
+        f"diffbuf_lib.training.metrics:{_name}",
+        unit=_unit,
+        package=_package,
+        needs_target=True,
+        lower_is_better=False,
+    )

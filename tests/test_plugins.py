@@ -1,0 +1,206 @@
+"""A network, an SDE, a loss, an optimizer and a metric from outside the package, used throughout.
+
+No file of the library knows them: what a stranger writes must train, stream, fail, replay and be
+scored as what comes with it.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import Field
+from torch import nn
+
+from diffbuf_lib import DiffusionBufferModel, OnlineEnhancer, load_config
+from diffbuf_lib.config import Section, build_config
+from diffbuf_lib.diagnostics.capsule import Capsule
+from diffbuf_lib.diagnostics.doctor import examine, has_error
+from diffbuf_lib.errors import ConfigError, NonFiniteError
+from diffbuf_lib.registry import LOSSES, METRICS, NETWORKS, OPTIMIZERS, SDES
+from diffbuf_lib.training import train
+from tests.conftest import TINY, seeded
+
+pytestmark = pytest.mark.law
+NAMES = ((NETWORKS, "toy_net"), (SDES, "toy_sde"), (LOSSES, "toy_loss"))
+NAMES += ((OPTIMIZERS, "toy_optimizer"), (METRICS, "toy_metric"))
+
+
+class ToyOptions(Section):
+    width: int = Field(3, ge=1, description="hidden channels")
+
+
+class RateOptions(Section):
+    rate: float = Field(1.0, gt=0, description="sigma is rate t")
+
+
+@dataclass
+class Remembered:
+    """The one frame that the toy network looks back."""
+
+    frame: torch.Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return self.frame.nbytes
+
+
+class ToyNet(nn.Module):
+    """Each frame sees itself and the frame before: enough to need a memory in a stream."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        width = cfg.options.width
+        self.first = nn.Conv2d(8, width, 1)
+        self.last = nn.Conv2d(width, 2, 1)
+
+    def forward(self, x, t):
+        return self._run(nn.functional.pad(x, (1, 0)), t.shape[-1])
+
+    def start(self, num_bins, t, *, compiled=False, precision="fp32"):
+        self.buffer = t.shape[-1]
+        return Remembered(self.first.weight.new_zeros(len(t), 4, num_bins, 1))
+
+    def step(self, state, x):
+        out = self._run(torch.cat([state.frame, x], dim=-1), self.buffer)
+        state.frame = x[..., :1].clone()
+        return out
+
+    def _run(self, x, buffer):
+        h = torch.cat([x[..., 1:], x[..., :-1]], dim=1)
+        return self.last(torch.tanh(self.first(h)))[..., -buffer:]
+
+
+class ToySDE:
+    """Mean as in BBED, sigma = rate t."""
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    def mean(self, x0, y, t):
+        t = t.unsqueeze(-2) if t.ndim == x0.ndim - 1 and t.ndim else t
+        return x0 + t * (y - x0)
+
+    def std(self, t):
+        return self.rate * t
+
+    def drift(self, x, y, t):
+        return y - x
+
+    def diffusion(self, t):
+        return torch.full_like(t, self.rate)
+
+    def denoised(self, xt, y, t):
+        t = t.unsqueeze(-2) if t.ndim == xt.ndim - 1 and t.ndim else t
+        return (xt - t * y) / (1 - t)
+
+
+def toy_loss(given):
+    """Of the waveform: the mean absolute error of the buffer's samples."""
+    samples = (given.S.shape[-1] - 1) * given.spectral.hop_length
+    wave, clean = (given.spectral.inverse(spec, samples) for spec in (given.x0_hat, given.S))
+    return (wave - clean).abs()
+
+
+class ToyOptimizer(torch.optim.SGD):
+    def __init__(self, params, lr, weight_decay):
+        super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=0.5)
+
+
+def toy_metric(estimate, target, sample_rate):
+    return -20 * math.log10(float((estimate - target).abs().mean()) + 1e-9)
+
+
+class Clips:
+    """Eight clips of noise; one of them can be broken."""
+
+    def __init__(self, broken: int | None = None) -> None:
+        self.broken = broken
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        target = 0.1 * torch.randn(1, 1600, generator=seeded(index))
+        mix = target + 0.1 * torch.randn(1, 1600, generator=seeded(100 + index))
+        return (mix * math.nan, target) if index == self.broken else (mix, target)
+
+    def name(self, index):
+        return f"clip {index}"
+
+    def set_epoch(self, epoch):
+        pass
+
+
+@pytest.fixture
+def cfg():
+    for (choices, name), target, options, facts in zip(
+        NAMES,
+        (ToyNet, ToySDE, toy_loss, ToyOptimizer, toy_metric),
+        (ToyOptions, RateOptions, None, None, None),
+        ({}, {"t_limit": 1.0}, {"predicts": "data"}, {"states": 1}, {"unit": "dB"}),
+        strict=True,
+    ):
+        choices.register(name, options=options, **facts)(target)
+    yield build_config(
+        TINY,
+        [
+            "model={name: toy_net, options: {width: 5}}",
+            "sde={type: toy_sde, diffusion: {rate: 0.3}}",
+            "training.loss=toy_loss",
+            "training.optimizer=toy_optimizer",
+            "training.metrics=[toy_metric]",
+            "training.metric_for_scheduler=toy_metric",
+            "training.num_steps=2",
+        ],
+    )
+    for choices, name in NAMES:
+        choices.remove(name)
+
+
+def test_they_train_under_the_doctor_and_stream_as_a_whole(cfg, tmp_path):
+    assert not has_error(examine(cfg, Clips(), Clips(), results_path=tmp_path))
+    records = list(train(cfg, Clips(), Clips(), tmp_path / "run", device="cpu"))
+    assert len(records) == 2
+    assert math.isfinite(records[-1].valid["toy_metric"])
+    model = DiffusionBufferModel.from_pretrained(tmp_path / "run" / "model").eval().double()
+    assert model.cfg.model.options.width == model.network.first.out_channels == 5
+    signal = 0.1 * torch.randn(900, generator=seeded(), dtype=torch.float64)
+    enhancer = OnlineEnhancer(model, seed=1, delay=2)
+    assert enhancer.state.buffer.memory is not None
+    streamed = torch.cat([enhancer.push(signal[:77]), enhancer.push(signal[77:]), enhancer.flush()])
+    whole = model.enhance(signal[None, None], seeded(1), delay=2)[0, 0]
+    torch.testing.assert_close(streamed, whole, rtol=1e-6, atol=1e-9)
+
+
+def test_a_step_that_fails_is_replayed(cfg, tmp_path):
+    with pytest.raises(NonFiniteError, match="clip 3"):
+        list(train(cfg.override("training.num_steps=4"), Clips(3), None, tmp_path, device="cpu"))
+    (folder,) = tmp_path.glob("capsule_*")
+    result = Capsule.load(folder).replay()
+    assert result.reproduced
+    assert "clip 3" in str(result.finding)
+
+
+def test_a_plugin_is_imported_by_the_config_that_names_it(tmp_path, monkeypatch):
+    (tmp_path / "my_plugin.py").write_text(
+        "from diffbuf_lib.registry import LOSSES\n"
+        "@LOSSES.register('mine', predicts='score')\n"
+        "def mine(given):\n    return given.score.abs()\n"
+    )
+    (tmp_path / "c.yaml").write_text("plugins: [my_plugin]\ntraining: {loss: mine}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert load_config(tmp_path / "c.yaml").training.loss == "mine"
+    finally:
+        LOSSES.remove("mine")
+    with pytest.raises(ConfigError, match="no_such_plugin"):
+        load_config(tmp_path / "c.yaml", ["plugins=[no_such_plugin]"])
+    with pytest.raises(ConfigError, match="unknown"):  # a config of a checkpoint imports nothing
+        build_config({"plugins": ["my_plugin"], "training": {"loss": "mine"}})
+
+
+def test_no_file_of_the_library_names_them():
+    library = Path(__file__).parents[1] / "diffbuf_lib"
+    assert not [file for file in library.rglob("*.py") if "toy_" in file.read_text()]
