@@ -7,7 +7,7 @@ a clip and gives a signal of the same length, aligned with it.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -16,7 +16,8 @@ import soxr
 import torch
 from torch import Tensor
 
-from diffbuf_lib.errors import ConfigError, DataError, MissingExtraError
+from diffbuf_lib.errors import DataError, MissingExtraError
+from diffbuf_lib.registry import BASELINES
 
 NOISY = "noisy"
 
@@ -52,6 +53,11 @@ class SpectralGate:
     def __init__(self, stationary: bool = True) -> None:
         self._package = _import("noisereduce", "noisereduce")
         self._stationary = stationary
+
+    @classmethod
+    def nonstationary(cls) -> SpectralGate:
+        """Return a gate whose floor follows the signal."""
+        return cls(stationary=False)
 
     def __call__(self, mix: Tensor, rate: int) -> Tensor:
         """Enhance [T] float32 at `rate` Hz; returns [T]."""
@@ -117,13 +123,6 @@ class DeepFilterNet:
         return out
 
 
-BASELINES: dict[str, Callable[[], Baseline]] = {
-    "noisereduce": SpectralGate,
-    "noisereduce_nonstationary": lambda: SpectralGate(stationary=False),
-    "deepfilternet": DeepFilterNet,
-}
-
-
 def make_baselines(names: Sequence[str]) -> dict[str, Baseline]:
     """Make baselines by name; `noisy` is left out, since nothing has to be computed for it.
 
@@ -131,11 +130,8 @@ def make_baselines(names: Sequence[str]) -> dict[str, Baseline]:
         ConfigError: an unknown name.
         MissingExtraError: its package is missing; the message has the command that installs it.
     """
-    for name in names:
-        if name not in (NOISY, *BASELINES):
-            known = ", ".join((NOISY, *BASELINES))
-            raise ConfigError(f"baseline {name!r} is unknown: the names are {known}")
-    return {name: BASELINES[name]() for name in BASELINES if name in names}
+    wanted = {BASELINES[name].name for name in names if name != NOISY}
+    return {entry.name: entry.load()() for entry in BASELINES if entry.name in wanted}
 
 
 def _import(package: str, baseline: str) -> Any:

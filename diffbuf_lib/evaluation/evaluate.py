@@ -23,7 +23,7 @@ from diffbuf_lib.config import Config
 from diffbuf_lib.data import ClipDataset, DNLMDataset, open_dataset, read_audio, read_info
 from diffbuf_lib.errors import DataError
 from diffbuf_lib.evaluation.baselines import NOISY, make_baselines
-from diffbuf_lib.evaluation.scores import Scores, check_scoring, columns_of, score
+from diffbuf_lib.evaluation.scores import Scores, check_scoring, score
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.training.metrics import SILENCE_RMS
 from diffbuf_lib.training.plan import Stream, example_generators
@@ -73,12 +73,12 @@ class ScoredClip(Clip):
     @property
     def noisy(self) -> dict[str, float]:
         """Every score of mix; NaN where it is undefined."""
-        return self.scores[NOISY].with_nan()
+        return {metric: self.scores[NOISY][metric] for metric in self.scores[NOISY].seconds}
 
     @property
     def enhanced(self) -> dict[str, float]:
         """Every score of estimate; NaN where it is undefined."""
-        return self.scores[OURS].with_nan()
+        return {metric: self.scores[OURS][metric] for metric in self.scores[OURS].seconds}
 
 
 def evaluate(
@@ -129,12 +129,12 @@ class MeanGain:
 def summary(clips: Sequence[ScoredClip], metrics: Sequence[str]) -> list[MeanGain]:
     """Average over clips, a row a metric; a clip without a score on either side is left out."""
     rows = []
-    for column in columns_of(metrics):
-        pairs = [(clip.noisy[column], clip.enhanced[column]) for clip in clips]
+    for metric in metrics:
+        pairs = [(clip.noisy[metric], clip.enhanced[metric]) for clip in clips]
         defined = [pair for pair in pairs if not math.isnan(sum(pair))]
         means = torch.tensor(defined, dtype=torch.float64).reshape(-1, 2).mean(0)
         noisy, enhanced = means.tolist()
-        rows.append(MeanGain(column, noisy, enhanced, len(defined), len(clips)))
+        rows.append(MeanGain(metric, noisy, enhanced, len(defined), len(clips)))
     return rows
 
 
@@ -164,8 +164,8 @@ class Evaluator:
         seed: int = 0,
     ) -> None:
         model.sampler(delay)  # refuses a delay before any work is done
-        check_scoring(metrics, clips.rate)
-        self.model, self.clips, self.metrics = model, clips, list(metrics)
+        self.metrics = check_scoring(metrics, clips.rate)
+        self.model, self.clips = model, clips
         self.baselines = make_baselines(baselines)
         self.delay, self.seed = delay, seed
         self.seconds: dict[str, float] = defaultdict(float)

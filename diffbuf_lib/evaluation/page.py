@@ -24,7 +24,7 @@ from diffbuf_lib.config import AudioConfig, Config
 from diffbuf_lib.data import write_bytes
 from diffbuf_lib.evaluation.bootstrap import Interval
 from diffbuf_lib.evaluation.evaluate import ScoredClip, summary
-from diffbuf_lib.evaluation.scores import columns_of, label_of
+from diffbuf_lib.evaluation.scores import label_of
 from diffbuf_lib.trace import format_table
 
 Table = list[list[str]]
@@ -103,13 +103,12 @@ def write_report(
     for row in summary(clips, metrics):
         values = [f"{row.noisy:.2f}", f"{row.enhanced:.2f}", f"{row.gain:+.2f}"]
         means.append([label_of(row.metric), *values, f"{row.scored} of {row.clips}"])
-    columns = columns_of(metrics)
     _write(
         path,
         "report",
         title=title,
         notes=notes,
-        clips=[_shown(f"{n}", clip, columns, cfg.audio) for n, clip in enumerate(clips, 1)],
+        clips=[_shown(f"{n}", clip, metrics, cfg.audio) for n, clip in enumerate(clips, 1)],
         means=means,
         curves=[_png(figure) for figure in _curves(cfg, history)],
         config=cfg.to_yaml(),

@@ -42,7 +42,7 @@ from diffbuf_lib.evaluation.baselines import NOISY
 from diffbuf_lib.evaluation.bootstrap import LEVEL, RESAMPLES, compare_methods, group
 from diffbuf_lib.evaluation.evaluate import OURS, Evaluator, open_clips
 from diffbuf_lib.evaluation.page import write_page
-from diffbuf_lib.evaluation.scores import columns_of, label_of
+from diffbuf_lib.evaluation.scores import label_of
 from diffbuf_lib.live import latency_report
 from diffbuf_lib.model import fingerprint, load_model
 from diffbuf_lib.training.lock import FolderLock
@@ -146,10 +146,10 @@ def evaluate_folder(
         ordered = [rows[i, m] for i in evaluator.clips.indices for m in evaluator.methods]
         result = Evaluation(
             rows=ordered,
-            summary=summarise(ordered, columns_of(job.metrics)),
+            summary=summarise(ordered, evaluator.metrics),
             timing=_timing(job, evaluator, done),
         )
-        folder.write_scores(ordered, job.metrics)
+        folder.write_scores(ordered, evaluator.metrics)
         write_bytes(folder.summary, _to_json(result.summary))
         write_bytes(folder.timing, _to_json(result.timing))
         if page:
@@ -252,7 +252,7 @@ class EvaluationFolder:
     def write_scores(self, rows: Iterable[Row], metrics: Sequence[str]) -> None:
         """Write scores.csv."""
         buffer = io.StringIO()
-        names = [*_FIXED, *columns_of(metrics), "undefined"]
+        names = [*_FIXED, *metrics, "undefined"]
         writer = csv.DictWriter(buffer, names, lineterminator="\n")
         writer.writeheader()
         for row in rows:
@@ -414,7 +414,7 @@ def _arguments(job: Job, evaluator: Evaluator) -> dict[str, Any]:
         "model": f"with config and weights {fingerprint(evaluator.model)}",
         "data": f"{len(clips)} clips ({hashlib.sha256(listing.encode()).hexdigest()[:16]})",
         "dataset_type": job.dataset_type,
-        "metrics": list(job.metrics),
+        "metrics": evaluator.metrics,
         "baselines": list(evaluator.baselines),
         "seconds": job.seconds,
         "limit": job.limit,
@@ -447,7 +447,7 @@ def _timing(job: Job, evaluator: Evaluator, done: Sequence[Batch]) -> dict[str, 
 
 def _write_page(path: Path, evaluator: Evaluator, found: Evaluation) -> None:
     """Write report.html, with the clips of the largest, the median and the smallest gain."""
-    column = columns_of(evaluator.metrics)[0]
+    column = evaluator.metrics[0]
     noisy, ours = (
         {
             row.index: row.values[column]

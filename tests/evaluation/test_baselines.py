@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from diffbuf_lib.errors import ConfigError, MissingExtraError
-from diffbuf_lib.evaluation.baselines import BASELINES, make_baselines
+from diffbuf_lib.evaluation.baselines import make_baselines
+from diffbuf_lib.registry import BASELINES
 from tests.evaluation.conftest import RATE, voice
 
-NAMES = list(BASELINES)
+NAMES = BASELINES.names()
 
 
 def lag(estimate, target):
