@@ -80,7 +80,7 @@ def compare_command(
         method: noisy, a baseline or diffbuf.
         seed: of the bootstrap intervals.
     """
-    from diffbuf_lib.evaluation.comparison import compare_folders, render_differences
+    from diffbuf_lib.evaluation.results import compare_folders, render_differences
 
     print(f"a: {a}\nb: {b}\n{method}; 95 % intervals of the paired difference in brackets")
     print(render_differences(compare_folders(a, b, method=method, seed=seed)))

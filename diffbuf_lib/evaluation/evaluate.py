@@ -144,8 +144,8 @@ class Evaluator:
     Args:
         model: any DiffusionBufferModel, on any device.
         clips: what is enhanced.
-        metrics: names in `scores.METRICS`.
-        baselines: names in `baselines.BASELINES`, or noisy, which is always there.
+        metrics: names in METRICS, or dnsmos.
+        baselines: names in BASELINES, or noisy, which is always there.
         delay: d, frames, of a data-prediction model; None for B.
         seed: of the diffusion noise.
 
@@ -227,14 +227,13 @@ class Evaluator:
 
 
 class Clips:
-    """A dataset read clip by clip.
+    """A dataset, opened with training=False, read clip by clip.
 
     Args:
-        dataset: opened with training=False.
-        whole: read whole files, whatever the dataset's chunk size; they must be pairs of noisy and
-            clean.
-        at_most: samples of a whole file that are read; None for all.
-        limit: only the first so many clips; None for all.
+        dataset: gives clips of its chunk size, or with `whole` the names of pairs of files.
+        whole: read whole files, of at most `at_most` samples if that is given.
+        at_most: samples.
+        limit: only the first so many clips.
 
     Raises:
         DataError: limit is not above 0, or a file that cannot be read.
@@ -301,15 +300,14 @@ def open_clips(
     seconds: float | None = None,
     limit: int | None = None,
 ) -> Clips:
-    """Open a dataset folder for evaluation: whole files, unless `seconds` says otherwise.
+    """Open a dataset folder (as in training) for evaluation: whole files, where they are pairs.
 
     Args:
-        dataset_type: 1, 2 or 3, as in training. Clips of type 3 are mixed when they are read, all
-            of one length.
+        dataset_type: 1, 2 or 3. Clips of type 3 are mixed when read: audio.chunk_size long.
         root: the dataset's folder.
         cfg: the model's config; its rate is the one that files must have.
-        seconds: length at most; None for whole files (type 3: audio.chunk_size).
-        limit: only the first so many clips; None for all.
+        seconds: length of a clip at most.
+        limit: only the first so many clips.
 
     Raises:
         DataError: as in `open_dataset`; or `seconds` or `limit` is not above 0.

@@ -1,4 +1,4 @@
-"""What `diffbuf evaluate` does: score into a results folder, which survives being stopped.
+"""The results folder of an evaluation, which survives being stopped; and two of them compared.
 
     RESULTS/
       arguments.json   what was asked for; a rerun with other arguments is refused
@@ -16,66 +16,31 @@ journal and timing.json hold times, which never repeat.
 from __future__ import annotations
 
 import csv
-import functools
-import hashlib
 import io
 import json
 import os
-import signal
-from collections import Counter
-from collections.abc import Generator, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
-
 from diffbuf_lib.data import write_bytes
-from diffbuf_lib.errors import CheckpointError, ConfigError, DataError
+from diffbuf_lib.errors import CheckpointError, DataError
 from diffbuf_lib.evaluation.baselines import NOISY
-from diffbuf_lib.evaluation.bootstrap import LEVEL, RESAMPLES, compare_methods, group
-from diffbuf_lib.evaluation.evaluate import OURS, Evaluator, open_clips
-from diffbuf_lib.evaluation.page import write_page
+from diffbuf_lib.evaluation.bootstrap import (
+    LEVEL,
+    RESAMPLES,
+    Interval,
+    bootstrap,
+    compare_methods,
+    group,
+)
+from diffbuf_lib.evaluation.evaluate import OURS
 from diffbuf_lib.evaluation.scores import label_of
-from diffbuf_lib.live import latency_report
-from diffbuf_lib.model import fingerprint, load_model
-from diffbuf_lib.training.lock import FolderLock
+from diffbuf_lib.trace import format_table
 
 _FIXED = ("clip", "method", "snr_db", "seconds", "checksum")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be evaluated, and how: all that another process needs."""
-
-    model: str  # folder, run or name, as `load_model` takes it
-    data_path: str
-    dataset_type: int = 1  # as in training
-    metrics: tuple[str, ...] = ("si_sdr", "sdr", "pesq", "estoi")
-    baselines: tuple[str, ...] = (NOISY,)  # noisy is always there
-    seconds: float | None = None  # length of a clip at most; None for the whole clip
-    limit: int | None = None  # only the first so many clips
-    delay: int | None = None  # d of a data-prediction model; None for B
-    seed: int = 0  # of the diffusion noise
-    batch_size: int = 8  # clips enhanced at a time
-    device: str = "auto"
-    overrides: tuple[str, ...] = ()  # keys of the model's config that are changed
-
-    def evaluator(self) -> Evaluator:
-        """Load model, data and baselines; refuses what is unknown or unavailable."""
-        model = load_model(self.model, self.device, self.overrides)
-        clips = open_clips(self.dataset_type, self.data_path, model.cfg, self.seconds, self.limit)
-        import_module("torchmetrics.functional.audio")  # seconds, which are no metric's own
-        return Evaluator(
-            model, clips, self.metrics,
-            baselines=self.baselines, delay=self.delay, seed=self.seed,
-        )  # fmt: skip
+_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -98,105 +63,6 @@ class Batch:
 
     rows: list[Row]
     seconds: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What an evaluation found."""
-
-    rows: list[Row]  # in the order of clips and methods
-    summary: dict[str, Any]  # the content of summary.json
-    timing: dict[str, Any]  # the content of timing.json
-
-
-def evaluate_folder(
-    job: Job,
-    results_path: str | Path,
-    *,
-    processes: int | None = None,
-    page: bool = True,
-    progress: bool = False,
-) -> Evaluation:
-    """Evaluate, and write everything into a results folder; go on if it was begun before.
-
-    The scores do not depend on the number of processes, but for float rounding far below the four
-    decimals that are kept.
-
-    Args:
-        job: what is to be evaluated.
-        results_path: the folder.
-        processes: how many work side by side; None for the cores of this machine.
-        page: whether to write report.html.
-        progress: show a progress bar on stderr.
-
-    Raises:
-        DiffbufError: a model, dataset, metric, baseline or delay that is unknown or unavailable; a
-            clip that cannot be read; or a folder that belongs to another evaluation.
-    """
-    if processes is not None and processes < 1:
-        raise ConfigError(f"--processes {processes}: give at least 1")
-    evaluator = job.evaluator()
-    folder = EvaluationFolder(results_path)
-    lock = FolderLock(folder.path)
-    lock.acquire()
-    try:
-        done = folder.open(_arguments(job, evaluator))
-        done += _score_rest(job, evaluator, folder, done, processes or _cores(), progress)
-        rows = {(row.index, row.method): row for batch in done for row in batch.rows}
-        ordered = [rows[i, m] for i in evaluator.clips.indices for m in evaluator.methods]
-        result = Evaluation(
-            rows=ordered,
-            summary=summarise(ordered, evaluator.metrics),
-            timing=_timing(job, evaluator, done),
-        )
-        folder.write_scores(ordered, evaluator.metrics)
-        write_bytes(folder.summary, _to_json(result.summary))
-        write_bytes(folder.timing, _to_json(result.timing))
-        if page:
-            _write_page(folder.report, evaluator, result)
-        return result
-    finally:
-        lock.release()
-
-
-def summarise(rows: Sequence[Row], columns: Sequence[str]) -> dict[str, Any]:
-    """Sum up rows: the content of summary.json.
-
-    A metric's numbers are over the clips for which every method has a score, so that all are
-    compared on the same clips.
-
-    Args:
-        rows: of every clip and method.
-        columns: of the scores.
-    """
-    snrs = {row.clip: row.snr for row in rows}
-    methods = list(dict.fromkeys(row.method for row in rows))
-    tables: dict[str, dict[str, dict[str, float]]] = {
-        column: {method: {} for method in methods} for column in columns
-    }
-    for row in rows:
-        for column, value in row.values.items():
-            tables[column][row.method][row.clip] = value
-    return {
-        "clips": len(snrs),
-        "methods": methods,
-        "interval": f"{LEVEL:.0%} percentile bootstrap over clips, {RESAMPLES} resamples",
-        "bands": {
-            name: {
-                "clips": len(clips),
-                "columns": {
-                    column: _plain(compare_methods(table, clips, ours=OURS, noisy=NOISY))
-                    for column, table in tables.items()
-                },
-            }
-            for name, clips in group(snrs).items()
-        },
-        "undefined": [
-            {"clip": row.clip, "method": row.method, "metric": metric, "reason": reason}
-            for row in rows
-            for metric, reason in row.undefined.items()
-        ],
-    }
 
 
 class EvaluationFolder:
@@ -228,7 +94,7 @@ class EvaluationFolder:
             CheckpointError: the folder belongs to other arguments, or its files are damaged.
         """
         if not self.arguments.exists() and not self.journal.exists():
-            write_bytes(self.arguments, _to_json(arguments))
+            write_json(self.arguments, arguments)
         try:
             before = json.loads(self.arguments.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -310,159 +176,142 @@ def read_scores(path: str | Path) -> tuple[list[str], list[Row]]:
     return columns, rows
 
 
-def _score_rest(
-    job: Job,
-    evaluator: Evaluator,
-    folder: EvaluationFolder,
-    done: Sequence[Batch],
-    processes: int,
-    progress: bool,
-) -> list[Batch]:
-    """Score the clips that are not done yet; every batch is in the journal as soon as it is."""
-    known = {row.index for batch in done for row in batch.rows}
-    batches = evaluator.clips.batches(job.batch_size)
-    left = [batch for batch in batches if not known.issuperset(batch)]
-    total = len(evaluator.clips)
-    finished = total - sum(map(len, left))
-    new = []
-    with (
-        tqdm(
-            total=total, initial=finished, unit="clip", desc="evaluate", disable=not progress
-        ) as bar,
-        closing(_score_batches(job, evaluator, left, processes)) as scored,
-    ):
-        for batch in scored:
-            folder.append(batch)
-            new.append(batch)
-            bar.update(len(batch.rows) // len(evaluator.methods))
-    return new
+def summarise(rows: Sequence[Row], columns: Sequence[str]) -> dict[str, Any]:
+    """Sum up rows: the content of summary.json.
+
+    A metric's numbers are over the clips for which every method has a score, so that all are
+    compared on the same clips.
+
+    Args:
+        rows: of every clip and method.
+        columns: of the scores.
+    """
+    snrs = {row.clip: row.snr for row in rows}
+    methods = list(dict.fromkeys(row.method for row in rows))
+    tables: dict[str, dict[str, dict[str, float]]] = {
+        column: {method: {} for method in methods} for column in columns
+    }
+    for row in rows:
+        for column, value in row.values.items():
+            tables[column][row.method][row.clip] = value
+    return {
+        "clips": len(snrs),
+        "methods": methods,
+        "interval": f"{LEVEL:.0%} percentile bootstrap over clips, {RESAMPLES} resamples",
+        "bands": {
+            name: {
+                "clips": len(clips),
+                "columns": {
+                    column: _plain(compare_methods(table, clips, ours=OURS, noisy=NOISY))
+                    for column, table in tables.items()
+                },
+            }
+            for name, clips in group(snrs).items()
+        },
+        "undefined": [
+            {"clip": row.clip, "method": row.method, "metric": metric, "reason": reason}
+            for row in rows
+            for metric, reason in row.undefined.items()
+        ],
+    }
 
 
-def _score_batches(
-    job: Job, evaluator: Evaluator, batches: Sequence[list[int]], processes: int
-) -> Generator[Batch, None, None]:
-    """Yield batches as they are done, in any order.
+@dataclass(frozen=True)
+class Difference:
+    """How two evaluations differ in one metric on one band of clips."""
 
-    Several processes are fresh ones (spawn: a fork would copy torch's threads in whatever state
-    they are, which rules out tqdm's `process_map`), so a script that calls this needs
-    `if __name__ == "__main__":`.
+    column: str
+    band: str  # of input SNR; "all" for all clips
+    a: float | None  # mean over the clips for which both have a score
+    b: float | None
+    difference: Interval | None  # b - a, paired clip by clip
+    better: float  # share of clips for which b is above a
+    clips: int  # in the band, scored or not
+
+
+def compare_folders(
+    a: str | Path, b: str | Path, *, method: str = OURS, seed: int = 0
+) -> list[Difference]:
+    """Compare one method in two results folders, for every metric that both have.
+
+    Args:
+        a: results folder of `diffbuf evaluate`.
+        b: another, of the same clips.
+        method: noisy, a baseline or diffbuf.
+        seed: of the bootstrap.
 
     Raises:
-        CheckpointError: a process was killed, as the system does when memory runs out.
+        DataError: no such folder or method, no metric in common, or other clips; the message names
+            clips that differ.
     """
-    if processes == 1 or len(batches) < 2:
-        yield from (_score_batch(evaluator, batch) for batch in batches)
-        return
-    pool = ProcessPoolExecutor(
-        min(processes, len(batches)),
-        mp_context=get_context("spawn"),
-        initializer=_start_process,
-        initargs=(max(1, _cores() // processes),),
-    )
-    try:
-        futures = [pool.submit(_score_in_process, job, batch) for batch in batches]
-        for future in as_completed(futures):
-            yield future.result()
-    except BrokenProcessPool as error:
-        raise CheckpointError(
-            f"one of {processes} processes was killed, most likely for want of memory: the same "
-            "command goes on where it stopped; give it fewer --processes or a smaller --batch_size"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _score_batch(evaluator: Evaluator, indices: Sequence[int]) -> Batch:
-    evaluator.seconds.clear()
-    rows = [
-        Row(
-            index=clip.index,
-            clip=clip.name,
-            method=method,
-            snr=clip.snr,
-            seconds=round(len(clip.mix) / evaluator.clips.rate, 4),
-            checksum=clip.checksum,
-            values=scores.values,
-            undefined=scores.undefined,
+    (columns_a, rows_a), (columns_b, rows_b) = (_rows_of(path, method) for path in (a, b))
+    for one, other, path in ((rows_a, rows_b, b), (rows_b, rows_a, a)):
+        if alone := sorted(one.keys() - other.keys()):
+            raise DataError(f"{path} lacks {_some(alone)}: evaluate both on the same clips")
+    changed = [clip for clip, row in rows_a.items() if row.checksum != rows_b[clip].checksum]
+    if changed:
+        raise DataError(
+            f"{_some(changed)} are not the same sound in {a} and {b}: evaluate both on the same "
+            "data, with the same --seconds"
         )
-        for clip in evaluator.run(indices)
-        for method, scores in clip.scores.items()
-    ]
-    return Batch(rows, dict(evaluator.seconds))
+    columns = [column for column in columns_a if column in columns_b]
+    if not columns:
+        raise DataError(f"{a} and {b} have no metric in common: evaluate both with the same ones")
+    found = []
+    for column in columns:
+        for band, clips in group({clip: row.snr for clip, row in rows_a.items()}).items():
+            scores = [(rows_a[clip].values, rows_b[clip].values) for clip in clips]
+            pairs = [(x[column], y[column]) for x, y in scores if column in x and column in y]
+            found.append(_difference(column, band, pairs, len(clips), seed))
+    return found
 
 
-def _start_process(threads: int) -> None:
-    """Make a process ready; Ctrl-C is its parent's matter."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
+def render_differences(found: Sequence[Difference]) -> str:
+    """Return the differences as a table for a terminal."""
+    rows = [["", "input SNR", "a", "b", "b - a", "b above a", "clips"]]
+    for row in found:
+        shown, scored = ["-"] * 4, 0
+        if row.difference is not None:
+            scored = row.difference.clips
+            sign = "+" if row.difference.mean >= 0 else ""
+            means = [f"{row.a:.2f}", f"{row.b:.2f}"]
+            shown = [*means, f"{sign}{row.difference}", f"{row.better:.0%}"]
+        rows.append([label_of(row.column), row.band, *shown, f"{scored} of {row.clips}"])
+    return format_table(rows)
 
 
-def _score_in_process(job: Job, indices: list[int]) -> Batch:
-    return _score_batch(_evaluator_of(job), indices)
-
-
-@functools.cache
-def _evaluator_of(job: Job) -> Evaluator:
-    return job.evaluator()
-
-
-def _arguments(job: Job, evaluator: Evaluator) -> dict[str, Any]:
-    """Return all that the scores depend on. Where model and data lie does not matter."""
-    clips = evaluator.clips
-    listing = "\n".join(f"{n} {t}" for n, t in zip(clips.names, clips.lengths, strict=True))
-    return {
-        "model": f"with config and weights {fingerprint(evaluator.model)}",
-        "data": f"{len(clips)} clips ({hashlib.sha256(listing.encode()).hexdigest()[:16]})",
-        "dataset_type": job.dataset_type,
-        "metrics": evaluator.metrics,
-        "baselines": list(evaluator.baselines),
-        "seconds": job.seconds,
-        "limit": job.limit,
-        "delay": job.delay,
-        "seed": job.seed,
-    }
-
-
-def _timing(job: Job, evaluator: Evaluator, done: Sequence[Batch]) -> dict[str, Any]:
-    """Return real-time factors, latencies, and the seconds spent on each kind of work."""
-    spent: Counter[str] = Counter()
-    for batch in done:
-        spent.update(batch.seconds)  # type: ignore[arg-type]  # adds floats as well
-    audio = sum(evaluator.clips.lengths) / evaluator.clips.rate
-    methods = {
-        name: {"latency_ms": baseline.latency_ms, "real_time_factor": spent[name] / audio}
-        for name, baseline in evaluator.baselines.items()
-    }
-    live = latency_report(evaluator.model, job.delay, hops=30)
-    methods[OURS] = {"latency_ms": live.latency_ms, "real_time_factor": live.real_time_factor}
-    return {
-        "model": job.model,
-        "data": job.data_path,
-        "audio_seconds": audio,
-        "methods": methods,
-        "parameters": sum(p.numel() for p in evaluator.model.parameters()),
-        "seconds": dict(spent),
-    }
-
-
-def _write_page(path: Path, evaluator: Evaluator, found: Evaluation) -> None:
-    """Write report.html, with the clips of the largest, the median and the smallest gain."""
-    column = evaluator.metrics[0]
-    noisy, ours = (
-        {
-            row.index: row.values[column]
-            for row in found.rows
-            if row.method == method and column in row.values
-        }
-        for method in (NOISY, OURS)
+def _difference(
+    column: str, band: str, pairs: Sequence[tuple[float, float]], clips: int, seed: int
+) -> Difference:
+    count = max(len(pairs), 1)
+    return Difference(
+        column=column,
+        band=band,
+        a=sum(one for one, _ in pairs) / count if pairs else None,
+        b=sum(other for _, other in pairs) / count if pairs else None,
+        difference=bootstrap((other - one for one, other in pairs), seed=seed),
+        better=sum(other > one for one, other in pairs) / count,
+        clips=clips,
     )
-    gains = sorted((ours[index] - noisy[index], index) for index in ours.keys() & noisy.keys())
-    places = {"Worst": 0, "Median": (len(gains) - 1) // 2, "Best": len(gains) - 1}
-    chosen = {gains[place][1]: (what, gains[place][0]) for what, place in places.items() if gains}
-    headings = [f"{what}: {gain:+.2f} gain in {label_of(column)}" for what, gain in chosen.values()]
-    clips = evaluator.run(list(chosen)) if chosen else []
-    shown = list(zip(headings, clips, strict=True))[::-1]
-    write_page(path, shown, found.summary, found.timing, evaluator.model.cfg.audio)
+
+
+def _rows_of(path: str | Path, method: str) -> tuple[list[str], dict[str, Row]]:
+    columns, rows = read_scores(path)
+    chosen = {row.clip: row for row in rows if row.method == method}
+    if not chosen:
+        known = ", ".join(dict.fromkeys(row.method for row in rows))
+        raise DataError(f"{path} has no method {method!r}: it has {known}")
+    return columns, chosen
+
+
+def _some(clips: Sequence[str]) -> str:
+    more = f" and {len(clips) - _NAMED} more" if len(clips) > _NAMED else ""
+    return f"{', '.join(clips[:_NAMED])}{more}"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON that people can read, equal for equal values."""
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def _plain(table: dict[str, Any]) -> dict[str, Any]:
@@ -472,12 +321,3 @@ def _plain(table: dict[str, Any]) -> dict[str, Any]:
         for method, found in table["methods"].items()
     }
     return {"clips": table["clips"], "methods": methods}
-
-
-def _to_json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def _cores() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -25,7 +25,7 @@ from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.evaluation.baselines import NOISY
 from diffbuf_lib.evaluation.evaluate import OURS
 from diffbuf_lib.evaluation.page import Mark, cell, draw_panels
-from diffbuf_lib.evaluation.results import Evaluation, Job, evaluate_folder
+from diffbuf_lib.evaluation.runner import Evaluation, Job, evaluate_folder
 from diffbuf_lib.evaluation.scores import label_of
 from diffbuf_lib.model import load_model
 from diffbuf_lib.trace import format_table
@@ -98,19 +98,14 @@ def run_sweep(
         DiffbufError: as in `evaluate_folder`; or a value that a model cannot have.
     """
     results_path = Path(results_path)
-    settings = [found for model in models for found in _settings(model, vary, values)]
+    settings = [found for model in models for found in _settings(model, job, vary, values)]
     points = []
     for number, setting in enumerate(settings, 1):
         say(f"{number}/{len(settings)}  {setting.name}")
-        one = replace(
-            job,
-            model=setting.model,
-            delay=setting.delay,
-            overrides=setting.overrides,
-            baselines=(NOISY,),
-        )
         folder = results_path / "points" / setting.name
-        found = evaluate_folder(one, folder, processes=processes, page=False, progress=progress)
+        found = evaluate_folder(
+            setting.job, folder, processes=processes, page=False, progress=progress
+        )
         points.append(_point(setting, found))
     write_bytes(results_path / "sweep.csv", _to_csv(points).encode())
     write_bytes(results_path / "sweep.png", figures.to_png(draw_sweep(points)))
@@ -170,25 +165,24 @@ def _to_csv(points: Sequence[Point]) -> str:
 
 @dataclass(frozen=True)
 class _Setting:
-    """One evaluation of a sweep; `name` is that of its folder."""
+    """One evaluation of a sweep."""
 
-    name: str
-    model: str
+    name: str  # of its folder
     varied: str
-    cfg: Config
-    overrides: tuple[str, ...] = ()
-    delay: int | None = None
+    cfg: Config  # with what is varied
+    job: Job
 
 
-def _settings(model: str, vary: Vary, values: Sequence[float]) -> Iterator[_Setting]:
+def _settings(model: str, job: Job, vary: Vary, values: Sequence[float]) -> Iterator[_Setting]:
     """Yield what is to be evaluated of one model; refuses what it cannot do before any work."""
     loaded = load_model(model, "cpu")
     cfg, B = loaded.cfg, loaded.cfg.diffusion_buffer.buffer_size
+    job = replace(job, model=model, delay=None, overrides=(), baselines=())
+    slug = re.sub(r"[^\w.-]+", "_", model).strip("_.")
     if vary == "auto":
         vary = "delay" if loaded.predicts_data else "buffer_size"
-    slug = re.sub(r"[^\w.-]+", "_", model).strip("_.")
     if vary == "none":
-        yield _Setting(f"{slug}-as-trained", model, vary, cfg)
+        yield _Setting(f"{slug}-as-trained", vary, cfg, job)
         return
     most = min(cfg.num_frames, cfg.audio.num_frames)
     defaults: dict[str, Sequence[float]] = {
@@ -202,33 +196,30 @@ def _settings(model: str, vary: Vary, values: Sequence[float]) -> Iterator[_Sett
             raise ConfigError(f"{vary} {value} is no number of frames: give whole --values")
         if vary == "delay":
             loaded.sampler(int(value))  # refuses what the model cannot have
-            yield _Setting(name, model, vary, cfg, delay=int(value))
+            yield _Setting(name, vary, cfg, replace(job, delay=int(value)))
         else:
-            shown = value if vary == "t_max" else int(value)
-            override = f"diffusion_buffer.{vary}={shown}"
-            yield _Setting(name, model, vary, cfg.override(override), (override,))
+            override = f"diffusion_buffer.{vary}={value if vary == 't_max' else int(value)}"
+            varied = cfg.override(override)
+            yield _Setting(name, vary, varied, replace(job, overrides=(override,)))
 
 
 def _point(setting: _Setting, found: Evaluation) -> Point:
-    buffer = setting.cfg.diffusion_buffer
-    speed = found.timing["methods"][OURS]
+    buffer, speed = setting.cfg.diffusion_buffer, found.timing["methods"][OURS]
+    scores = {}
+    for column, table in found.summary["bands"]["all"]["columns"].items():
+        ours, noisy = table["methods"][OURS], table["methods"][NOISY]["mean"]
+        scores[column] = {
+            "mean": ours["mean"], "gain": ours["gain"], "noisy": noisy, "clips": table["clips"]
+        }  # fmt: skip
     return Point(
-        model=setting.model,
+        model=setting.job.model,
         loss=setting.cfg.training.loss,
         parameters=found.timing["parameters"],
         varied=setting.varied,
         buffer_size=buffer.buffer_size,
-        delay=setting.delay or buffer.buffer_size,
+        delay=setting.job.delay or buffer.buffer_size,
         t_max=buffer.t_max,
         latency_ms=speed["latency_ms"],
         real_time_factor=speed["real_time_factor"],
-        scores={
-            column: {
-                "mean": table["methods"][OURS]["mean"],
-                "gain": table["methods"][OURS]["gain"],
-                "noisy": table["methods"][NOISY]["mean"],
-                "clips": table["clips"],
-            }
-            for column, table in found.summary["bands"]["all"]["columns"].items()
-        },
+        scores=scores,
     )
