@@ -42,12 +42,9 @@ def run_demo(
     Args:
         cfg: what to train; `configs/demo.yaml` takes a few minutes on two CPU cores.
         data_path: where the demo set is, or will be made.
-        results_path: the run's folder; report.html and audio/ are put there too.
+        results_path: the run's folder; report.html, whose path is returned, and audio/ go there.
         say: told in one line what comes next.
         progress: show progress bars on stderr.
-
-    Returns:
-        The report's path.
 
     Raises:
         DiffbufError: as in `build_demo`, `train` and `evaluate`.
@@ -65,9 +62,8 @@ def run_demo(
 
     say("3/4  enhancing the test clips, which were in nobody's training")
     rate, audio = cfg.audio.sample_rate, results_path / "audio"
-    test_set = DNLMDataset(
-        data_path / "test", TEST_SECONDS * rate, sample_rate=rate, training=False
-    )
+    test = data_path / "test"
+    test_set = DNLMDataset(test, TEST_SECONDS * rate, sample_rate=rate, training=False)
     small, model = load_model(folder.model, "cpu"), load_model(DEFAULT_MODEL, "cpu")
     trained, clips = (list(evaluate(m, test_set, METRICS)) for m in (small, model))
     audio.mkdir(exist_ok=True)
@@ -77,12 +73,9 @@ def run_demo(
             write_audio(audio / f"{i}_{name}.wav", wave[None], rate, subtype="FLOAT")
 
     say("4/4  report")
-    report, stft, hops = (
-        results_path / "report.html",
-        model.cfg.audio.stft,
-        model.sampler().delay - 1,
-    )
+    stft, hops = model.cfg.audio.stft, model.sampler().delay - 1
     (own_gain,) = summary(trained, ["si_sdr"])
+    report = results_path / "report.html"
     facts = {
         "name": DEFAULT_MODEL,
         "parameters": sum(p.numel() for p in model.parameters()),

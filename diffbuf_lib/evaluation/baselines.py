@@ -37,12 +37,11 @@ class Baseline(Protocol):
 
 
 class SpectralGate:
-    """Spectral gating by the package noisereduce, at the clip's own rate, with its defaults.
+    """Spectral gating by the package noisereduce, with its defaults; not online.
 
-    It sees the whole clip, so it has no latency to speak of: it is not online. `noisereduce` takes
-    one noise spectrum from the whole clip. On drones, whose spectrum changes slowly, that was
-    better in SI-SDR up to 0 dB than a floor that follows the signal (`noisereduce_nonstationary`),
-    by 0.4 to 2.3 dB, and worse at 5 dB by 0.8; in ESTOI the two were within 0.03.
+    On drones, whose spectrum changes slowly, one noise spectrum a clip was better in SI-SDR up to
+    0 dB than a floor that follows the signal (`noisereduce_nonstationary`), by 0.4 to 2.3 dB, and
+    worse at 5 dB by 0.8; in ESTOI the two were within 0.03.
 
     Args:
         stationary: one noise spectrum a clip; else a floor that follows.
@@ -130,8 +129,9 @@ def make_baselines(names: Sequence[str]) -> dict[str, Baseline]:
         ConfigError: an unknown name.
         MissingExtraError: its package is missing; the message has the command that installs it.
     """
-    wanted = {BASELINES[name].name for name in names if name != NOISY}
-    return {entry.name: entry.load()() for entry in BASELINES if entry.name in wanted}
+    chosen = {name: BASELINES[name] for name in names if name != NOISY}
+    order = BASELINES.names()
+    return {name: chosen[name].load()() for name in sorted(chosen, key=order.index)}
 
 
 def _import(package: str, baseline: str) -> Any:

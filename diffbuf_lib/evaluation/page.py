@@ -57,8 +57,7 @@ def write_page(
         audio: of the model, for rate and spectrograms.
     """
     columns = list(found["bands"]["all"]["columns"])
-    several = len(found["bands"]) > 1
-    notes = (
+    note = (
         f"{found['clips']} clips of {timing['data']}, {timing['audio_seconds']:.0f} s in all; "
         f"{timing['parameters']:,} parameters. In brackets: {found['interval']}. A metric's "
         "numbers are over the clips for which every method has a score."
@@ -67,11 +66,11 @@ def write_page(
         path,
         "evaluation",
         title=f"Evaluation of {timing['model']}",
-        notes=[notes],
+        notes=[note],
         clips=[_shown(heading, clip, columns, audio) for heading, clip in clips],
         means=means_table(found),
         gains=[gains_table(found, column) for column in columns],
-        picture=_png(draw_gains(found, columns[:_PANELS])) if several else None,
+        picture=_png(draw_gains(found, columns[:_PANELS])) if len(found["bands"]) > 1 else None,
         undefined=_undefined_table(found),
         speed=_speed_table(timing),
         work=_work_table(timing),
@@ -94,10 +93,10 @@ def write_report(
         path: of the page.
         cfg: the run's config.
         history: the lines of its history.jsonl.
-        clips: enhanced clips to show and to average.
+        clips: to show and to average.
         metrics: that they were scored by.
-        title: heading of the page.
-        notes: paragraphs below the heading.
+        title: of the page.
+        notes: paragraphs below the title.
     """
     means = [["mean over the clips below", "noisy", "enhanced", "gain", "clips scored"]]
     for row in summary(clips, metrics):
@@ -180,19 +179,10 @@ def draw_panels(panels: Mapping[str, Mapping[str, Sequence[Mark]]], xlabel: str)
     for axes, (column, curves) in zip(every, panels.items(), strict=True):
         for index, (name, marks) in enumerate(curves.items()):
             means = [mark.interval["mean"] for mark in marks]
-            # A single clip has no bar, and by rounding a mean can lie outside its interval.
-            ends = [(mark.interval["low"], mark.interval["high"]) for mark in marks]
-            known = [
-                (m, m) if low is None else (low, high)
-                for m, (low, high) in zip(means, ends, strict=True)
-            ]
-            bars = [
-                [max(0.0, mean - low) for mean, (low, _) in zip(means, known, strict=True)],
-                [max(0.0, high - mean) for mean, (_, high) in zip(means, known, strict=True)],
-            ]
+            bars = list(zip(*(_bar(mark.interval) for mark in marks), strict=True))
             axes.errorbar(
-                [mark.x for mark in marks], means, yerr=bars, label=name, color=f"C{index}",
-                marker="o", markersize=4, capsize=3, linewidth=1.2,
+                [mark.x for mark in marks], means, yerr=bars or None, label=name,
+                color=f"C{index}", marker="o", markersize=4, capsize=3, linewidth=1.2,
             )  # fmt: skip
             for mark, mean in zip(marks, means, strict=True):
                 axes.annotate(
@@ -208,6 +198,14 @@ def draw_panels(panels: Mapping[str, Mapping[str, Sequence[Mark]]], xlabel: str)
             handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8
         )
     return figure
+
+
+def _bar(interval: Mapping[str, Any]) -> tuple[float, float]:
+    """Return how far a bar reaches down and up: nowhere for a single clip."""
+    mean, low, high = interval["mean"], interval["low"], interval["high"]
+    if low is None:
+        return 0.0, 0.0
+    return max(0.0, mean - low), max(0.0, high - mean)  # by rounding, the mean can lie outside
 
 
 def draw_gains(found: Mapping[str, Any], columns: Sequence[str]) -> Figure:

@@ -66,11 +66,7 @@ class Batch:
 
 
 class EvaluationFolder:
-    """The files of one evaluation.
-
-    Args:
-        path: the folder; made when it is opened.
-    """
+    """The files of one evaluation."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -82,13 +78,7 @@ class EvaluationFolder:
         self.report = self.path / "report.html"
 
     def open(self, arguments: dict[str, Any]) -> list[Batch]:
-        """Begin, or go on with what the same arguments have left.
-
-        Args:
-            arguments: all that the scores depend on, as JSON has it.
-
-        Returns:
-            The batches that are done.
+        """Begin, or go on: return the batches that are done with the same arguments.
 
         Raises:
             CheckpointError: the folder belongs to other arguments, or its files are damaged.
@@ -139,10 +129,7 @@ class EvaluationFolder:
 
 
 def read_scores(path: str | Path) -> tuple[list[str], list[Row]]:
-    """Read the scores.csv of a results folder.
-
-    Returns:
-        Its columns of scores, and its rows, numbered as they stand in the file.
+    """Return the columns of scores, and the rows, of a results folder's scores.csv.
 
     Raises:
         DataError: there is none, or it is no such file.
@@ -181,10 +168,6 @@ def summarise(rows: Sequence[Row], columns: Sequence[str]) -> dict[str, Any]:
 
     A metric's numbers are over the clips for which every method has a score, so that all are
     compared on the same clips.
-
-    Args:
-        rows: of every clip and method.
-        columns: of the scores.
     """
     snrs = {row.clip: row.snr for row in rows}
     methods = list(dict.fromkeys(row.method for row in rows))

@@ -78,8 +78,7 @@ def evaluate_folder(
 ) -> Evaluation:
     """Evaluate, and write everything into a results folder; go on if it was begun before.
 
-    The scores do not depend on the number of processes, but for float rounding far below the four
-    decimals that are kept.
+    The scores, to the four decimals that are kept, do not depend on the number of processes.
 
     Args:
         job: what is to be evaluated.
@@ -230,7 +229,7 @@ def _timing(job: Job, evaluator: Evaluator, done: Sequence[Batch]) -> dict[str, 
     """Return real-time factors, latencies, and the seconds spent on each kind of work."""
     spent: Counter[str] = Counter()
     for batch in done:
-        spent.update(batch.seconds)  # type: ignore[arg-type]  # adds floats as well
+        spent.update(batch.seconds)
     audio = sum(evaluator.clips.lengths) / evaluator.clips.rate
     methods = {
         name: {"latency_ms": baseline.latency_ms, "real_time_factor": spent[name] / audio}

@@ -86,12 +86,12 @@ def run_sweep(
 
     Args:
         models: folders, runs or names.
-        job: everything but model, delay and overrides.
+        job: everything but model, delay, overrides and baselines.
         results_path: folder for all that is written.
         vary: what; auto is delay for data prediction and buffer_size for scores.
         values: to try; empty for those of the papers that fit the model.
-        processes: how many work side by side.
-        progress: show progress bars on stderr.
+        processes: as in `evaluate_folder`.
+        progress: as in `evaluate_folder`.
         say: told in a line what comes next.
 
     Raises:
