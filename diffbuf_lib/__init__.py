@@ -1,10 +1,20 @@
-"""diffbuf: a workbench for the Diffusion Buffer, online diffusion-based speech enhancement."""
+"""diffbuf: a workbench for the Diffusion Buffer, online diffusion-based speech enhancement.
 
-from diffbuf_lib.config import Config, load_config
-from diffbuf_lib.data import DNLMDataset
-from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.streaming import OnlineEnhancer
-from diffbuf_lib.trace import Trace
+Public names are imported when they are first asked for, so that `import diffbuf_lib`, and with it
+every `diffbuf ... --help`, runs without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffbuf_lib.config import Config, load_config
+    from diffbuf_lib.data import DNLMDataset
+    from diffbuf_lib.model import DiffusionBufferModel
+    from diffbuf_lib.streaming import OnlineEnhancer
+    from diffbuf_lib.trace import Trace
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,3 +26,23 @@ __all__ = [
     "__version__",
     "load_config",
 ]
+_HOMES = {
+    "Config": "config",
+    "DNLMDataset": "data",
+    "DiffusionBufferModel": "model",
+    "OnlineEnhancer": "streaming",
+    "Trace": "trace",
+    "load_config": "config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

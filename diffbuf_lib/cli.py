@@ -1,59 +1,35 @@
-"""The command line: `diffbuf train|enhance|stream|evaluate|doctor|replay|...`, and train.py."""
+"""How `diffbuf ...` and `python train.py ...` are run; the commands stand in `commands`.
+
+Nothing heavier than pydantic is imported before a command is understood: help and a wrong flag
+come at once.
+"""
 
 from __future__ import annotations
 
+import difflib
 import faulthandler
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import tyro
 
-from diffbuf_lib.commands.audio import (
-    demo_command,
-    demo_model_command,
-    enhance_command,
-    stream_command,
-)
-from diffbuf_lib.commands.data import DATA_COMMANDS, config_command, data_command
-from diffbuf_lib.commands.evaluation import compare_command, evaluate_command, sweep_command
-from diffbuf_lib.commands.training import doctor_command, replay_command, train_command
-from diffbuf_lib.errors import DiffbufError
+from diffbuf_lib.commands import COMMANDS, Train
+from diffbuf_lib.errors import ConfigError, DiffbufError
+
+Command = TypeVar("Command")
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run `diffbuf ...`."""
-    data = tyro.extras.SubcommandApp()
-    for name, function in DATA_COMMANDS.items():
-        data.command(name=name)(function)
-    commands: dict[str, Callable[..., None]] = {
-        "doctor": doctor_command,
-        "train": train_command,
-        "replay": replay_command,
-        "enhance": enhance_command,
-        "stream": stream_command,
-        "evaluate": evaluate_command,
-        "compare": compare_command,
-        "sweep": sweep_command,
-        "demo": demo_command,
-        "demo-model": demo_model_command,
-        "config": config_command,
-    }
-    argv = list(sys.argv[1:] if args is None else args)
-    if argv[:1] == ["data"] and argv[1:]:
-        run(lambda: data.cli(args=argv[1:], prog="diffbuf data", use_underscores=True))
-        return
-    app = tyro.extras.SubcommandApp()
-    for name, function in commands.items():
-        app.command(name=name)(function)
-    app.command(name="data")(data_command)
-    run(lambda: app.cli(args=argv, prog="diffbuf", use_underscores=True))
+    given = list(sys.argv[1:] if args is None else args)
+    run(lambda: _dispatch(given))
 
 
 def train_main() -> None:
     """Run `python train.py ...`."""
-    run(lambda: tyro.cli(train_command, prog="train.py", use_underscores=True))
+    run(lambda: parse(Train, sys.argv[1:], "train.py")())
 
 
 def run(command: Callable[[], Any]) -> None:
@@ -70,6 +46,54 @@ def run(command: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
+
+
+def parse(command: type[Command], args: Sequence[str], prog: str) -> Command:
+    """Read the flags of a command without running it.
+
+    Args:
+        command: a class of `commands`.
+        args: what follows its name. `--set a=1 b=2` is read as `--set a=1 --set b=2`.
+        prog: what usage and errors call it.
+
+    Raises:
+        SystemExit: --help (status 0) or a wrong flag (status 2), after printing.
+    """
+    spread: list[str] = []
+    setting = False
+    for part in args:
+        if part.startswith("-"):
+            setting = part == "--set" or part.startswith("--set=")
+        elif setting and "=" in part and spread[-1] != "--set":
+            spread.append("--set")
+        spread.append(part)
+    return tyro.cli(command, args=spread, prog=prog, use_underscores=True)
+
+
+def _dispatch(args: list[str]) -> None:
+    """Find the command that `args` begin with, and run it."""
+    words = 2 if args[:1] == ["data"] else 1  # `diffbuf data build`
+    name = " ".join(args[:words]).replace("_", "-")
+    if name in COMMANDS:
+        parse(COMMANDS[name], args[words:], f"diffbuf {name}")()
+        return
+    known = [known for known in COMMANDS if words == 1 or known.startswith("data ")]
+    if {"-h", "--help"} & set(args[:words]):
+        print(_overview(known))
+        return
+    if name in ("", "data"):
+        raise ConfigError(f"give a command: diffbuf {', diffbuf '.join(known)}")
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(known)}"
+    raise ConfigError(f"command {name!r} is unknown: {hint}")
+
+
+def _overview(known: Sequence[str]) -> str:
+    lines = ["usage: diffbuf COMMAND ...; diffbuf COMMAND --help describes its flags", ""]
+    for name in known:
+        first, *_ = (COMMANDS[name].__doc__ or "").splitlines()
+        lines.append(f"  {name:14}  {first}")
+    return "\n".join(lines)
 
 
 def _show_warning(

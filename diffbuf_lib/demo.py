@@ -36,8 +36,7 @@ def run_demo(
 ) -> Path:
     """Build the demo set, train a little, let the bundled model enhance held-out clips, report.
 
-    What is there already is kept: the set is not built again, and a run that was interrupted goes
-    on where it stopped.
+    What is there already is kept, and a run that was interrupted goes on where it stopped.
 
     Args:
         cfg: what to train; `configs/demo.yaml` takes a few minutes on two CPU cores.
@@ -53,7 +52,6 @@ def run_demo(
     build_demo(data_path, progress=progress)
     train_set = open_dataset(1, data_path / "train", cfg, training=True)
     valid_set = open_dataset(1, data_path / "valid", cfg, training=False)
-
     folder = ResultsFolder(results_path)
     resume = folder.last.exists()
     say(f"2/4  training on {len(train_set)} clips: {results_path}")
@@ -62,10 +60,9 @@ def run_demo(
 
     say("3/4  enhancing the test clips, which were in nobody's training")
     rate, audio = cfg.audio.sample_rate, results_path / "audio"
-    test = data_path / "test"
-    test_set = DNLMDataset(test, TEST_SECONDS * rate, sample_rate=rate, training=False)
+    tests = DNLMDataset(data_path / "test", TEST_SECONDS * rate, sample_rate=rate, training=False)
     small, model = load_model(folder.model, "cpu"), load_model(DEFAULT_MODEL, "cpu")
-    trained, clips = (list(evaluate(m, test_set, METRICS)) for m in (small, model))
+    trained, clips = (list(evaluate(m, tests, METRICS)) for m in (small, model))
     audio.mkdir(exist_ok=True)
     for i, (clip, own) in enumerate(zip(clips, trained, strict=True)):
         waves = {"mix": clip.mix, "target": clip.target, "estimate": clip.estimate}

@@ -1,19 +1,192 @@
-"""Run a stream at its own pace, and say honestly whether this machine keeps up."""
+"""A live stream: from file, pipe or microphone, hop by hop, to file, pipe or headphones.
+
+On the way it is measured whether this machine keeps up.
+"""
 
 from __future__ import annotations
 
-import statistics
+import sys
 import time
-from collections.abc import Callable, Generator, Iterable
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
+import soundfile
 import torch
 from torch import Tensor
 
+from diffbuf_lib.data.files import read_info
+from diffbuf_lib.errors import ConfigError, DataError, MissingExtraError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.streaming import OnlineEnhancer
+
+PIPE = Path("-")
+
+
+def stream_path(
+    enhancer: OnlineEnhancer, source: Path, output: Path, *, realtime: bool = False
+) -> LiveReport:
+    """Enhance a file or pipe, hop by hop.
+
+    Args:
+        enhancer: of one stream.
+        source: a file of the model's sample rate, its channels averaged to mono; `-` for raw
+            s16le mono PCM of that rate on stdin.
+        output: .wav, written as 32-bit float, or .flac; `-` for raw s16le on stdout.
+        realtime: feed a file at its own pace. A pipe sets its own.
+
+    Raises:
+        DataError: a file that cannot be read or written, or of another sample rate.
+    """
+    cfg = enhancer.model.cfg.audio
+    hop = cfg.stft.hop_length
+    with ExitStack() as opened:
+        if source == PIPE:
+            hops = read_pcm(sys.stdin.buffer, hop)
+        else:
+            if (rate := read_info(source).sample_rate) != cfg.sample_rate:
+                raise DataError(
+                    f"{source} is at {rate} Hz and the model at {cfg.sample_rate} Hz: a live "
+                    "stream is not resampled; diffbuf enhance takes any rate"
+                )
+            hops = _file_hops(opened.enter_context(soundfile.SoundFile(source)), hop)
+        sink: Callable[[Tensor], object]
+        if output == PIPE:
+            sink = lambda samples: write_pcm(sys.stdout.buffer, samples)  # noqa: E731
+        else:
+            file = opened.enter_context(_opened(output, cfg.sample_rate))
+            sink = lambda samples: file.write(samples.numpy())  # noqa: E731
+        return run_live(enhancer, hops, sink, realtime=realtime and source != PIPE)
+
+
+def run_microphone(enhancer: OnlineEnhancer) -> LiveReport:
+    """Enhance the microphone until Ctrl-C, and play it: wear headphones, or it feeds back.
+
+    Hops that the sound card lost because they were not fetched in time count as missed.
+
+    Args:
+        enhancer: of one stream.
+
+    Raises:
+        MissingExtraError: the sounddevice package is not installed.
+        ConfigError: no sound card, or one that does not take the model's rate.
+    """
+    try:
+        sounddevice: Any = import_module("sounddevice")
+    except (ImportError, OSError) as error:  # OSError: the package without PortAudio
+        raise MissingExtraError(
+            f"--device mic needs the sounddevice package ({error}): pip install 'diffbuf[mic]', "
+            "and on Linux apt install libportaudio2"
+        ) from None
+    cfg = enhancer.model.cfg.audio
+    hop = cfg.stft.hop_length
+    lost = 0
+
+    def recorded(card: Any) -> Iterator[Tensor]:
+        nonlocal lost
+        while True:
+            block, overflowed = card.read(hop)
+            lost += overflowed
+            yield torch.from_numpy(block[:, 0].copy())
+
+    try:
+        with sounddevice.Stream(
+            samplerate=cfg.sample_rate, blocksize=hop, channels=1, dtype="float32"
+        ) as card:
+            report = run_live(
+                enhancer, recorded(card), lambda out: card.write(out.unsqueeze(1).numpy())
+            )
+    except sounddevice.PortAudioError as error:
+        raise ConfigError(f"--device mic: the sound card is unusable: {error}") from error
+    return replace(report, missed=report.missed + lost)
+
+
+def run_live(
+    enhancer: OnlineEnhancer,
+    hops: Iterable[Tensor],
+    sink: Callable[[Tensor], object],
+    *,
+    realtime: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], object] = time.sleep,
+) -> LiveReport:
+    """Feed a stream hop by hop, and measure. Ctrl-C ends it as the end of the input does.
+
+    Args:
+        enhancer: of one stream.
+        hops: [T] each, hop_length samples; the last may be shorter.
+        sink: is given what comes out, [T'], the end of the stream included.
+        realtime: wait for each hop; not for sources that set the pace themselves.
+        clock: seconds, rising.
+        sleep: waits for that many seconds.
+    """
+    times, missed = [], 0
+    with suppress(KeyboardInterrupt):
+        for hop in live_hops(enhancer, hops, realtime=realtime, clock=clock, sleep=sleep):
+            sink(hop.ready)
+            times.append(hop.milliseconds)
+            missed += hop.late
+    sink(enhancer.flush())
+    return make_report(enhancer, times, missed, realtime)
+
+
+def live_hops(
+    enhancer: OnlineEnhancer,
+    hops: Iterable[Tensor],
+    *,
+    realtime: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], object] = time.sleep,
+) -> Generator[LiveHop, None, None]:
+    """Feed a stream hop by hop; arguments as in `run_live`. The end is the caller's to flush.
+
+    With `realtime`, hop i is pushed when its last sample would have arrived, i + 1 hops after the
+    start, and is late if it is not ready one hop later. Without, a hop is late if it took longer
+    than it lasts. Late hops are counted and still put out.
+    """
+    cfg = enhancer.model.cfg.audio
+    hop_seconds = cfg.stft.hop_length / cfg.sample_rate
+    start = clock()
+    for index, hop in enumerate(hops):
+        arrival = start + (index + 1) * hop_seconds
+        if realtime and (wait := arrival - clock()) > 0:
+            sleep(wait)
+        begun = clock()
+        ready = enhancer.push(hop)
+        ended = clock()
+        late = ended > (arrival if realtime else begun) + hop_seconds
+        yield LiveHop(ready, 1e3 * (ended - begun), late)
+
+
+class LiveHop(NamedTuple):
+    """What became of one hop.
+
+    Attributes:
+        ready: [T'] samples that came out.
+        milliseconds: that it took.
+        late: whether it was not ready when the next one was due.
+    """
+
+    ready: Tensor
+    milliseconds: float
+    late: bool
+
+
+def make_report(
+    enhancer: OnlineEnhancer, times: Iterable[float], missed: int, realtime: bool
+) -> LiveReport:
+    """Sum up a stream: milliseconds of its hops, and how many were late."""
+    cfg = enhancer.model.cfg.audio
+    return LiveReport(
+        hop_ms=1e3 * cfg.stft.hop_length / cfg.sample_rate,
+        frame_ms=tuple(times),
+        missed=missed,
+        latency_ms=1e3 * enhancer.latency_samples / cfg.sample_rate,
+        realtime=realtime,
+    )
 
 
 @dataclass(frozen=True)
@@ -59,118 +232,16 @@ class LiveReport:
 
 
 @dataclass(frozen=True)
-class LatencyReport:
+class LatencyReport(LiveReport):
     """What a stream of one model costs on this machine.
 
     Attributes:
-        latency_samples: samples to be pushed before the first one comes out.
-        latency_ms: the same in ms.
-        hop_ms: duration of one hop, ms.
-        frame_ms: median time of a hop, ms.
-        fastest_ms: shortest time of a hop, ms; what a quiet machine would need.
         state_bytes: memory of one stream.
         weight_bytes: memory of the model, shared by all streams.
-        threads: torch's threads.
     """
 
-    latency_samples: int
-    latency_ms: float
-    hop_ms: float
-    frame_ms: float
-    fastest_ms: float
     state_bytes: int
     weight_bytes: int
-    threads: int
-
-    @property
-    def real_time_factor(self) -> float:
-        """Median time of a hop over its duration."""
-        return self.frame_ms / self.hop_ms
-
-
-class LiveHop(NamedTuple):
-    """What became of one hop.
-
-    Attributes:
-        ready: [T'] samples that came out.
-        milliseconds: that it took.
-        late: whether it was not ready when the next one was due.
-    """
-
-    ready: Tensor
-    milliseconds: float
-    late: bool
-
-
-def live_hops(
-    enhancer: OnlineEnhancer,
-    hops: Iterable[Tensor],
-    *,
-    realtime: bool = False,
-    clock: Callable[[], float] = time.perf_counter,
-    sleep: Callable[[float], object] = time.sleep,
-) -> Generator[LiveHop, None, None]:
-    """Feed a stream hop by hop; arguments as in `run_live`. The end is the caller's to flush."""
-    cfg = enhancer.model.cfg.audio
-    hop_seconds = cfg.stft.hop_length / cfg.sample_rate
-    start = clock()
-    for index, hop in enumerate(hops):
-        arrival = start + (index + 1) * hop_seconds
-        if realtime and (wait := arrival - clock()) > 0:
-            sleep(wait)
-        begun = clock()
-        ready = enhancer.push(hop)
-        ended = clock()
-        late = ended > (arrival if realtime else begun) + hop_seconds
-        yield LiveHop(ready, 1e3 * (ended - begun), late)
-
-
-def make_report(
-    enhancer: OnlineEnhancer, times: Iterable[float], missed: int, realtime: bool
-) -> LiveReport:
-    """Sum up a stream: milliseconds of its hops, and how many were late."""
-    cfg = enhancer.model.cfg.audio
-    return LiveReport(
-        hop_ms=1e3 * cfg.stft.hop_length / cfg.sample_rate,
-        frame_ms=tuple(times),
-        missed=missed,
-        latency_ms=1e3 * enhancer.latency_samples / cfg.sample_rate,
-        realtime=realtime,
-    )
-
-
-def run_live(
-    enhancer: OnlineEnhancer,
-    hops: Iterable[Tensor],
-    sink: Callable[[Tensor], object],
-    *,
-    realtime: bool = False,
-    clock: Callable[[], float] = time.perf_counter,
-    sleep: Callable[[float], object] = time.sleep,
-) -> LiveReport:
-    """Feed a stream hop by hop, and measure.
-
-    With `realtime`, hop i is pushed when its last sample would have arrived, i + 1 hops after the
-    start, and is late if it is not ready one hop later. Without, a hop is late if it took longer
-    than it lasts. Late hops are counted and still put out. Ctrl-C ends the stream as the end of
-    the input does.
-
-    Args:
-        enhancer: of one stream.
-        hops: [T] each, hop_length samples; the last may be shorter.
-        sink: is given what comes out, [T'], the end of the stream included.
-        realtime: wait for each hop; not for sources that set the pace themselves.
-        clock: seconds, rising.
-        sleep: waits for that many seconds.
-    """
-    times, missed = [], 0
-    with suppress(KeyboardInterrupt):
-        for hop in live_hops(enhancer, hops, realtime=realtime, clock=clock, sleep=sleep):
-            sink(hop.ready)
-            times.append(hop.milliseconds)
-            missed += hop.late
-    sink(enhancer.flush())
-    return make_report(enhancer, times, missed, realtime)
 
 
 def latency_report(
@@ -183,23 +254,56 @@ def latency_report(
         delay: d, 1 to B frames, of a data-prediction model; None for B.
         hops: how many are timed, after B that are not.
     """
-    cfg = model.cfg.audio
     enhancer = OnlineEnhancer(model, delay=delay)
     warm = model.cfg.diffusion_buffer.buffer_size
-    noise = torch.randn(
-        warm + hops, cfg.stft.hop_length, generator=torch.Generator().manual_seed(0)
-    )
-    report = run_live(enhancer, noise * 0.1, lambda _: None)
-    state_bytes = enhancer.state.num_bytes
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    timed = report.frame_ms[warm:]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(warm + hops, model.cfg.audio.stft.hop_length, generator=generator)
+    times = [hop.milliseconds for hop in live_hops(enhancer, 0.1 * noise)]
+    live = make_report(enhancer, times[warm:], missed=0, realtime=False)
     return LatencyReport(
-        latency_samples=enhancer.latency_samples,
-        latency_ms=report.latency_ms,
-        hop_ms=report.hop_ms,
-        frame_ms=statistics.median(timed),
-        fastest_ms=min(timed),
-        state_bytes=state_bytes,
-        weight_bytes=weights,
-        threads=torch.get_num_threads(),
+        **vars(live),
+        state_bytes=enhancer.state.num_bytes,
+        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
     )
+
+
+def read_pcm(stream: BinaryIO, hop: int) -> Iterator[Tensor]:
+    """Yield raw s16le mono samples of a pipe as [hop] float32, full scale 1, as they arrive."""
+    while data := stream.read(2 * hop):
+        whole = len(data) // 2 * 2  # a pipe that was cut may end within a sample
+        if whole:
+            yield torch.frombuffer(bytearray(data[:whole]), dtype=torch.int16) / 32768
+
+
+def write_pcm(stream: BinaryIO, samples: Tensor) -> None:
+    """Write [T] samples as raw s16le at once, clipped to full scale."""
+    pcm = (samples * 32768).round().clamp(-32768, 32767).to(torch.int16)
+    stream.write(pcm.numpy().tobytes())
+    stream.flush()
+
+
+def output_format(path: Path) -> dict[str, str]:
+    """Return soundfile's arguments for a .wav of 32-bit floats (nothing is clipped) or a .flac.
+
+    Raises:
+        DataError: a name in anything else.
+    """
+    formats = {".wav": ("WAV", "FLOAT"), ".flac": ("FLAC", "PCM_24")}
+    if path.suffix.lower() not in formats:
+        raise DataError(f"{path}: give the output a name in .wav or .flac (stream: - for stdout)")
+    kind, subtype = formats[path.suffix.lower()]
+    return {"format": kind, "subtype": subtype}
+
+
+def _file_hops(file: soundfile.SoundFile, hop: int) -> Iterator[Tensor]:
+    for block in file.blocks(hop, dtype="float32", always_2d=True):
+        yield torch.from_numpy(block.mean(axis=1))
+
+
+def _opened(path: Path, rate: int) -> soundfile.SoundFile:
+    arguments = output_format(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return soundfile.SoundFile(path, "w", rate, 1, **arguments)
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise DataError(f"{path} cannot be written: {error}") from error

@@ -1,5 +1,6 @@
 """The command line as a newcomer types it, and what it says when something is wrong."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,15 +9,32 @@ import numpy as np
 import pytest
 import soundfile
 
-from diffbuf_lib import load_config
+from diffbuf_lib import commands, load_config
 from tests.conftest import call
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
-    "--set", "model.name=conv", "--set", "model.base_channels=4", "--set", "model.num_layers=1",
-    "--set", "training.batch_size=2", "--set", "diffusion_buffer.buffer_size=3",
-    "--set", "training.valid_clips=1", "--set", "diffusion_buffer.num_frames=4",
+    "--set", "model.name=conv", "model.base_channels=4", "model.num_layers=1",
+    "training.batch_size=2", "training.valid_clips=1", "--set", "diffusion_buffer.buffer_size=3",
+    "diffusion_buffer.num_frames=4",
 ]  # fmt: skip
+NO_TORCH = """
+import sys
+from diffbuf_lib import cli, commands
+helped = ["", "data", "demo_model", *commands.COMMANDS]
+calls = [([*name.split(), "--help"], 0) for name in helped]
+calls += [(["config"], 0), (["config", "configs/debug.yaml"], 0)]
+calls += [(["train", "--wrong", "1"], 2), (["nonsense"], 2)]
+for args, expected in calls:
+    status = 0
+    try:
+        cli.main(args)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == expected, (args, status)
+    heavy = {"torch", "scipy", "pandas", "matplotlib"} & set(sys.modules)
+    assert not heavy, (args, heavy)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +123,48 @@ def test_enhance_and_evaluate_with_what_was_trained(trained, data, tmp_path, mon
     assert len((tmp_path / "e" / "scores.csv").read_text().splitlines()) == 3
 
 
+def test_help_configs_and_wrong_flags_come_without_torch():
+    done = run([sys.executable, "-c", NO_TORCH])
+    assert done.returncode == 0, done.stderr
+
+
+SETS = ("training.lr=5", "training.batch_size=7")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--set {} {} configs/debug.yaml", "configs/debug.yaml --set {} --set {}", "{2} --set={0} {1}"],
+)
+@pytest.mark.law
+def test_config_prints_what_load_config_reads(flags, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(ROOT)
+    flags = flags.format(*SETS, "configs/debug.yaml").split()
+    _, out, _ = call(monkeypatch, capsys, "config", *flags)
+    (tmp_path / "c.yaml").write_text(out)
+    assert load_config(tmp_path / "c.yaml").training.lr == 5
+    assert load_config(tmp_path / "c.yaml").training.batch_size == 7
+    assert "diffusion_buffer.buffer_size = 20" in call(monkeypatch, capsys, "config")[1]
+
+
+def test_data_build_makes_a_set(data, tmp_path, monkeypatch, capsys):
+    status, _, _ = call(
+        monkeypatch, capsys, "data", "build", "--speech_path", data / "train", "--noise_path",
+        data / "valid", "--out_path", tmp_path, "--train", 2, "--valid", 1, "--processes", 1,
+    )  # fmt: skip
+    assert (status, len(list((tmp_path / "train").glob("sample_*")))) == (0, 2)
+
+
+def test_ctrl_c_is_status_130(monkeypatch, capsys):
+    monkeypatch.setattr(commands.PrintConfig, "__call__", lambda self: signal.raise_signal(2))
+    assert call(monkeypatch, capsys, "config")[::2] == (130, "\nstopped\n")
+
+
+def test_demo_model_needs_a_checkout(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(commands, "__file__", str(tmp_path / "diffbuf_lib" / "commands.py"))
+    status, _, err = call(monkeypatch, capsys, "demo-model")
+    assert (status, err.count("\n"), "recipes/cpu_demo" in err) == (2, 1, True)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -117,14 +177,17 @@ def test_enhance_and_evaluate_with_what_was_trained(trained, data, tmp_path, mon
         (["train", "--metrics", "mos"], "training.metrics"),
         (["train", "--data_path", "nowhere"], "nowhere"),
         (["enhance", "a.wav", "-o", "b.wav", "--model", "nowhere"], "no trained model"),
+        ([], "diffbuf data demo"),
+        (["trian"], "did you mean train?"),
         (["data"], "diffbuf data demo"),
+        (["data", "biuld"], "did you mean data build?"),
         (["data", "download", "timit"], "librispeech is the only one"),
         (["config", "configs/debug.yaml", "--set", "x"], "not of the form key.path=value"),
     ],
 )
 def test_errors_are_one_line_with_status_2(args, message, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    if args[0] == "train":
+    if args[:1] == ["train"]:
         defaults = {
             "--config_path": "configs/debug.yaml",
             "--results_path": tmp_path / "r",
@@ -137,12 +200,3 @@ def test_errors_are_one_line_with_status_2(args, message, data, tmp_path, monkey
     assert line.startswith("error: ")
     assert message in line
     assert not (tmp_path / "r").exists()
-
-
-def test_config_prints_what_load_config_reads(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(ROOT)
-    _, out, _ = call(monkeypatch, capsys, "config", "configs/debug.yaml", "--set", "training.lr=5")
-    (tmp_path / "c.yaml").write_text(out)
-    assert load_config(tmp_path / "c.yaml").training.lr == 5
-    _, out, _ = call(monkeypatch, capsys, "config")
-    assert "diffusion_buffer.buffer_size = 20" in out

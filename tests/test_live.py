@@ -11,8 +11,7 @@ import torch
 
 from diffbuf_lib import OnlineEnhancer
 from diffbuf_lib.errors import DataError, MissingExtraError
-from diffbuf_lib.live import latency_report, run_live
-from diffbuf_lib.live_io import run_microphone, stream_path
+from diffbuf_lib.live import latency_report, run_live, run_microphone, stream_path
 from tests.conftest import make_model
 
 HOP = 32  # 2 ms of tiny_cfg
@@ -52,6 +51,7 @@ def live(cfg, costs, realtime):
     return report, clock
 
 
+@pytest.mark.law
 def test_a_late_hop_is_counted_and_delays_the_next_ones(tiny_cfg):
     """Hops of 2 ms: one takes 5 ms, and the next two are late because of it."""
     report, clock = live(tiny_cfg, [1, 5, 1, 0.5, 1], realtime=True)
@@ -63,6 +63,7 @@ def test_a_late_hop_is_counted_and_delays_the_next_ones(tiny_cfg):
     assert report.latency_ms == pytest.approx(127 / 16)
 
 
+@pytest.mark.law
 def test_without_realtime_a_hop_is_late_by_itself_and_nothing_waits(tiny_cfg):
     report, clock = live(tiny_cfg, [1, 5, 1, 2.5], realtime=False)
     assert report.missed == 2
@@ -71,33 +72,23 @@ def test_without_realtime_a_hop_is_late_by_itself_and_nothing_waits(tiny_cfg):
 
 def test_quantiles_and_text(tiny_cfg):
     report, _ = live(tiny_cfg, [i / 100 for i in range(1, 101)], realtime=False)
-    quantiles = [report.quantile(q) for q in (0.5, 0.95, 0.99, 1)]
-    assert quantiles == pytest.approx([0.51, 0.96, 1.0, 1.0])
-    text = str(report)
-    for part in (
-        "real-time factor 0.255",
-        "p99 1.00",
-        "worst 1.00",
-        "missed deadlines 0",
-        "7.9 ms",
-    ):
-        assert part in text
+    assert [report.quantile(q) for q in (0.5, 0.95, 1)] == pytest.approx([0.51, 0.96, 1])
+    for number in ("0.255", "p99 1.00", "deadlines 0", "7.9 ms"):
+        assert number in str(report)
     assert live(tiny_cfg, [], realtime=True)[0].real_time_factor == 0
 
 
 def test_latency_report(tiny_cfg):
-    cfg = tiny_cfg.override("training.loss=data_prediction")
-    model = make_model(cfg)
+    model = make_model(tiny_cfg.override("training.loss=data_prediction"))
     report = latency_report(model, delay=2, hops=5)
-    assert report.latency_samples == 31 + 32
-    assert report.latency_ms == pytest.approx(63 / 16)
-    assert report.hop_ms == 2
-    assert 0 < report.fastest_ms <= report.frame_ms
-    assert report.real_time_factor == report.frame_ms / 2
+    assert report.latency_ms == pytest.approx((31 + 32) / 16)
+    assert (report.hop_ms, len(report.frame_ms)) == (2, 5)
+    assert report.real_time_factor == sorted(report.frame_ms)[2] / 2 > 0
     assert report.weight_bytes == 4 * sum(p.numel() for p in model.parameters())
     assert report.state_bytes >= 2 * 8 * 32 * 10  # V and Y, complex, [F, K]
 
 
+@pytest.mark.law
 def test_a_file_comes_out_as_the_enhancer_gives_it(tiny_cfg, tmp_path):
     model = make_model(tiny_cfg)
     wave = 0.1 * np.random.default_rng(0).standard_normal((1003, 2)).astype(np.float32)
@@ -111,14 +102,13 @@ def test_a_file_comes_out_as_the_enhancer_gives_it(tiny_cfg, tmp_path):
     assert len(report.frame_ms) == -(-1003 // HOP)
 
 
-def test_wrong_rate_and_wrong_output_say_what_to_do(tiny_cfg, tmp_path):
-    enhancer = OnlineEnhancer(make_model(tiny_cfg))
-    soundfile.write(tmp_path / "8k.wav", np.zeros(100), 8000)
-    soundfile.write(tmp_path / "16k.wav", np.zeros(100), 16000)
-    with pytest.raises(DataError, match="8000 Hz and the model at 16000"):
-        stream_path(enhancer, tmp_path / "8k.wav", tmp_path / "out.wav")
-    with pytest.raises(DataError, match=r"\.wav or \.flac, or -"):
-        stream_path(enhancer, tmp_path / "16k.wav", tmp_path / "out.mp3")
+@pytest.mark.parametrize(
+    ("rate", "out", "message"), [(8000, "out.wav", "8000 Hz.*16000"), (16000, "out.mp3", ".wav or")]
+)
+def test_wrong_rate_and_wrong_output_say_what_to_do(tiny_cfg, tmp_path, rate, out, message):
+    soundfile.write(tmp_path / "in.wav", np.zeros(100), rate)
+    with pytest.raises(DataError, match=message):
+        stream_path(OnlineEnhancer(make_model(tiny_cfg)), tmp_path / "in.wav", tmp_path / out)
 
 
 def test_the_microphone_without_its_extra_names_it(tiny_cfg, monkeypatch):
@@ -127,6 +117,7 @@ def test_the_microphone_without_its_extra_names_it(tiny_cfg, monkeypatch):
         run_microphone(OnlineEnhancer(make_model(tiny_cfg)))
 
 
+@pytest.mark.law
 def test_the_microphone_is_enhanced_until_ctrl_c(tiny_cfg, monkeypatch):
     model, played = make_model(tiny_cfg), []
     blocks = torch.randn(8, HOP, 1, generator=torch.Generator().manual_seed(0)).numpy()
@@ -161,6 +152,7 @@ def test_the_microphone_is_enhanced_until_ctrl_c(tiny_cfg, monkeypatch):
     assert report.missed >= 1  # what the card lost
 
 
+@pytest.mark.law
 def test_a_pipe_through_the_command_line(tiny_cfg, tmp_path):
     """Raw s16le in and out, the report on stderr; the numbers are those of a file."""
     model = make_model(tiny_cfg.override("training.loss=data_prediction"))

@@ -67,6 +67,28 @@ def estimate(
     )
 
 
+def estimate_step(cfg: Config, model: nn.Module | None = None) -> MemoryEstimate:
+    """Estimate a training step: from forward passes of a model, or without one from shapes alone.
+
+    Args:
+        cfg: the config.
+        model: runs on one and on two clips of noise, in the precision of the config.
+    """
+    if model is None:
+        return network_estimate(cfg)
+    device, training = next(model.parameters()).device, cfg.training
+    half = torch.bfloat16 if training.amp_dtype == "bf16" else torch.float16
+    mixed = training.use_amp and (device.type == "cuda" or half is torch.bfloat16)
+    kept = []
+    for clips in (1, 2):
+        mix, target = 0.1 * torch.randn(2, clips, 1, cfg.audio.chunk_size, device=device)
+        with saved_bytes(model) as saved, torch.autocast(device.type, half, enabled=mixed):
+            loss = model(mix, target)
+        del loss
+        kept.append(saved)
+    return estimate(model, training.optimizer, *kept)
+
+
 def network_estimate(cfg: Config) -> MemoryEstimate:
     """Estimate from shapes alone: nothing is computed and no memory is taken.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import os
 import shlex
@@ -13,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 import diffbuf_lib
+from diffbuf_lib.cli import parse
+from diffbuf_lib.commands import Train
 from diffbuf_lib.errors import ConfigError
 
 PORT = 29500  # torchrun's own choice
@@ -90,26 +89,19 @@ def parse_command(command: Sequence[str]) -> dict[str, Any]:
         command: from `launch_command`.
 
     Returns:
-        The arguments of `train_command` by name.
+        The fields of `commands.Train` by name.
 
     Raises:
         ConfigError: train.py would refuse it; says why.
     """
-    from diffbuf_lib.commands.training import train_command
-
-    @functools.wraps(train_command)
-    def record(**arguments: Any) -> dict[str, Any]:
-        return arguments
-
     said = io.StringIO()
     own = list(command)[list(command).index("train.py") + 1 :]
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            parsed = tyro.cli(record, args=own, prog="train.py", use_underscores=True)
+            return vars(parse(Train, own, "train.py"))
     except SystemExit:
         reason = " ".join(said.getvalue().split())
         raise ConfigError(f"train.py refuses {shlex.join(own)}: {reason}") from None
-    return dict(parsed)
 
 
 def run_on_cpu(command: Sequence[str], root: Path, *, timeout: float = 110) -> str:

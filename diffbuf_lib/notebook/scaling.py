@@ -11,7 +11,7 @@ import torch
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.data import collate
-from diffbuf_lib.diagnostics.trial import run_pass
+from diffbuf_lib.diagnostics.checks_run import run_pass
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.training.plan import EpochPlan
 from diffbuf_lib.training.reading import ClipSource, read_batches

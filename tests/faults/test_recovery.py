@@ -345,7 +345,7 @@ def test_resume_with_a_smaller_set_turns_to_the_next_epoch(tmp_path):
 
 def test_flags_of_the_command_line(tmp_path, monkeypatch, capsys):
     """--find_batch_size and --on_nonfinite reach training; a resumed run keeps its batch size."""
-    from diffbuf_lib import cli
+    from diffbuf_lib.commands import Train
 
     seen = []
 
@@ -357,11 +357,14 @@ def test_flags_of_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("diffbuf_lib.data.open_dataset", lambda *args, **options: Clips())
     monkeypatch.setattr(memory, "find_batch_size", lambda *args: 5)
     (tmp_path / "c.yaml").write_text(config("training.batch_size=3").to_yaml())
-    given = (tmp_path / "c.yaml", tmp_path / "run", tmp_path)
-    cli.train_command(*given, skip_doctor=True, find_batch_size=True, on_nonfinite="skip")
+    given = {
+        "config_path": tmp_path / "c.yaml", "results_path": tmp_path / "run",
+        "data_path": tmp_path, "skip_doctor": True, "find_batch_size": True,
+    }  # fmt: skip
+    Train(**given, on_nonfinite="skip")()
     assert (seen[0].batch_size, seen[0].on_nonfinite) == (5, "skip")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(config("training.batch_size=7").to_yaml())
-    cli.train_command(*given, skip_doctor=True, find_batch_size=True, resume=True)
+    Train(**given, resume=True)()
     assert (seen[1].batch_size, seen[1].on_nonfinite) == (7, "stop")
     assert "batch_size 5 fits (training.batch_size was 3)" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffbuf_lib.config import Config
-from diffbuf_lib.diagnostics.checks_frames import check_frames
+from diffbuf_lib.diagnostics.checks_run import check_frames
 from diffbuf_lib.diffusion.buffer import complex_normal, inference_times, perturb
 from diffbuf_lib.diffusion.sde import make_sde
 from diffbuf_lib.diffusion.spectral import Spectral

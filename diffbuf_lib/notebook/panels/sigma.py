@@ -8,7 +8,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from diffbuf_lib.config import BBEDDiffusion, Config
-from diffbuf_lib.diagnostics.checks_frames import check_schedule
+from diffbuf_lib.diagnostics.checks_run import check_schedule
 from diffbuf_lib.diffusion.sde import make_sde
 from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.notebook.panels.base import Panel

@@ -13,7 +13,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from diffbuf_lib.diagnostics.gradients import GradientStatistics, gradient_statistics
+from diffbuf_lib.diagnostics.watch import GradientStatistics, gradient_statistics
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.notebook.panels.base import Panel
 from diffbuf_lib.notebook.plots.stepping import stepping

@@ -9,8 +9,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from diffbuf_lib.diagnostics.gradients import GradientStatistics
-from diffbuf_lib.diagnostics.stats import ScoreRow, ScoreStatistics
+from diffbuf_lib.diagnostics.statistics import ScoreRow, ScoreStatistics
+from diffbuf_lib.diagnostics.watch import GradientStatistics
 from diffbuf_lib.figures import COLOUR_MAP
 from diffbuf_lib.notebook.plots.signals import DPI, WIDTH
 from diffbuf_lib.trace import Trace

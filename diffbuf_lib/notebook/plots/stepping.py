@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from diffbuf_lib.config import Config
-from diffbuf_lib.diagnostics.gradients import GradientStatistics
+from diffbuf_lib.diagnostics.watch import GradientStatistics
 from diffbuf_lib.figures import scale_of
 from diffbuf_lib.notebook.plots.stages import draw_stage
 from diffbuf_lib.trace import Trace

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from diffbuf_lib.data.files import list_audio, read_info
 from diffbuf_lib.errors import DataError
+from diffbuf_lib.live import output_format
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.streaming import OnlineEnhancer
 
@@ -39,20 +41,15 @@ def enhance_file(
     Raises:
         DataError: a file that cannot be read or written, or that holds NaN.
     """
-    info = read_info(source)
-    destination = Path(destination)
-    subtypes = {".wav": "FLOAT", ".flac": "PCM_24"}
-    if destination.suffix.lower() not in subtypes:
-        raise DataError(f"{destination}: give the output a name in .wav or .flac")
+    info, destination = read_info(source), Path(destination)
+    arguments = output_format(destination)
     enhancer = OnlineEnhancer(model, seed=seed)
     partial = None
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=destination.parent, suffix=destination.suffix)
+        handle, partial = tempfile.mkstemp(dir=destination.parent)
         os.close(handle)
-        with soundfile.SoundFile(
-            partial, "w", info.sample_rate, 1, subtypes[destination.suffix.lower()]
-        ) as out:
+        with soundfile.SoundFile(partial, "w", info.sample_rate, 1, **arguments) as out:
             for block in _enhanced(enhancer, model.cfg.audio.sample_rate, info.path):
                 out.write(block)
         os.replace(partial, destination)
@@ -97,29 +94,19 @@ def _enhanced(enhancer: OnlineEnhancer, model_rate: int, path: Path) -> Iterator
     """Yield the enhanced file in blocks [T] at its own rate, as many samples as it has."""
     with soundfile.SoundFile(path) as file:
         total, rate = file.frames, file.samplerate
-        there = soxr.ResampleStream(rate, model_rate, 1, dtype="float32")
+        there = soxr.ResampleStream(rate, model_rate, 1, dtype="float32")  # exact if they are equal
         back = soxr.ResampleStream(model_rate, rate, 1, dtype="float32")
-        same = rate == model_rate
         given = 0
         blocks = file.blocks(int(BLOCK_SECONDS * rate), dtype="float32", always_2d=True)
-        for block in _with_last(blocks):
+        for block in chain(blocks, [None]):
             mono = np.zeros(0, np.float32) if block is None else block.mean(axis=1)
             if not np.isfinite(mono).all():
                 raise DataError(f"{path} holds NaN or Inf samples: repair or remove the file")
-            if not same:
-                mono = there.resample_chunk(mono, last=block is None)
-            ready = enhancer.push(torch.from_numpy(mono.astype(np.float32)))
+            mono = there.resample_chunk(mono, last=block is None)
+            ready = enhancer.push(torch.from_numpy(mono))
             if block is None:
                 ready = torch.cat([ready, enhancer.flush()])
-            out: _Block = ready.numpy()
-            if not same:
-                out = back.resample_chunk(out, last=block is None)
-            out = out[: total - given]
+            out: _Block = back.resample_chunk(ready.numpy(), last=block is None)[: total - given]
             given += len(out)
             yield out
         yield np.zeros(total - given, np.float32)  # rounding of the two rates, a sample or so
-
-
-def _with_last(blocks: Iterator[_Block]) -> Iterator[_Block | None]:
-    yield from blocks
-    yield None

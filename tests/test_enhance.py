@@ -5,9 +5,9 @@ import pytest
 import soundfile
 import torch
 
-from diffbuf_lib import OnlineEnhancer, enhancement
+from diffbuf_lib import OnlineEnhancer, enhance
 from diffbuf_lib.data import DNLMDataset
-from diffbuf_lib.enhancement import enhance_file, enhance_path
+from diffbuf_lib.enhance import enhance_file, enhance_path
 from diffbuf_lib.errors import DataError
 from diffbuf_lib.evaluation import evaluate, summary
 from tests.conftest import make_model
@@ -33,6 +33,7 @@ def write(path, seconds=0.3, rate=16000, channels=1):
     return wave.mean(axis=1)
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("rate", [8000, 16000, 44100])
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("suffix", [".wav", ".flac"])
@@ -45,13 +46,14 @@ def test_rate_length_and_timing_are_kept(perfect_model, tmp_path, rate, channels
     assert np.abs(out[middle, 0] - wave[middle]).max() < 0.01
 
 
+@pytest.mark.law
 def test_a_file_is_a_stream_whatever_the_block(model, tmp_path, monkeypatch):
     wave = write(tmp_path / "in.wav")
     enhancer = OnlineEnhancer(model, seed=4)
     samples = torch.from_numpy(wave).float()
     expected = torch.cat([enhancer.push(samples), enhancer.flush()])
     for seconds in (4.0, 0.0101):
-        monkeypatch.setattr(enhancement, "BLOCK_SECONDS", seconds)
+        monkeypatch.setattr(enhance, "BLOCK_SECONDS", seconds)
         enhance_file(model, tmp_path / "in.wav", tmp_path / "out.wav", seed=4)
         out, _ = soundfile.read(tmp_path / "out.wav", dtype="float32")
         torch.testing.assert_close(torch.from_numpy(out), expected, rtol=1e-4, atol=1e-4)
@@ -70,13 +72,7 @@ def test_folders_keep_their_shape(model, tmp_path):
         list(enhance_path(model, tmp_path / "empty", tmp_path / "out"))
 
 
-@pytest.mark.parametrize("out", ["out.mp3", "out"])
-def test_an_output_of_another_format_is_refused(model, tmp_path, out):
-    write(tmp_path / "in.wav", 0.05)
-    with pytest.raises(DataError, match=r"\.wav or \.flac"):
-        enhance_file(model, tmp_path / "in.wav", tmp_path / out)
-
-
+@pytest.mark.law
 def test_a_bad_file_leaves_no_half_output_and_keeps_the_old_one(model, tmp_path):
     wave = np.zeros(9000, np.float32)
     wave[8000] = np.nan
@@ -88,6 +84,8 @@ def test_a_bad_file_leaves_no_half_output_and_keeps_the_old_one(model, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.wav", "out.wav"]
     with pytest.raises(DataError, match=r"none\.wav"):
         enhance_file(model, tmp_path / "none.wav", tmp_path / "out.wav")
+    with pytest.raises(DataError, match=r"\.wav or \.flac"):
+        enhance_file(model, tmp_path / "in.wav", tmp_path / "out.mp3")
 
 
 @pytest.fixture
@@ -103,6 +101,7 @@ def dataset(tmp_path):
     return DNLMDataset(tmp_path / "set", 1600, training=False)
 
 
+@pytest.mark.law
 def test_evaluation_of_a_model_that_changes_nothing_gains_nothing(perfect_model, dataset):
     clips = list(evaluate(perfect_model, dataset, ["si_sdr"]))
     (row,) = summary(clips, ["si_sdr"])
@@ -111,6 +110,7 @@ def test_evaluation_of_a_model_that_changes_nothing_gains_nothing(perfect_model,
     assert abs(row.noisy) < 1
 
 
+@pytest.mark.law
 def test_evaluation_does_not_depend_on_the_batch(model, dataset):
     together = list(evaluate(model, dataset, ["si_sdr"], batch_size=3))
     alone = list(evaluate(model, dataset, ["si_sdr"], batch_size=1))

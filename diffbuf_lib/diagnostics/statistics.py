@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,30 +20,15 @@ from diffbuf_lib.trace import Trace, format_table
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """Score and target over one range of diffusion times or frequencies.
+    """Score and target over one range of diffusion times or frequencies."""
 
-    Attributes:
-        low: of the range: a time, or Hz.
-        high: end of the range.
-        count: complex coefficients that fell into it.
-        target_rms: root mean square of |target score|.
-        score_rms: of |predicted score|.
-        loss: mean of the loss map.
-        correlation: Re <score, target> / (|score| |target|), -1 to 1: 1 is the right direction
-            whatever the size; NaN where either is zero throughout.
-    """
-
-    low: float
+    low: float  # of the range: a time, or Hz
     high: float
-    count: int
-    target_rms: float
-    score_rms: float
-    loss: float
-    correlation: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields by name."""
-        return asdict(self)
+    count: int  # complex coefficients that fell into it
+    target_rms: float  # root mean square of |target score|
+    score_rms: float  # of |predicted score|
+    loss: float  # mean of the loss map
+    correlation: float  # Re <score, target> / (|score| |target|), -1 to 1; NaN where one is zero
 
 
 @dataclass(frozen=True)
@@ -79,17 +63,12 @@ class ScoreStatistics:
     def __str__(self) -> str:
         tables = []
         for name, digits, rows in (("t", 3, self.by_time), ("Hz", 0, self.by_band)):
-            head = [name, "count", "target RMS", "score RMS", "loss", "correlation"]
-            body = [
-                [
-                    f"{row.low:.{digits}f}-{row.high:.{digits}f}",
-                    str(row.count),
-                    *(f"{v:.4g}" for v in (row.target_rms, row.score_rms, row.loss)),
-                    f"{row.correlation:.3f}",
-                ]
-                for row in rows
-            ]
-            tables.append(format_table([head, *body]))
+            table = [[name, "count", "target RMS", "score RMS", "loss", "correlation"]]
+            for row in rows:
+                span = f"{row.low:.{digits}f}-{row.high:.{digits}f}"
+                means = [f"{mean:.4g}" for mean in (row.target_rms, row.score_rms, row.loss)]
+                table.append([span, str(row.count), *means, f"{row.correlation:.3f}"])
+            tables.append(format_table(table))
         return "\n\n".join(tables)
 
 
@@ -134,35 +113,30 @@ def score_statistics(
 
 def _sums(trace: Trace, edges: Tensor, band: Tensor, time_bins: int, bands: int) -> Tensor:
     """Return [5, N, M]: every coefficient's numbers added to its time's and its band's."""
-    score, target = trace.score, trace.target_score  # [B, F, Kb]
-    values = torch.stack(
-        [
-            torch.ones_like(trace.loss_map),
-            target.abs().square(),
-            score.abs().square(),
-            (score * target.conj()).real,
-            trace.loss_map,
-        ]
-    ).double()  # [5, B, F, Kb]
+    score, target, loss = trace.score, trace.target_score, trace.loss_map  # [B, F, Kb]
+    product = (score * target.conj()).real
+    values = [torch.ones_like(loss), target.abs().square(), score.abs().square(), product, loss]
     when = torch.bucketize(trace.t, edges[1:-1].contiguous(), right=True)  # [B, Kb]
     cell = when.unsqueeze(1) * bands + band[:, None]  # [B, F, Kb]
-    sums = values.new_zeros(5, time_bins * bands)
-    sums.index_add_(1, cell.flatten(), values.flatten(1))
+    sums = edges.new_zeros(5, time_bins * bands, dtype=torch.float64)
+    sums.index_add_(1, cell.flatten(), torch.stack(values).double().flatten(1))
     return sums.view(5, time_bins, bands)
 
 
 def _rows(edges: tuple[float, ...], sums: Tensor) -> list[ScoreRow]:
     rows = []
     for i, (count, target, score, product, loss) in enumerate(sums.T.tolist()):
+        means = [total / count if count else math.nan for total in (target, score, loss)]
+        target_rms, score_rms = (math.sqrt(mean) for mean in means[:2])
         size = math.sqrt(target * score)
         rows.append(
             ScoreRow(
                 low=edges[i],
                 high=edges[i + 1],
                 count=int(count),
-                target_rms=math.sqrt(target / count) if count else math.nan,
-                score_rms=math.sqrt(score / count) if count else math.nan,
-                loss=loss / count if count else math.nan,
+                target_rms=target_rms,
+                score_rms=score_rms,
+                loss=means[2],
                 correlation=product / size if size else math.nan,
             )
         )

@@ -1,0 +1,485 @@
+"""What the commands of `diffbuf` do, and their flags.
+
+A command imports what it needs when it runs: its help needs no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, Literal, dataclass_transform
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+from diffbuf_lib.config import Config, describe_keys, load_config
+from diffbuf_lib.errors import ConfigError
+from diffbuf_lib.pretrained import DEFAULT as DEFAULT_MODEL
+
+COMMANDS: dict[str, type[Command]] = {}
+Overrides = Annotated[
+    UseAppendAction[tuple[str, ...]],
+    arg(name="set", metavar="KEY.PATH=VALUE", help="change config keys: --set a.b=1 c.d=2"),
+]
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+class Command:
+    """A command: its fields are the flags, their comments the help, and a call runs it."""
+
+    def __init_subclass__(cls, name: str = "") -> None:
+        dataclass(frozen=True, kw_only=True)(cls)
+        if name:
+            COMMANDS[name] = cls
+
+    def __call__(self) -> None:
+        """Do it."""
+        raise NotImplementedError
+
+
+class Train(Command, name="train"):
+    """Train a model."""
+
+    config_path: Path  # YAML config of the experiment
+    results_path: Path  # folder for checkpoints, logs and the model
+    data_path: Path  # training data
+    valid_path: Path | None = None  # validation data; without it nothing is validated
+    model_type: str = "diffusion_buffer"  # the only one
+    dataset_type: int = 1  # 1 sample_*/{mixture,vocals}.wav; 2 clean/, noisy/; 3 speech/, noise/
+    device_ids: tuple[int, ...] = (0,)  # one GPU; for several start with torchrun; or the CPU
+    num_workers: int | None = None  # processes that read files (training.num_workers)
+    metrics: tuple[str, ...] | None = None  # scores of the validation (training.metrics)
+    metric_for_scheduler: str | None = None  # the one that counts (training.metric_for_scheduler)
+    start_check_point: Path | None = None  # checkpoint or model folder: the first weights
+    resume: bool = False  # go on with the run in results_path
+    seed: int | None = None  # training.seed
+    max_steps: int | None = None  # optimizer steps at most (training.num_steps)
+    skip_doctor: bool = False  # start without looking at machine, data and config first
+    log_shapes: bool = False  # print shapes, types, devices and ranges of the first batch
+    log_stats: int = 0  # steps from one report of every stage to the next, in TensorBoard too
+    on_nonfinite: Literal["stop", "skip"] | None = None  # at NaN or Inf (training.on_nonfinite)
+    find_batch_size: bool = False  # train with the largest batch that fits into the memory
+    overrides: Overrides = ()
+
+    def __call__(self) -> None:
+        from diffbuf_lib.data import open_dataset
+        from diffbuf_lib.training import train
+
+        cfg = self._config()
+        kind, valid = self.dataset_type, self.valid_path
+        train_set = open_dataset(kind, self.data_path, cfg, training=True)
+        valid_set = open_dataset(kind, valid, cfg, training=False) if valid else None
+        print(f"{len(train_set)} training clips, {len(valid_set or ())} validation clips")
+        device = f"cuda:{self.device_ids[0]}" if self.device_ids else "auto"
+        if self.find_batch_size:
+            cfg = self._with_batch_size(cfg, train_set, device)
+        main_process = os.environ.get("RANK", "0") == "0"  # torchrun numbers its processes
+        if main_process and not self.skip_doctor:
+            _consult_doctor(cfg, train_set, valid_set, device, self.results_path)
+        watched = main_process and (self.log_shapes or self.log_stats > 0)
+        model, recorder = self._recorded(cfg) if watched else (None, None)
+        records = train(
+            cfg, train_set, valid_set, self.results_path, resume=self.resume, model=model,
+            start_check_point=self.start_check_point, device=device, progress=True,
+        )  # fmt: skip
+        try:
+            with closing(records), closing(recorder) if recorder else nullcontext():
+                for record in records:
+                    if recorder:
+                        recorder.step(record.step)
+                    if record.valid:
+                        say(f"step {record.step}  epoch {record.epoch}  {_scores(record.valid)}")
+        except KeyboardInterrupt:
+            say(f"stopped; the same command with --resume goes on from {self.results_path}")
+            raise
+        say(f"model: {self.results_path / 'model'}")
+
+    def _config(self) -> Config:
+        """Return the config with the flags in it; `--set` has the last word."""
+        if self.model_type != "diffusion_buffer":
+            raise ConfigError(
+                f"--model_type {self.model_type} is unknown: diffusion_buffer is the only one"
+            )
+        if (count := len(self.device_ids)) > 1:
+            raise ConfigError(
+                f"--device_ids names {count} GPUs, and one process drives one: start "
+                f"torchrun --nproc_per_node {count} train.py ... without --device_ids"
+            )
+        flags = {
+            "num_workers": self.num_workers,
+            "metrics": list(self.metrics) if self.metrics else None,
+            "metric_for_scheduler": self.metric_for_scheduler,
+            "seed": self.seed,
+            "num_steps": self.max_steps,
+            "on_nonfinite": self.on_nonfinite,
+        }
+        given = [f"training.{key}={value}" for key, value in flags.items() if value is not None]
+        return load_config(self.config_path, [*given, *self.overrides])
+
+    def _with_batch_size(self, cfg: Config, train_set: Any, device: str) -> Config:
+        """Return the config with the largest batch that fits; a resumed run keeps its own."""
+        from diffbuf_lib.training.memory import find_batch_size
+
+        begun_with = self.results_path / "config.yaml"
+        if self.resume and begun_with.is_file():
+            size = load_config(begun_with).training.batch_size
+            say(f"batch_size {size}, which the resumed run began with")
+        else:
+            size = find_batch_size(cfg, train_set, device)
+            say(f"batch_size {size} fits (training.batch_size was {cfg.training.batch_size})")
+        return cfg.override(f"training.batch_size={size}")
+
+    def _recorded(self, cfg: Config) -> tuple[Any, Any]:
+        """Return a model that shows its batches to a recorder, and that recorder."""
+        from diffbuf_lib.diagnostics.watch import RecordingModel, StageRecorder
+
+        board = self.results_path / "tensorboard" / "stats"
+        recorder = StageRecorder(
+            cfg, say, shapes=self.log_shapes, every=self.log_stats, board=board, resumed=self.resume
+        )
+        return RecordingModel(cfg, recorder), recorder
+
+
+def _scores(valid: dict[str, float]) -> str:
+    return "  ".join(f"{k} {v:.3f}" for k, v in valid.items() if not k.endswith("_clips"))
+
+
+def _consult_doctor(
+    cfg: Config, train_set: Any, valid_set: Any, device: str, results_path: Path
+) -> None:
+    """Print warnings and errors, a line each; stop on an error."""
+    from diffbuf_lib.diagnostics.doctor import examine, has_error
+
+    findings = examine(cfg, train_set, valid_set, device=device, results_path=results_path)
+    for finding in findings:
+        if finding.severity in ("error", "warning"):
+            print(f"doctor: {finding.line()}", file=sys.stderr)
+    if has_error(findings):
+        print("doctor: not started; --skip_doctor starts all the same", file=sys.stderr)
+        sys.exit(1)
+
+
+class Doctor(Command, name="doctor"):
+    """Look at machine, data, config and model before training; exit status 1 on an error."""
+
+    config_path: Path  # YAML config of the experiment
+    data_path: Path  # training data
+    valid_path: Path | None = None  # validation data
+    dataset_type: int = 1  # as in train
+    results_path: Path | None = None  # where the run will write; default: the current folder
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    json: bool = False  # print JSON for machines
+    overrides: Overrides = ()
+
+    def __call__(self) -> None:
+        from diffbuf_lib.diagnostics.doctor import examine_paths, has_error
+        from diffbuf_lib.diagnostics.findings import render, to_json
+
+        findings = examine_paths(
+            self.config_path, self.data_path, self.valid_path, dataset_type=self.dataset_type,
+            overrides=self.overrides, device=self.device, results_path=self.results_path,
+        )  # fmt: skip
+        if self.json:
+            print(to_json(findings))
+        else:
+            width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+            colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+            print(render(findings, colour=colour, width=width))
+        if has_error(findings):
+            sys.exit(1)
+
+
+class Replay(Command, name="replay"):
+    """Repeat a failed training step, module by module to the first bad value.
+
+    Exit status 0 if it fails where it failed then, 1 if not.
+    """
+
+    capsule_dir: Positional[Path]  # a capsule_<step> folder of training's results folder
+    device: str = "cpu"  # cpu, cuda or cuda:N
+
+    def __call__(self) -> None:
+        from diffbuf_lib.diagnostics.capsule import Capsule
+
+        capsule = Capsule.load(self.capsule_dir)
+        record = capsule.record
+        print(f"{self.capsule_dir}: step {record.step} (epoch {record.epoch}) on {record.device}")
+        print(record.error.get("message", ""))
+        result = capsule.replay(self.device)
+        print(result)
+        if not result.reproduced:
+            sys.exit(1)
+
+
+class Enhance(Command, name="enhance"):
+    """Enhance a file, or every .wav and .flac below a folder, as a stream."""
+
+    source: Positional[Path]  # file or folder, of any sample rate and length
+    output: Annotated[Path, arg(aliases=["-o"])]  # file or folder
+    model: str = DEFAULT_MODEL  # folder of a trained model, a run's folder, or a name
+    seed: int = 0  # of the diffusion noise
+    device: str = "auto"  # auto, cpu or cuda
+
+    def __call__(self) -> None:
+        from diffbuf_lib.enhance import enhance_path
+        from diffbuf_lib.model import load_model
+
+        model = load_model(self.model, self.device)
+        for _, written in enhance_path(model, self.source, self.output, seed=self.seed):
+            print(written)
+
+
+class Stream(Command, name="stream"):
+    """Enhance a stream hop by hop, and report on stderr whether this machine keeps up.
+
+    A file, the microphone, or raw s16le mono PCM of the model's rate on stdin and stdout.
+    """
+
+    source: Positional[Path] = Path("-")  # file of the model's sample rate; - for stdin
+    output: Positional[Path] = Path("-")  # .wav or .flac file; - for stdout
+    model: str = DEFAULT_MODEL  # folder of a trained model, a run's folder, or a name
+    realtime: bool = False  # feed a file at its own pace
+    delay: int | None = None  # output delay, 1 to buffer_size frames (data prediction)
+    threads: int | None = None  # CPU threads of torch; default: its own choice
+    compiled: bool = False  # one graph of a block_causal model: a minute to start, then faster
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: for the network of a block_causal model
+    seed: int = 0  # of the diffusion noise
+    device: Literal["file", "mic"] = "file"  # mic: microphone to headphones, until Ctrl-C
+
+    def __call__(self) -> None:
+        import torch
+
+        from diffbuf_lib.live import run_microphone, stream_path
+        from diffbuf_lib.model import load_model
+        from diffbuf_lib.streaming import OnlineEnhancer
+
+        if self.threads is not None:
+            if self.threads < 1:
+                raise ConfigError(f"--threads {self.threads}: give at least 1")
+            torch.set_num_threads(self.threads)
+        enhancer = OnlineEnhancer(
+            load_model(self.model, "cpu"), seed=self.seed, delay=self.delay,
+            compiled=self.compiled, precision=self.precision,
+        )  # fmt: skip
+        if self.device == "mic":
+            report = run_microphone(enhancer)
+        else:
+            report = stream_path(enhancer, self.source, self.output, realtime=self.realtime)
+        print(report, file=sys.stderr)
+
+
+class Scoring(Command):
+    """What `evaluate` and `sweep` have in common."""
+
+    data_path: Path  # dataset folder
+    dataset_type: int = 1  # as in train
+    seconds: float | None = None  # length of a clip at most; default: whole clips
+    limit: int | None = None  # only the first clips
+    seed: int = 0  # of the diffusion noise
+    processes: int | None = None  # how many work side by side; default: this machine's cores
+    batch_size: int = 8  # clips enhanced at a time
+    device: str = "auto"  # auto, cpu or cuda
+
+    def job(self, **more: Any) -> Any:
+        """Return what is to be evaluated, with what only one of the two knows."""
+        from diffbuf_lib.evaluation import Job
+
+        return Job(
+            data_path=str(self.data_path), dataset_type=self.dataset_type, seconds=self.seconds,
+            limit=self.limit, seed=self.seed, batch_size=self.batch_size, device=self.device,
+            **more,
+        )  # fmt: skip
+
+
+class Evaluate(Scoring, name="evaluate"):
+    """Score a model on a dataset, beside the noisy input and other methods."""
+
+    model: str  # folder of a trained model, a run's folder, or a name such as diffbuf/cpu-demo
+    results_path: Path | None = None  # scores, report.html; a stopped evaluation goes on there
+    metrics: tuple[str, ...] = ("si_sdr", "sdr", "pesq", "estoi")  # or distillmos dnsmos
+    #: or noisereduce, noisereduce_nonstationary, deepfilternet
+    baselines: tuple[str, ...] = ("noisy",)
+    delay: int | None = None  # output delay, 1 to buffer_size frames (data prediction)
+
+    def __call__(self) -> None:
+        from diffbuf_lib.evaluation import evaluate_folder
+        from diffbuf_lib.evaluation.page import gains_table, overview, times
+        from diffbuf_lib.trace import format_table
+
+        job = self.job(
+            model=self.model, metrics=self.metrics, baselines=self.baselines, delay=self.delay
+        )
+        page = self.results_path is not None
+        with ExitStack() as opened:
+            folder = self.results_path or opened.enter_context(tempfile.TemporaryDirectory())
+            found = evaluate_folder(job, folder, processes=self.processes, page=page, progress=True)
+        print(overview(found.summary))
+        if len(found.summary["bands"]) > 2:
+            metric = next(iter(found.summary["bands"]["all"]["columns"]))
+            print(f"\n{format_table(gains_table(found.summary, metric))}")
+        print(f"\n{times(found.timing)}")
+        if self.results_path is not None:
+            print(f"\n{self.results_path / 'report.html'}")
+
+
+class Compare(Command, name="compare"):
+    """Compare two evaluations of the same clips, paired clip by clip."""
+
+    a: Positional[Path]  # results folder of an evaluation
+    b: Positional[Path]  # another; what is shown is b - a
+    method: str = "diffbuf"  # noisy, a baseline or diffbuf
+    seed: int = 0  # of the bootstrap intervals
+
+    def __call__(self) -> None:
+        from diffbuf_lib.evaluation.results import compare_folders, render_differences
+
+        differences = compare_folders(self.a, self.b, method=self.method, seed=self.seed)
+        print(f"a: {self.a}\nb: {self.b}")
+        print(f"{self.method}; 95 % intervals of the paired difference in brackets")
+        print(render_differences(differences))
+
+
+class Sweep(Scoring, name="sweep"):
+    """Plot quality against latency: sweep.csv and sweep.png."""
+
+    models: tuple[str, ...]  # folders of trained models, runs' folders, or names
+    results_path: Path  # folder for everything; a stopped sweep goes on when started again
+    #: none: models as they were trained; auto: delay for data prediction, else buffer_size
+    vary: Literal["auto", "buffer_size", "delay", "t_max", "none"] = "auto"
+    #: of what is varied; default: B of 5 10 20 30 60, d of 1 5 10 20 30 60 up to B, t_max of 0.3
+    #: 0.5 0.7 0.8 0.9
+    values: tuple[float, ...] = ()
+    metrics: tuple[str, ...] = ("pesq", "estoi", "si_sdr")  # as in evaluate
+
+    def __call__(self) -> None:
+        from diffbuf_lib.evaluation.sweep import overview, run_sweep
+
+        points = run_sweep(
+            self.models, self.job(model=self.models[0], metrics=self.metrics), self.results_path,
+            vary=self.vary, values=self.values, processes=self.processes, progress=True, say=say,
+        )  # fmt: skip
+        print(overview(points))
+        print(self.results_path / "sweep.png")
+
+
+class Demo(Command, name="demo"):
+    """Build the demo set, train a little on it, enhance held-out clips, write a report."""
+
+    config_path: Path = Path("configs/demo.yaml")  # what to train
+    data_path: Path = Path("data/DN-LM-demo")  # where the demo set is, or will be made
+    results_path: Path = Path("results/demo")  # where everything else goes
+    overrides: Overrides = ()
+
+    def __call__(self) -> None:
+        from diffbuf_lib.demo import run_demo
+
+        cfg = load_config(self.config_path, self.overrides)
+        print(run_demo(cfg, self.data_path, self.results_path, say=say, progress=True))
+
+
+class DemoModel(Command, name="demo-model"):
+    """Make data from Debian's voices and train diffbuf/cpu-demo on it: hours on a CPU."""
+
+    config_path: Path = Path("configs/demo_model.yaml")  # what to train
+    data_path: Path = Path("data/pretraining")  # where the data is, or will be made
+    results_path: Path = Path("results/demo_model")  # the runs; an interrupted one goes on
+    overrides: Overrides = ()
+
+    def __call__(self) -> None:
+        root = Path(__file__).parents[1]
+        if not (root / "recipes" / "cpu_demo" / "pretraining.py").is_file():
+            raise ConfigError(
+                "diffbuf demo-model needs recipes/cpu_demo of the repository, which is not "
+                "installed with the package: run it from a checkout, after pip install -e ."
+            )
+        cfg = load_config(self.config_path, self.overrides)
+        sys.path.insert(0, str(root))
+        run = import_module("recipes.cpu_demo.pretraining").run_pretraining
+        print(run(cfg, self.data_path, self.results_path, say=say, progress=True))
+
+
+class DataDemo(Command, name="data demo"):
+    """Make the embedded demo set: synthetic speech under synthetic drones, without a network."""
+
+    out_path: Positional[Path] = Path("data/DN-LM-demo")  # folder to make
+    train: int = 192  # training clips of 1 s
+    valid: int = 12  # validation clips of 1 s
+    seed: int = 0  # of everything drawn
+
+    def __call__(self) -> None:
+        from diffbuf_lib.data import build_demo
+
+        built = build_demo(
+            self.out_path, train=self.train, valid=self.valid, seed=self.seed, progress=True
+        )
+        print(built)
+
+
+class DataBuild(Command, name="data build"):
+    """Make DN-LM from a LibriSpeech-shaped tree and a folder of drone noise.
+
+    The same bytes for any number of processes; a stopped build goes on when started again.
+    """
+
+    speech_path: Path  # speech, .wav or .flac at any depth, a speaker a folder
+    noise_path: Path  # noise, .wav or .flac
+    out_path: Path  # folder to make
+    train: int = 6480  # training clips
+    valid: int = 720  # validation clips
+    seconds: float = 1.0  # length of a clip
+    sample_rate: int = 16000  # Hz; sources of another rate are resampled
+    snr: tuple[float, float] = (-30.0, 0.0)  # lowest and highest input SNR, dB
+    distance: tuple[float, float] = (5.0, 20.0)  # nearest and farthest speaker, m
+    seed: int = 0  # of everything drawn
+    processes: int | None = None  # how many work side by side; default: this machine's cores
+
+    def __call__(self) -> None:
+        from diffbuf_lib.data import build_dnlm
+
+        built = build_dnlm(
+            self.speech_path, self.noise_path, self.out_path, train=self.train, valid=self.valid,
+            seconds=self.seconds, sample_rate=self.sample_rate, snr=self.snr,
+            distance=self.distance, seed=self.seed, processes=self.processes, progress=True,
+        )  # fmt: skip
+        print(built)
+
+
+class DataDownload(Command, name="data download"):
+    """Download a speech corpus; needs the internet."""
+
+    name: Positional[str] = "librispeech"  # the only one
+    out_path: Path = Path("data/LibriSpeech")  # folder to make
+    subset: str = "train-clean-100"  # or dev-clean, test-clean, train-clean-360, ...
+
+    def __call__(self) -> None:
+        from diffbuf_lib.data import download_librispeech
+
+        if self.name != "librispeech":
+            raise ConfigError(f"corpus {self.name!r} is unknown: librispeech is the only one")
+        print(download_librispeech(self.out_path, self.subset))
+
+
+class PrintConfig(Command, name="config"):
+    """Print a config with every default filled in; without a file, every key and its meaning."""
+
+    config_path: Positional[Path | None] = None  # YAML config
+    overrides: Overrides = ()
+
+    def __call__(self) -> None:
+        if self.config_path is not None:
+            print(load_config(self.config_path, self.overrides).to_yaml(), end="")
+            return
+        for key, default, description in describe_keys():
+            print(f"{key} = {default}\n    {description}")
+
+
+def say(line: str) -> None:
+    """Print a line above a progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(line)
