@@ -367,9 +367,7 @@ class TrainingConfig(Section):
     optimizer: _chosen(registry.OPTIMIZERS) = Field(  # type: ignore[valid-type]
         "adam", description="torch.optim; muon: see diffbuf_lib.training.optimizer"
     )
-    optimizer_options: Any = Field(
-        {}, description="keys of an optimizer from outside this package"
-    )
+    optimizer_options: Any = Field({}, description="keys of an optimizer from outside this package")
     lr: float = Field(1e-4, gt=0, description="learning rate")
     lr_schedule: Literal["plateau", "linear"] = Field(
         "plateau",

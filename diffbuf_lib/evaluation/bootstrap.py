@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
 LEVEL = 0.95
 RESAMPLES = 2000
@@ -15,14 +16,7 @@ _AT_ONCE = 1_000_000  # numbers drawn at a time, so that memory does not grow wi
 
 
 class Interval(NamedTuple):
-    """A mean over clips and where it may lie.
-
-    Attributes:
-        mean: of the clips.
-        low: lower end of the interval; None with a single clip.
-        high: upper end.
-        clips: how many clips the mean is over.
-    """
+    """A mean over clips and where it may lie; without ends for a single clip."""
 
     mean: float
     low: float | None
@@ -41,7 +35,7 @@ def bootstrap(
     """Return the mean of values and its percentile bootstrap interval (Efron 1979).
 
     Args:
-        values: a score a clip; what is not defined has been left out before.
+        values: a score a clip, or a difference of two; undefined ones have been left out before.
         seed: of the resampling; equal values have equal intervals.
         resamples: how often as many clips are drawn with replacement.
         level: probability that the interval is to cover the mean.
@@ -50,22 +44,21 @@ def bootstrap(
         None without values; no ends with a single one.
     """
     data = np.asarray(list(values), dtype=np.float64)
-    n = len(data)
-    if n == 0:
+    if not len(data):
         return None
     mean = round(float(data.mean()), 6)
-    if n == 1:
+    if len(data) == 1:
         return Interval(mean, None, None, 1)
-    rng = np.random.default_rng(seed)
-    rows = max(1, _AT_ONCE // n)
-    means = np.concatenate(
-        [
-            data[rng.integers(n, size=(min(rows, resamples - start), n))].mean(axis=1)
-            for start in range(0, resamples, rows)
-        ]
-    )
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(mean, round(float(low), 6), round(float(high), 6), n)
+    low, high = stats.bootstrap(
+        (data,),
+        np.mean,
+        n_resamples=resamples,
+        batch=max(1, _AT_ONCE // len(data)),
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(mean, round(float(low), 6), round(float(high), 6), len(data))
 
 
 def band(snr: float) -> float:
@@ -75,11 +68,6 @@ def band(snr: float) -> float:
     rounding.
     """
     return BAND_DB * math.floor(snr / BAND_DB + 0.5)
-
-
-def band_name(middle: float) -> str:
-    """Return a band as text."""
-    return f"{middle - BAND_DB / 2:g} to {middle + BAND_DB / 2:g} dB"
 
 
 def group(snrs: Mapping[str, float | None]) -> dict[str, list[str]]:
@@ -92,7 +80,11 @@ def group(snrs: Mapping[str, float | None]) -> dict[str, list[str]]:
     for clip, snr in snrs.items():
         if snr is not None:
             bands.setdefault(band(snr), []).append(clip)
-    return {"all": list(snrs), **{band_name(middle): bands[middle] for middle in sorted(bands)}}
+    named = {
+        f"{middle - BAND_DB / 2:g} to {middle + BAND_DB / 2:g} dB": bands[middle]
+        for middle in sorted(bands)
+    }
+    return {"all": list(snrs), **named}
 
 
 Table = Mapping[str, Mapping[str, float]]
