@@ -6,10 +6,10 @@ import io
 import pytest
 import soundfile
 import torch
+from diffbuf_lib.notebook.panels.stepper import stage_wave
 
 from diffbuf_lib.config import build_config
 from diffbuf_lib.notebook.panels import StepDebugger
-from diffbuf_lib.notebook.panels.stepper import stage_wave
 from diffbuf_lib.training.engine import Batch, Engine, make_accelerator
 from tests.conftest import TINY, make_model, seeded
 from tests.training.helpers import same

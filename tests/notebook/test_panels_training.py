@@ -11,12 +11,12 @@ import weakref
 
 import pytest
 import torch
+from diffbuf_lib.notebook.panels.worker import Worker
 from matplotlib.figure import Figure
 from PIL import Image
 
 from diffbuf_lib.errors import CheckpointError, DataError
 from diffbuf_lib.notebook.panels import TrainingPanel, remove_run, training
-from diffbuf_lib.notebook.panels.worker import Worker
 from tests.training.helpers import Clips, assert_same_state, config, fit, last
 
 LONG = ("training.num_epochs=4000", "training.valid_every=4000")

@@ -15,24 +15,25 @@ class FirstClips:
 
     Args:
         clips: the dataset.
-        count: how many clips an epoch has.
+        count: how many clips an epoch has; None for as many as there are.
     """
 
-    def __init__(self, clips: ClipSource, count: int) -> None:
-        self._clips, self._count = clips, count
+    def __init__(self, clips: ClipSource, count: int | None = None) -> None:
+        self.clips = clips
+        self.count = len(clips) if count is None or not len(clips) else count
 
     def __len__(self) -> int:
-        return self._count if len(self._clips) else 0
+        return self.count
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(f"clip {index} of {len(self)}")
-        return self._clips[index % len(self._clips)]
+        return self.clips[index % len(self.clips)]
 
     def name(self, index: int) -> str:
         """Return what error messages call a clip."""
-        return self._clips.name(index % len(self._clips))
+        return self.clips.name(index % len(self.clips))
 
     def set_epoch(self, epoch: int) -> None:
-        """Set what the random crops are keyed by."""
-        self._clips.set_epoch(epoch)
+        """Set what random crops are keyed by."""
+        self.clips.set_epoch(epoch)

@@ -13,6 +13,7 @@ from diffbuf_lib.config import Config
 from diffbuf_lib.data import collate
 from diffbuf_lib.diagnostics.trial import run_pass
 from diffbuf_lib.model import DiffusionBufferModel
+from diffbuf_lib.trace import format_table
 from diffbuf_lib.training.plan import EpochPlan
 from diffbuf_lib.training.reading import ClipSource, read_batches
 
@@ -88,13 +89,12 @@ def step_costs(
 
 def cost_table(costs: Sequence[StepCost]) -> str:
     """Return the costs as a table, a line each."""
-    lines = [f"{'batch':>5} {'precision':10} {'ms/pass':>8} {'clips/s':>8} {'MiB':>8} {'loss':>9}"]
-    lines += [
-        f"{cost.batch_size:5} {cost.precision:10} {1000 * cost.seconds:8.1f} "
-        f"{cost.clips_per_second:8.1f} {cost.saved_bytes / 2**20:8.1f} {cost.loss:9.5f}"
-        for cost in costs
-    ]
-    return "\n".join(lines)
+    rows = [["precision", "batch", "ms/pass", "clips/s", "MiB", "loss"]]
+    for cost in costs:
+        numbers = (1000 * cost.seconds, cost.clips_per_second, cost.saved_bytes / 2**20)
+        shown = [f"{number:.1f}" for number in numbers]
+        rows.append([cost.precision, str(cost.batch_size), *shown, f"{cost.loss:.5f}"])
+    return format_table(rows)
 
 
 @dataclass(frozen=True)
@@ -117,14 +117,7 @@ class ReadingCost:
 def reading_costs(
     clips: ClipSource, plan: EpochPlan, workers: Sequence[int], *, rounds: int = 16
 ) -> list[ReadingCost]:
-    """Read the same batches with different numbers of processes.
-
-    Args:
-        clips: the dataset.
-        plan: says which clips make up which batch.
-        workers: numbers of processes to try.
-        rounds: batches to read, at most.
-    """
+    """Read the same batches, at most `rounds`, with different numbers of processes."""
     batches = plan.batches(epoch=0, rank=0)[:rounds]
     return [_read(clips, batches, count) for count in workers]
 
@@ -135,13 +128,7 @@ def run_hours(plan: EpochPlan, epochs: int, seconds_per_step: float) -> float:
 
 
 def plan_of(cfg: Config, clips: int, processes: int = 1) -> EpochPlan:
-    """Return how an epoch is cut into batches.
-
-    Args:
-        cfg: for batch size, accumulation and seed.
-        clips: of the training set.
-        processes: that train.
-    """
+    """Return how an epoch of `clips` clips is cut into batches for `processes` processes."""
     training = cfg.training
     return EpochPlan(
         clips, training.batch_size, training.accumulation_steps, processes, training.seed

@@ -6,6 +6,7 @@ What the notebooks' checks compare with. Nothing here calls the code that is che
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import librosa
 import numpy as np
@@ -84,14 +85,16 @@ def _variance(sde: SDEConfig, t: float) -> float:
 
 def _rest(sde: SDEConfig, t: float) -> float:
     """Return how much of X_0 is left in the mean at t."""
-    return 1 - t if sde.type == "bbed" else math.exp(-sde.diffusion.gamma * t)
+    options: Any = sde.diffusion
+    return 1 - t if sde.type == "bbed" else math.exp(-options.gamma * t)
 
 
 def _diffusion(sde: SDEConfig, t: float) -> float:
     """Return g(t)."""
+    options: Any = sde.diffusion
     if sde.type == "bbed":
-        theta = _AUTHORS_THETA if sde.diffusion.theta is None else sde.diffusion.theta
-        c = math.sqrt(theta) if sde.diffusion.c is None else sde.diffusion.c
-        return c * sde.diffusion.k**t
-    low, high = sde.diffusion.sigma_min, sde.diffusion.sigma_max
-    return low * (high / low) ** t * math.sqrt(2 * math.log(high / low))
+        theta = _AUTHORS_THETA if options.theta is None else options.theta
+        c = math.sqrt(theta) if options.c is None else options.c
+        return float(c * options.k**t)
+    low, high = options.sigma_min, options.sigma_max
+    return float(low * (high / low) ** t * math.sqrt(2 * math.log(high / low)))

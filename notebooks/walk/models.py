@@ -10,9 +10,9 @@ from pathlib import Path
 
 from diffbuf_lib.errors import ConfigError, DiffbufError
 from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.notebook.clips import FirstClips
-from diffbuf_lib.notebook.workbench import Workbench
+from diffbuf_lib.notebook import Workbench
 from diffbuf_lib.training import train
+from walk.clips import FirstClips
 
 # What trains to something that can be heard in seconds: see configs/demo.yaml for the reasons.
 _SMALL = (
@@ -30,13 +30,7 @@ _EPOCH = 96  # clips, at least: every epoch ends with a checkpoint
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model, and where it comes from.
-
-    Attributes:
-        model: in evaluation mode, on the workbench's device.
-        source: in one line, for people.
-        trained_here: whether `find_model` has trained it just now, for seconds.
-    """
+    """A model in evaluation mode, where it comes from, and whether it was trained just now."""
 
     model: DiffusionBufferModel
     source: str
@@ -55,9 +49,7 @@ class FoundModel:
 def find_model(
     bench: Workbench, name: str | Path | None, folder: Path, *, steps: int = 200
 ) -> FoundModel:
-    """Load a model, or where there is none train a small one.
-
-    A name that is not on this machine is not downloaded: a small model is trained in its place.
+    """Load a model, or where there is none train a small one; nothing is downloaded.
 
     Args:
         bench: for data, sample rate and device.
@@ -68,7 +60,6 @@ def find_model(
 
     Raises:
         ConfigError: a folder without a model, or a model of another sample rate than the data's.
-        DiffbufError: as in `train`.
     """
     model = None if name is None else _load(bench.root, name)
     if model is None:
@@ -107,13 +98,10 @@ def _silently(source: str | Path) -> DiffusionBufferModel:
 
 
 def _train_small(bench: Workbench, folder: Path, steps: int) -> DiffusionBufferModel:
+    # An epoch has at least one step, so that num_steps decides.
+    length = [f"training.num_steps={steps}", f"training.num_epochs={steps}"]
     buffer = min(_BUFFER, bench.cfg.audio.num_frames)
-    cfg = bench.cfg.override(
-        f"diffusion_buffer.buffer_size={buffer}",
-        *_SMALL,
-        f"training.num_steps={steps}",
-        f"training.num_epochs={steps}",  # an epoch has a step at least: num_steps decides
-    )
+    cfg = bench.cfg.override(f"diffusion_buffer.buffer_size={buffer}", *_SMALL, *length)
     clips = FirstClips(bench.train_set, max(_EPOCH, len(bench.train_set)))
     shutil.rmtree(folder, ignore_errors=True)
     for _ in train(cfg, clips, None, folder):

@@ -16,9 +16,11 @@ from typing import Any
 import tyro
 
 import diffbuf_lib
+from diffbuf_lib.commands.training import train_command
 from diffbuf_lib.errors import ConfigError
 
 PORT = 29500  # torchrun's own choice
+TRAIN = Path(diffbuf_lib.__file__).parents[1] / "train.py"
 
 
 def launch_command(
@@ -62,14 +64,12 @@ def launch_command(
         start += ["--rdzv_backend", "c10d", "--rdzv_endpoint", place]
     elif processes > 1:
         start = ["torchrun", "--standalone", "--nproc_per_node", str(processes)]
-    paths = {"config_path": config_path, "results_path": results_path, "data_path": data_path}
+    command = [*start, "train.py", "--config_path", str(config_path)]
+    command += ["--results_path", str(results_path), "--data_path", str(data_path)]
     if valid_path is not None:
-        paths["valid_path"] = valid_path
-    arguments = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
-    changes = [part for override in overrides for part in ("--set", override)]
-    return [
-        *start, "train.py", *arguments, "--dataset_type", str(dataset_type), *changes, *flags
-    ]  # fmt: skip
+        command += ["--valid_path", str(valid_path)]
+    command += ["--dataset_type", str(dataset_type)]
+    return [*command, *(part for each in overrides for part in ("--set", each)), *flags]
 
 
 def shell_line(command: Sequence[str]) -> str:
@@ -84,59 +84,43 @@ def shell_line(command: Sequence[str]) -> str:
 
 
 def parse_command(command: Sequence[str]) -> dict[str, Any]:
-    """Read a command as train.py does, without starting anything.
-
-    Args:
-        command: from `launch_command`.
-
-    Returns:
-        The arguments of `train_command` by name.
+    """Read a launch command as train.py does, without starting anything; return its arguments.
 
     Raises:
         ConfigError: train.py would refuse it; says why.
     """
-    from diffbuf_lib.commands.training import train_command
 
     @functools.wraps(train_command)
     def record(**arguments: Any) -> dict[str, Any]:
         return arguments
 
-    said = io.StringIO()
-    own = list(command)[list(command).index("train.py") + 1 :]
+    said, own = io.StringIO(), list(command)[list(command).index("train.py") + 1 :]
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            parsed = tyro.cli(record, args=own, prog="train.py", use_underscores=True)
+            return dict(tyro.cli(record, args=own, prog="train.py", use_underscores=True))
     except SystemExit:
         reason = " ".join(said.getvalue().split())
         raise ConfigError(f"train.py refuses {shlex.join(own)}: {reason}") from None
-    return dict(parsed)
 
 
 def run_on_cpu(command: Sequence[str], root: Path, *, timeout: float = 110) -> str:
-    """Run a launch command to its end, on the CPU, with this Python.
+    """Run a launch command to its end, on the CPU, with this Python; return what it printed.
 
     Args:
         command: from `launch_command`.
         root: relative paths start there.
         timeout: seconds.
 
-    Returns:
-        What it printed.
-
     Raises:
         ConfigError: it failed; holds its last lines.
         subprocess.TimeoutExpired: it took too long, and was ended.
     """
-    start = {
-        "python": [sys.executable],
-        "torchrun": [sys.executable, "-m", "torch.distributed.run"],
-    }
-    script = str(Path(diffbuf_lib.__file__).parents[1] / "train.py")
-    arguments = [script if part == "train.py" else part for part in command[1:]]
+    torchrun = ["-m", "torch.distributed.run"] if command[0] == "torchrun" else []
+    arguments = [str(TRAIN) if part == "train.py" else part for part in command[1:]]
     threads = str(max(1, (os.cpu_count() or 1) // 2))
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads}
     done = subprocess.run(
-        [*start[command[0]], *arguments], cwd=root, env=environment, timeout=timeout,
+        [sys.executable, *torchrun, *arguments], cwd=root, env=environment, timeout=timeout,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip
     if done.returncode:

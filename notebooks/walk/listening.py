@@ -1,15 +1,11 @@
-"""What a model sounds like: held-out clips, players side by side, delay against quality."""
+"""What a model sounds like: held-out clips, delay against quality."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-import soundfile
 import torch
 from torch import Tensor
 
@@ -18,8 +14,9 @@ from diffbuf_lib.data import ClipDataset, collate, find_layout, open_dataset, re
 from diffbuf_lib.errors import ConfigError, DataError, MissingExtraError
 from diffbuf_lib.evaluation import ScoredClip, summary
 from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.notebook.workbench import Workbench
+from diffbuf_lib.notebook import Workbench
 from diffbuf_lib.streaming import OnlineEnhancer
+from diffbuf_lib.trace import format_table
 from diffbuf_lib.training import score_clips
 from diffbuf_lib.training.metrics import check_metrics
 
@@ -51,35 +48,6 @@ def held_out(bench: Workbench, cfg: Config, seconds: float = 3.0) -> ClipDataset
     return open_dataset(layout, folder, whole, training=False)
 
 
-class Players:
-    """Signals to be heard side by side; shown by Jupyter as a row of players with captions.
-
-    Args:
-        waves: caption and signal [T], full scale 1. Each is played at the same peak, since quiet
-            speech beside loud noise could not be heard; the caption says how much it was raised.
-        sample_rate: Hz.
-    """
-
-    def __init__(self, waves: Mapping[str, Tensor], sample_rate: int) -> None:
-        self.waves, self.sample_rate = dict(waves), sample_rate
-
-    def __repr__(self) -> str:
-        return f"<players: {', '.join(self.waves)}>"
-
-    def _repr_html_(self) -> str:
-        figures = []
-        for caption, wave in self.waves.items():
-            sound, gain = _wav(wave, self.sample_rate)
-            figures.append(
-                '<figure style="margin:0"><figcaption style="padding:0 0 .3em .5em">'
-                f"{html.escape(caption)} <small>({gain:+.0f} dB)</small></figcaption>"
-                f'<audio controls style="width:17em;max-width:100%" src="data:audio/wav;base64,'
-                f'{base64.b64encode(sound).decode()}"></audio></figure>'
-            )
-        style = "display:flex;flex-wrap:wrap;gap:1em"
-        return f'<div style="{style}">{"".join(figures)}</div>'
-
-
 def usable_metrics(sample_rate: int, names: Sequence[str] = METRICS) -> list[str]:
     """Return those metrics whose packages are installed and that are defined at a rate in Hz."""
     usable = []
@@ -92,13 +60,11 @@ def usable_metrics(sample_rate: int, names: Sequence[str] = METRICS) -> list[str
 
 def gain_table(clips: Sequence[ScoredClip], metrics: Sequence[str]) -> str:
     """Return the mean of each metric before and after, a line a metric."""
-    lines = [f"{'metric':8} {'noisy':>8} {'enhanced':>9} {'gain':>8}   clips"]
+    rows = [["metric", "noisy", "enhanced", "gain", "clips"]]
     for row in summary(clips, metrics):
-        lines.append(
-            f"{row.metric:8} {row.noisy:8.3f} {row.enhanced:9.3f} {row.gain:+8.3f}   "
-            f"{row.scored} of {row.clips}"
-        )
-    return "\n".join(lines)
+        means = [f"{row.noisy:.3f}", f"{row.enhanced:.3f}", f"{row.gain:+.3f}"]
+        rows.append([row.metric, *means, f"{row.scored} of {row.clips}"])
+    return format_table(rows)
 
 
 def noise_floor(wave: Tensor, frame: int = 256) -> float:
@@ -132,7 +98,7 @@ def measured_latency(enhancer: OnlineEnhancer, limit: int = 100_000) -> int:
     """Push silence sample by sample; return how many went in when the first came out.
 
     Args:
-        enhancer: of one stream; reset before and after.
+        enhancer: reset before and after.
         limit: samples to push at most.
     """
     enhancer.reset()
@@ -225,12 +191,3 @@ def with_buffer(model: DiffusionBufferModel, buffer_size: int) -> DiffusionBuffe
     other = DiffusionBufferModel(cfg.override(f"diffusion_buffer.buffer_size={buffer_size}"))
     other.load_state_dict(model.state_dict())
     return other.to(device).eval()
-
-
-def _wav(wave: Tensor, sample_rate: int) -> tuple[bytes, float]:
-    """Return a 16-bit wav with its peak at 0.9 of full scale, and the gain that took, dB."""
-    wave = torch.nan_to_num(wave.detach().float().cpu())
-    gain = 0.9 / wave.abs().max().clamp_min(1e-4)
-    buffer = io.BytesIO()
-    soundfile.write(buffer, (gain * wave).numpy(), sample_rate, format="WAV")
-    return buffer.getvalue(), 20 * float(gain.log10())

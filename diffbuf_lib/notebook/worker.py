@@ -1,4 +1,4 @@
-"""A generator that runs in a thread of its own, and can be paused, stopped and opened again.
+"""A generator that runs in a thread of its own, and a panel with buttons to start and stop it.
 
 A loop in a notebook's main thread holds the kernel, so that no button works until it ends.
 """
@@ -10,8 +10,12 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Generic, Literal, TypeVar
+
+import ipywidgets as widgets
+
+from diffbuf_lib.notebook.panels import Panel
 
 Item = TypeVar("Item")
 State = Literal["ready", "running", "paused", "stopped", "finished", "failed"]
@@ -34,7 +38,8 @@ class Worker(Generic[Item]):
 
     Attributes:
         state: ready, running, paused, stopped (asked to), finished (no more items) or failed.
-        error: what the thread raised, until `wait` has raised it again.
+        error: what the thread raised, until `raise_error` has raised it again.
+        reopening: whether `reopen` was asked for and is still to be done.
     """
 
     def __init__(
@@ -45,16 +50,11 @@ class Worker(Generic[Item]):
     ) -> None:
         self._make, self._receive, self._changed = make, receive, changed
         self._wish = threading.Condition()  # guards what is asked for, below
-        self._pause = self._stop = self._reopen = False
+        self._pause = self._stop = self.reopening = False
         self._thread: threading.Thread | None = None
         self._told = True  # whether `changed` has been called since the state changed
         self.state: State = "ready"
         self.error: BaseException | None = None
-
-    @property
-    def reopening(self) -> bool:
-        """Whether `reopen` was asked for and is still to be done."""
-        return self._reopen
 
     @property
     def busy(self) -> bool:
@@ -64,7 +64,7 @@ class Worker(Generic[Item]):
     @property
     def resting(self) -> bool:
         """Whether it is paused, has said so, and stays so until somebody asks for something."""
-        asked = self._stop or self._reopen or not self._pause
+        asked = self._stop or self.reopening or not self._pause
         return self.state == "paused" and self._told and not asked
 
     def start(self) -> None:
@@ -73,7 +73,7 @@ class Worker(Generic[Item]):
             self.ask(pause=False)
             return
         self.join()
-        self._pause = self._stop = self._reopen = False
+        self._pause = self._stop = self.reopening = False
         self.error, self.state = None, "running"
         self._thread = threading.Thread(target=self._run, name="diffbuf-worker", daemon=True)
         _alive.add(self)
@@ -92,7 +92,7 @@ class Worker(Generic[Item]):
         with self._wish:
             self._pause = self._pause if pause is None else pause
             self._stop = self._stop if stop is None else stop
-            self._reopen = self._reopen if reopen is None else reopen
+            self.reopening = self.reopening if reopen is None else reopen
             self._wish.notify_all()
 
     def wait_for(self, reached: Callable[[], bool], timeout: float | None = None) -> bool:
@@ -114,7 +114,8 @@ class Worker(Generic[Item]):
             self._thread.join(timeout)
 
     def raise_error(self) -> None:
-        """Raise what the thread raised, once."""
+        """Wait for the thread's end, and raise what it raised, once."""
+        self.join()
         error, self.error = self.error, None
         if error is not None:
             raise error
@@ -124,7 +125,7 @@ class Worker(Generic[Item]):
     def _run(self) -> None:
         try:
             end: State = "stopped" if self._take_all() else "finished"
-        except BaseException as error:  # nothing may be lost: `wait` raises it again
+        except BaseException as error:  # nothing may be lost: `raise_error` raises it again
             self.error, end = error, "failed"
         self._turn(end)
 
@@ -133,7 +134,7 @@ class Worker(Generic[Item]):
         items = self._make()
         try:
             while not self._wait_while_paused():
-                if self._reopen:
+                if self.reopening:
                     items.close()
                     items = self._make()
                     self.ask(reopen=False)
@@ -152,10 +153,10 @@ class Worker(Generic[Item]):
 
     def _wait_while_paused(self) -> bool:
         """Wait as long as asked to; return whether to stop."""
-        if self._pause and not (self._stop or self._reopen):
+        if self._pause and not (self._stop or self.reopening):
             self._turn("paused")
             with self._wish:
-                self._wish.wait_for(lambda: not self._pause or self._stop or self._reopen)
+                self._wish.wait_for(lambda: not self._pause or self._stop or self.reopening)
         if not self._pause and self.state == "paused":
             self._turn("running")
         return self._stop
@@ -171,6 +172,82 @@ class Worker(Generic[Item]):
             self._wish.notify_all()
 
 
+class WorkerPanel(Panel, Generic[Item]):
+    """A panel over a worker: subclasses say what its items are and what is shown of them.
+
+    Args:
+        make: opens the worker's generator; must not hold the panel.
+        buttons: icon and tooltip by name: start, stop, and maybe pause, resume, save.
+        beside: widgets in the row of the buttons.
+        below: rows between the buttons and the picture.
+        description: of the picture.
+
+    Attributes:
+        buttons: by name.
+    """
+
+    _REQUESTS: Mapping[str, dict[str, bool]] = {
+        "pause": {"pause": True},
+        "resume": {"pause": False},
+        "stop": {"stop": True},
+        "save": {"reopen": True},
+    }
+
+    def __init__(
+        self,
+        make: Callable[[], Generator[Item, None, None]],
+        buttons: Mapping[str, tuple[str, str]],
+        beside: Sequence[widgets.Widget],
+        below: Sequence[widgets.Widget],
+        description: str,
+    ) -> None:
+        self.buttons = {name: _button(name, *look) for name, look in buttons.items()}
+        row = widgets.HBox([*self.buttons.values(), *beside])
+        super().__init__([row, *below], description)
+        self.worker = Worker(make, weakly(self._receive), weakly(self._turned))
+        # Nobody else would end the thread of a panel that is gone.
+        weakref.finalize(self, self.worker.ask, stop=True)
+        for button in self.buttons.values():
+            button.on_click(weakly(self._pressed))
+
+    def start(self) -> None:
+        """Begin, or go on after a pause."""
+        self.worker.start()
+
+    def stop(self) -> None:
+        """End, and raise what the thread raised."""
+        self.worker.ask(stop=True)
+        self.wait()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end, for at most a time in s; return whether it has come.
+
+        Raises:
+            Exception: what the thread raised, once.
+        """
+        ended = self.worker.wait_for(lambda: not self.worker.busy, timeout)
+        if ended:
+            self.worker.raise_error()
+            self.keep_still()
+        return ended
+
+    def _pressed(self, button: widgets.Button) -> None:
+        """Do what a button says, without waiting: the kernel stays free."""
+        name = button.description.lower()
+        if name == "start":
+            self.start()
+        else:
+            self.worker.ask(**self._REQUESTS[name])
+
+    def _receive(self, item: Item) -> None:
+        """Take an item; in the thread."""
+        raise NotImplementedError
+
+    def _turned(self) -> None:
+        """Show a new state; in the thread."""
+        raise NotImplementedError
+
+
 def weakly(method: Callable[..., None]) -> Callable[..., None]:
     """Return a callback that does not keep its object alive, and does nothing once it is gone."""
     reference = weakref.WeakMethod(method)
@@ -181,6 +258,15 @@ def weakly(method: Callable[..., None]) -> Callable[..., None]:
             bound(*arguments)
 
     return call
+
+
+def _button(name: str, icon: str, tooltip: str) -> widgets.Button:
+    layout = widgets.Layout(width="110px")
+    button = widgets.Button(
+        description=name.capitalize(), icon=icon, tooltip=tooltip, layout=layout
+    )
+    button.add_class(f"diffbuf-{name}")
+    return button
 
 
 @atexit.register

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 import weakref
+from collections.abc import Generator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,14 @@ import ipywidgets as widgets
 import torch
 
 from diffbuf_lib.config import Config
+from diffbuf_lib.figures import training_progress
 from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.notebook.panels.base import Panel
-from diffbuf_lib.notebook.panels.runs import open_run, read_records, remove_run
-from diffbuf_lib.notebook.panels.worker import Worker, weakly
-from diffbuf_lib.notebook.plots.training import training_progress
-from diffbuf_lib.training import StepRecord, load_weights
+from diffbuf_lib.notebook.panels import label
+from diffbuf_lib.notebook.worker import WorkerPanel
+from diffbuf_lib.training import StepRecord, load_weights, train
 from diffbuf_lib.training.checkpoint import apply_weights
 from diffbuf_lib.training.reading import ClipSource
-from diffbuf_lib.training.results import ResultsFolder
+from diffbuf_lib.training.results import ResultsFolder, read_history
 
 _PICTURE_EVERY = 0.25  # s, at least
 _PICTURE_SHARE = 0.2  # of the thread's time that may go into pictures
@@ -32,22 +33,26 @@ _BUTTONS = {
     "stop": ("stop", "end with a checkpoint; Start goes on from it"),
     "save": ("save", "write a checkpoint now and go on"),
 }
+_HINTS = {
+    "stopped": ": Start goes on from the checkpoint",
+    "finished": ": raise training.num_epochs or num_steps to go on",
+}
 _panels: weakref.WeakValueDictionary[Path, TrainingPanel] = weakref.WeakValueDictionary()
 
 
-class TrainingPanel(Panel):
+class TrainingPanel(WorkerPanel[StepRecord]):
     """`training.train` with Start, Pause, Resume, Stop and Save.
 
     The run goes on in a thread, so the kernel stays free; but the global random generators are
-    shared, so do not make or train other models while it runs (see `training.isolation`). A
-    stopped run goes on from its checkpoint at the next `start`, also in a new panel over the same
-    folder, which takes it over from the panel before.
+    shared, so do not make or train other models while it runs. A stopped run goes on from its
+    checkpoint at the next `start`, also in a new panel over the same folder, which takes it over
+    from the panel before.
 
     Args:
         cfg: the config.
         train_set: `[i] -> (mix, target)`, each [C, T] float32, full scale 1.
         valid_set: the same; None or empty: no validation.
-        results_path: the run's folder; see `training.results`.
+        results_path: the run's folder.
         fresh: remove a run that is there, rather than go on with it.
         device: as in `train`.
 
@@ -74,42 +79,31 @@ class TrainingPanel(Panel):
         _take_over(self.folder.path.resolve(), self)
         if fresh:
             remove_run(results_path)
-        self.records = read_records(self.folder)
-        clips = valid_set if valid_set is not None and len(valid_set) else train_set
-        mix, target = clips[0]
+        self.records = _read_records(self.folder)
+        mix, target = (valid_set if valid_set is not None and len(valid_set) else train_set)[0]
         self.clip = {"mix": mix.mean(0), "target": target.mean(0)}
-        self._clip_step: int | None = None
+        self.clip_step: int | None = None
         self.model = DiffusionBufferModel(cfg).eval()
-        self._buttons = {name: _button(name) for name in _BUTTONS}
-        self._step = _label("diffbuf-step", "260px")
-        self._status = _label("diffbuf-status", "600px")
-        row = widgets.HBox(list(self._buttons.values()))
+        self.step_label, self.status = label("step", "260px"), label("status", "600px")
+        self._drawn, self._labelled, self._cost = 0.0, 0.0, 0.0
         super().__init__(
-            [row, widgets.HBox([self._step, self._status])],
+            partial(_open_run, cfg, train_set, valid_set, self.folder, device),
+            _BUTTONS,
+            [],
+            [widgets.HBox([self.step_label, self.status])],
             "loss, validation scores and a validation clip of a training run",
         )
-        self.image.add_class("diffbuf-picture")
-        self._drawn, self._labelled, self._cost = 0.0, 0.0, 0.0
-        self._worker: Worker[StepRecord] = Worker(
-            partial(open_run, cfg, train_set, valid_set, self.folder, device),
-            weakly(self._receive),
-            weakly(self._show),
-        )
-        # Nobody else would end the thread of a panel that is gone.
-        weakref.finalize(self, self._worker.ask, stop=True)
-        for name, button in self._buttons.items():
-            button.on_click(weakly(getattr(self, f"_on_{name}")))
-        self._show()
+        self._turned()
 
     @property
     def running(self) -> bool:
         """Whether steps are being made."""
-        return self._worker.state == "running"
+        return self.worker.state == "running"
 
     @property
     def paused(self) -> bool:
         """Whether the run waits for `resume`."""
-        return self._worker.state == "paused"
+        return self.worker.state == "paused"
 
     @property
     def steps(self) -> int:
@@ -118,39 +112,34 @@ class TrainingPanel(Panel):
 
     def start(self) -> None:
         """Begin the run, or go on from its last checkpoint; a paused run resumes."""
-        self._worker.start()
-        self._show()
+        super().start()
+        self._turned()
 
     def pause(self) -> None:
-        """Stop making steps; returns when the step that is being made has ended."""
-        self._worker.ask(pause=True)
-        self._worker.wait_for(lambda: self._worker.resting)
+        """Stop making steps; returns when the current step has ended."""
+        self.worker.ask(pause=True)
+        self.worker.wait_for(lambda: self.worker.resting)
         self.keep_still()
 
     def resume(self) -> None:
         """Go on after a pause."""
-        self._worker.ask(pause=False)
-        self._worker.wait_for(lambda: not self.paused)
-
-    def stop(self) -> None:
-        """End with a checkpoint, and raise what the thread raised."""
-        self._worker.ask(stop=True)
-        self.wait()
+        self.worker.ask(pause=False)
+        self.worker.wait_for(lambda: not self.paused)
 
     def save(self) -> None:
         """Write a checkpoint and go on from it; a run that is not going on has one already."""
-        if self._worker.busy:
-            self._worker.ask(reopen=True)
-            self._worker.wait_for(lambda: not self._worker.reopening)
+        if self.worker.busy:
+            self.worker.ask(reopen=True)
+            self.worker.wait_for(lambda: not self.worker.reopening)
 
-    def wait(self, step: int | None = None, timeout: float | None = None) -> bool:
+    def wait(self, timeout: float | None = None, *, step: int | None = None) -> bool:
         """Wait for a step, or for the end of the run.
 
         Ctrl-C (the toolbar's interrupt) pauses the run.
 
         Args:
-            step: come back when so many steps are made; None: when the run has ended.
             timeout: s; None: as long as it takes.
+            step: come back when so many steps are made; None: when the run has ended.
 
         Returns:
             Whether it came to that; not when the time is over or the run is paused.
@@ -160,42 +149,24 @@ class TrainingPanel(Panel):
         """
 
         def there() -> bool:
-            return not self._worker.busy if step is None else self.steps >= step
+            return not self.worker.busy if step is None else self.steps >= step
 
         try:
-            self._worker.wait_for(lambda: there() or self._worker.resting, timeout)
+            self.worker.wait_for(lambda: there() or self.worker.resting, timeout)
         except KeyboardInterrupt:
-            self._worker.ask(pause=True)
+            self.worker.ask(pause=True)
             raise
-        if not self._worker.busy:
-            self._worker.join()
-            self._worker.raise_error()
+        if not self.worker.busy:
+            self.worker.raise_error()
         self.keep_still()
         return there()
 
     def close(self) -> None:
         """Stop and remove the widgets from the page."""
-        self._worker.ask(stop=True)
-        self._worker.join()
-        for widget in (self.box, self.image, self._step, self._status, *self._buttons.values()):
+        self.worker.ask(stop=True)
+        self.worker.join()
+        for widget in (self.box, self.image, self.step_label, self.status, *self.buttons.values()):
             widget.close()
-
-    # Buttons: none of them waits, so that the kernel stays free.
-
-    def _on_start(self, _: Any) -> None:
-        self.start()
-
-    def _on_pause(self, _: Any) -> None:
-        self._worker.ask(pause=True)
-
-    def _on_resume(self, _: Any) -> None:
-        self._worker.ask(pause=False)
-
-    def _on_stop(self, _: Any) -> None:
-        self._worker.ask(stop=True)
-
-    def _on_save(self, _: Any) -> None:
-        self._worker.ask(reopen=self._worker.busy)
 
     # In the thread, but for the first picture.
 
@@ -207,7 +178,7 @@ class TrainingPanel(Panel):
             self._enhance_clip(record.step)
         now = time.monotonic()
         if now - self._drawn > max(_PICTURE_EVERY, self._cost / _PICTURE_SHARE):
-            self._show()
+            self._turned()
         elif now - self._labelled > _LABEL_EVERY:
             self._write_labels()
 
@@ -220,43 +191,71 @@ class TrainingPanel(Panel):
         noise = torch.Generator().manual_seed(self.cfg.training.seed)
         estimate = self.model.enhance(self.clip["mix"][None, None], noise)[0, 0]
         self.clip = {"mix": self.clip["mix"], "estimate": estimate, "target": self.clip["target"]}
-        self._clip_step = step
+        self.clip_step = step
 
-    def _show(self) -> None:
+    def _turned(self) -> None:
         started = time.monotonic()
         self._write_labels()
-        for name, button in self._buttons.items():
-            button.disabled = not self._is_possible(name)
-        metric = self.cfg.training.metric_for_scheduler
+        possible = {
+            "start": not self.worker.busy, "pause": self.running, "resume": self.paused,
+        }  # fmt: skip
+        for name, button in self.buttons.items():
+            button.disabled = not possible.get(name, self.worker.busy)
         lines = [record.to_dict() for record in self.records]
-        self.draw(
-            training_progress(
-                lines, self.clip, self.cfg.audio, metric=metric, clip_step=self._clip_step
-            )
-        )
+        metric = self.cfg.training.metric_for_scheduler
+        audio, step = self.cfg.audio, self.clip_step
+        self.draw(training_progress(lines, self.clip, audio, metric=metric, clip_step=step))
         self._drawn = time.monotonic()
         self._cost = self._drawn - started
-
-    def _is_possible(self, button: str) -> bool:
-        possible = {"start": not self._worker.busy, "pause": self.running, "resume": self.paused}
-        return possible.get(button, self._worker.busy)
 
     def _write_labels(self) -> None:
         self._labelled = time.monotonic()
         last = self.records[-1] if self.records else None
-        self._step.value = f"step {self.steps}" + (f", epoch {last.epoch}" if last else "")
-        self._status.value = self._describe()
-
-    def _describe(self) -> str:
-        state, error = self._worker.state, self._worker.error
+        self.step_label.value = f"step {self.steps}" + (f", epoch {last.epoch}" if last else "")
+        state, error = self.worker.state, self.worker.error
         if error is not None:
-            return f"{state}: {' '.join(str(error).split()) or type(error).__name__}"
-        loss = f", loss {self.records[-1].loss:.4g}" if self.records else ""
-        hints = {
-            "stopped": ": Start goes on from the checkpoint",
-            "finished": ": raise training.num_epochs or num_steps to go on",
-        }
-        return f"{state}{loss}{hints.get(state, '')}"
+            self.status.value = f"{state}: {' '.join(str(error).split()) or type(error).__name__}"
+        else:
+            loss = f", loss {last.loss:.4g}" if last else ""
+            self.status.value = f"{state}{loss}{_HINTS.get(state, '')}"
+
+
+def remove_run(results_path: str | Path) -> None:
+    """Remove the files of a run, and nothing else that may be in its folder.
+
+    Args:
+        results_path: the run's folder; it may be missing, and no run may go on there.
+    """
+    folder = ResultsFolder(results_path)
+    capsules = folder.path.glob("capsule_*")
+    for path in (folder.last.parent, folder.model, folder.tensorboard, *capsules):
+        shutil.rmtree(path, ignore_errors=True)
+    for file in (folder.config, folder.history):
+        file.unlink(missing_ok=True)
+
+
+def _open_run(
+    cfg: Config,
+    train_set: ClipSource,
+    valid_set: ClipSource | None,
+    folder: ResultsFolder,
+    device: str,
+) -> Generator[StepRecord, None, None]:
+    """Begin the run of a folder, or go on with it if it has a checkpoint; must not hold a panel."""
+    resume = folder.last.is_file()
+    return train(cfg, train_set, valid_set, folder.path, resume=resume, device=device)
+
+
+def _read_records(folder: ResultsFolder) -> list[StepRecord]:
+    """Return the steps of a run's history, each with the validation that followed it."""
+    records: dict[int, dict[str, Any]] = {}
+    for line in read_history(folder.history):
+        if "loss" in line:
+            numbers = {key: float("nan") for key, value in line.items() if value is None}
+            records[line["step"]] = {**line, **numbers}
+        elif line["step"] in records:
+            records[line["step"]]["valid"] = line["valid"]
+    return [StepRecord(**fields) for fields in records.values()]
 
 
 def _take_over(path: Path, panel: TrainingPanel) -> None:
@@ -265,21 +264,3 @@ def _take_over(path: Path, panel: TrainingPanel) -> None:
     if before is not None:
         before.close()
     _panels[path] = panel
-
-
-def _button(name: str) -> widgets.Button:
-    icon, tooltip = _BUTTONS[name]
-    button = widgets.Button(
-        description=name.capitalize(),
-        icon=icon,
-        tooltip=tooltip,
-        layout=widgets.Layout(width="110px"),
-    )
-    button.add_class(f"diffbuf-{name}")
-    return button
-
-
-def _label(name: str, width: str) -> widgets.Label:
-    label = widgets.Label(layout=widgets.Layout(width=width))
-    label.add_class(name)
-    return label

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Generator
 from functools import partial
-from typing import Any
 
 import ipywidgets as widgets
 import torch
 from torch import Tensor
 
 from diffbuf_lib.errors import ShapeError
+from diffbuf_lib.figures import stream_course
 from diffbuf_lib.live import LiveHop, LiveReport, live_hops, make_report
 from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.notebook.panels.base import Panel
-from diffbuf_lib.notebook.panels.controls import slider_look
-from diffbuf_lib.notebook.panels.worker import Worker, weakly
-from diffbuf_lib.notebook.plots.listening import stream_course
+from diffbuf_lib.notebook.panels import label, slider_look
+from diffbuf_lib.notebook.worker import WorkerPanel
 from diffbuf_lib.streaming import OnlineEnhancer
 
 _LABELS_EVERY = 0.25  # s
 _QUIETEST = -60.0  # dB re full scale, where the meters end
+_BUTTONS = {
+    "start": ("play", "feed the recording from its beginning"),
+    "stop": ("stop", "end here"),
+}
 
 
-class StreamPanel(Panel):
+class StreamPanel(WorkerPanel[LiveHop]):
     """`OnlineEnhancer` on a recording, hop by hop in real time, with Start and Stop.
 
     While the stream runs, only numbers and level meters move: a picture takes as long to draw as
@@ -53,35 +54,20 @@ class StreamPanel(Panel):
             raise ShapeError(f"StreamPanel takes a signal [T], not {list(wave.shape)}")
         self.model, self.wave, self.realtime, self.seed = model, wave, realtime, seed
         B = model.cfg.diffusion_buffer.buffer_size
-        self.delay = widgets.IntSlider(
-            B, 1 if model.predicts_data else B, B, **slider_look("delay (frames)")
-        )
-        self._buttons = {
-            name: widgets.Button(description=name.capitalize(), icon=icon)
-            for name, icon in (("start", "play"), ("stop", "stop"))
-        }
+        lowest = 1 if model.predicts_data else B
+        self.delay = widgets.IntSlider(B, lowest, B, **slider_look("delay (frames)"))
+        self.meters = {name: _meter(name) for name in ("in", "out")}
+        self.status = label("status", "100%")
         self._stream: list[OnlineEnhancer] = []  # the one of now
-        self._meters = {name: _meter(name) for name in ("in", "out")}
-        self._status = widgets.Label()
-        for name, button in self._buttons.items():
-            button.add_class(f"diffbuf-{name}")
-        self._status.add_class("diffbuf-status")
-        row = widgets.HBox([*self._buttons.values(), self.delay])
-        super().__init__(
-            [row, widgets.HBox(list(self._meters.values())), self._status],
-            "what went into a stream, what came out, and the time of every hop",
-        )
-        self.image.add_class("diffbuf-picture")
         self._labelled = 0.0
         self._begin()
-        self._worker: Worker[LiveHop] = Worker(
+        super().__init__(
             partial(_feed, self._stream, wave, realtime),
-            weakly(self._receive),
-            weakly(self._turned),
+            _BUTTONS,
+            [self.delay],
+            [widgets.HBox(list(self.meters.values())), self.status],
+            "what went into a stream, what came out, and the time of every hop",
         )
-        weakref.finalize(self, self._worker.ask, stop=True)
-        self._buttons["start"].on_click(weakly(self._on_start))
-        self._buttons["stop"].on_click(weakly(self._on_stop))
         self._show()
 
     @property
@@ -98,41 +84,11 @@ class StreamPanel(Panel):
 
     def start(self) -> None:
         """Begin the stream, from the beginning."""
-        if not self._worker.busy:
-            self._worker.join()  # a stream that has just ended is still being flushed
+        if not self.worker.busy:
+            self.worker.join()  # a stream that has just ended is still being flushed
             self._begin()
-            self._worker.start()
+            self.worker.start()
             self._show()
-
-    def stop(self) -> None:
-        """End the stream as the end of its input does, and raise what the thread raised."""
-        self._worker.ask(stop=True)
-        self.wait()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the end of the stream.
-
-        Args:
-            timeout: s; None: as long as it takes.
-
-        Returns:
-            Whether it has ended.
-
-        Raises:
-            Exception: what the thread raised, once.
-        """
-        ended = self._worker.wait_for(lambda: not self._worker.busy, timeout)
-        if ended:
-            self._worker.join()
-            self._worker.raise_error()
-            self.keep_still()
-        return ended
-
-    def _on_start(self, _: Any) -> None:
-        self.start()
-
-    def _on_stop(self, _: Any) -> None:
-        self._worker.ask(stop=True)
 
     def _begin(self) -> None:
         delay = self.delay.value if self.model.predicts_data else None
@@ -150,36 +106,35 @@ class StreamPanel(Panel):
             self._write_labels()
 
     def _turned(self) -> None:
-        if self._worker.state in ("stopped", "finished"):
+        if self.worker.state in ("stopped", "finished"):
             self._rest = self._stream[0].flush()
         self._show()
 
     # In either.
 
     def _show(self) -> None:
-        busy = self._worker.busy
-        self._buttons["start"].disabled = self.delay.disabled = busy
-        self._buttons["stop"].disabled = not busy
+        busy = self.worker.busy
+        self.buttons["start"].disabled = self.delay.disabled = busy
+        self.buttons["stop"].disabled = not busy
         self._write_labels()
         if not busy:
             out = self.output
             waves = {"in": self.wave[: len(out)], "out": out} if len(out) else {"in": self.wave}
-            self.draw(stream_course(waves, self.report, self.model.cfg.audio))
+            self.draw(stream_course(waves, self.report.frame_ms, self.model.cfg.audio))
 
     def _write_labels(self) -> None:
-        report = self.report
-        hop = self.model.cfg.audio.stft.hop_length
+        report, hop = self.report, self.model.cfg.audio.stft.hop_length
         count = len(report.frame_ms)
-        ready = self._hops[-1].ready if self._hops else self.wave[:0]
-        self._meters["in"].value = _level(self.wave[max(0, count - 1) * hop : count * hop])
-        self._meters["out"].value = _level(ready)
-        self._status.value = f"latency {report.latency_ms:.0f} ms" + (
-            f", {count * report.hop_ms / 1000:.1f} s; real-time factor "
-            f"{report.real_time_factor:.2f}, p99 {report.quantile(0.99):.1f} of "
-            f"{report.hop_ms:.0f} ms, {report.missed} hops late"
-            if count
-            else ""
-        )
+        self.meters["in"].value = _level(self.wave[max(0, count - 1) * hop : count * hop])
+        self.meters["out"].value = _level(self._hops[-1].ready if self._hops else self.wave[:0])
+        text = f"latency {report.latency_ms:.0f} ms"
+        if count:
+            text += (
+                f", {count * report.hop_ms / 1000:.1f} s; real-time factor "
+                f"{report.real_time_factor:.2f}, p99 {report.quantile(0.99):.1f} of "
+                f"{report.hop_ms:.0f} ms, {report.missed} hops late"
+            )
+        self.status.value = text
 
 
 def _feed(
@@ -192,12 +147,9 @@ def _feed(
 
 
 def _meter(name: str) -> widgets.FloatProgress:
+    layout = widgets.Layout(width="310px")
     return widgets.FloatProgress(
-        value=_QUIETEST,
-        min=_QUIETEST,
-        max=0.0,
-        description=f"{name} (dB)",
-        layout=widgets.Layout(width="310px"),
+        value=_QUIETEST, min=_QUIETEST, max=0.0, description=f"{name} (dB)", layout=layout
     )
 
 

@@ -7,16 +7,17 @@ import shutil
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import soundfile
 import torch
 from torch import Tensor
 
 from diffbuf_lib.config import Config
-from diffbuf_lib.diffusion.buffer import Generators
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.training import StepRecord, train
 from diffbuf_lib.training.reading import ClipSource
+from walk.clips import FirstClips
 
 SMALL = (
     "model={name: conv, base_channels: 16, num_layers: 2}",
@@ -28,14 +29,7 @@ SMALL = (
 
 
 def caught(action: Callable[[], object]) -> Exception:
-    """Run what ought to fail, and return its error.
-
-    Args:
-        action: such as `lambda: load_config(path)`.
-
-    Raises:
-        AssertionError: it did not fail.
-    """
+    """Run what ought to fail, and return its error; AssertionError if it does not fail."""
     try:
         action()
     except Exception as error:
@@ -44,13 +38,7 @@ def caught(action: Callable[[], object]) -> Exception:
 
 
 def read(error: Exception, root: Path, width: int = 96) -> str:
-    """Return an error's class and message, wrapped to a page: `print(read(error, bench.root))`.
-
-    Args:
-        error: any.
-        root: paths below it are shown from there.
-        width: columns.
-    """
+    """Return an error's class and message, wrapped to a page, with paths from `root` on."""
     text = f"{type(error).__name__}: {error}".replace(f"{root}{os.sep}", "")
     return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
@@ -63,55 +51,28 @@ def few_steps(
     model: DiffusionBufferModel | None = None,
     resume: bool = False,
 ) -> list[StepRecord]:
-    """Train on the CPU, without validation, to `training.num_steps`.
+    """Train on the CPU, without validation, to `training.num_steps`; arguments as in `train`.
 
-    Args:
-        cfg: of the run.
-        clips: to train on.
-        folder: of the run; emptied first, unless it is resumed.
-        model: trained in place; None for a new one.
-        resume: go on with the run in the folder.
+    The folder is emptied first, unless its run is resumed.
     """
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
     return list(train(cfg, clips, None, folder, model=model, resume=resume, device="cpu"))
 
 
-class Mono:
-    """Clips averaged to mono, so that clips of any number of channels make a batch.
-
-    Args:
-        clips: where they come from.
-    """
-
-    def __init__(self, clips: ClipSource) -> None:
-        self.clips = clips
-
-    def __len__(self) -> int:
-        return len(self.clips)
+class Mono(FirstClips):
+    """Clips averaged to mono, so that clips of any number of channels make a batch."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        mix, target = self.clips[index]
+        mix, target = super().__getitem__(index)
         return mix.mean(0, keepdim=True), target.mean(0, keepdim=True)
-
-    def name(self, index: int) -> str:
-        """Return what error messages call a clip."""
-        return self.clips.name(index)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set what random crops are keyed by."""
-        self.clips.set_epoch(epoch)
 
 
 class Spoilt(Mono):
-    """Mono clips, one of them with a NaN in the middle of its mixture.
+    """Mono clips, of which clip `bad` has a NaN in the middle of its mixture.
 
     Stands for whatever puts a NaN into a batch after the files were read: an augmentation, a
     division by the energy of a silent clip.
-
-    Args:
-        clips: where they come from.
-        bad: index of the spoilt one.
     """
 
     def __init__(self, clips: ClipSource, bad: int) -> None:
@@ -143,32 +104,27 @@ def write_pair(
     shutil.rmtree(folder, ignore_errors=True)
     sample = folder / "sample_00000"
     sample.mkdir(parents=True)
-    for name, wave in (("mixture", mix.clone()), ("vocals", target)):
-        if name == "mixture" and nan_at is not None:
-            wave[:, nan_at] = torch.nan
+    mix = mix.clone()
+    if nan_at is not None:
+        mix[:, nan_at] = torch.nan
+    for name, wave in (("mixture", mix), ("vocals", target)):
         # Not write_audio, which refuses to write a NaN.
         soundfile.write(sample / f"{name}.wav", wave.T.numpy(), sample_rate, subtype="FLOAT")
     return folder
 
 
 class Hungry(DiffusionBufferModel):
-    """A model that says it has no memory for a batch of more than so many clips.
+    """A model that says it has no memory for a batch of more than `capacity` clips.
 
     It raises what torch raises on a GPU, and takes no memory.
-
-    Args:
-        cfg: of the model.
-        capacity: clips.
     """
 
     def __init__(self, cfg: Config, capacity: int) -> None:
         super().__init__(cfg)
         self.capacity = capacity
 
-    def forward(
-        self, mix: Tensor, target: Tensor | None = None, generator: Generators = None
-    ) -> Tensor:
+    def forward(self, mix: Tensor, *args: Any, **options: Any) -> Tensor:
         """Return what the model returns, or raise torch.OutOfMemoryError."""
         if len(mix) > self.capacity:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.00 GiB")
-        return super().forward(mix, target, generator)
+        return super().forward(mix, *args, **options)

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import copy
 import html
-import io
 from dataclasses import fields, replace
 from typing import Any
 
 import ipywidgets as widgets
-import soundfile
 import torch
 from torch import Tensor
 
 from diffbuf_lib.diagnostics.gradients import GradientStatistics, gradient_statistics
+from diffbuf_lib.figures import player_wav, stepping
 from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.notebook.panels.base import Panel
-from diffbuf_lib.notebook.plots.stepping import stepping
+from diffbuf_lib.notebook.panels import Panel, label
 from diffbuf_lib.trace import Trace
 from diffbuf_lib.training.optimizer import make_optimizer
 from diffbuf_lib.training.plan import Stream, example_generators, stream_seed
 
 _RUN = 10  # steps of the button "Run 10"
-_PEAK = 0.9  # of what is played
-_STAGES = tuple(field.name for field in fields(Trace))
+_STAGES = tuple(field.name for field in fields(Trace) if field.name != "draws")
 
 
 class StepDebugger(Panel):
@@ -59,22 +56,13 @@ class StepDebugger(Panel):
         same_noise: bool = True,
         seed: int = 0,
     ) -> None:
-        training = model.cfg.training
-        self.model, self.mix, self.target = model, mix, target
-        self.same_noise, self.seed = same_noise, seed
-        self.optimizer = make_optimizer(training, model, lr)
+        self.model, self.mix, self.target, self.seed = model, mix, target, seed
+        self.optimizer = make_optimizer(model.cfg.training, model, lr)
         self._start = copy.deepcopy((model.state_dict(), self.optimizer.state_dict()))
-        self._make_widgets(len(mix))
+        rows = self._make_widgets(len(mix), same_noise)
         super().__init__(
-            [
-                widgets.HBox([*self._buttons, self.same_noise_box]),
-                widgets.HBox([self._step_label, self._status]),
-                widgets.HBox([self.stage, self.example, self._sound]),
-                self._table,
-            ],
-            "loss of one batch, gradients by module and one stage of the last step",
+            rows, "loss of one batch, gradients by module and one stage of the last step"
         )
-        self.image.add_class("diffbuf-picture")
         self._begin()
 
     @property
@@ -82,11 +70,13 @@ class StepDebugger(Panel):
         """Optimizer steps made since the start."""
         return len(self.losses)
 
-    def step(self, count: int = 1) -> float:
-        """Make optimizer steps and show the last one.
+    @property
+    def gradient_norms(self) -> dict[str, float]:
+        """Gradient norms of the last step, by module with parameters; empty at step 0."""
+        return {row.module: row.norm for row in self.gradients or () if row.parameters}
 
-        Args:
-            count: how many, at least 1.
+    def step(self, count: int = 1) -> float:
+        """Make `count` optimizer steps, at least 1, and show the last one.
 
         Returns:
             The loss of the last one, from before its update.
@@ -113,7 +103,7 @@ class StepDebugger(Panel):
 
     @property
     def _noise_key(self) -> int:
-        return 0 if self.same_noise else self.steps
+        return 0 if self.same_noise.value else self.steps
 
     def _begin(self) -> None:
         self.losses: list[float] = []
@@ -131,7 +121,7 @@ class StepDebugger(Panel):
         if limit is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.optimizer.step()
-        self.trace = _detached(trace)
+        self.trace = replace(trace, **{name: getattr(trace, name).detach() for name in _STAGES})
         self.losses.append(float(self.trace.loss))
 
     def _trace(self) -> Trace:
@@ -144,20 +134,19 @@ class StepDebugger(Panel):
 
     # Widgets.
 
-    def _make_widgets(self, batch: int) -> None:
+    def _make_widgets(self, batch: int, same_noise: bool) -> list[widgets.Widget]:
         actions = {
-            "Step": ("step-forward", "diffbuf-step-once", lambda _: self.step()),
-            "Back to start": ("undo", "diffbuf-back", lambda _: self.reset()),
-            f"Run {_RUN}": ("fast-forward", "diffbuf-run-ten", lambda _: self.step(_RUN)),
+            "step-once": ("Step", "step-forward", lambda _: self.step()),
+            "back": ("Back to start", "undo", lambda _: self.reset()),
+            "run-ten": (f"Run {_RUN}", "fast-forward", lambda _: self.step(_RUN)),
         }
-        self._buttons = []
-        for name, (icon, css, action) in actions.items():
-            button = widgets.Button(description=name, icon=icon)
-            button.add_class(css)
-            button.on_click(action)
-            self._buttons.append(button)
-        self.same_noise_box = widgets.Checkbox(
-            value=self.same_noise, description="same noise in every step", indent=False
+        self.buttons: dict[str, widgets.Button] = {}
+        for name, (text, icon, action) in actions.items():
+            self.buttons[name] = widgets.Button(description=text, icon=icon)
+            self.buttons[name].add_class(f"diffbuf-{name}")
+            self.buttons[name].on_click(action)
+        self.same_noise = widgets.Checkbox(
+            value=same_noise, description="same noise in every step", indent=False
         )
         self.stage = widgets.Dropdown(options=_STAGES, value="V", description="stage")
         self.stage.add_class("diffbuf-stage")
@@ -166,36 +155,32 @@ class StepDebugger(Panel):
             description="example",
             layout=widgets.Layout(width="160px"),
         )
-        self._sound = widgets.Audio(autoplay=False, loop=False)
-        self._step_label = widgets.Label(layout=widgets.Layout(width="120px"))
-        self._status = widgets.Label(layout=widgets.Layout(width="600px"))
-        self._step_label.add_class("diffbuf-step")
-        self._status.add_class("diffbuf-status")
-        self._table = widgets.HTML()
-        self._table.add_class("diffbuf-table")
         for control in (self.stage, self.example):
             control.observe(lambda _: self._show(), names="value")
-        self.same_noise_box.observe(self._on_noise, names="value")
-
-    def _on_noise(self, change: Any) -> None:
-        self.same_noise = change["new"]
+        self.sound = widgets.Audio(autoplay=False, loop=False)
+        self.step_label, self.status = label("step", "120px"), label("status", "600px")
+        self.table = widgets.HTML()
+        return [
+            widgets.HBox([*self.buttons.values(), self.same_noise]),
+            widgets.HBox([self.step_label, self.status]),
+            widgets.HBox([self.stage, self.example, self.sound]),
+            self.table,
+        ]
 
     def _show(self) -> None:
-        name, example = self.stage.value, self.example.value
-        self._step_label.value = f"step {self.steps}"
-        made = "before the first step" if self.gradients is None else "of the last step"
-        self._status.value = f"loss {float(self.trace.loss):.4g}, {made}"
-        self._table.value = (
-            '<pre style="font-size: 11px; line-height: 1.25; overflow-x: auto">'
-            f"{html.escape(str(self.trace.summary()))}</pre>"
-        )
+        name, example, cfg = self.stage.value, self.example.value, self.model.cfg
+        self.step_label.value = f"step {self.steps}"
+        made = "of the last step" if self.losses else "before the first step"
+        self.status.value = f"loss {float(self.trace.loss):.4g}, {made}"
+        style = "font-size: 11px; line-height: 1.25; overflow-x: auto"
+        table = html.escape(str(self.trace.summary()))
+        self.table.value = f'<pre style="{style}">{table}</pre>'
         wave = stage_wave(self.model, self.trace, name, example)
-        self._sound.layout.display = "none" if wave is None else ""
+        self.sound.layout.display = "none" if wave is None else ""
         if wave is not None:
-            self._sound.value = _wav(wave, self.model.cfg.audio.sample_rate)
-        self.draw(
-            stepping(self.losses, self.gradients, self.trace, name, self.model.cfg, example=example)
-        )
+            self.sound.value = player_wav(wave, cfg.audio.sample_rate)
+        losses, norms = self.losses, self.gradient_norms
+        self.draw(stepping(losses, norms, self.trace, name, cfg, example=example))
 
 
 def stage_wave(
@@ -205,7 +190,7 @@ def stage_wave(
 
     x0_hat, which covers the buffer, is heard after the clean frames before it.
     """
-    value = getattr(trace, name)
+    value: Any = getattr(trace, name)
     if name in ("mix", "target"):
         wave: Tensor = value[example].mean(0)
         return wave
@@ -214,16 +199,3 @@ def stage_wave(
     elif name not in ("Y", "S", "V"):
         return None
     return model.spectral.inverse(value[example, None], trace.mix.shape[-1])[0]
-
-
-def _detached(trace: Trace) -> Trace:
-    return replace(trace, **{name: getattr(trace, name).detach() for name in _STAGES})
-
-
-def _wav(wave: Tensor, sample_rate: int) -> bytes:
-    """Return a wav file's bytes, raised or lowered to one peak: quiet speech is to be heard."""
-    clean = torch.nan_to_num(wave.detach().float().cpu(), posinf=0, neginf=0)
-    clean = clean * (_PEAK / clean.abs().max().clamp_min(1e-6))
-    buffer = io.BytesIO()
-    soundfile.write(buffer, clean.numpy(), sample_rate, format="WAV")
-    return buffer.getvalue()
