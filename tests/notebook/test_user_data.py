@@ -5,11 +5,13 @@ import pytest
 from tests.notebook.cells import ROOT, first_failed_check
 from tests.notebook.folders import make_paired_folder
 
-QUICK = ("io_shapes", "stft", "one_step")
+
+def is_quick(path):
+    return any(topic in path.stem for topic in ("io_shapes", "stft", "one_step"))
+
+
 NOTEBOOKS = [
-    pytest.param(
-        path, id=path.stem, marks=() if any(q in path.stem for q in QUICK) else pytest.mark.slow
-    )
+    pytest.param(path, id=path.stem, marks=() if is_quick(path) else pytest.mark.slow)
     for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
 ]
 

@@ -9,7 +9,7 @@ import torch
 from diffbuf_lib import OnlineEnhancer
 from diffbuf_lib.config import build_config
 from diffbuf_lib.errors import ShapeError
-from diffbuf_lib.notebook.panels import StreamPanel
+from diffbuf_lib.notebook import StreamPanel
 from tests.conftest import TINY, make_model, seeded
 
 
@@ -27,6 +27,7 @@ def streamed(model, samples, **options):
     return torch.cat([enhancer.push(samples), enhancer.flush()])
 
 
+@pytest.mark.law
 def test_the_output_is_that_of_the_enhancer(model):
     samples = wave()
     panel = StreamPanel(model, samples, realtime=False, seed=5)
@@ -37,7 +38,7 @@ def test_the_output_is_that_of_the_enhancer(model):
     hop = model.cfg.audio.stft.hop_length
     assert len(panel.report.frame_ms) == -(-len(samples) // hop)
     assert panel.image.value != before
-    assert f"{panel.report.missed} hops late" in panel._status.value
+    assert f"{panel.report.missed} hops late" in panel.status.value
 
 
 def test_another_start_begins_again_with_the_slider_s_delay(model):
@@ -45,7 +46,7 @@ def test_another_start_begins_again_with_the_slider_s_delay(model):
     panel = StreamPanel(model, samples, realtime=False)
     for delay in (model.cfg.diffusion_buffer.buffer_size, 1):
         panel.delay.value = delay
-        panel._buttons["start"].click()
+        panel.buttons["start"].click()
         assert panel.wait(timeout=60)
         torch.testing.assert_close(panel.output, streamed(model, samples, delay=delay))
 
@@ -54,13 +55,13 @@ def test_stop_gives_what_was_taken(model):
     """A minute in real time would outlast the test."""
     panel = StreamPanel(model, wave(60 * model.cfg.audio.sample_rate))
     panel.start()
-    panel._worker.wait_for(lambda: len(panel._hops) > 5, timeout=60)
-    assert panel._buttons["start"].disabled
+    panel.worker.wait_for(lambda: len(panel._hops) > 5, timeout=60)
+    assert panel.buttons["start"].disabled
     panel.stop()
     taken = len(panel.report.frame_ms) * model.cfg.audio.stft.hop_length
     assert len(panel.output) == taken < len(panel.wave)
-    assert panel._buttons["stop"].disabled
-    assert not panel._buttons["start"].disabled
+    assert panel.buttons["stop"].disabled
+    assert not panel.buttons["start"].disabled
 
 
 def test_what_the_thread_raises_is_raised_again(model):
@@ -74,7 +75,7 @@ def test_what_the_thread_raises_is_raised_again(model):
 def test_a_panel_that_is_gone_leaves_no_stream(model):
     panel = StreamPanel(model, wave(60 * model.cfg.audio.sample_rate))
     panel.start()
-    worker, reference = panel._worker, weakref.ref(panel)
+    worker, reference = panel.worker, weakref.ref(panel)
     del panel
     gc.collect()
     assert reference() is None
@@ -82,13 +83,10 @@ def test_a_panel_that_is_gone_leaves_no_stream(model):
     assert not worker.busy
 
 
-@pytest.mark.parametrize("shape", [(1, 100), (0,)])
-def test_only_signals_are_streamed(model, shape):
-    with pytest.raises(ShapeError, match=r"takes a signal \[T\]"):
-        StreamPanel(model, torch.zeros(shape))
-
-
-def test_a_score_model_has_one_delay():
-    model = make_model(build_config(TINY))
-    panel = StreamPanel(model, wave(), realtime=False)
-    assert panel.delay.min == panel.delay.max == model.cfg.diffusion_buffer.buffer_size
+def test_only_signals_are_streamed_and_a_score_model_has_one_delay(model):
+    for shape in ((1, 100), (0,)):
+        with pytest.raises(ShapeError, match="StreamPanel"):
+            StreamPanel(model, torch.zeros(shape))
+    scores = make_model(build_config(TINY))
+    panel = StreamPanel(scores, wave(), realtime=False)
+    assert panel.delay.min == panel.delay.max == scores.cfg.diffusion_buffer.buffer_size
