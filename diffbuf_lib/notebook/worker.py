@@ -20,6 +20,7 @@ from diffbuf_lib.notebook.panels import Panel
 Item = TypeVar("Item")
 State = Literal["ready", "running", "paused", "stopped", "finished", "failed"]
 
+_NOTHING = {"pause": False, "stop": False, "reopen": False}
 _POLL = 0.05  # s; how soon a wait sees Ctrl-C
 _FAREWELL = 10.0  # s that a thread has for its checkpoint when Python ends
 _alive: weakref.WeakSet[Worker[Any]] = weakref.WeakSet()
@@ -39,7 +40,6 @@ class Worker(Generic[Item]):
     Attributes:
         state: ready, running, paused, stopped (asked to), finished (no more items) or failed.
         error: what the thread raised, until `raise_error` has raised it again.
-        reopening: whether `reopen` was asked for and is still to be done.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class Worker(Generic[Item]):
         changed: Callable[[], None],
     ) -> None:
         self._make, self._receive, self._changed = make, receive, changed
-        self._wish = threading.Condition()  # guards what is asked for, below
-        self._pause = self._stop = self.reopening = False
+        self._news = threading.Condition()  # guards what is asked for, below
+        self._wishes = dict(_NOTHING)
         self._thread: threading.Thread | None = None
         self._told = True  # whether `changed` has been called since the state changed
         self.state: State = "ready"
@@ -62,38 +62,37 @@ class Worker(Generic[Item]):
         return self.state in ("running", "paused")
 
     @property
+    def reopening(self) -> bool:
+        """Whether `reopen` was asked for and is still to be done."""
+        return self._wishes["reopen"]
+
+    @property
     def resting(self) -> bool:
         """Whether it is paused, has said so, and stays so until somebody asks for something."""
-        asked = self._stop or self.reopening or not self._pause
-        return self.state == "paused" and self._told and not asked
+        return self.state == "paused" and self._told and self._wishes == {**_NOTHING, "pause": True}
 
     def start(self) -> None:
         """Open the generator and go on with it; a paused worker resumes, a running one runs on."""
-        if self.busy and not self._stop:
+        if self.busy and not self._wishes["stop"]:
             self.ask(pause=False)
             return
         self.join()
-        self._pause = self._stop = self.reopening = False
+        self._wishes = dict(_NOTHING)
         self.error, self.state = None, "running"
         self._thread = threading.Thread(target=self._run, name="diffbuf-worker", daemon=True)
         _alive.add(self)
         self._thread.start()
 
-    def ask(
-        self, *, pause: bool | None = None, stop: bool | None = None, reopen: bool | None = None
-    ) -> None:
-        """Ask for something without waiting for it; what is None stays as it was.
+    def ask(self, **wishes: bool) -> None:
+        """Ask for something without waiting for it; what is not given stays as it was.
 
         Args:
-            pause: take no item until this is False again.
-            stop: close the generator and end the thread.
-            reopen: close the generator and open the next one.
+            wishes: `pause`: take no item until this is False again; `stop`: close the generator
+                and end the thread; `reopen`: close the generator and open the next one.
         """
-        with self._wish:
-            self._pause = self._pause if pause is None else pause
-            self._stop = self._stop if stop is None else stop
-            self.reopening = self.reopening if reopen is None else reopen
-            self._wish.notify_all()
+        with self._news:
+            self._wishes.update(wishes)
+            self._news.notify_all()
 
     def wait_for(self, reached: Callable[[], bool], timeout: float | None = None) -> bool:
         """Wait until something holds or the thread has ended; return whether it holds.
@@ -103,9 +102,9 @@ class Worker(Generic[Item]):
             timeout: s; None: as long as it takes.
         """
         end = math.inf if timeout is None else time.monotonic() + timeout
-        with self._wish:
+        with self._news:
             while not reached() and self.busy and time.monotonic() < end:
-                self._wish.wait(_POLL)  # short: a wait without an end does not see every Ctrl-C
+                self._news.wait(_POLL)  # short: a wait without an end does not see every Ctrl-C
         return reached()
 
     def join(self, timeout: float | None = None) -> None:
@@ -145,21 +144,22 @@ class Worker(Generic[Item]):
                 except StopIteration:
                     return False
                 self._receive(item)
-                with self._wish:
-                    self._wish.notify_all()
+                with self._news:
+                    self._news.notify_all()
             return True
         finally:
             items.close()
 
     def _wait_while_paused(self) -> bool:
         """Wait as long as asked to; return whether to stop."""
-        if self._pause and not (self._stop or self.reopening):
+        only_pause = {**_NOTHING, "pause": True}
+        if self._wishes == only_pause:
             self._turn("paused")
-            with self._wish:
-                self._wish.wait_for(lambda: not self._pause or self._stop or self.reopening)
-        if not self._pause and self.state == "paused":
+            with self._news:
+                self._news.wait_for(lambda: self._wishes != only_pause)
+        if not self._wishes["pause"] and self.state == "paused":
             self._turn("running")
-        return self._stop
+        return self._wishes["stop"]
 
     def _turn(self, state: State) -> None:
         self._told, self.state = False, state
@@ -167,9 +167,9 @@ class Worker(Generic[Item]):
             self._changed()
         except Exception as error:  # a picture that cannot be drawn must not cost a checkpoint
             self.error = self.error or error
-        with self._wish:
+        with self._news:
             self._told = True
-            self._wish.notify_all()
+            self._news.notify_all()
 
 
 class WorkerPanel(Panel, Generic[Item]):
