@@ -5,6 +5,7 @@ still falls, and only the result is bad. Without a bug every check holds, as nbv
 """
 
 import pytest
+import torch
 
 from diffbuf_lib import model
 from diffbuf_lib.data.datasets import ClipDataset
@@ -94,6 +95,31 @@ def target_and_mix_swapped_in_the_model(plant):
     plant(model.DiffusionBufferModel, "trace", trace)
 
 
+def noise_in_the_last_step(plant):
+    """A frame leaves the buffer with the noise that its step to t = 0 must not add."""
+    right = sampler.reverse_step
+
+    def reverse_step(x, y, score, t, z, sde):
+        step = sde.diffusion(t[:1]) * t[:1].sqrt() * z[..., :1]
+        moved = right(x, y, score, t, z, sde)
+        return torch.cat([moved[..., :1] + step, moved[..., 1:]], dim=-1)
+
+    plant(sampler, "reverse_step", reverse_step)
+
+
+def time_step_of_the_right_neighbour(plant):
+    """dt = t_{i+1} - t_i for t_i - t_{i-1}: equal for equal times, but for the first frame's."""
+    right = sampler.reverse_step
+
+    def reverse_step(x, y, score, t, z, sde):
+        dt = t - torch.cat([t.new_zeros(1), t[:-1]])
+        wrong = torch.cat([dt[1:], dt[-1:]])
+        drift = sde.drift(x, y, t) - sde.diffusion(t) ** 2 * score
+        return right(x, y, score, t, z, sde) - drift * (wrong - dt)
+
+    plant(sampler, "reverse_step", reverse_step)
+
+
 CAUGHT_BY = [
     (hop_off_by_one, "stft"),
     (hop_halved, "stft"),
@@ -104,6 +130,9 @@ CAUGHT_BY = [
     (conditioning_one_frame_late_in_the_stream, "stream"),
     (target_and_mix_swapped, "io_shapes"),
     (target_and_mix_swapped_in_the_model, "stft"),
+    (sigma_times_3_5, "scratch"),
+    (noise_in_the_last_step, "scratch"),
+    (time_step_of_the_right_neighbour, "scratch"),
 ]
 
 
@@ -121,7 +150,7 @@ def test_a_planted_bug_fails_a_check(workspace, monkeypatch, bug, topic):
 @pytest.mark.parametrize(
     "topic",
     [
-        pytest.param(topic, marks=pytest.mark.slow if topic in ("one_step", "stream") else ())
+        pytest.param(topic, marks=pytest.mark.slow if topic in ("one_step", "scratch", "stream") else ())
         for topic in sorted({topic for _, topic in CAUGHT_BY})
     ],
 )
