@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,27 +48,19 @@ class ReplayResult:
     """What the step came to this time, beside what it came to then; prints as a table.
 
     Args:
-        reproduced: it failed in the same way: its loss, its gradient, or with the same exception.
-        same_numbers: and losses and gradient norm are those of the failed step to the bit.
-        finding: the first bad value; None: nothing failed.
-        expected: what the run said of the failure.
-        losses: one a round, as far as the step got.
-        grad_norm: NaN where there was none.
         visits: a row for every stage and module output up to the first bad one, in order, of the
             round that failed or else the last one.
-        error: the exception of the replay.
-        advice: what to change.
     """
 
-    reproduced: bool
-    same_numbers: bool
-    finding: BadValue | None
-    expected: str
-    losses: list[float]
-    grad_norm: float
+    reproduced: bool  # it failed in the same way: its loss, its gradient, or the same exception
+    same_numbers: bool  # and losses and gradient norm are those of the failed step to the bit
+    finding: BadValue | None  # the first bad value; None: nothing failed
+    expected: str  # what the run said of the failure
+    losses: list[float]  # one a round, as far as the step got
+    grad_norm: float  # NaN where there was none
     visits: list[StageSummary]
-    error: Exception | None
-    advice: str
+    error: Exception | None  # of the replay
+    advice: str  # what to change
 
     def __str__(self) -> str:
         """Return the walk as a table, and the verdict."""
@@ -90,25 +81,15 @@ class ReplayResult:
 
 @dataclass(frozen=True)
 class Capsule:
-    """A failed step; `load` reads one.
-
-    Args:
-        path: the folder.
-        record: what capsule.json holds, by attribute: step, epoch, files, error, config and so on.
-        cfg: the run's config.
-        batches: mix, target and draws of every round.
-        state: model, ema, optimizer, scheduler and scaler, as a checkpoint has them.
-        losses: of the rounds; None if the step raised an exception.
-        grad_norm: of the step; None as for losses.
-    """
+    """A failed step; `load` reads one."""
 
     path: Path
-    record: Any
-    cfg: Config
-    batches: list[dict[str, Any]]
-    state: dict[str, Any]
-    losses: list[float] | None
-    grad_norm: float | None
+    record: Any  # what capsule.json holds, by attribute: step, epoch, files, error and so on
+    cfg: Config  # of the run
+    batches: list[dict[str, Any]]  # mix, target and draws of every round
+    state: dict[str, Any]  # model, ema, optimizer, scheduler and scaler, as in a checkpoint
+    losses: list[float] | None  # of the rounds; None if the step raised an exception
+    grad_norm: float | None  # of the step; None as for losses
 
     @classmethod
     def load(cls, path: str | Path) -> Capsule:
@@ -157,7 +138,10 @@ class Capsule:
             ConfigError: no such device.
         """
         where, precision = resolve_device(device), self.record.precision
-        with isolated(where, deterministic=self.cfg.training.deterministic), self._threads():
+        threads = torch.get_num_threads()
+        with isolated(where, deterministic=self.cfg.training.deterministic), ExitStack() as stack:
+            stack.callback(torch.set_num_threads, threads)
+            torch.set_num_threads(self.record.threads)  # as in the run: sums round alike
             model = DiffusionBufferModel(self.cfg) if model is None else model
             apply_weights(model, self.state["model"], self.path / "capsule.pt")
             walk = _Walk(self, model.to(where), where)
@@ -184,16 +168,6 @@ class Capsule:
             error=walk.error,
             advice=advice,
         )
-
-    @contextmanager
-    def _threads(self) -> Iterator[None]:
-        """Compute with as many threads as the run: sums round alike."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(self.record.threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
 
     def _is_reproduced_by(self, walk: _Walk) -> bool:
         if self.record.cause == "error" or walk.error is not None:

@@ -39,19 +39,12 @@ _KEPT = 3
 
 @dataclass(frozen=True)
 class Attempt:
-    """A step to be made.
+    """A step to be made."""
 
-    Args:
-        step: counted from 1.
-        epoch: counted from 0.
-        rounds: which batches of the epoch.
-        batches: this process's, one a round.
-    """
-
-    step: int
-    epoch: int
-    rounds: range
-    batches: Sequence[Batch]
+    step: int  # counted from 1
+    epoch: int  # counted from 0
+    rounds: range  # which batches of the epoch
+    batches: Sequence[Batch]  # this process's, one a round
 
     def __str__(self) -> str:
         return f"step {self.step} (epoch {self.epoch})"
@@ -59,19 +52,12 @@ class Attempt:
 
 @dataclass(frozen=True)
 class BadValue:
-    """The first bad value that was found.
+    """The first bad value that was found."""
 
-    Args:
-        kind: file, weight, stage, sigma, module, gradient or error.
-        name: of the file, weight, stage or module; for sigma, `t=` and the diffusion time.
-        detail: one line for people.
-        round: which batch of an accumulated step, from 0.
-    """
-
-    kind: str
-    name: str
-    detail: str
-    round: int = 0
+    kind: str  # file, weight, stage, sigma, module, gradient or error
+    name: str  # of the file, weight, stage or module; for sigma, `t=` and the diffusion time
+    detail: str  # one line for people
+    round: int = 0  # which batch of an accumulated step
 
     def __str__(self) -> str:
         return f"{self.kind} {self.name}: {self.detail}"

@@ -44,17 +44,11 @@ class ClipSource(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """One process's part of a round.
+    """One process's part of a round."""
 
-    Args:
-        mix: [B, C, T] float32, full scale 1.
-        target: [B, C, T] float32, full scale 1.
-        generators: B generators on the model's device, one an example.
-    """
-
-    mix: torch.Tensor
-    target: torch.Tensor
-    generators: list[torch.Generator]
+    mix: torch.Tensor  # [B, C, T] float32, full scale 1
+    target: torch.Tensor  # [B, C, T] float32, full scale 1
+    generators: list[torch.Generator]  # B of them on the model's device, one an example
 
 
 class Feed:
@@ -151,22 +145,15 @@ class EpochPlan:
     that is not full is dropped, except when the whole set is smaller than one round: then the
     only round holds all of it in smaller batches.
 
-    Args:
-        size: examples in the training set.
-        batch_size: examples of a batch.
-        accumulation: rounds whose gradients make one step.
-        processes: how many processes train.
-        seed: `training.seed`.
-
     Raises:
         DataError: the training set is empty.
     """
 
-    size: int
-    batch_size: int
-    accumulation: int
-    processes: int
-    seed: int
+    size: int  # examples in the training set
+    batch_size: int  # examples of a batch
+    accumulation: int  # rounds whose gradients make one step
+    processes: int  # how many processes train
+    seed: int  # `training.seed`
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -298,15 +285,10 @@ class Readers:
 
 @dataclass(frozen=True)
 class _Unreadable:
-    """An exception on its way out of a worker: as an exception it would become a traceback's text.
+    """An exception on its way out of a worker, where torch would make text of its traceback."""
 
-    Args:
-        message: of the DataError.
-        details: a traceback, where the error is not a plain DataError.
-    """
-
-    message: str
-    details: str | None
+    message: str  # of the DataError
+    details: str | None  # a traceback, where the error is not a plain DataError
 
     def error(self) -> DataError:
         error = DataError(self.message)

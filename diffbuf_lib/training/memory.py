@@ -47,17 +47,11 @@ TOO_LARGE = 3
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of a training step as a function of the batch size.
+    """Bytes of a training step as a function of the batch size."""
 
-    Attributes:
-        fixed: weights, buffers, gradients, optimizer state, averaged weights, overhead.
-        base: saved by a forward pass whatever the batch.
-        per_clip: saved for each clip, and the working memory of each.
-    """
-
-    fixed: int
-    base: int
-    per_clip: int
+    fixed: int  # weights, buffers, gradients, optimizer state, averaged weights, overhead
+    base: int  # saved by a forward pass whatever the batch
+    per_clip: int  # saved for each clip, and the working memory of each
 
     def total(self, batch_size: int) -> int:
         """Return bytes of a step of `batch_size` clips."""
@@ -92,7 +86,7 @@ def estimate_step(cfg: Config, model: nn.Module | None = None) -> MemoryEstimate
             loss = model(mix, mix)
         del loss
         saved.append(kept)
-    return estimate(model, training.optimizer, *saved)
+    return _estimate(model, training.optimizer, *saved)
 
 
 def network_estimate(cfg: Config) -> MemoryEstimate:
@@ -107,20 +101,13 @@ def network_estimate(cfg: Config) -> MemoryEstimate:
         t = torch.empty(1, cfg.diffusion_buffer.buffer_size)
         with saved_bytes(network) as saved:
             network(x, t)
-    return estimate(network, cfg.training.optimizer, saved)
+    return _estimate(network, cfg.training.optimizer, saved)
 
 
-def estimate(
+def _estimate(
     model: nn.Module, optimizer: str, one: SavedBytes, two: SavedBytes | None = None
 ) -> MemoryEstimate:
-    """Put an estimate together.
-
-    Args:
-        model: its weights and buffers count.
-        optimizer: `training.optimizer`.
-        one: of a forward pass on one clip.
-        two: of one on two clips; None takes everything to grow with the batch.
-    """
+    """Combine what one clip saves, and two; None: everything grows with the batch."""
     weights, buffers = _size(model.parameters()), _size(model.buffers())
     # The weights themselves, their gradients, the average and the optimizer's states.
     copies = 3 + OPTIMIZERS[optimizer].facts.get("states", 2)
@@ -135,15 +122,10 @@ def _size(tensors: Any) -> int:
 
 @dataclass
 class SavedBytes:
-    """What autograd kept: distinct storages, without the weights.
-
-    Attributes:
-        total: bytes.
-        largest: bytes of the largest one.
-    """
+    """What autograd kept: bytes of distinct storages, without the weights."""
 
     total: int = 0
-    largest: int = 0
+    largest: int = 0  # of one storage
 
 
 @contextmanager
@@ -213,11 +195,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def explain_out_of_memory(error: Exception, cfg: Config, engine: Engine, batch: Batch) -> str:
     """Say what was asked for, what would fit, and which keys to lower.
 
-    Args:
-        error: as it was raised; its traceback must hold no tensors of the step any more.
-        cfg: the config.
-        engine: of the run; its gradients are freed.
-        batch: the first of the step.
+    The error's traceback must not hold the step's tensors any more; gradients are freed.
     """
     device, size = engine.accelerator.device, len(batch.mix)
     engine.optimizer.zero_grad()
