@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from diffbuf_lib.config import Config
-from diffbuf_lib.data.clips import ClipDataset
-from diffbuf_lib.data.dnlm import MixingDataset
-from diffbuf_lib.data.files import EXTENSIONS, AudioInfo, read_audio, read_info
+from diffbuf_lib.data.audio import EXTENSIONS, AudioInfo, read_audio, read_info
+from diffbuf_lib.data.datasets import ClipDataset, MixingDataset
 from diffbuf_lib.data.mixing import SILENCE_PEAK
 from diffbuf_lib.diagnostics.findings import Finding, from_error, judge
 from diffbuf_lib.diffusion.sde import make_sde

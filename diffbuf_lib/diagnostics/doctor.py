@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from diffbuf_lib.config import Config, load_config
-from diffbuf_lib.data.dnlm import open_dataset
+from diffbuf_lib.data.datasets import open_dataset
 from diffbuf_lib.diagnostics.checks_data import check_data
 from diffbuf_lib.diagnostics.checks_run import (
     check_frames,
