@@ -21,7 +21,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    SerializeAsAny,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -219,7 +218,7 @@ class ModelConfig(Section):
     x0_output: Literal["spectrum", "mask"] = Field(
         "spectrum", description="data prediction: the output is x0_hat, or M in (1 + M) Y"
     )
-    options: SerializeAsAny[Section] = Field(
+    options: Any = Field(
         {}, validate_default=True, description="keys of a network from outside this package"
     )
 
@@ -305,7 +304,7 @@ class SDEConfig(Section):
     type: _chosen(registry.SDES) = Field(  # type: ignore[valid-type]
         "bbed", description="which SDE: bbed (Brownian bridge) or ouve (Ornstein-Uhlenbeck)"
     )
-    diffusion: SerializeAsAny[Section] = Field({}, description="the SDE's own keys")
+    diffusion: Any = Field({}, description="the SDE's own keys")
 
     @field_validator("diffusion", mode="before")
     @classmethod
@@ -368,9 +367,7 @@ class TrainingConfig(Section):
     optimizer: _chosen(registry.OPTIMIZERS) = Field(  # type: ignore[valid-type]
         "adam", description="torch.optim; muon: see diffbuf_lib.training.optimizer"
     )
-    optimizer_options: SerializeAsAny[Section] = Field(
-        {}, description="keys of an optimizer from outside this package"
-    )
+    optimizer_options: Any = Field({}, description="keys of an optimizer from outside this package")
     lr: float = Field(1e-4, gt=0, description="learning rate")
     lr_schedule: Literal["plateau", "linear"] = Field(
         "plateau",

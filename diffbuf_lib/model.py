@@ -253,7 +253,7 @@ class DiffusionBufferModel(
         """
         sigma = self.sde.std(t) if sigma is None else sigma
         x = self._inputs(V, Y, sigma)
-        out = self.network(x, t) if memory is None else self.network.step(memory, x)  # type: ignore[operator]
+        out = self.network(x, t) if memory is None else self.network.step(memory, x)
         out = out.to(V.real.dtype)
         out = torch.complex(out[:, 0], out[:, 1])  # [B, F, Kb]
         scale = self.cfg.model.output_scale
@@ -293,7 +293,7 @@ class DiffusionBufferModel(
             options: compiled and precision, of `StreamingNetwork.start`.
         """
         with evaluating(self):
-            return self.network.start(num_bins, t, **options)  # type: ignore[operator]
+            return self.network.start(num_bins, t, **options)
 
     def sampler(
         self,

@@ -121,14 +121,15 @@ OPTIMIZERS = Registry("training.optimizer")
 weights it keeps."""
 
 METRICS = Registry("training.metrics")
-"""(estimate [T], target [T], sample_rate) -> a number. Facts: `package` and `extra`, which it
-needs; `needs_target`; `lower_is_better`; `unit`."""
+"""(estimate [T], target [T], sample_rate) -> a number. Facts, all optional: `package`, which it
+needs; `needs_target`; `lower_is_better`; `label` and `unit` (or range), for tables; `speech`, that
+it judges speech, which then has to be there; `shortest`, seconds; `sample_rates`, if not all."""
 
 LAYOUTS = Registry("--dataset_type")
 """A dataset class with the arguments of `DNLMDataset`."""
 
 BASELINES = Registry("--baselines")
-"""A method that `diffbuf evaluate` compares with."""
+"""() -> what `diffbuf evaluate` compares with: see `diffbuf_lib.evaluation.baselines.Baseline`."""
 
 for _name in ("score", "weighted_score", "data_prediction"):
     LOSSES.add(
@@ -150,17 +151,46 @@ for _name, _target, _states in (
     ("muon", "diffbuf_lib.training.optimizer:Muon", 1),
 ):
     OPTIMIZERS.add(_name, _target, states=_states)
-for _name, _unit, _package in (
-    ("si_sdr", "dB", ""),
-    ("sdr", "dB", ""),
-    ("pesq", "", "pesq"),
-    ("estoi", "", "pystoi"),
+for _name, _label, _unit, _package, _seconds in (
+    ("si_sdr", "SI-SDR", "dB", "", 0.0),
+    ("sdr", "SDR", "dB", "", 0.0),
+    ("pesq", "PESQ", "1 to 4.6", "pesq", 0.25),
+    ("estoi", "ESTOI", "0 to 1", "pystoi", 0.4),
 ):
     METRICS.add(
         _name,
         f"diffbuf_lib.training.metrics:{_name}",
+        label=_label,
         unit=_unit,
         package=_package,
         needs_target=True,
+        speech=_unit != "dB",
+        shortest=_seconds,
+        sample_rates=(8000, 16000) if _name == "pesq" else (),
         lower_is_better=False,
     )
+for _name, _label, _package in (
+    ("distillmos", "DistillMOS", "distillmos"),
+    ("dnsmos_ovrl", "DNSMOS overall", "speechmos"),
+    ("dnsmos_sig", "DNSMOS signal", "speechmos"),
+    ("dnsmos_bak", "DNSMOS background", "speechmos"),
+    ("dnsmos_p808", "DNSMOS P.808", "speechmos"),
+):
+    METRICS.add(
+        _name,
+        f"diffbuf_lib.evaluation.scores:{_name}",
+        label=_label,
+        unit="1 to 5",
+        package=_package,
+        needs_target=False,
+        speech=True,
+        shortest=0.25,
+        sample_rates=(16000,),
+        lower_is_better=False,
+    )
+for _name, _target in {
+    "noisereduce": "SpectralGate",
+    "noisereduce_nonstationary": "SpectralGate.nonstationary",
+    "deepfilternet": "DeepFilterNet",
+}.items():
+    BASELINES.add(_name, f"diffbuf_lib.evaluation.baselines:{_target}")

@@ -86,7 +86,8 @@ class Trace:
 
     def detach(self) -> Self:
         """Return a copy without gradients."""
-        return replace(self, **{name: value.detach() for name, value in self.stages().items()})
+        stages: dict[str, Any] = {name: stage.detach() for name, stage in self.stages().items()}
+        return replace(self, **stages)
 
     def summary(self) -> Summary:
         """Return shape, type, range, zeros, NaN and Inf of every stage; prints as a table."""
