@@ -10,7 +10,8 @@ import torch
 from diffbuf_lib.config import build_config
 from diffbuf_lib.notebook import StepDebugger
 from diffbuf_lib.notebook.step_debugger import stage_wave
-from diffbuf_lib.training.step import Batch, Engine, make_accelerator
+from diffbuf_lib.training.feed import Batch
+from diffbuf_lib.training.step import Engine, make_accelerator
 from tests.conftest import TINY, make_model, seeded
 from tests.training.helpers import same
 
