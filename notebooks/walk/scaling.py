@@ -14,7 +14,7 @@ from diffbuf_lib.data import collate
 from diffbuf_lib.diagnostics.checks_run import run_pass
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.trace import format_table
-from diffbuf_lib.training.feed import ClipSource, EpochPlan, read_batches
+from diffbuf_lib.training.feed import ClipReader, ClipSource, EpochPlan
 
 SMALL = (
     "model={name: block_causal, base_channels: 8, channel_multipliers: [1, 2]}",
@@ -137,7 +137,7 @@ def plan_of(cfg: Config, clips: int, processes: int = 1) -> EpochPlan:
 def _read(clips: ClipSource, batches: Sequence[Sequence[int]], workers: int) -> ReadingCost:
     digest, count = hashlib.sha256(), 0
     start = first = time.perf_counter()
-    for index, batch in enumerate(read_batches(clips, batches, num_workers=workers)):
+    for index, batch in enumerate(ClipReader(clips, workers).read(batches)):
         for wave in batch:
             digest.update(wave.numpy().tobytes())
         if index == 0:

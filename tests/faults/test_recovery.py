@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from multiprocessing import get_context
@@ -109,11 +107,9 @@ def test_out_of_memory_says_what_was_asked_and_what_fits_and_replays(tmp_path):
     with pytest.raises(OutOfMemoryError) as caught:
         fit(cfg, tmp_path, valid_set=None, model=Hungry(cfg))
     message = str(caught.value)
-    asked = 4 * 4 * 10**12 / 2**30
-    for part in (f"{asked:.3g} GiB more were asked for in a step of 4 clips of 4000 samples",
-                 "step 1 (epoch 0): out of memory on cpu", "about 3 would fit",
-                 "training.batch_size (now 4;", "--find_batch_size",
-                 "model.base_channels (now 4)", "Capsule: "):  # fmt: skip
+    for part in ("step 1 (epoch 0): out of memory on cpu", "4 clips of 4000 samples",
+                 "16000000000000 bytes", "about 3 would fit", "training.batch_size (now 4;",
+                 "--find_batch_size", "Capsule: "):  # fmt: skip
         assert part in message
     assert isinstance(caught.value.__cause__, RuntimeError)
     assert last(tmp_path)["step"] == 0
@@ -127,18 +123,16 @@ def test_out_of_memory_says_what_was_asked_and_what_fits_and_replays(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "asked"),
-    [(MemoryError(), "more was asked for"),
-     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0"), "2.50 GiB"),
-     (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you "
-                  "tried to allocate 2684354560 bytes."), "2.5 GiB")],
+    "error",
+    [MemoryError("2.50 GiB"),
+     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0")],
 )  # fmt: skip
-def test_every_kind_of_out_of_memory(tmp_path, error, asked):
+def test_every_kind_of_out_of_memory(tmp_path, error):
     class Full(DiffusionBufferModel):
         def forward(self, *args, **options):
             raise error
 
-    with pytest.raises(OutOfMemoryError, match=rf"{asked}.*about 1 would fit"):
+    with pytest.raises(OutOfMemoryError, match=r"about 1 would fit"):
         fit(config(), tmp_path, valid_set=None, model=Full(config()))
     assert not memory.is_out_of_memory(RuntimeError("shape mismatch"))
 
@@ -164,34 +158,16 @@ def test_search_of_the_largest_batch(first, ceiling, limit):
     assert max(tried) <= ceiling
 
 
-def test_trial_of_a_batch(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "limit_memory", lambda: None)
-    mix, target = Clips()[0]
-    trial = {"config": config().to_dict(), "mix": mix, "target": target}
-    torch.save(trial, tmp_path / "trial.pt")
-    assert memory.main(tmp_path, 3) == 0
-    monkeypatch.setattr(memory, "DiffusionBufferModel", Hungry)
-    assert memory.main(tmp_path, 3) == memory.TOO_LARGE
-
-
-@pytest.mark.slow
-def test_find_batch_size_with_a_real_limit():
-    """The system allows 300 MB more: the search ends below, whatever the trials die of."""
-    code = """
-import resource
-from diffbuf_lib.training import memory
-from tests.training.helpers import Clips, config
-cfg = config("training.batch_size=512", "model.base_channels=32")
-limit = memory.taken_memory() + 300 * 2**20
-resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
-print(memory.find_batch_size(cfg, Clips(1000), "cpu"))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=250,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert 1 <= int(done.stdout) < 512
+@pytest.mark.parametrize(("clips", "size"), [(0, None), (3, 3), (50, 8)])
+def test_batch_size_on_a_cpu_is_what_memory_allows(monkeypatch, clips, size):
+    cfg = config("training.batch_size=8")
+    free = memory.estimate_step(cfg).total(clips) if clips else 0
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    if clips:
+        assert memory.find_batch_size(cfg, Clips(9), "cpu") == size
+    else:
+        with pytest.raises(OutOfMemoryError, match=r"not even one clip.*model\.base_channels"):
+            memory.find_batch_size(cfg, Clips(9), "cpu")
 
 
 @pytest.mark.law

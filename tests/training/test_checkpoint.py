@@ -10,8 +10,7 @@ import torch
 from diffbuf_lib.errors import CheckpointError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.training import load_checkpoint, load_weights, save_checkpoint, train
-from diffbuf_lib.training.checkpoint import KEYS
-from diffbuf_lib.training.folder import ResultsFolder, check_same_config
+from diffbuf_lib.training.folder import KEYS, ResultsFolder, check_same_config
 from tests.training.helpers import Clips, config, fit, full_disk, last, same
 
 
