@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,34 +41,6 @@ _ADVICE = {
     "module": "lower training.lr, or look at this module's inputs in notebook 03",
     "stage": "look at this stage in notebook 03; a larger diffusion_buffer.t_eps often helps",
 }
-
-
-class ReplayResult(NamedTuple):
-    """What the step came to this time, beside what it came to then; prints as a table."""
-
-    reproduced: bool  # it failed in the same way: its loss, its gradient, or the same exception
-    same_numbers: bool  # and losses and gradient norm are those of the failed step to the bit
-    finding: BadValue | None  # the first bad value; None: nothing failed
-    expected: str  # what the run said of the failure
-    losses: list[float]  # one a round, as far as the step got
-    grad_norm: float  # NaN where there was none
-    visits: list[StageSummary]  # stages and module outputs of the round, up to the first bad one
-    error: Exception | None  # of the replay
-    advice: str  # what to change
-
-    def __str__(self) -> str:
-        """Return the walk as a table, and the verdict."""
-        table = str(Summary(tuple(self.visits)))
-        if self.finding is not None and self.visits and not self.visits[-1].finite:
-            table += "  <-- first bad value"
-        losses = ", ".join(f"{x:.6g}" for x in self.losses) or "none"
-        same, numbers = ("yes" if x else "no" for x in (self.reproduced, self.same_numbers))
-        advice = f"\nto do: {self.advice}" if self.advice else ""
-        return (
-            f"{table}\nloss {losses}; gradient norm {self.grad_norm:.6g}\nthen: {self.expected}\n"
-            f"now:  {self.finding or 'nothing fails'}\n"
-            f"same failure: {same}; same numbers: {numbers}{advice}"
-        )
 
 
 @dataclass(frozen=True)
@@ -112,12 +84,11 @@ class Capsule:
                 f"{file} cannot be read ({type(error).__name__}: {error}): copy the folder again"
             ) from error
 
-    def replay(self, device: str = "cpu", *, model: nn.Module | None = None) -> ReplayResult:
+    def replay(self, device: str = "cpu", *, model: nn.Module | None = None) -> Replay:
         """Make the failed step again, up to the first bad value.
 
         With the same kind of device and the same torch the numbers are those of the failed step to
-        the bit. Elsewhere diffusion times and noise are still the same, since they were saved;
-        dropout is not.
+        the bit. Elsewhere diffusion times and noise are still the same; dropout is not.
 
         Args:
             device: cpu, cuda or cuda:N.
@@ -134,63 +105,85 @@ class Capsule:
                 torch.set_num_threads(self.record.threads)  # as in the run: sums round alike
                 model = DiffusionBufferModel(self.cfg) if model is None else model
                 apply_weights(model, self.state["model"], self.path / "capsule.pt")
-                walk = _Walk(self, model.to(where), where)
-                walk.make_step(precision, self.record.scale or 1.0)
-                advice = "" if walk.finding is None else _ADVICE.get(walk.finding.kind, "")
-                if walk.finding is not None and precision != "no":
-                    plain = _Walk(self, model, where)
+                again = Replay(self, model.to(where), where)
+                again.make_step(precision, self.record.scale or 1.0)
+                if again.finding is not None and precision != "no":
+                    plain = Replay(self, model, where)
                     plain.make_step("no")
-                    advice = "in float32 the same batch is not finite either"
+                    again.advice = "in float32 the same batch is not finite either"
                     if plain.finding is None:
-                        advice = (
+                        again.advice = (
                             f"in float32 the same batch is finite (loss {plain.losses[0]:.4g}): "
                             "set training.use_amp=false or training.amp_dtype=bf16"
                         )
+                return again
         finally:
             torch.set_num_threads(threads)
-        reproduced = self._is_reproduced_by(walk)
-        return ReplayResult(
-            reproduced=reproduced,
-            same_numbers=reproduced and self._has_numbers_of(walk),
-            finding=walk.finding,
-            expected=self.record.error["message"],
-            losses=walk.losses,
-            grad_norm=walk.grad_norm,
-            visits=walk.visits,
-            error=walk.error,
-            advice=advice,
-        )
-
-    def _is_reproduced_by(self, walk: _Walk) -> bool:
-        if self.record.cause == "error" or walk.error is not None:
-            return type(walk.error).__name__ == self.record.error["type"]
-        loss_is_bad = not all(map(math.isfinite, walk.losses))
-        if self.record.cause == "loss":
-            return loss_is_bad
-        return not loss_is_bad and walk.finding is not None
-
-    def _has_numbers_of(self, walk: _Walk) -> bool:
-        if self.losses is None or self.grad_norm is None:
-            return True
-        then, now = list(self.losses[: len(walk.losses)]), list(walk.losses)
-        if self.record.cause == "gradient" and self.record.processes == 1:
-            then, now = [*then, self.grad_norm], [*now, walk.grad_norm]
-        return [float(x).hex() for x in then] == [float(x).hex() for x in now]
 
 
-class _Walk:
-    """A step of a capsule made again, under watch."""
+class Replay:
+    """A step of a capsule made again, under watch; prints as a table.
+
+    Attributes:
+        finding: the first bad value; None: nothing failed.
+        visits: a row for every stage and module output of a round, up to the first bad one.
+        losses: one a round, as far as the step got.
+        grad_norm: NaN where there was none.
+        error: what the step raised this time.
+        advice: what to change.
+    """
 
     def __init__(self, capsule: Capsule, model: nn.Module, device: torch.device) -> None:
         self.capsule, self.model, self.device = capsule, model, device
-        self.losses: list[float] = []
-        self.grad_norm = math.nan
         self.finding: BadValue | None = None
         self.visits: list[StageSummary] = []
+        self.losses: list[float] = []
+        self.grad_norm = math.nan
         self.error: Exception | None = None
+        self.advice = ""
+
+    @property
+    def reproduced(self) -> bool:
+        """Whether it failed in the same way: its loss, its gradient, or the same exception."""
+        record = self.capsule.record
+        if record.cause == "error" or self.error is not None:
+            return type(self.error).__name__ == record.error["type"]
+        loss_is_bad = not all(map(math.isfinite, self.losses))
+        if record.cause == "loss":
+            return loss_is_bad
+        return not loss_is_bad and self.finding is not None
+
+    @property
+    def same_numbers(self) -> bool:
+        """Whether losses and gradient norm, too, are those of the failed step to the bit."""
+        capsule, now = self.capsule, list(self.losses)
+        if capsule.losses is None or capsule.grad_norm is None:
+            return self.reproduced
+        then = capsule.losses[: len(now)]
+        if capsule.record.cause == "gradient" and capsule.record.processes == 1:
+            then, now = [*then, capsule.grad_norm], [*now, self.grad_norm]
+        return self.reproduced and [x.hex() for x in then] == [x.hex() for x in now]
+
+    def __str__(self) -> str:
+        """Return the walk as a table, and the verdict."""
+        table = str(Summary(tuple(self.visits)))
+        if self.finding is not None and self.visits and not self.visits[-1].finite:
+            table += "  <-- first bad value"
+        losses = ", ".join(f"{x:.6g}" for x in self.losses) or "none"
+        same, numbers = ("yes" if x else "no" for x in (self.reproduced, self.same_numbers))
+        return (
+            f"{table}\nloss {losses}; gradient norm {self.grad_norm:.6g}\n"
+            f"then: {self.capsule.record.error['message']}\n"
+            f"now:  {self.finding or 'nothing fails'}\n"
+            f"same failure: {same}; same numbers: {numbers}\nto do: {self.advice or 'nothing'}"
+        )
 
     def make_step(self, precision: str, scale: float = 1.0) -> None:
         """Walk the rounds up to a bad value, and if there is none update the weights."""
+        self._walk(precision, scale)
+        self.advice = "" if self.finding is None else _ADVICE.get(self.finding.kind, "")
+
+    def _walk(self, precision: str, scale: float) -> None:
         record, seed = self.capsule.record, self.capsule.cfg.training.seed
         self.model.train()
         self.model.zero_grad()

@@ -10,7 +10,6 @@ what to change, is its work.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 import shutil
@@ -24,7 +23,7 @@ from torch import Tensor
 
 import diffbuf_lib
 from diffbuf_lib.config import Config
-from diffbuf_lib.data.audio import wait_for_disk
+from diffbuf_lib.data.audio import write_bytes
 from diffbuf_lib.errors import DiffbufError, NonFiniteError, OutOfMemoryError
 from diffbuf_lib.trace import to_plain
 from diffbuf_lib.training.feed import Batch, ClipSource, EpochPlan, Stream, seed_everything
@@ -233,17 +232,15 @@ def _write(results: Path, record: dict[str, Any], content: dict[str, Any]) -> Pa
     """Write a capsule, whole or not at all, and remove those between the first and the newest."""
     suffix = f"_rank{record['rank']}" if record["rank"] else ""
     folder = results / f"capsule_{record['step']}{suffix}"
-    temporary = results / f".{folder.name}.{os.getpid()}.tmp"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     try:
-        temporary.mkdir(parents=True)
+        torch.save(content, folder / "capsule.pt")
         text = json.dumps(to_plain(record), indent=1, allow_nan=False)
-        (temporary / "capsule.json").write_text(text, encoding="utf-8")
-        torch.save(content, temporary / "capsule.pt")
+        write_bytes(folder / "capsule.json", text.encode())  # makes it one
+    except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-        wait_for_disk(results)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     others = [path for path in results.glob("capsule_*") if path != folder]
     others.sort(key=lambda path: path.stat().st_mtime_ns)
     for path in others[1 : len(others) + 2 - _KEPT]:

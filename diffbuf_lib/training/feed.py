@@ -1,8 +1,8 @@
 """Which examples make up which batch, and how they are read: all a function of (seed, epoch).
 
-No state has to be saved: the order of an epoch, the noise of the example at a position of that
-order and the dropout of a step are seeded from their names. So they depend neither on the batch
-size, nor on the number of processes, nor on where a run was stopped and resumed.
+The order of an epoch, the noise of the example at a position of that order and the dropout of a
+step are seeded from their names. So no state has to be saved, and they depend neither on the batch
+size, nor on the number of processes, nor on where a run was resumed.
 """
 
 from __future__ import annotations
@@ -224,9 +224,6 @@ class ClipReader(Dataset[Any]):
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
-    """Keep a worker alive at Ctrl-C, which a terminal sends to it too, until it is told to end.
-
-    A forked worker also inherits the run's SIGTERM handler, which would not let it end at all.
-    """
+    # A terminal sends Ctrl-C to workers too; and a forked one has inherited the run's handlers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -147,11 +147,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def apply_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
-    """Put weights into a model of the same architecture.
-
-    Raises:
-        CheckpointError: a tensor is missing, unknown or of another shape; names it.
-    """
+    """Put weights into a model; CheckpointError names a tensor that does not fit."""
     try:
         model.load_state_dict(dict(weights))
     except RuntimeError as error:  # a line of title, then one for each problem
@@ -204,11 +200,7 @@ class ResultsFolder:
                 )
 
     def load_last(self, cfg: Config) -> dict[str, Any]:
-        """Return last.pt, after checking that its run had this config.
-
-        Raises:
-            CheckpointError: nothing to resume, an unreadable file, or another config.
-        """
+        """Return last.pt; CheckpointError if there is none or its run had another config."""
         if not self.last.is_file():
             raise CheckpointError(
                 f"results folder {self.path} holds no checkpoints/last.pt to resume: check "
@@ -256,7 +248,7 @@ class ResultsFolder:
         """Finish what a killed run left half done: temporary files and a half-made swap."""
         if self._old.exists() and not self.model.exists():
             self._old.rename(self.model)
-        for left in (self._new, self._old, *self.path.glob(".capsule_*.tmp")):
+        for left in (self._new, self._old):
             shutil.rmtree(left, ignore_errors=True)
         for folder in (self.path, self.last.parent):
             for file in folder.glob(".*.tmp"):
@@ -293,9 +285,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 def read_history(path: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of a history.jsonl, up to one that was cut off while it was written.
 
-    A line of a step has step, epoch, loss, grad_norm, lr, seconds, skipped; one of a validation
-    has step, epoch, valid and final (made at the end of a run within an epoch). A number that was
-    not finite is None.
+    One of a step is a `StepRecord`; one of a validation has step, epoch, valid and final (made at
+    the end of a run within an epoch). A number that was not finite is None.
     """
     if not Path(path).is_file():
         return
@@ -315,9 +306,8 @@ def read_history(path: str | Path) -> Iterator[dict[str, Any]]:
 class FolderLock:
     """One run at a time in a results folder, until its process ends, however it ends.
 
-    What counts is the system's lock on the file, not the file: one that a killed run has left
-    behind stops nobody. A forked reader that outlives its run does not hold the lock, since
-    filelock closes the descriptor in forked children.
+    What counts is the system's lock on the file: a file that a killed run has left behind stops
+    nobody. A forked reader does not hold the lock, since filelock closes it in children.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -327,11 +317,7 @@ class FolderLock:
         )
 
     def acquire(self) -> None:
-        """Take the lock, or go on without one on a file system that has none.
-
-        Raises:
-            CheckpointError: another process has it, or the folder cannot be written.
-        """
+        """Take the lock, or go on without one on a file system that has none."""
         folder = self.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,6 @@
 """Scores of enhanced clips: SI-SDR, SDR, PESQ and ESTOI, one value a clip.
 
-A score that is undefined for a clip is NaN and is left out of the mean: a silent target has no
-speech to score, an all-zero estimate has no scale, PESQ and STOI need a minimum of speech.
+A score that is undefined for a clip, such as a silent one, is NaN and is left out of the mean.
 """
 
 from __future__ import annotations

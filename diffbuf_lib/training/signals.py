@@ -1,7 +1,7 @@
 """What a run changes in its process, and only while it runs: seeds, flags and signals.
 
-Between two records the caller's own code runs, in a notebook for hours. It must find the random
-generators and torch's flags as it left them, and must not change the run by drawing from them.
+Between two records the caller's own code runs: it must find the random generators and torch's flags
+as it left them, and must not change the run by drawing from them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ import torch
 def isolated(device: torch.device, *, deterministic: bool) -> Iterator[None]:
     """Restore the global generators (also of `device`) and determinism flags after a block.
 
-    With `deterministic`, torch takes algorithms within the block that give the same bits at every
-    run, and raises where an operation has none. All this belongs to the process: code in another
-    thread that draws from the global generators disturbs a step's dropout (never its noise).
+    With `deterministic`, torch takes algorithms that give the same bits at every run, or raises.
+    All this belongs to the process: another thread's draws disturb a step's dropout, not its noise.
     """
     cudnn = torch.backends.cudnn
     enabled = torch.are_deterministic_algorithms_enabled()
@@ -50,10 +49,8 @@ def isolated(device: torch.device, *, deterministic: bool) -> Iterator[None]:
 class StopRequest:
     """Turns Ctrl-C and SIGTERM into a stop between two steps.
 
-    Within `running()` the first signal only sets `requested`, so that no optimizer step is cut in
-    half; a second one raises KeyboardInterrupt at once, as either does while the caller's code
-    runs. Only the main thread can catch signals: in another one this does nothing, and its owner
-    stops by closing the generator.
+    Within `running()` the first signal only sets `requested`; a second one raises KeyboardInterrupt
+    at once, as either does while the caller's code runs. Works in the main thread only.
     """
 
     def __init__(self) -> None:

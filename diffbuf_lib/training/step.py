@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -238,9 +239,10 @@ class Validation(NamedTuple):
     example: tuple[Tensor, ...] | None  # mix, target, estimate of the first clip, each [T]
 
 
+@torch.no_grad()
 def validate(
     cfg: Config,
-    model: nn.Module,
+    model: Any,
     dataset: ClipSource,
     accelerator: Accelerator,
     stop: StopRequest | None = None,
@@ -275,7 +277,11 @@ def validate(
         if round_ >= len(batches):
             continue
         mix, target = (wave.to(device) for wave in next(reader))
-        loss, estimate = _run_model(model, mix, target, batches[round_], training.seed)
+        keys = [(clip,) for clip in batches[round_]]
+        generators = example_generators(keys, training.seed, Stream.VALID, device)
+        loss = model(mix, target, generator=generators).item()
+        generators = example_generators(keys, training.seed, Stream.VALID, device)
+        estimate = model.enhance(mix, generator=generators)  # [B, C, T]
         estimate, clean = estimate.mean(1).cpu(), target.mean(1).cpu()  # [B, T]
         scores = score_clips(estimate, clean, cfg.audio.sample_rate, training.metrics)
         for i, clip in enumerate(batches[round_]):
@@ -285,25 +291,8 @@ def validate(
             example = (mix[0].mean(0).cpu(), clean[0], estimate[0])
     results = gather_object(results) if processes > 1 else results
     results.sort(key=lambda result: result[0])  # by clip, so that sums round alike
-    return Validation(_average([values for _, values in results], training.metrics), example)
-
-
-@torch.no_grad()
-def _run_model(
-    model: Any, mix: Tensor, target: Tensor, clips: list[int], seed: int
-) -> tuple[float, Tensor]:
-    """Return the mean loss and the estimates [B, C, T]."""
-    keys = [(clip,) for clip in clips]
-    generators = example_generators(keys, seed, Stream.VALID, mix.device)
-    loss = model(mix, target, generator=generators).item()
-    generators = example_generators(keys, seed, Stream.VALID, mix.device)
-    return loss, model.enhance(mix, generator=generators)
-
-
-def _average(results: list[dict[str, float]], metrics: Sequence[str]) -> dict[str, float]:
-    values = {"loss": sum(result["loss"] for result in results) / len(results)}
-    scores = {name: torch.tensor([result[name] for result in results]) for name in metrics}
-    for name, score in mean_scores(scores).items():
-        values[name] = score.mean
-        values[f"{name}_clips"] = float(score.scored)
-    return values
+    columns = {name: [values[name] for _, values in results] for name in results[0][1]}
+    means = {"loss": statistics.fmean(columns.pop("loss"))}
+    for name, score in mean_scores({n: torch.tensor(c) for n, c in columns.items()}).items():
+        means |= {name: score.mean, f"{name}_clips": float(score.scored)}
+    return Validation(means, example)
