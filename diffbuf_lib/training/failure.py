@@ -15,6 +15,7 @@ import shlex
 import shutil
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,15 +59,16 @@ class BadValue(NamedTuple):
         return f"{self.kind} {self.name}: {self.detail}"
 
 
+@dataclass(frozen=True)
 class Failures:
-    """Names and saves the failed steps of a run, in its results folder."""
+    """Names and saves the failed steps of a run."""
 
-    def __init__(
-        self, cfg: Config, results: Path, engine: Engine, plan: EpochPlan, train_set: ClipSource
-    ) -> None:
-        self.cfg, self.results, self.engine = cfg, results, engine
-        self.plan, self.train_set = plan, train_set
-        self.rank = engine.accelerator.process_index
+    cfg: Config
+    results: Path  # the results folder, where capsules go
+    engine: Engine
+    plan: EpochPlan
+    train_set: ClipSource
+    rank: int  # of this process
 
     def nonfinite(self, attempt: Attempt, outcome: Outcome) -> NonFiniteError | None:
         """Return the error of a step that was not made, None for one that was.
@@ -156,7 +158,8 @@ class Failures:
         outcome: Outcome | None = None,
     ) -> str:
         """Write the capsule; return what the message says of it. Never fails."""
-        engine, model = self.engine, self.engine.model
+        engine = self.engine
+        model: Any = engine.model  # a DiffusionBufferModel
         record = {
             "format": FORMAT,
             "step": attempt.step,
@@ -178,12 +181,12 @@ class Failures:
             "system": platform.platform(),
         }
         try:
-            draws = [model.draw(batch.mix, _fresh(batch)).to_dict() for batch in attempt.batches]  # type: ignore[operator]
+            batches = []
+            for batch in attempt.batches:
+                draws = model.draw(batch.mix, _fresh(batch)).to_dict()
+                batches.append({"mix": batch.mix, "target": batch.target, "draws": draws})
             content = {
-                "batches": [
-                    {"mix": batch.mix, "target": batch.target, "draws": drawn}
-                    for batch, drawn in zip(attempt.batches, draws, strict=True)
-                ],
+                "batches": batches,
                 "state": engine.state_dict(),
                 "losses": None if outcome is None else outcome.losses[self.rank].tolist(),
                 "grad_norm": None if outcome is None else outcome.grad_norm,

@@ -28,8 +28,7 @@ from diffbuf_lib.errors import DataError
 class ClipSource(Protocol):
     """What training asks of a dataset; `diffbuf_lib.data` has the real ones."""
 
-    def __len__(self) -> int:
-        """Return the number of clips."""
+    def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (mix, target), each [C, T] float32, full scale 1."""

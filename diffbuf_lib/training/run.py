@@ -139,7 +139,8 @@ class Run:
             self.engine = Engine(cfg, model, self.accelerator, self.total)
         self.reader = ClipReader(train_set, training.num_workers)
         self.batches: Iterator[tuple[Tensor, Tensor]] | None = None  # the rest of this epoch's
-        self.failures = Failures(cfg, self.folder.path, self.engine, self.plan, train_set)
+        path, rank = self.folder.path, self.rank
+        self.failures = Failures(cfg, path, self.engine, self.plan, train_set, rank)
         self.log: RunLog | None = None  # in the main process
 
         self.step = self.epoch = self.round = 0  # steps made; epoch and round of the next one

@@ -191,13 +191,6 @@ def test_a_folder_goes_on_with_its_own_run_only(tmp_path):
     fit(config("training.num_epochs=1", "training.log_every=5"), tmp_path, resume=True)
 
 
-def test_finished_run_resumes_to_nothing(tmp_path):
-    fit(config(), tmp_path)
-    lines = history(tmp_path)
-    assert fit(config(), tmp_path, resume=True) == []
-    assert history(tmp_path) == lines
-
-
 # SIGKILL at random moments: what is left can be read and gone on from, to the bit.
 
 KILLED = [
