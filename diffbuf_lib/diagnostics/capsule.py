@@ -1,9 +1,6 @@
 """Read a capsule that a failed training step left behind, and make that step again.
 
-    capsule = Capsule.load("results/run/capsule_7")
-    print(capsule.replay())
-
-Nothing but the capsule's own files is needed: not the dataset, not the machine.
+`print(Capsule.load("results/run/capsule_7").replay())` needs no dataset, and runs on any machine.
 """
 
 from __future__ import annotations
@@ -93,10 +90,6 @@ class Capsule:
         Args:
             device: cpu, cuda or cuda:N.
             model: of the run, where it was none of this library's; gets the saved weights.
-
-        Raises:
-            CheckpointError: the weights do not fit the config.
-            ConfigError: no such device.
         """
         where, precision = resolve_device(device), self.record.precision
         threads = torch.get_num_threads()

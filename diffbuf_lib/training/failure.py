@@ -2,9 +2,6 @@
 
 capsule_<step>/capsule.json   step, epoch, files, error, config and so on, for people and machines
 capsule_<step>/capsule.pt     batches, draws, and the engine's state before the step
-
-`diffbuf_lib.diagnostics.capsule` reads and replays it; to look for the first bad module, and for
-what to change, is its work.
 """
 
 from __future__ import annotations
@@ -73,10 +70,9 @@ class Failures:
     def nonfinite(self, attempt: Attempt, outcome: Outcome) -> NonFiniteError | None:
         """Return the error of a step that was not made, None for one that was.
 
-        With float16 an infinite gradient is how the gradient scaler finds its scale, and no error:
-        the step is skipped and the scale halved. It is one when the scale has fallen below 1,
-        where float16 has no more range to give. All processes return an error; the first of those
-        with a bad loss writes the capsule.
+        With float16 an infinite gradient is how the gradient scaler finds its scale, and no error
+        until the scale has fallen below 1, where float16 has no more range to give. All processes
+        return an error; the first of those with a bad loss writes the capsule.
         """
         bad, scale = ~outcome.losses.isfinite(), self.engine.scale  # [W, R]
         cause = "loss" if bad.any() else "gradient"

@@ -121,15 +121,14 @@ class EpochPlan:
     def positions(self, round_: int, rank: int) -> list[int]:
         """Return where in the epoch's order the examples of one batch stand.
 
-        Example j of round b on process r of W stands at (b W + r) batch_size + j. So two
-        processes with batches of 1 see, together, what one process with batches of 2 sees.
+        Example j of round b on process r of W: (b W + r) batch_size + j. So two processes with
+        batches of 1 see, together, what one process with batches of 2 sees.
         """
         if self.size >= self.batch_size * self.processes:
             start = (round_ * self.processes + rank) * self.batch_size
             return list(range(start, start + self.batch_size))
-        # Fewer examples than one round: equal shares, and where they do not come out even the
-        # last process starts again at the front. All processes must have a batch, or the
-        # gradient exchange would wait for one that never comes.
+        # Fewer examples than one round: equal shares, the last one filled up from the front, since
+        # all processes must have a batch, or the gradient exchange would wait for ever.
         share = -(-self.size // self.processes)
         return [(rank * share + j) % self.size for j in range(share)]
 

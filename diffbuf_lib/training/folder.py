@@ -56,11 +56,7 @@ valid_clips, scores before and after compare less well)."""
 
 
 def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint so that, whenever the machine stops, `path` is the old or the new one.
-
-    Args:
-        path: the file; its folder is made if needed.
-        state: tensors and plain values, with the names in `KEYS` except "format".
+    """Write a checkpoint, with the names in `KEYS` except "format"; make its folder if needed.
 
     Raises:
         CheckpointError: it cannot be written; an older file at `path` is still there and whole.
@@ -117,10 +113,7 @@ def load_tensors(path: Path, what: str) -> Any:
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read only the model's weights, the averaged ones (EMA).
-
-    Args:
-        path: a checkpoint file, or a folder that `save_pretrained` has written.
+    """Read only the averaged weights of a checkpoint, or those of a `save_pretrained` folder.
 
     Raises:
         CheckpointError: as in `load_checkpoint`, or a folder without model.safetensors.
@@ -216,10 +209,7 @@ class ResultsFolder:
             file.write(cfg.to_yaml().encode())
 
     def truncate_history(self, step: int, *, validated: bool) -> None:
-        """Drop what comes after the step of a checkpoint, whose validation may still be to come.
-
-        So the curve of a resumed run is that of one that was never stopped.
-        """
+        """Drop what comes after a checkpoint's step, whose validation may still be to come."""
 
         def stays(line: dict[str, Any]) -> bool:
             repeated = "valid" in line and (line["final"] or not validated)
@@ -306,8 +296,7 @@ def read_history(path: str | Path) -> Iterator[dict[str, Any]]:
 class FolderLock:
     """One run at a time in a results folder, until its process ends, however it ends.
 
-    What counts is the system's lock on the file: a file that a killed run has left behind stops
-    nobody. A forked reader does not hold the lock, since filelock closes it in children.
+    The system's lock counts, not the file: one that a killed run has left behind stops nobody.
     """
 
     def __init__(self, folder: Path) -> None:

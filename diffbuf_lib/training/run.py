@@ -1,10 +1,7 @@
 """Training as a generator: one `StepRecord` an optimizer step.
 
-A script exhausts it, a notebook takes `next(run)`. Whoever stops asking can go on later with
-`resume=True` and gets the weights of a run that never stopped.
-
-A run is "whole" between two steps; only then is a checkpoint taken. What a checkpoint holds beside
-the engine is its place: steps made, epoch, next round, and the scores that decide on the rest.
+Whoever stops asking can go on later with `resume=True` and gets the weights of a run that never
+stopped. A run is "whole" between two steps; only then is a checkpoint taken.
 """
 
 from __future__ import annotations
@@ -81,8 +78,8 @@ def train(
         model: a model to train in place; default: a new one, seeded by `training.seed`.
 
     Raises:
-        CheckpointError: the folder holds a run (without `resume`), none or one of another config
-            (with it), weights do not fit, or a file cannot be written.
+        CheckpointError: a run in the folder (with `resume`: none, or one of another config),
+            weights that do not fit, or a file that cannot be written.
         NonFiniteError: the loss or gradient is NaN or infinite; names the files. The checkpoints
             are from before. (Infinite gradients in float16: the scaler lowers its scale first.)
         DataError: an empty training set, or a clip that cannot be read; names it.
@@ -211,8 +208,8 @@ class Run:
             record = dataclasses.replace(record, valid=result.values)
             if self.log is not None:
                 self.log.validation(record, result, final=not due)
-            # Where a run is cut off, an extra validation is written down but changes nothing that
-            # a longer run would not have changed: so going on equals never having stopped.
+            # An extra validation, where a run is cut off, decides nothing: so going on equals
+            # never having stopped.
             self.whole = False
             is_best = due and self._judge(result.values)
 
@@ -331,11 +328,7 @@ class Run:
         self.whole = True
 
     def close(self, *, abandoned: bool) -> None:
-        """Save where the run stands if it is whole, and close the logs.
-
-        A run that its caller abandoned, or that has come to its end, writes model/ too, where no
-        validation has picked a best one.
-        """
+        """Save where the run stands if it is whole, model/ too if there is none; close the logs."""
         self.batches = None
         try:
             if self.whole and self.accelerator.is_main_process:

@@ -1,7 +1,4 @@
-"""One optimizer step and one validation: the model, and all that changes or scores it.
-
-`Engine.step` is one optimizer step over one or several batches; `state_dict` is all of it.
-"""
+"""One optimizer step and one validation: the model, and all that changes or scores it."""
 
 from __future__ import annotations
 
@@ -250,14 +247,10 @@ def validate(
     """Enhance and score the first `training.valid_clips` clips, in float32.
 
     Every clip has its own generator, seeded by (seed, clip): the same noise at every validation,
-    whatever the batch size or the number of processes, of which process i of W takes every W-th
-    clip.
+    whatever the batch size or the number of processes.
 
     Returns:
         None when `stop` was requested of some process; the example only in the main process.
-
-    Raises:
-        DataError: a clip cannot be read; names it.
     """
     training, device = cfg.training, accelerator.device
     count, processes = min(training.valid_clips, len(dataset)), accelerator.num_processes
