@@ -10,12 +10,14 @@ import faulthandler
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import tyro
 
-from diffbuf_lib.commands import COMMANDS
+from diffbuf_lib.commands import COMMANDS, Train
 from diffbuf_lib.errors import DiffbufError
+
+Command = TypeVar("Command")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -26,7 +28,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def train_main() -> None:
     """Run `python train.py ...`."""
-    run(lambda: parse("train", sys.argv[1:], "train.py")())
+    run(lambda: parse(Train, sys.argv[1:], "train.py")())
 
 
 def run(command: Callable[[], Any]) -> None:
@@ -45,7 +47,7 @@ def run(command: Callable[[], Any]) -> None:
         sys.exit(130)
 
 
-def parse(name: str, args: Sequence[str], prog: str) -> Any:
+def parse(command: type[Command], args: Sequence[str], prog: str) -> Command:
     """Return a command that has read its flags; `--set a=1 b=2` is `--set a=1 --set b=2`."""
     spread: list[str] = []
     setting = False
@@ -55,7 +57,7 @@ def parse(name: str, args: Sequence[str], prog: str) -> Any:
         elif setting and "=" in part and spread[-1] != "--set":
             spread.append("--set")
         spread.append(part)
-    return tyro.cli(COMMANDS[name].load(), args=spread, prog=prog, use_underscores=True)
+    return tyro.cli(command, args=spread, prog=prog, use_underscores=True)
 
 
 def _dispatch(args: list[str]) -> None:
@@ -67,4 +69,4 @@ def _dispatch(args: list[str]) -> None:
         for entry in COMMANDS:
             print(f"  {entry.name:14}  {entry.target.__doc__.splitlines()[0]}")
         return
-    parse(name, args[words:], f"diffbuf {name}")()
+    parse(COMMANDS[name].load(), args[words:], f"diffbuf {name}")()
