@@ -140,7 +140,7 @@ class Train(Command, name="train"):
 
         board = self.results_path / "tensorboard" / "stats"
         recorder = StageRecorder(
-            cfg, say, shapes=self.log_shapes, every=self.log_stats, board=board, resumed=self.resume
+            cfg, say, shapes=self.log_shapes, every=self.log_stats, board=board
         )
         return RecordingModel(cfg, recorder), recorder
 
@@ -153,7 +153,7 @@ def _consult_doctor(
     cfg: Config, train_set: Any, valid_set: Any, device: str, results_path: Path
 ) -> None:
     """Print warnings and errors, a line each; stop on an error."""
-    from diffbuf_lib.diagnostics.doctor import examine, has_error
+    from diffbuf_lib.diagnostics import examine, has_error
 
     findings = examine(cfg, train_set, valid_set, device=device, results_path=results_path)
     for finding in findings:
@@ -177,7 +177,7 @@ class Doctor(Command, name="doctor"):
     overrides: Overrides = ()
 
     def __call__(self) -> None:
-        from diffbuf_lib.diagnostics.doctor import examine_paths, has_error
+        from diffbuf_lib.diagnostics import examine_paths, has_error
         from diffbuf_lib.diagnostics.findings import render, to_json
 
         findings = examine_paths(

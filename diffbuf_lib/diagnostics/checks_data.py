@@ -1,4 +1,4 @@
-"""The doctor's look at a dataset: can its files be read, do they fit the config, is it speech.
+"""The doctor's look at data: can the files be read, do they fit the config, is it speech.
 
 `audit` measures a sample of the files themselves, not of the crops that training draws from them;
 `check_data` judges what it found.
@@ -11,7 +11,8 @@ import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -48,18 +49,13 @@ class WaveFacts(NamedTuple):
     nonfinite: int  # samples that are NaN or Inf
 
     @property
-    def offset(self) -> float:
-        """Magnitude of dc over the RMS; 0 of silence."""
-        return 0.0 if self.silent else abs(self.dc) / self.rms
-
-    @property
     def silent(self) -> bool:
         """Whether no sample stands out of 16-bit rounding."""
         return self.peak < SILENCE_PEAK
 
 
 class ClipFacts(NamedTuple):
-    """What one item of a dataset is; powers in dB, None where they cannot be told."""
+    """What one item of a dataset is; powers in dB, None where they are undefined."""
 
     name: str  # files of the item
     infos: tuple[AudioInfo, ...]  # headers of its files
@@ -70,25 +66,12 @@ class ClipFacts(NamedTuple):
     wave: Tensor  # [C, T] float32, the target as training would read it
 
 
-class BrokenClip(NamedTuple):
-    """An item that cannot be read, and why."""
-
-    name: str
-    error: DataError
-
-
-@dataclass(frozen=True)
-class Audit:
+class Audit(NamedTuple):
     """A sample of a dataset of `size` clips."""
 
     size: int
-    readable: list[ClipFacts] = field(default_factory=list)
-    broken: list[BrokenClip] = field(default_factory=list)
-
-    @property
-    def clips(self) -> list[ClipFacts | BrokenClip]:
-        """All that was looked at."""
-        return [*self.readable, *self.broken]
+    clips: list[ClipFacts]
+    broken: dict[str, DataError]  # by name, why a clip cannot be read
 
 
 def audit(dataset: Any, limit: int = 64, seconds: float = 2.0) -> Audit:
@@ -99,40 +82,55 @@ def audit(dataset: Any, limit: int = 64, seconds: float = 2.0) -> Audit:
         limit: clips to look at, at most.
         seconds: wall time after which no further clip is begun.
     """
-    facts, deadline = Audit(len(dataset)), time.monotonic() + seconds
+    facts, deadline = Audit(len(dataset), [], {}), time.monotonic() + seconds
     count = min(facts.size, limit)
     # Every eighth comes first, so that a sample cut short still spans the set.
     for i in (i for start in range(8) for i in range(start, count, 8)):
-        if facts.clips and time.monotonic() > deadline:
+        if (facts.clips or facts.broken) and time.monotonic() > deadline:
             break
-        found = _look(dataset, i * facts.size // count)
-        if isinstance(found, BrokenClip):
-            facts.broken.append(found)
-        else:
-            facts.readable.append(found)
+        index = i * facts.size // count
+        name = dataset.name(index) if hasattr(dataset, "name") else f"clip {index}"
+        try:
+            facts.clips.append(_read_clip(dataset, index, name))
+        except DataError as error:
+            facts.broken[name] = error
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            facts.broken[name] = DataError(f"{name}: {type(error).__name__}: {reason}")
     return facts
 
 
-def shared_targets(first: Any, second: Any, seconds: float = 2.0) -> list[tuple[str, str]]:
-    """Return the pairs of clips, one of each set, whose target files hold the same bytes.
+def _read_clip(dataset: Any, index: int, name: str) -> ClipFacts:
+    files: Sequence[Path] = dataset.items[index] if isinstance(dataset, ClipDataset) else ()
+    infos = tuple(read_info(path) for path in files)
+    mix, wave = dataset[index]  # finds what does not match within the pair
+    target, snr, residual = wave, None, None
+    if len(files) == 2:
+        mix, target = (_read_whole(info) for info in infos)
+    if mix.shape == target.shape:
+        snr = _ratio_db(target, mix - target)
+        noise = _read_noise(files[0]) if len(files) == 2 else None
+        if noise is not None and noise.shape == mix.shape:
+            residual = _ratio_db(mix - target - noise, target)
+    return ClipFacts(name, infos, measure(mix), measure(target), snr, residual, wave)
 
-    Args:
-        first: a `ClipDataset`, such as the training set; of any other kind nothing is known.
-        second: another.
-        seconds: wall time after which the rest is left out.
-    """
-    heads: dict[Any, list[Path]] = defaultdict(list)
-    for path in _target_files(second):
-        heads[_head(path)].append(path)
-    pairs: list[tuple[str, str]] = []
-    deadline = time.monotonic() + seconds
-    for path in _target_files(first):
-        for other in heads.get(_head(path), ()):
-            if time.monotonic() > deadline:
-                return pairs
-            if filecmp.cmp(path, other, shallow=False):
-                pairs.append((str(path), str(other)))
-    return pairs
+
+def _read_noise(mixture: Path) -> Tensor | None:
+    """Return what lies beside a DN-LM mixture as noise.wav (or .flac), if it does."""
+    beside = (mixture.with_name(f"noise{extension}") for extension in EXTENSIONS)
+    found = next((path for path in beside if path.is_file()), None)
+    return _read_whole(read_info(found)) if found and mixture.stem == "mixture" else None
+
+
+def _read_whole(info: AudioInfo) -> Tensor:
+    """Read a file, or of a very long one the beginning."""
+    return read_audio(info.path, 0, min(info.frames, _LONGEST * info.sample_rate))[0]
+
+
+def _ratio_db(wave: Tensor, other: Tensor) -> float:
+    """Return the power of one wave over that of another, dB; of silence over silence -inf."""
+    ratio = wave.double().square().mean() / other.double().square().mean()
+    return float(10 * ratio.nan_to_num(0.0, posinf=math.inf).log10())
 
 
 def measure(wave: Tensor) -> WaveFacts:
@@ -148,6 +146,38 @@ def measure(wave: Tensor) -> WaveFacts:
     )
 
 
+def shared_targets(first: Any, second: Any, seconds: float = 2.0) -> list[tuple[str, str]]:
+    """Return the pairs of clips, one of each set, whose target files hold the same bytes.
+
+    Only of `ClipDataset`s anything is known; what takes longer than `seconds` is left out.
+    """
+
+    def targets(dataset: Any) -> list[Path]:
+        return [files[-1] for files in dataset.items] if isinstance(dataset, ClipDataset) else []
+
+    heads: dict[Any, list[Path]] = defaultdict(list)
+    for path in targets(second):
+        heads[_head(path)].append(path)
+    deadline = time.monotonic() + seconds
+    return [
+        (str(path), str(other))
+        for path in takewhile(lambda _: time.monotonic() < deadline, targets(first))
+        for other in heads.get(_head(path), ())
+        if filecmp.cmp(path, other, shallow=False)
+    ]
+
+
+def _head(path: Path) -> tuple[int, bytes]:
+    """Return size and some bytes from the middle of a file, where speech is."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size // 2 - _HEAD // 2))
+            return size, file.read(_HEAD)
+    except OSError:
+        return -1, bytes(path)  # like no other file
+
+
 def check_data(cfg: Config, dataset: Any, valid_set: Any = None) -> Iterator[Finding]:
     """Look at a sample of the training and of the validation clips."""
     facts = audit(dataset)
@@ -157,7 +187,12 @@ def check_data(cfg: Config, dataset: Any, valid_set: Any = None) -> Iterator[Fin
     yield from _check_set(cfg, facts, "data")
     if facts.size < cfg.training.batch_size:
         yield judge("data.batches", facts.size, cfg.training.batch_size, warning=True)
-    yield from _check_levels(cfg, facts.readable, isinstance(dataset, MixingDataset))
+    snrs = [c.snr_db for c in facts.clips if c.snr_db is not None and abs(c.snr_db) < 200]
+    if snrs:
+        value = {"min": min(snrs), "median": median(snrs), "max": max(snrs)}
+        check = "data.snr/mixing" if isinstance(dataset, MixingDataset) else "data.snr"
+        yield judge(check, value, _SNR, warning=not _SNR[0] <= value["median"] <= _SNR[1])
+    yield from _check_level(cfg, facts.clips)
     if valid_set is None:
         return
     if not len(valid_set):
@@ -170,33 +205,49 @@ def check_data(cfg: Config, dataset: Any, valid_set: Any = None) -> Iterator[Fin
     yield judge("valid.duplicates", both, 0, warning=both > 0, count=len(valid_set), names=names)
 
 
+def _offset(wave: WaveFacts) -> float:
+    return 0.0 if wave.silent else abs(wave.dc) / wave.rms
+
+
+# Check, a number of a clip (None where it does not apply), its limit, and the share of clips above
+# it from which on that is an error.
+_RULES: tuple[tuple[str, Callable[[ClipFacts], float | None], float, float], ...] = (
+    ("silence", lambda clip: float(clip.target.silent), 0, 0.5),
+    ("nonfinite", lambda clip: max(clip.mix.nonfinite, clip.target.nonfinite), 0, 0),
+    ("clipping", lambda clip: max(clip.mix.clipped, clip.target.clipped), 1e-3, math.inf),
+    ("dc", lambda clip: max(_offset(clip.mix), _offset(clip.target)), 0.1, math.inf),
+    # 16-bit rounding of three files stays far below -20 dB
+    ("mixture", lambda clip: None if clip.target.silent else clip.residual_db, -20.0, 0.5),
+    ("noise", lambda clip: clip.snr_db, 100.0, 0.5),
+)
+
+
 def _check_set(cfg: Config, facts: Audit, split: str) -> Iterator[Finding]:
     """Judge one set; `split` is "data" or "valid", the first part of the findings' names."""
-    kinds: dict[str, list[BrokenClip]] = defaultdict(list)
-    for broken in facts.broken:
-        kinds[str(broken.error).rpartition(": ")[2]].append(broken)
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for name, error in facts.broken.items():
+        kinds[str(error).rpartition(": ")[2]].append(name)
+    looked_at = len(facts.clips) + len(facts.broken)
     for same in kinds.values():  # of each kind the first clip is quoted
         why = "training stops when it comes to this clip"
-        finding = from_error(same[0].error, f"{split}.files", why)
-        more = f" (and {len(same) - 1} more of {len(facts.clips)})" if len(same) > 1 else ""
-        names = [clip.name for clip in same]
-        yield replace(finding, message=finding.message + more, value=names)
-    clips = facts.readable
-    if not clips:
+        finding = from_error(facts.broken[same[0]], f"{split}.files", why)
+        more = f" (and {len(same) - 1} more of {looked_at})" if len(same) > 1 else ""
+        yield replace(finding, message=finding.message + more, value=same)
+    if not facts.clips:
         return
-    shapes = " and ".join(sorted({str(list(clip.wave.shape)) for clip in clips}))
-    yield judge(f"{split}.shape", shapes, seen=len(facts.clips), size=facts.size)
-    yield from _check_format(cfg, clips, split)
-    for rule in _RULES:
-        numbers = [(clip, number) for clip in clips if (number := rule.number(clip)) is not None]
+    shapes = " and ".join(sorted({str(list(clip.wave.shape)) for clip in facts.clips}))
+    yield judge(f"{split}.shape", shapes, seen=looked_at, size=facts.size)
+    yield from _check_format(cfg, facts.clips, split)
+    for check, number_of, limit, error_from in _RULES:
+        numbers = [(n, clip) for clip in facts.clips if (n := number_of(clip)) is not None]
         if not numbers:
             continue
-        bad = [clip for clip, number in numbers if number > rule.limit]
+        bad = [clip for number, clip in numbers if number > limit]
         yield judge(
-            f"{split}.{rule.name}",
-            max(number for _, number in numbers),
-            rule.limit,
-            error=bool(bad) and len(bad) >= rule.error_from * len(numbers),
+            f"{split}.{check}",
+            max(number for number, _ in numbers),
+            limit,
+            error=bool(bad) and len(bad) >= error_from * len(numbers),
             warning=bool(bad),
             bad=len(bad),
             count=len(numbers),
@@ -204,24 +255,11 @@ def _check_set(cfg: Config, facts: Audit, split: str) -> Iterator[Finding]:
         )
 
 
-class _Rule(NamedTuple):
-    """A number of a clip and its limit; `error_from` this share of clips on it is an error."""
-
-    name: str
-    number: Callable[[ClipFacts], float | None]  # None where the rule does not apply
-    limit: float
-    error_from: float
-
-
-_RULES = (
-    _Rule("silence", lambda clip: float(clip.target.silent), 0, 0.5),
-    _Rule("nonfinite", lambda clip: max(clip.mix.nonfinite, clip.target.nonfinite), 0, 0),
-    _Rule("clipping", lambda clip: max(clip.mix.clipped, clip.target.clipped), 1e-3, math.inf),
-    _Rule("dc", lambda clip: max(clip.mix.offset, clip.target.offset), 0.1, math.inf),
-    # 16-bit rounding of three files stays far below -20 dB
-    _Rule("mixture", lambda c: None if c.target.silent else c.residual_db, -20.0, 0.5),
-    _Rule("noise", lambda clip: clip.snr_db, 100.0, 0.5),
-)
+def _names(clips: Sequence[ClipFacts]) -> str:
+    """Return a colon and the names of the first clips, and count the others."""
+    named = ", ".join(clip.name for clip in clips[:_NAMED])
+    more = f" and {len(clips) - _NAMED} more" if len(clips) > _NAMED else ""
+    return f": {named}{more}" if clips else ""
 
 
 def _check_format(cfg: Config, clips: Sequence[ClipFacts], split: str) -> Iterator[Finding]:
@@ -229,41 +267,35 @@ def _check_format(cfg: Config, clips: Sequence[ClipFacts], split: str) -> Iterat
     counts = Counter(clip.wave.shape[0] for clip in clips)
     if len(counts) > 1 and cfg.training.batch_size > 1:
         found = " and ".join(f"{n} of {count}" for count, n in sorted(counts.items()))
-        odd = [clip for clip in clips if clip.wave.shape[0] == min(counts, key=counts.__getitem__)]
-        yield judge(
-            f"{split}.channels", dict(counts), 1, error=True, found=found, names=_names(odd)
-        )
+        odd = [clip for clip in clips if clip.wave.shape[0] == counts.most_common()[-1][0]]
+        check = f"{split}.channels"
+        yield judge(check, dict(counts), 1, error=True, found=found, names=_names(odd))
     elif max(counts) > 1:
         yield judge(f"{split}.channels/many", max(counts), info=True)
-    rate, chunk = cfg.audio.sample_rate, cfg.audio.chunk_size
-    if {info.sample_rate for clip in clips for info in clip.infos} == {rate}:
-        yield judge(f"{split}.sample_rate", rate, rate)
     lengths = [clip.infos[0].frames for clip in clips if clip.infos]
-    if lengths:
-        padding = fmean(max(0, chunk - length) / chunk for length in lengths)
-        yield judge(
-            f"{split}.padding",
-            padding,
-            _PADDING,
-            warning=padding > _PADDING,
-            shortest=min(lengths),
-            longest=max(lengths),
-            middle=int(median(lengths)),
-            chunk=chunk,
-        )
+    if not lengths:  # not of files
+        return
+    yield judge(f"{split}.sample_rate", cfg.audio.sample_rate, cfg.audio.sample_rate)
+    chunk = cfg.audio.chunk_size
+    padding = fmean(max(0, chunk - length) / chunk for length in lengths)
+    yield judge(
+        f"{split}.padding",
+        padding,
+        _PADDING,
+        warning=padding > _PADDING,
+        shortest=min(lengths),
+        longest=max(lengths),
+        middle=int(median(lengths)),
+        chunk=chunk,
+    )
 
 
-def _check_levels(cfg: Config, clips: Sequence[ClipFacts], mixing: bool) -> Iterator[Finding]:
-    """Judge the training set's SNR, and its spectrum beside the noise that diffusion adds to it.
+def _check_level(cfg: Config, clips: Sequence[ClipFacts]) -> Iterator[Finding]:
+    """Judge the spectrum beside the noise that diffusion adds to it.
 
     DN-LM attenuates speech by 1 / distance and then scales the mixture to full scale, so that |S|
     can lie far below sigma: what the score has to tell apart is then mostly the model's own noise.
     """
-    snrs = [c.snr_db for c in clips if c.snr_db is not None and abs(c.snr_db) < 200]
-    if snrs:
-        value = {"min": min(snrs), "median": median(snrs), "max": max(snrs)}
-        unusual = not _SNR[0] <= value["median"] <= _SNR[1]
-        yield judge("data.snr/mixing" if mixing else "data.snr", value, _SNR, warning=unusual)
     compression, buffer = cfg.preprocessing.magnitude_compression, cfg.diffusion_buffer
     waves = [clip.wave.mean(dim=0) for clip in clips if not clip.target.silent]
     waves = [w for w in waves if w.shape == waves[0].shape and w.isfinite().all() and w.any()]
@@ -285,73 +317,3 @@ def _check_levels(cfg: Config, clips: Sequence[ClipFacts], mixing: bool) -> Iter
         sigma=sigma,
         beta=float(f"{compression.beta * _GOOD_LEVEL / ratio:.2g}"),
     )
-
-
-def _names(clips: Sequence[ClipFacts]) -> str:
-    """Return a colon and the names of the first clips, and count the others."""
-    named = ", ".join(clip.name for clip in clips[:_NAMED])
-    more = f" and {len(clips) - _NAMED} more" if len(clips) > _NAMED else ""
-    return f": {named}{more}" if clips else ""
-
-
-def _look(dataset: Any, index: int) -> ClipFacts | BrokenClip:
-    """Read and measure one item."""
-    name = dataset.name(index) if hasattr(dataset, "name") else f"clip {index}"
-    try:
-        files: Sequence[Path] = dataset.items[index] if isinstance(dataset, ClipDataset) else ()
-        infos = tuple(read_info(path) for path in files)
-        mix, wave = dataset[index]  # finds what does not match within the pair
-        target = wave
-        if len(files) == 2:
-            mix, target = (_whole(info) for info in infos)
-        noise = _noise(files, infos)
-    except DataError as error:
-        return BrokenClip(name, error)
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        return BrokenClip(name, DataError(f"{name}: {type(error).__name__}: {reason}"))
-    same = mix.shape == target.shape
-    residual = None
-    if noise is not None and same and noise.shape == mix.shape:
-        residual = _ratio_db(mix - target - noise, target)
-    snr = _ratio_db(target, mix - target) if same else None
-    return ClipFacts(name, infos, measure(mix), measure(target), snr, residual, wave)
-
-
-def _whole(info: AudioInfo) -> Tensor:
-    """Read a file, or of a very long one the beginning."""
-    return read_audio(info.path, 0, min(info.frames, _LONGEST * info.sample_rate))[0]
-
-
-def _noise(files: Sequence[Path], infos: Sequence[AudioInfo]) -> Tensor | None:
-    """Return what lies beside a DN-LM mixture as noise.wav (or .flac), if it does."""
-    if len(files) == 2 and files[0].stem == "mixture":
-        for path in (files[0].with_name(f"noise{extension}") for extension in EXTENSIONS):
-            if path.is_file():
-                info = read_info(path)
-                return _whole(info) if info.frames == infos[0].frames else None
-    return None
-
-
-def _ratio_db(wave: Tensor, other: Tensor) -> float:
-    """Return 10 log10 of the power of one wave over that of another; inf over silence."""
-    power, divisor = (float(w.double().square().mean()) for w in (wave, other))
-    if power <= 0:
-        return -math.inf
-    return math.inf if divisor <= 0 else 10 * (math.log10(power) - math.log10(divisor))
-
-
-def _target_files(dataset: Any) -> list[Path]:
-    """Return the target (or speech) file of every item."""
-    return [files[-1] for files in dataset.items] if isinstance(dataset, ClipDataset) else []
-
-
-def _head(path: Path) -> tuple[int, bytes]:
-    """Return size and some bytes from the middle of a file, where speech is."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            file.seek(max(0, size // 2 - _HEAD // 2))
-            return size, file.read(_HEAD)
-    except OSError:
-        return -1, bytes(path)  # like no other file

@@ -8,9 +8,9 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +19,14 @@ from diffbuf_lib.config import Config
 from diffbuf_lib.diagnostics.findings import Finding, judge
 from diffbuf_lib.diagnostics.watch import watch_modules
 from diffbuf_lib.diffusion.sde import make_sde
-from diffbuf_lib.errors import ConfigError, DiffbufError
+from diffbuf_lib.errors import DiffbufError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.training.memory import (
     MemoryEstimate,
     SavedBytes,
     estimate_step,
     free_memory,
+    is_out_of_memory,
     saved_bytes,
 )
 from diffbuf_lib.training.signals import isolated
@@ -49,10 +50,12 @@ def check_frames(cfg: Config) -> Iterator[Finding]:
     stft, rate, samples = cfg.audio.stft, cfg.audio.sample_rate, cfg.audio.chunk_size
     frames, Kb, K = cfg.audio.num_frames, cfg.diffusion_buffer.buffer_size, cfg.num_frames
     formula = "centred: 1 + T // hop" if stft.center else "not centred: 1 + (T - n_fft) // hop"
-    bins, seconds = stft.n_fft // 2 + 1, samples / rate
-    yield judge(
-        "frames.count", frames, samples=samples, seconds=seconds, bins=bins, formula=formula
-    )
+    facts: dict[str, Any] = {
+        "samples": samples,
+        "seconds": samples / rate,
+        "bins": stft.n_fft // 2 + 1,
+    }
+    yield judge("frames.count", frames, **facts, formula=formula)
     needed = (K - 1) * stft.hop_length + (0 if stft.center else stft.n_fft)
     short = frames < K
     yield judge("frames.window", K, frames, warning=short, needed=needed, seconds=needed / rate)
@@ -60,15 +63,8 @@ def check_frames(cfg: Config) -> Iterator[Finding]:
     yield judge("frames.buffer", Kb, half, warning=Kb > frames / 2, frames=frames)
     hop_ms, window_ms = (1000 * length / rate for length in (stft.hop_length, stft.n_fft))
     buffer_ms = (Kb - 1) * hop_ms
-    yield judge(
-        "frames.latency",
-        buffer_ms + window_ms,
-        info=True,
-        buffer_ms=buffer_ms,
-        hops=Kb - 1,
-        hop_ms=hop_ms,
-        window_ms=window_ms,
-    )
+    facts = {"buffer_ms": buffer_ms, "hops": Kb - 1, "hop_ms": hop_ms, "window_ms": window_ms}
+    yield judge("frames.latency", buffer_ms + window_ms, info=True, **facts)
 
 
 def check_schedule(cfg: Config) -> Iterator[Finding]:
@@ -103,76 +99,33 @@ def _score_target(cfg: Config, largest: float) -> Finding:
     return judge("schedule.score_target", largest, near, warning=largest > near)
 
 
-def resolve_device(name: str) -> torch.device:
-    """Return the device that training takes for a `--device`: without a GPU the CPU.
-
-    Raises:
-        ConfigError: an unknown name, or a GPU that this machine does not have.
-    """
-    kind, _, number = name.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
-        raise ConfigError(f"device {name!r} is none of auto, cpu, cuda, cuda:N")
-    if kind == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    if int(number or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise ConfigError(f"device {name} does not exist: this machine has {count} GPUs")
-    return torch.device("cuda", int(number or 0))
-
-
-def check_machine(cfg: Config, device: str, results_path: Path) -> Iterator[Finding]:
-    """Look at what training would run on: `device` as asked for, and the disk it writes to."""
-    yield from _versions()
-    yield _disk(results_path)
-    try:
-        chosen = resolve_device(device)
-    except ConfigError as error:
-        yield judge("machine.device", device, error=True, message=str(error))
-        return
-    training, on_gpu = cfg.training, chosen.type == "cuda"
-    gpu = torch.cuda.get_device_name(chosen) if on_gpu else f"{torch.get_num_threads()} CPU threads"
-    message = f"{gpu}: {free_memory(chosen) / GIB:.1f} GiB of memory are free"
-    yield judge("machine.device", str(chosen), info=not on_gpu, message=message)
-    if not on_gpu and training.use_amp and training.amp_dtype == "fp16":
-        yield judge("machine.precision", "float32", "fp16", info=True)
-    wanted, key = training.deterministic, "machine.deterministic"
-    workspace, allowed = os.environ.get("CUBLAS_WORKSPACE_CONFIG"), (None, ":4096:8", ":16:8")
-    if wanted and on_gpu and workspace not in allowed:
-        yield judge(f"{key}/workspace", workspace, list(allowed), error=True)
-        return
-    agree = "agree to the bit" if wanted else "may differ in last bits"
-    yield judge(key, wanted, info=True, state=str(wanted).lower(), agree=agree, seed=training.seed)
-
-
-def _versions() -> Iterator[Finding]:
+def check_machine(results_path: Path) -> Iterator[Finding]:
+    """Look at the packages, and at the disk that training would write to."""
     packages = ("torch", "torchaudio", "accelerate", "numpy")
-    versions = {"python": platform.python_version(), **{p: _version(p) for p in packages}}
+    versions = {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}}
     text = ", ".join(f"{name} {version}" for name, version in versions.items())
     yield judge("machine.versions", versions, info=True, versions=text)
-    pair = [versions[name].partition("+")[0] for name in ("torch", "torchaudio")]
-    release, other = (version.rpartition(".")[0] for version in pair)
-    differ = release != other
-    yield judge("machine.torch_pair", pair, "one release", warning=differ, release=release)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "missing"
-
-
-def _disk(path: Path) -> Finding:
-    here = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-    if not os.access(here, os.W_OK):
-        return judge("machine.results", str(path), error=True)
-    free = shutil.disk_usage(here).free
+    path = results_path.absolute()
+    folder = next(p for p in (path, *path.parents) if p.exists())
+    if not os.access(folder, os.W_OK):
+        yield judge("machine.results", str(path), error=True)
+        return
+    free = shutil.disk_usage(folder).free
     little = free < _LITTLE_DISK
-    return judge("machine.disk", free, _LITTLE_DISK, warning=little, gib=free / GIB, folder=here)
+    yield judge("machine.disk", free, _LITTLE_DISK, warning=little, gib=free / GIB, folder=folder)
 
 
-@dataclass(frozen=True)
-class Pass:
+def check_device(cfg: Config, device: torch.device) -> Iterator[Finding]:
+    """Say what training would run on, and in which precision where that is not as asked for."""
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} threads"
+    message = f"{name}: {free_memory(device) / GIB:.1f} GiB of memory are free"
+    yield judge("machine.device", str(device), info=not on_gpu, message=message)
+    if not on_gpu and cfg.training.use_amp and cfg.training.amp_dtype == "fp16":
+        yield judge("machine.precision", "float32", "fp16", info=True)
+
+
+class Pass(NamedTuple):
     """What one forward and backward pass came to."""
 
     loss: float
@@ -233,76 +186,59 @@ def check_model(
     The clip is mix and target, [C, T] float32, full scale 1, each; None takes noise.
     """
     free = free_memory(device)
-    if cfg.model.base_channels * cfg.audio.num_frames > _LARGE:
-        rough = estimate_step(cfg)
-        if rough.largest_batch(free) < 1:
-            yield _memory(cfg, rough, free)
-            return
-    with isolated(device, deterministic=cfg.training.deterministic):
-        torch.manual_seed(cfg.training.seed)
-        try:
+    try:
+        if cfg.model.base_channels * cfg.audio.num_frames > _LARGE:
+            rough = estimate_step(cfg)
+            if rough.largest_batch(free) < 1:
+                yield _check_memory(cfg, rough, free)
+                return
+        with isolated(device, deterministic=cfg.training.deterministic):
+            torch.manual_seed(cfg.training.seed)
             model = DiffusionBufferModel(cfg).to(device).train()
             mix, target = clip or 0.1 * torch.randn(2, 1, cfg.audio.chunk_size)
-            yield from _passes(cfg, model, mix[None].to(device), target[None].to(device), free)
-        except (MemoryError, RuntimeError, DiffbufError) as error:
-            reason = " ".join(str(error).split())[:300]
-            full = isinstance(error, torch.OutOfMemoryError | MemoryError) or "memory" in reason
-            check = "model.memory/fails" if full else "model.step/fails"
-            yield judge(check, error=True, device=device, reason=reason)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+            mix, target = mix[None].to(device), target[None].to(device)
+            yield from _check_passes(cfg, model, mix, target, free)
+    except (MemoryError, RuntimeError, DiffbufError) as error:
+        check = "model.memory/fails" if is_out_of_memory(error) else "model.step/fails"
+        yield judge(check, error=True, device=device, reason=" ".join(str(error).split())[:300])
 
 
-def _passes(
+def _check_passes(
     cfg: Config, model: DiffusionBufferModel, mix: Tensor, target: Tensor, free: int
 ) -> Iterator[Finding]:
     """Run in float32, then in the precision of the config; judge both, and the memory."""
     training, device = cfg.training, mix.device
     count = sum(p.numel() for p in model.parameters())
-    name, channels = cfg.model.name, cfg.model.base_channels
-    yield judge("model.parameters", count, info=True, name=name, channels=channels)
+    facts = {"name": cfg.model.name, "channels": cfg.model.base_channels}
+    yield judge("model.parameters", count, info=True, **facts)
     measured = plain = run_pass(model, mix, target, None)
-    yield _step("model.step", plain, "float32")
-    precision = _PRECISIONS[device.type].get(training.amp_dtype)
-    if training.use_amp and precision is not None:
-        if plain.seconds < 3 * _SLOW:
-            measured = run_pass(model, mix, target, precision)
-            # Mixed precision is blamed only for what float32 can do.
-            check = "model.step_amp" if plain.finite else "model.step"
-            yield _step(check, measured, training.amp_dtype)
-        else:
-            name = training.amp_dtype
-            yield judge("model.step_amp/skipped", plain.seconds, info=True, precision=name)
+    yield _check_pass("model.step", plain, "float32")
+    name = training.amp_dtype
+    precision = _PRECISIONS[device.type].get(name) if training.use_amp else None
+    if precision is not None and plain.seconds < 3 * _SLOW:
+        measured = run_pass(model, mix, target, precision)
+        # Mixed precision is blamed only for what float32 can do.
+        yield _check_pass("model.step_amp" if plain.finite else "model.step", measured, name)
+    elif precision is not None:
+        yield judge("model.step_amp/skipped", plain.seconds, info=True, precision=name)
     model.zero_grad()
-    yield _memory(cfg, estimate_step(cfg, model if measured.seconds < _SLOW else None), free)
+    yield _check_memory(cfg, estimate_step(cfg, model if measured.seconds < _SLOW else None), free)
     seconds, batch = measured.seconds, training.batch_size
-    yield judge(
-        "model.speed", seconds * batch, info=True, seconds=seconds, device=device, batch=batch
-    )
+    facts = {"seconds": seconds, "device": device, "batch": batch}
+    yield judge("model.speed", seconds * batch, info=True, **facts)
 
 
-def _step(check: str, outcome: Pass, precision: str) -> Finding:
+def _check_pass(check: str, outcome: Pass, precision: str) -> Finding:
     text = f"loss {outcome.loss:.4g}, gradient norm {outcome.grad_norm:.4g}"
     if not outcome.finite:
         text += f", {outcome.nonfinite} gradient elements not finite"
         text += f", first in {outcome.where}" if outcome.where else ""
         text += "; in float32 the same clip is finite" if check == "model.step_amp" else ""
-    return judge(
-        check,
-        {
-            "loss": outcome.loss,
-            "grad_norm": outcome.grad_norm,
-            "nonfinite_gradients": outcome.nonfinite,
-            "seconds": outcome.seconds,
-        },
-        "finite",
-        error=not outcome.finite,
-        precision=precision,
-        outcome=text,
-    )
+    bad, value = not outcome.finite, outcome._asdict()
+    return judge(check, value, "finite", error=bad, precision=precision, outcome=text)
 
 
-def _memory(cfg: Config, needed: MemoryEstimate, free: int) -> Finding:
+def _check_memory(cfg: Config, needed: MemoryEstimate, free: int) -> Finding:
     """Compare what a step takes with what is free."""
     batch, fits = cfg.training.batch_size, needed.largest_batch(free)
     total = needed.total(batch if fits else 1)

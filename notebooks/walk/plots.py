@@ -24,8 +24,7 @@ from diffbuf_lib.trace import Trace
 from diffbuf_lib.training.folder import ResultsFolder, read_history
 
 if TYPE_CHECKING:
-    from diffbuf_lib.diagnostics.statistics import ScoreStatistics
-    from diffbuf_lib.diagnostics.watch import GradientStatistics
+    from diffbuf_lib.diagnostics.statistics import GradientStatistics, ScoreStatistics
     from walk.listening import DelayScore
     from walk.scaling import ReadingCost, StepCost
 

@@ -72,9 +72,9 @@ def test_an_unexpected_failure_of_a_data_set_is_told_with_the_clip():
         def __getitem__(self, index):
             raise ZeroDivisionError("deep inside")
 
-    (clip,) = audit(Broken(None)).broken
-    assert "ZeroDivisionError" in str(clip.error)
-    assert "clip 0" in str(clip.error)
+    (clip,) = audit(Broken(None)).broken.values()
+    assert "ZeroDivisionError" in str(clip)
+    assert "clip 0" in str(clip)
 
 
 @pytest.mark.law

@@ -11,9 +11,9 @@ import yaml
 
 from diffbuf_lib import load_config
 from diffbuf_lib.diagnostics import checks_run, examine, examine_paths, has_error
-from diffbuf_lib.diagnostics.checks_run import resolve_device
 from diffbuf_lib.diagnostics.findings import Finding, render, to_json, worst_first
 from diffbuf_lib.registry import OPTIMIZERS
+from diffbuf_lib.training.step import resolve_device
 from tests.conftest import TINY, call, seeded
 from tests.diagnostics.clips import Items, config, make_split, opened, samples, stem, write
 
@@ -313,7 +313,9 @@ def test_running_out_of_memory_is_a_finding(paths, monkeypatch):
 
 def test_devices_are_looked_for_before_they_are_touched(paths, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert {str(resolve_device(d)) for d in ("auto", "cpu", "cuda", "cuda:3")} == {"cpu"}
+    assert {str(resolve_device(d, fallback=True)) for d in ("auto", "cpu", "cuda", "cuda:3")} == {
+        "cpu"
+    }
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for device, says in (("cuda:7", "2 GPUs"), ("tpu", "auto, cpu")):

@@ -242,19 +242,12 @@ def test_watching_changes_no_number_and_sums_up_every_output(model, batch):
     assert set(watch.calls) >= {"DiffusionBufferModel", "network", "network.last"}
 
 
-def test_watching_stops_at_the_first_bad_value_and_follows_gradients_backwards(model, batch):
+def test_gradients_are_followed_backwards(model, batch):
     with watch_modules(model, gradients=True) as watch:
         model(*batch, seeded()).backward()
     names = [name for name, _ in watch.gradients]
     assert names.index("network.last.weight") < names.index("network.first.weight")
     assert not any(bad for _, bad in watch.gradients)
-    with torch.no_grad():
-        model.network.first.bias[0] = torch.inf
-    with watch_modules(model, stop=True) as watch:
-        model(*batch, seeded())
-    assert watch.visits[-1].name == watch.first_nonfinite == "network.first"
-    assert watch.visits[-1].inf > 0
-    assert hooks(model) == 0
 
 
 @pytest.mark.law
