@@ -14,14 +14,7 @@ from torch import Tensor
 
 from diffbuf_lib.config import Config, load_config
 from diffbuf_lib.data.datasets import open_dataset
-from diffbuf_lib.diagnostics.checks_data import check_data
-from diffbuf_lib.diagnostics.checks_run import (
-    check_device,
-    check_frames,
-    check_machine,
-    check_model,
-    check_schedule,
-)
+from diffbuf_lib.diagnostics import checks_data, checks_run
 from diffbuf_lib.diagnostics.findings import Finding, from_error, has_error, judge, worst_first
 from diffbuf_lib.diagnostics.statistics import gradient_statistics, score_statistics
 from diffbuf_lib.diagnostics.watch import watch_modules
@@ -54,7 +47,8 @@ def examine(
 
     Args:
         cfg: the config.
-        dataset: the training set: `[i] -> (mix, target)`, each [C, T] float32, full scale 1.
+        dataset: the training set: `[i] -> (mix, target)`, each [C, T] float32, full scale 1; None
+            leaves the data out.
         valid_set: the validation set, or None.
         device: "auto", "cpu", "cuda" or "cuda:N", as for `train`.
         results_path: where the run will write; default: the current folder.
@@ -62,14 +56,17 @@ def examine(
     Returns:
         Findings, the worst first.
     """
-    findings = [*check_machine(Path(results_path or ".")), *check_data(cfg, dataset, valid_set)]
-    findings += [*check_frames(cfg), *check_schedule(cfg)]
+    findings = [*checks_run.check_machine(Path(results_path or "."))]
+    if dataset is not None:
+        findings += checks_data.check_data(cfg, dataset, valid_set)
+    findings += [*checks_run.check_frames(cfg), *checks_run.check_schedule(cfg)]
     try:
         where = resolve_device(device, fallback=True)
     except ConfigError as error:
-        findings.append(judge("machine.device", device, error=True, message=str(error)))
+        findings.append(judge("machine.device", device, bad=True, message=str(error)))
     else:
-        findings += [*check_device(cfg, where), *check_model(cfg, _first_clip(dataset), where)]
+        findings += checks_run.check_device(cfg, where)
+        findings += checks_run.check_model(cfg, _first_clip(dataset), where)
     return worst_first(findings)
 
 
@@ -100,10 +97,9 @@ def examine_paths(
         except DataError as error:
             why = "training cannot start without its data"
             findings.append(from_error(error, f"{name}.open", why))
-    train_set, valid_set = sets.get("data", ()), sets.get("valid")
-    found = examine(cfg, train_set, valid_set, device=device, results_path=results_path)
-    if "data" not in sets:  # then data.size only repeats data.open
-        found = [finding for finding in found if finding.check != "data.size"]
+    found = examine(
+        cfg, sets.get("data"), sets.get("valid"), device=device, results_path=results_path
+    )
     return worst_first([*findings, *found])
 
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from diffbuf_lib.config import Config
-from diffbuf_lib.data.audio import EXTENSIONS, AudioInfo, read_audio, read_info
-from diffbuf_lib.data.datasets import ClipDataset, MixingDataset
+from diffbuf_lib.data.audio import EXTENSIONS, read_audio, read_info
+from diffbuf_lib.data.datasets import ClipDataset, DNLMDataset, MixingDataset
 from diffbuf_lib.data.mixing import SILENCE_PEAK
-from diffbuf_lib.diagnostics.findings import Finding, from_error, judge
+from diffbuf_lib.diagnostics.findings import Finding, Severity, from_error, judge
 from diffbuf_lib.diffusion.sde import make_sde
 from diffbuf_lib.diffusion.spectral import Spectral
 from diffbuf_lib.errors import DataError
@@ -53,15 +53,20 @@ class WaveFacts(NamedTuple):
         """Whether no sample stands out of 16-bit rounding."""
         return self.peak < SILENCE_PEAK
 
+    @property
+    def offset(self) -> float:
+        """Magnitude of dc over the RMS; 0 of silence."""
+        return 0.0 if self.silent else abs(self.dc) / self.rms
+
 
 class ClipFacts(NamedTuple):
-    """What one item of a dataset is; powers in dB, None where they are undefined."""
+    """What one item of a dataset is."""
 
     name: str  # files of the item
-    infos: tuple[AudioInfo, ...]  # headers of its files
+    frames: int | None  # samples of its first file; None of a clip that is not of files
     mix: WaveFacts
     target: WaveFacts
-    snr_db: float | None  # target over mix - target
+    snr_db: float  # target over mix - target
     residual_db: float | None  # mix - target - noise over target, where there is a noise.wav
     wave: Tensor  # [C, T] float32, the target as training would read it
 
@@ -102,29 +107,24 @@ def audit(dataset: Any, limit: int = 64, seconds: float = 2.0) -> Audit:
 
 def _read_clip(dataset: Any, index: int, name: str) -> ClipFacts:
     files: Sequence[Path] = dataset.items[index] if isinstance(dataset, ClipDataset) else ()
-    infos = tuple(read_info(path) for path in files)
+    frames = read_info(files[0]).frames if files else None
     mix, wave = dataset[index]  # finds what does not match within the pair
-    target, snr, residual = wave, None, None
+    target, residual = wave, None
     if len(files) == 2:
-        mix, target = (_read_whole(info) for info in infos)
-    if mix.shape == target.shape:
-        snr = _ratio_db(target, mix - target)
-        noise = _read_noise(files[0]) if len(files) == 2 else None
+        mix, target = (_read_whole(path) for path in files)
+    if isinstance(dataset, DNLMDataset):
+        beside = (files[0].with_name(f"noise{extension}") for extension in EXTENSIONS)
+        noise = next((_read_whole(path) for path in beside if path.is_file()), None)
         if noise is not None and noise.shape == mix.shape:
             residual = _ratio_db(mix - target - noise, target)
-    return ClipFacts(name, infos, measure(mix), measure(target), snr, residual, wave)
+    snr = _ratio_db(target, mix - target)
+    return ClipFacts(name, frames, measure(mix), measure(target), snr, residual, wave)
 
 
-def _read_noise(mixture: Path) -> Tensor | None:
-    """Return what lies beside a DN-LM mixture as noise.wav (or .flac), if it does."""
-    beside = (mixture.with_name(f"noise{extension}") for extension in EXTENSIONS)
-    found = next((path for path in beside if path.is_file()), None)
-    return _read_whole(read_info(found)) if found and mixture.stem == "mixture" else None
-
-
-def _read_whole(info: AudioInfo) -> Tensor:
+def _read_whole(path: Path) -> Tensor:
     """Read a file, or of a very long one the beginning."""
-    return read_audio(info.path, 0, min(info.frames, _LONGEST * info.sample_rate))[0]
+    info = read_info(path)
+    return read_audio(path, 0, min(info.frames, _LONGEST * info.sample_rate))[0]
 
 
 def _ratio_db(wave: Tensor, other: Tensor) -> float:
@@ -182,31 +182,27 @@ def check_data(cfg: Config, dataset: Any, valid_set: Any = None) -> Iterator[Fin
     """Look at a sample of the training and of the validation clips."""
     facts = audit(dataset)
     if not facts.size:
-        yield judge("data.size", 0, 1, error=True)
+        yield judge("data.size", 0, 1, bad=True)
         return
     yield from _check_set(cfg, facts, "data")
     if facts.size < cfg.training.batch_size:
-        yield judge("data.batches", facts.size, cfg.training.batch_size, warning=True)
-    snrs = [c.snr_db for c in facts.clips if c.snr_db is not None and abs(c.snr_db) < 200]
+        yield judge("data.batches", facts.size, cfg.training.batch_size, bad=True)
+    snrs = [clip.snr_db for clip in facts.clips if abs(clip.snr_db) < 200]
     if snrs:
         value = {"min": min(snrs), "median": median(snrs), "max": max(snrs)}
         check = "data.snr/mixing" if isinstance(dataset, MixingDataset) else "data.snr"
-        yield judge(check, value, _SNR, warning=not _SNR[0] <= value["median"] <= _SNR[1])
+        yield judge(check, value, _SNR, bad=not _SNR[0] <= value["median"] <= _SNR[1])
     yield from _check_level(cfg, facts.clips)
     if valid_set is None:
         return
     if not len(valid_set):
-        yield judge("valid.size", 0, 1, warning=True)
+        yield judge("valid.size", 0, 1, bad=True)
         return
     yield from _check_set(cfg, audit(valid_set, limit=24, seconds=1.0), "valid")
     pairs = shared_targets(dataset, valid_set)
     both = len({other for _, other in pairs})
     names = f": {pairs[0][1]} = {pairs[0][0]}" if pairs else ""
-    yield judge("valid.duplicates", both, 0, warning=both > 0, count=len(valid_set), names=names)
-
-
-def _offset(wave: WaveFacts) -> float:
-    return 0.0 if wave.silent else abs(wave.dc) / wave.rms
+    yield judge("valid.duplicates", both, 0, bad=both > 0, count=len(valid_set), names=names)
 
 
 # Check, a number of a clip (None where it does not apply), its limit, and the share of clips above
@@ -215,79 +211,61 @@ _RULES: tuple[tuple[str, Callable[[ClipFacts], float | None], float, float], ...
     ("silence", lambda clip: float(clip.target.silent), 0, 0.5),
     ("nonfinite", lambda clip: max(clip.mix.nonfinite, clip.target.nonfinite), 0, 0),
     ("clipping", lambda clip: max(clip.mix.clipped, clip.target.clipped), 1e-3, math.inf),
-    ("dc", lambda clip: max(_offset(clip.mix), _offset(clip.target)), 0.1, math.inf),
+    ("dc", lambda clip: max(clip.mix.offset, clip.target.offset), 0.1, math.inf),
     # 16-bit rounding of three files stays far below -20 dB
     ("mixture", lambda clip: None if clip.target.silent else clip.residual_db, -20.0, 0.5),
     ("noise", lambda clip: clip.snr_db, 100.0, 0.5),
 )
 
 
-def _check_set(cfg: Config, facts: Audit, split: str) -> Iterator[Finding]:
+def _check_set(cfg: Config, sample: Audit, split: str) -> Iterator[Finding]:
     """Judge one set; `split` is "data" or "valid", the first part of the findings' names."""
     kinds: dict[str, list[str]] = defaultdict(list)
-    for name, error in facts.broken.items():
+    for name, error in sample.broken.items():
         kinds[str(error).rpartition(": ")[2]].append(name)
-    looked_at = len(facts.clips) + len(facts.broken)
+    looked_at = len(sample.clips) + len(sample.broken)
     for same in kinds.values():  # of each kind the first clip is quoted
         why = "training stops when it comes to this clip"
-        finding = from_error(facts.broken[same[0]], f"{split}.files", why)
+        finding = from_error(sample.broken[same[0]], f"{split}.files", why)
         more = f" (and {len(same) - 1} more of {looked_at})" if len(same) > 1 else ""
         yield replace(finding, message=finding.message + more, value=same)
-    if not facts.clips:
+    if not sample.clips:
         return
-    shapes = " and ".join(sorted({str(list(clip.wave.shape)) for clip in facts.clips}))
-    yield judge(f"{split}.shape", shapes, seen=looked_at, size=facts.size)
-    yield from _check_format(cfg, facts.clips, split)
+    shapes = " and ".join(sorted({str(list(clip.wave.shape)) for clip in sample.clips}))
+    yield judge(f"{split}.shape", shapes, seen=looked_at, size=sample.size)
+    yield from _check_format(cfg, sample.clips, split)
     for check, number_of, limit, error_from in _RULES:
-        numbers = [(n, clip) for clip in facts.clips if (n := number_of(clip)) is not None]
+        numbers = [(n, clip) for clip in sample.clips if (n := number_of(clip)) is not None]
         if not numbers:
             continue
-        bad = [clip for number, clip in numbers if number > limit]
-        yield judge(
-            f"{split}.{check}",
-            max(number for number, _ in numbers),
-            limit,
-            error=bool(bad) and len(bad) >= error_from * len(numbers),
-            warning=bool(bad),
-            bad=len(bad),
-            count=len(numbers),
-            names=_names(bad),
-        )
+        over = [clip for number, clip in numbers if number > limit]
+        severe: Severity = "error" if len(over) >= error_from * len(numbers) else "warning"
+        facts: dict[str, Any] = {"over": len(over), "count": len(numbers), "names": _names(over)}
+        value = max(number for number, _ in numbers)
+        yield judge(f"{split}.{check}", value, limit, bool(over) and severe, **facts)
 
 
 def _names(clips: Sequence[ClipFacts]) -> str:
-    """Return a colon and the names of the first clips, and count the others."""
-    named = ", ".join(clip.name for clip in clips[:_NAMED])
-    more = f" and {len(clips) - _NAMED} more" if len(clips) > _NAMED else ""
-    return f": {named}{more}" if clips else ""
+    return f": {', '.join(clip.name for clip in clips[:_NAMED])}" if clips else ""
 
 
 def _check_format(cfg: Config, clips: Sequence[ClipFacts], split: str) -> Iterator[Finding]:
-    """Judge channels, sample rate, and how much of the clips is zeros after short files."""
+    """Judge channels, and how much of the clips is zeros after short files."""
     counts = Counter(clip.wave.shape[0] for clip in clips)
     if len(counts) > 1 and cfg.training.batch_size > 1:
         found = " and ".join(f"{n} of {count}" for count, n in sorted(counts.items()))
         odd = [clip for clip in clips if clip.wave.shape[0] == counts.most_common()[-1][0]]
         check = f"{split}.channels"
-        yield judge(check, dict(counts), 1, error=True, found=found, names=_names(odd))
+        yield judge(check, dict(counts), 1, True, found=found, names=_names(odd))
     elif max(counts) > 1:
-        yield judge(f"{split}.channels/many", max(counts), info=True)
-    lengths = [clip.infos[0].frames for clip in clips if clip.infos]
-    if not lengths:  # not of files
-        return
-    yield judge(f"{split}.sample_rate", cfg.audio.sample_rate, cfg.audio.sample_rate)
-    chunk = cfg.audio.chunk_size
-    padding = fmean(max(0, chunk - length) / chunk for length in lengths)
-    yield judge(
-        f"{split}.padding",
-        padding,
-        _PADDING,
-        warning=padding > _PADDING,
-        shortest=min(lengths),
-        longest=max(lengths),
-        middle=int(median(lengths)),
-        chunk=chunk,
-    )
+        yield judge(f"{split}.channels/many", max(counts))
+    lengths = [clip.frames for clip in clips if clip.frames is not None]
+    if lengths:
+        chunk, middle = cfg.audio.chunk_size, int(median(lengths))
+        padding = fmean(max(0, chunk - length) / chunk for length in lengths)
+        facts: dict[str, Any] = {"chunk": chunk, "shortest": min(lengths), "longest": max(lengths)}
+        bad = padding > _PADDING
+        yield judge(f"{split}.padding", padding, _PADDING, bad=bad, middle=middle, **facts)
 
 
 def _check_level(cfg: Config, clips: Sequence[ClipFacts]) -> Iterator[Finding]:
@@ -308,12 +286,7 @@ def _check_level(cfg: Config, clips: Sequence[ClipFacts]) -> Iterator[Finding]:
     sounding = (power > 0).sum(dim=1).clamp_min(1)  # [N]: frames of zero padding do not count
     level = median((power.sum(dim=1) / sounding).sqrt().tolist())
     ratio = level / sigma
-    yield judge(
-        "data.level",
-        ratio,
-        _LEVEL,
-        warning=not _LEVEL[0] <= ratio < _LEVEL[1],
-        level=level,
-        sigma=sigma,
-        beta=float(f"{compression.beta * _GOOD_LEVEL / ratio:.2g}"),
-    )
+    low, high = _LEVEL
+    beta = float(f"{compression.beta * _GOOD_LEVEL / ratio:.2g}")
+    bad = not low <= ratio < high
+    yield judge("data.level", ratio, _LEVEL, bad=bad, level=level, sigma=sigma, beta=beta)

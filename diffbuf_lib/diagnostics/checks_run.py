@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffbuf_lib.config import Config
-from diffbuf_lib.diagnostics.findings import Finding, judge
+from diffbuf_lib.diagnostics.findings import Finding, Severity, judge
 from diffbuf_lib.diagnostics.watch import watch_modules
 from diffbuf_lib.diffusion.sde import make_sde
 from diffbuf_lib.errors import DiffbufError
@@ -35,14 +35,11 @@ AUTHORS_SIGMA = 0.212  # the largest sigma of the authors' code, theta 0.08, k 2
 FP16_MAX, FP32_MAX = 65504.0, 3.4e38
 GIB = 2**30
 _FAR = 3.0  # times larger or smaller than the authors': the confusion of c and theta is 3.5
-_LITTLE_DISK = 2 * GIB  # checkpoints, logs and a model of a large run
+_LITTLE_DISK = 2  # GiB: checkpoints, logs and a model of a large run
 _SCALES = (2.0**16, 2.0**8, 1.0)  # of the float16 loss: a scaler starts at the first
 _SLOW = 1.0  # seconds of a pass on one clip from which on there are fewer of them
 _LARGE = 8 * 96 * 63  # channels times frames from which on memory is estimated before it is taken
-_PRECISIONS = {
-    "cpu": {"bf16": torch.bfloat16},
-    "cuda": {"bf16": torch.bfloat16, "fp16": torch.float16},
-}
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_frames(cfg: Config) -> Iterator[Finding]:
@@ -58,13 +55,13 @@ def check_frames(cfg: Config) -> Iterator[Finding]:
     yield judge("frames.count", frames, **facts, formula=formula)
     needed = (K - 1) * stft.hop_length + (0 if stft.center else stft.n_fft)
     short = frames < K
-    yield judge("frames.window", K, frames, warning=short, needed=needed, seconds=needed / rate)
+    yield judge("frames.window", K, frames, bad=short, needed=needed, seconds=needed / rate)
     half = max(1, frames // 2)
-    yield judge("frames.buffer", Kb, half, warning=Kb > frames / 2, frames=frames)
+    yield judge("frames.buffer", Kb, half, bad=Kb > frames / 2, frames=frames)
     hop_ms, window_ms = (1000 * length / rate for length in (stft.hop_length, stft.n_fft))
     buffer_ms = (Kb - 1) * hop_ms
     facts = {"buffer_ms": buffer_ms, "hops": Kb - 1, "hop_ms": hop_ms, "window_ms": window_ms}
-    yield judge("frames.latency", buffer_ms + window_ms, info=True, **facts)
+    yield judge("frames.latency", buffer_ms + window_ms, **facts)
 
 
 def check_schedule(cfg: Config) -> Iterator[Finding]:
@@ -80,9 +77,9 @@ def check_schedule(cfg: Config) -> Iterator[Finding]:
         high = float(sde.std(bridge).max())
         ratio = high / AUTHORS_SIGMA
         far = not 1 / _FAR <= ratio <= _FAR
-        yield judge("schedule.c_theta", high, AUTHORS_SIGMA, warning=far, ratio=ratio)
+        yield judge("schedule.c_theta", high, AUTHORS_SIGMA, bad=far, ratio=ratio)
     if t_max < 0.3 or t_eps > 0.2:
-        yield judge("schedule.times", [t_eps, t_max], [0.2, 0.3], warning=True)
+        yield judge("schedule.times", [t_eps, t_max], [0.2, 0.3], bad=True)
 
 
 def _score_target(cfg: Config, largest: float) -> Finding:
@@ -91,28 +88,26 @@ def _score_target(cfg: Config, largest: float) -> Finding:
     limit = FP32_MAX**0.5 if training.loss == "score" else FP32_MAX  # that loss takes squares
     if not largest < limit:
         check = "schedule.score_target/float32"
-        return judge(check, largest, limit, error=True, loss=training.loss)
+        return judge(check, largest, limit, bad=True, loss=training.loss)
     in_float16 = training.use_amp and training.amp_dtype == "fp16"
     if in_float16 and largest > FP16_MAX and cfg.model.output_scale != "sigma":
-        return judge("schedule.score_target/float16", largest, FP16_MAX, error=True)
+        return judge("schedule.score_target/float16", largest, FP16_MAX, bad=True)
     near = FP16_MAX / 64
-    return judge("schedule.score_target", largest, near, warning=largest > near)
+    return judge("schedule.score_target", largest, near, bad=largest > near)
 
 
 def check_machine(results_path: Path) -> Iterator[Finding]:
     """Look at the packages, and at the disk that training would write to."""
     packages = ("torch", "torchaudio", "accelerate", "numpy")
-    versions = {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}}
-    text = ", ".join(f"{name} {version}" for name, version in versions.items())
-    yield judge("machine.versions", versions, info=True, versions=text)
+    versions = [f"{package} {metadata.version(package)}" for package in packages]
+    yield judge("machine.versions", f"python {platform.python_version()}, {', '.join(versions)}")
     path = results_path.absolute()
     folder = next(p for p in (path, *path.parents) if p.exists())
     if not os.access(folder, os.W_OK):
-        yield judge("machine.results", str(path), error=True)
+        yield judge("machine.results", str(path), bad=True)
         return
-    free = shutil.disk_usage(folder).free
-    little = free < _LITTLE_DISK
-    yield judge("machine.disk", free, _LITTLE_DISK, warning=little, gib=free / GIB, folder=folder)
+    free = shutil.disk_usage(folder).free / GIB
+    yield judge("machine.disk", free, _LITTLE_DISK, bad=free < _LITTLE_DISK, folder=folder)
 
 
 def check_device(cfg: Config, device: torch.device) -> Iterator[Finding]:
@@ -120,9 +115,9 @@ def check_device(cfg: Config, device: torch.device) -> Iterator[Finding]:
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} threads"
     message = f"{name}: {free_memory(device) / GIB:.1f} GiB of memory are free"
-    yield judge("machine.device", str(device), info=not on_gpu, message=message)
+    yield judge("machine.device", str(device), message=message)
     if not on_gpu and cfg.training.use_amp and cfg.training.amp_dtype == "fp16":
-        yield judge("machine.precision", "float32", "fp16", info=True)
+        yield judge("machine.precision", "float32", "fp16")
 
 
 class Pass(NamedTuple):
@@ -146,11 +141,8 @@ def run_pass(
 ) -> Pass:
     """Run forward and backward once; in float16 with the scales that a scaler would try.
 
-    Args:
-        model: gets gradients.
-        mix: [B, C, T] float32, full scale 1.
-        target: [B, C, T].
-        precision: of autocast; None: float32.
+    Mix and target are [B, C, T] float32, full scale 1; precision None is float32. The model gets
+    gradients.
     """
     device, seed = mix.device, model.cfg.training.seed
     autocast = torch.autocast(device.type, precision, enabled=precision is not None)
@@ -200,7 +192,7 @@ def check_model(
             yield from _check_passes(cfg, model, mix, target, free)
     except (MemoryError, RuntimeError, DiffbufError) as error:
         check = "model.memory/fails" if is_out_of_memory(error) else "model.step/fails"
-        yield judge(check, error=True, device=device, reason=" ".join(str(error).split())[:300])
+        yield judge(check, bad=True, device=device, reason=" ".join(str(error).split())[:300])
 
 
 def _check_passes(
@@ -210,22 +202,22 @@ def _check_passes(
     training, device = cfg.training, mix.device
     count = sum(p.numel() for p in model.parameters())
     facts = {"name": cfg.model.name, "channels": cfg.model.base_channels}
-    yield judge("model.parameters", count, info=True, **facts)
+    yield judge("model.parameters", count, **facts)
     measured = plain = run_pass(model, mix, target, None)
     yield _check_pass("model.step", plain, "float32")
     name = training.amp_dtype
-    precision = _PRECISIONS[device.type].get(name) if training.use_amp else None
-    if precision is not None and plain.seconds < 3 * _SLOW:
-        measured = run_pass(model, mix, target, precision)
+    mixed = training.use_amp and (device.type == "cuda" or name == "bf16")
+    if mixed and plain.seconds < 3 * _SLOW:
+        measured = run_pass(model, mix, target, _PRECISIONS[name])
         # Mixed precision is blamed only for what float32 can do.
         yield _check_pass("model.step_amp" if plain.finite else "model.step", measured, name)
-    elif precision is not None:
-        yield judge("model.step_amp/skipped", plain.seconds, info=True, precision=name)
+    elif mixed:
+        yield judge("model.step_amp/skipped", plain.seconds, precision=name)
     model.zero_grad()
     yield _check_memory(cfg, estimate_step(cfg, model if measured.seconds < _SLOW else None), free)
     seconds, batch = measured.seconds, training.batch_size
     facts = {"seconds": seconds, "device": device, "batch": batch}
-    yield judge("model.speed", seconds * batch, info=True, **facts)
+    yield judge("model.speed", seconds * batch, **facts)
 
 
 def _check_pass(check: str, outcome: Pass, precision: str) -> Finding:
@@ -235,23 +227,15 @@ def _check_pass(check: str, outcome: Pass, precision: str) -> Finding:
         text += f", first in {outcome.where}" if outcome.where else ""
         text += "; in float32 the same clip is finite" if check == "model.step_amp" else ""
     bad, value = not outcome.finite, outcome._asdict()
-    return judge(check, value, "finite", error=bad, precision=precision, outcome=text)
+    return judge(check, value, "finite", bad=bad, precision=precision, outcome=text)
 
 
 def _check_memory(cfg: Config, needed: MemoryEstimate, free: int) -> Finding:
     """Compare what a step takes with what is free."""
     batch, fits = cfg.training.batch_size, needed.largest_batch(free)
     total = needed.total(batch if fits else 1)
-    return judge(
-        "model.memory" if fits else "model.memory/one",
-        {"needed": total, "fixed": needed.fixed, "per_clip": needed.per_clip, "fits": fits},
-        free,
-        error=batch > fits,
-        warning=total > 0.85 * free,
-        needed=total / GIB,
-        free=free / GIB,
-        batch=batch,
-        channels=cfg.model.base_channels,
-        fits=fits,
-        safe=max(1, int(0.8 * fits)),  # what is free changes from one minute to the next
-    )
+    value = {"needed": total / GIB, "fits": fits}
+    bad: Severity | bool = "error" if batch > fits else total > 0.85 * free
+    safe = max(1, int(0.8 * fits))  # what is free changes from one minute to the next
+    facts = {"batch": batch, "channels": cfg.model.base_channels, "safe": safe}
+    return judge("model.memory" if fits else "model.memory/one", value, free / GIB, bad, **facts)

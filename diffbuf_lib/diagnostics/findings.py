@@ -45,28 +45,22 @@ class Finding:
 
 
 def judge(
-    check: str,
-    value: Any = None,
-    limit: Any = None,
-    *,
-    error: bool = False,
-    warning: bool = False,
-    info: bool = False,
-    **facts: Any,
+    check: str, value: Any = None, limit: Any = None, bad: bool | Severity = False, **facts: Any
 ) -> Finding:
-    """Make a finding in the words of findings.yaml; one that is neither bad nor info is ok.
+    """Make a finding in the words of findings.yaml, which say how bad it is if it is bad.
 
-    A check such as "model.memory/fails" takes a variant of its words, and they may name `facts`
-    beside value and limit.
+    A check such as "model.memory/fails" takes a variant of its words; beside value and limit they
+    name `facts`.
     """
     words = _WORDS.get(check) or _WORDS[f"data.{check.partition('.')[2]}"]
     facts |= {"value": value, "limit": limit}
     name, message = check.partition("/")[0], words["says"].format(**facts)
-    overrides = words.get("set", [])
+    overrides, severity = words.get("set", []), words.get("is", "warning")
     key = words.get("key") or "".join(overrides[:1]).partition("=")[0]
-    if not (error or warning):
-        return Finding("info" if info else "ok", name, message, value, limit, config_key=key)
-    severity: Severity = "error" if error else "warning"
+    if not bad:
+        good: Severity = "info" if severity == "info" else "ok"
+        return Finding(good, name, message, value, limit, config_key=key)
+    severity = severity if bad is True else bad
     why, fix = words["why"].format(**facts), words["fix"].format(**facts)
     overrides = tuple(override.format(**facts) for override in overrides)
     return Finding(severity, name, message, value, limit, why, fix, key, overrides)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from itertools import islice, pairwise
 from typing import Any
@@ -118,25 +118,16 @@ class GradientRow:
     weight_norm: float  # of the parameters themselves
 
 
-@dataclass(frozen=True)
-class GradientStatistics:
+class GradientStatistics(list[GradientRow]):
     """A row for every module that owns parameters; prints as a table."""
-
-    rows: tuple[GradientRow, ...]
-
-    def __iter__(self) -> Iterator[GradientRow]:
-        return iter(self.rows)
-
-    def __getitem__(self, module: str) -> GradientRow:
-        return {row.module: row for row in self.rows}[module]
 
     @property
     def norm(self) -> float:
         """Norm of all gradients together."""
-        return math.hypot(*(row.norm for row in self.rows))
+        return math.hypot(*(row.norm for row in self))
 
     def __str__(self) -> str:
-        return _table(GradientRow, self.rows)
+        return _table(GradientRow, self)
 
 
 @torch.no_grad()
@@ -145,23 +136,24 @@ def gradient_statistics(model: nn.Module) -> GradientStatistics:
 
     Call this after `backward` and before `zero_grad`.
     """
-    owners = ((name, list(m.parameters(recurse=False))) for name, m in model.named_modules())
-    rows = []
-    for name, own in ((name, own) for name, own in owners if own):
-        gradients = [p.grad.float().flatten() for p in own if p.grad is not None]
-        flat = torch.cat(gradients) if gradients else torch.zeros(0)
+    rows, empty = GradientStatistics(), torch.zeros(0)
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        if not own:
+            continue
+        flat = torch.cat([p.grad.float().flatten() for p in own if p.grad is not None] or [empty])
         row = GradientRow(
             module=name or type(model).__name__,
             parameters=flat.numel(),
             missing=sum(p.numel() for p in own) - flat.numel(),
             norm=float(flat.norm()),
-            max=float(flat.abs().max()) if gradients else 0.0,
+            max=float(flat.norm(torch.inf)) if flat.numel() else 0.0,
             zeros=int((flat == 0).sum()) / max(1, flat.numel()),
             nonfinite=int((~flat.isfinite()).sum()),
             weight_norm=float(nn.utils.get_total_norm(own)),
         )
         rows.append(row)
-    return GradientStatistics(tuple(rows))
+    return rows
 
 
 def _table(kind: Any, rows: Iterable[Any]) -> str:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,69 +102,52 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 class RecordingModel(DiffusionBufferModel):
-    """A model that shows every training batch to a listener before the backward pass.
+    """A model that tells about the batches it trains on, before the backward pass of each.
 
     So a step that fails has been seen, too. The weights are those that `train` would begin with.
 
     Args:
         cfg: as for `DiffusionBufferModel`.
-        listener: called with each trace (detached), while the model is in training mode.
+        say: told lines to print.
+        shapes: whether to describe the first batch.
+        every: steps from one report of numbers to the next; 0 for none.
+        board: folder for a TensorBoard run of its own, beside the run's.
     """
 
-    def __init__(self, cfg: Config, listener: Callable[[Trace], None]) -> None:
+    def __init__(
+        self, cfg: Config, say: Callable[[str], None], *, shapes: bool, every: int, board: Path
+    ) -> None:
         with isolated(torch.device("cpu"), deterministic=False):
             seed_everything(cfg.training.seed, Stream.WEIGHTS)
             super().__init__(cfg)
-        self.listener = listener
+        self.say, self.shapes, self.every, self.board = say, shapes, every, board
+        self.last: Trace | None = None
+        self._writer: Any = None
 
     def trace(self, *args: Any, **kwargs: Any) -> Trace:
         """As in `DiffusionBufferModel`."""
         trace = super().trace(*args, **kwargs)
         if self.training and torch.is_grad_enabled():
-            self.listener(trace.detach())
+            if self.shapes and self.last is None:
+                bins, frames = trace.Y.shape[-2:]
+                sizes = f"buffer_size {trace.t.shape[-1]}, K {self.cfg.num_frames} online"
+                head = f"first batch: {frames} frames of {bins} bins, {sizes}; |Y|, |score| ..."
+                self.say(f"{head}\n{trace.summary()}")
+            self.last = trace.detach()
         return trace
 
-
-@dataclass(eq=False)
-class StageRecorder:
-    """Keeps the last training batch's trace; tells its shapes once and its numbers now and then."""
-
-    cfg: Config
-    say: Callable[[str], None]  # told lines to print
-    shapes: bool = False  # whether to describe the first batch
-    every: int = 0  # steps from one report of numbers to the next; 0 for none
-    board: Path | None = None  # folder for a TensorBoard run of its own, beside the run's
-    last: Trace | None = None
-    _writer: Any = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self  # the averaged copy of a model has the same listener
-
-    def __call__(self, trace: Trace) -> None:
-        """Take note of a batch."""
-        if self.shapes and self.last is None:
-            bins, frames = trace.Y.shape[-2:]
-            self.say(
-                f"first batch: {frames} frames of {bins} bins, buffer_size {trace.t.shape[-1]}, "
-                f"K {self.cfg.num_frames} online; numbers of complex stages are of |Y|, |score| ..."
-                f"\n{trace.summary()}"
-            )
-        self.last = trace
-
-    def step(self, step: int) -> None:
-        """Report the numbers of the last batch if step `step`, from 1, is one of the N-th."""
+    def report(self, step: int) -> None:
+        """Tell the numbers of the last batch if step `step`, from 1, is one of every N-th."""
         if not self.every or step % self.every or self.last is None:
             return
         summary = self.last.summary()
         self.say(f"step {step}\n{summary}")
-        if self.board is None:
-            return
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
             # Of a resumed run, points of later steps are dropped.
             self._writer = SummaryWriter(str(self.board), purge_step=step)
-        for row, name in ((row, name) for row in summary for name in _NUMBERS):
+        for row, name in product(summary, _NUMBERS):
             if math.isfinite(getattr(row, name)):
                 self._writer.add_scalar(f"stats/{row.name}/{name}", getattr(row, name), step)
 

@@ -246,7 +246,7 @@ def compare_gradients(gradients: Mapping[str, GradientStatistics]) -> Figure:
     place, height = np.arange(len(modules)), 0.8 / len(gradients)
     for index, (name, each) in enumerate(gradients.items()):
         offset = (index - (len(gradients) - 1) / 2) * height
-        axes.barh(place + offset, [each[module].norm for module in modules], height, label=name)
+        axes.barh(place + offset, [row.norm for row in each], height, label=name)
     step = -(-len(modules) // 20)  # of many modules, a label for every so many
     axes.set_yticks(place[::step], [m.removeprefix("network.") for m in modules[::step]])
     axes.invert_yaxis()
