@@ -224,11 +224,9 @@ def _check_set(cfg: Config, sample: Audit, split: str) -> Iterator[Finding]:
     for name, error in sample.broken.items():
         kinds[str(error).rpartition(": ")[2]].append(name)
     looked_at = len(sample.clips) + len(sample.broken)
-    for same in kinds.values():  # of each kind the first clip is quoted
-        why = "training stops when it comes to this clip"
-        finding = from_error(sample.broken[same[0]], f"{split}.files", why)
-        more = f" (and {len(same) - 1} more of {looked_at})" if len(same) > 1 else ""
-        yield replace(finding, message=finding.message + more, value=same)
+    for names in kinds.values():  # of each kind the first clip is quoted
+        why = f"training stops at such a clip ({len(names)} of the {looked_at} looked at)"
+        yield replace(from_error(sample.broken[names[0]], f"{split}.files", why), value=names)
     if not sample.clips:
         return
     shapes = " and ".join(sorted({str(list(clip.wave.shape)) for clip in sample.clips}))

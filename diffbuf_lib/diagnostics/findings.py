@@ -69,17 +69,12 @@ def judge(
 def from_error(error: Exception, check: str, why: str) -> Finding:
     """Make a finding of one of this library's errors: the fix follows the last colon."""
     message, _, fix = str(error).rpartition(": ")
-    named = (key for key, *_ in describe_keys() if re.search(rf"\b{re.escape(key)}\b", fix))
-    overrides = re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+=\S+(?<![.,;])", fix)
-    return Finding(
-        "error",
-        check,
-        message or str(error),
-        why=why,
-        fix=fix if message else "see the message",
-        config_key=next(named, ""),
-        overrides=tuple(overrides[:1]),
-    )
+    known = {key for key, *_ in describe_keys()}
+    named = (key for key in re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+", fix) if key in known)
+    key, overrides = next(named, ""), re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+=\S+(?<![.,;])", fix)
+    if not message:
+        message, fix = str(error), "see the message"
+    return Finding("error", check, message, None, None, why, fix, key, tuple(overrides[:1]))
 
 
 def worst_first(findings: Iterable[Finding]) -> list[Finding]:

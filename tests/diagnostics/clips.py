@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-import torch
 
 from diffbuf_lib import Config
 from diffbuf_lib.config import build_config
@@ -48,16 +47,3 @@ def samples(path: Path) -> np.ndarray:
 
 def opened(root: Path, cfg: Config, *, training: bool = True):
     return open_dataset(1, root, cfg, training=training)
-
-
-class Items:
-    """A data set in memory."""
-
-    def __init__(self, *items: tuple[torch.Tensor, torch.Tensor]) -> None:
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.items[index]
