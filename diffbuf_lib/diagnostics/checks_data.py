@@ -45,18 +45,10 @@ class WaveFacts(NamedTuple):
     peak: float  # largest magnitude
     rms: float  # root mean square
     dc: float  # mean, of the channel where it is largest in magnitude
+    offset: float  # magnitude of dc over rms; 0 of silence
     clipped: float  # share of samples at full scale or above, 0 to 1
     nonfinite: int  # samples that are NaN or Inf
-
-    @property
-    def silent(self) -> bool:
-        """Whether no sample stands out of 16-bit rounding."""
-        return self.peak < SILENCE_PEAK
-
-    @property
-    def offset(self) -> float:
-        """Magnitude of dc over the RMS; 0 of silence."""
-        return 0.0 if self.silent else abs(self.dc) / self.rms
+    silent: bool  # no sample stands out of 16-bit rounding
 
 
 class ClipFacts(NamedTuple):
@@ -135,15 +127,12 @@ def _ratio_db(wave: Tensor, other: Tensor) -> float:
 
 def measure(wave: Tensor) -> WaveFacts:
     """Measure a signal [C, T], full scale 1."""
-    finite = wave.isfinite()
-    clean = wave.where(finite, torch.zeros_like(wave)).double()
-    return WaveFacts(
-        peak=float(clean.abs().max()),
-        rms=float(clean.square().mean().sqrt()),
-        dc=max(clean.mean(dim=-1).tolist(), key=abs),
-        clipped=float((clean.abs() >= _FULL_SCALE).double().mean()),
-        nonfinite=int((~finite).sum()),
-    )
+    clean = wave.double().nan_to_num(0.0, 0.0, 0.0)
+    peak, rms = float(clean.abs().max()), float(clean.square().mean().sqrt())
+    dc, silent = max(clean.mean(dim=-1).tolist(), key=abs), peak < SILENCE_PEAK
+    offset = 0.0 if silent else abs(dc) / rms
+    clipped = float((clean.abs() >= _FULL_SCALE).double().mean())
+    return WaveFacts(peak, rms, dc, offset, clipped, int((~wave.isfinite()).sum()), silent)
 
 
 def shared_targets(first: Any, second: Any, seconds: float = 2.0) -> list[tuple[str, str]]:
@@ -261,9 +250,8 @@ def _check_format(cfg: Config, clips: Sequence[ClipFacts], split: str) -> Iterat
     if lengths:
         chunk, middle = cfg.audio.chunk_size, int(median(lengths))
         padding = fmean(max(0, chunk - length) / chunk for length in lengths)
-        facts: dict[str, Any] = {"chunk": chunk, "shortest": min(lengths), "longest": max(lengths)}
-        bad = padding > _PADDING
-        yield judge(f"{split}.padding", padding, _PADDING, bad=bad, middle=middle, **facts)
+        facts = {"shortest": min(lengths), "longest": max(lengths), "middle": middle, "cfg": cfg}
+        yield judge(f"{split}.padding", padding, _PADDING, padding > _PADDING, **facts)
 
 
 def _check_level(cfg: Config, clips: Sequence[ClipFacts]) -> Iterator[Finding]:

@@ -47,17 +47,13 @@ def check_frames(cfg: Config) -> Iterator[Finding]:
     stft, rate, samples = cfg.audio.stft, cfg.audio.sample_rate, cfg.audio.chunk_size
     frames, Kb, K = cfg.audio.num_frames, cfg.diffusion_buffer.buffer_size, cfg.num_frames
     formula = "centred: 1 + T // hop" if stft.center else "not centred: 1 + (T - n_fft) // hop"
-    facts: dict[str, Any] = {
-        "samples": samples,
-        "seconds": samples / rate,
-        "bins": stft.n_fft // 2 + 1,
-    }
-    yield judge("frames.count", frames, **facts, formula=formula)
+    facts: dict[str, Any] = {"seconds": samples / rate, "bins": stft.n_fft // 2 + 1}
+    yield judge("frames.count", frames, cfg=cfg, formula=formula, **facts)
     needed = (K - 1) * stft.hop_length + (0 if stft.center else stft.n_fft)
     short = frames < K
     yield judge("frames.window", K, frames, bad=short, needed=needed, seconds=needed / rate)
     half = max(1, frames // 2)
-    yield judge("frames.buffer", Kb, half, bad=Kb > frames / 2, frames=frames)
+    yield judge("frames.buffer", Kb, half, bad=Kb > frames / 2, cfg=cfg)
     hop_ms, window_ms = (1000 * length / rate for length in (stft.hop_length, stft.n_fft))
     buffer_ms = (Kb - 1) * hop_ms
     facts = {"buffer_ms": buffer_ms, "hops": Kb - 1, "hop_ms": hop_ms, "window_ms": window_ms}
@@ -69,7 +65,7 @@ def check_schedule(cfg: Config) -> Iterator[Finding]:
     t_eps, t_max, sde = cfg.diffusion_buffer.t_eps, cfg.diffusion_buffer.t_max, make_sde(cfg.sde)
     sigma = sde.std(torch.linspace(t_eps, t_max, 1001, dtype=torch.float64))
     low, high = float(sigma.min()), float(sigma.max())
-    yield judge("schedule.sigma", [low, high], t_eps=t_eps, t_max=t_max)
+    yield judge("schedule.sigma", [low, high], cfg=cfg)
     yield _score_target(cfg, 1 / low if low > 0 else math.inf)
     if cfg.sde.type == "bbed":
         # The paper prints c = 0.08, its authors' code runs theta = c^2 = 0.08: 3.5 times the noise.
@@ -87,8 +83,7 @@ def _score_target(cfg: Config, largest: float) -> Finding:
     training = cfg.training
     limit = FP32_MAX**0.5 if training.loss == "score" else FP32_MAX  # that loss takes squares
     if not largest < limit:
-        check = "schedule.score_target/float32"
-        return judge(check, largest, limit, bad=True, loss=training.loss)
+        return judge("schedule.score_target/float32", largest, limit, bad=True, cfg=cfg)
     in_float16 = training.use_amp and training.amp_dtype == "fp16"
     if in_float16 and largest > FP16_MAX and cfg.model.output_scale != "sigma":
         return judge("schedule.score_target/float16", largest, FP16_MAX, bad=True)
@@ -112,8 +107,8 @@ def check_machine(results_path: Path) -> Iterator[Finding]:
 
 def check_device(cfg: Config, device: torch.device) -> Iterator[Finding]:
     """Say what training would run on, and in which precision where that is not as asked for."""
-    on_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} threads"
+    on_gpu, threads = device.type == "cuda", f"{torch.get_num_threads()} CPU threads"
+    name = torch.cuda.get_device_name(device) if on_gpu else threads
     message = f"{name}: {free_memory(device) / GIB:.1f} GiB of memory are free"
     yield judge("machine.device", str(device), message=message)
     if not on_gpu and cfg.training.use_amp and cfg.training.amp_dtype == "fp16":
@@ -201,8 +196,7 @@ def _check_passes(
     """Run in float32, then in the precision of the config; judge both, and the memory."""
     training, device = cfg.training, mix.device
     count = sum(p.numel() for p in model.parameters())
-    facts = {"name": cfg.model.name, "channels": cfg.model.base_channels}
-    yield judge("model.parameters", count, **facts)
+    yield judge("model.parameters", count, cfg=cfg)
     measured = plain = run_pass(model, mix, target, None)
     yield _check_pass("model.step", plain, "float32")
     name = training.amp_dtype
@@ -215,9 +209,9 @@ def _check_passes(
         yield judge("model.step_amp/skipped", plain.seconds, precision=name)
     model.zero_grad()
     yield _check_memory(cfg, estimate_step(cfg, model if measured.seconds < _SLOW else None), free)
-    seconds, batch = measured.seconds, training.batch_size
-    facts = {"seconds": seconds, "device": device, "batch": batch}
-    yield judge("model.speed", seconds * batch, **facts)
+    seconds = measured.seconds
+    step = seconds * training.batch_size
+    yield judge("model.speed", step, seconds=seconds, device=device, cfg=cfg)
 
 
 def _check_pass(check: str, outcome: Pass, precision: str) -> Finding:
@@ -237,5 +231,5 @@ def _check_memory(cfg: Config, needed: MemoryEstimate, free: int) -> Finding:
     value = {"needed": total / GIB, "fits": fits}
     bad: Severity | bool = "error" if batch > fits else total > 0.85 * free
     safe = max(1, int(0.8 * fits))  # what is free changes from one minute to the next
-    facts = {"batch": batch, "channels": cfg.model.base_channels, "safe": safe}
-    return judge("model.memory" if fits else "model.memory/one", value, free / GIB, bad, **facts)
+    check = "model.memory" if fits else "model.memory/one"
+    return judge(check, value, free / GIB, bad, cfg=cfg, safe=safe)

@@ -32,8 +32,8 @@ class ScoreRow:
 class ScoreStatistics:
     """Rows for N ranges of diffusion time and M frequency bands; prints as two tables."""
 
-    times: tuple[float, ...]  # N + 1 edges
-    bands: tuple[float, ...]  # M + 1 edges, Hz
+    times: list[float]  # N + 1 edges
+    bands: list[float]  # M + 1 edges, Hz
     by_time: list[ScoreRow]
     by_band: list[ScoreRow]
     grid: list[list[ScoreRow]]  # for every time a row for every band (low and high are Hz)
@@ -84,13 +84,9 @@ def score_statistics(
     first = [int((band < i).sum()) for i in range(bands + 1)]
     hertz = [min(i * audio.sample_rate / audio.stft.n_fft, audio.sample_rate / 2) for i in first]
     times, sums = edges.tolist(), flat_sums.view(5, time_bins, bands).cpu()
-    return ScoreStatistics(
-        tuple(times),
-        tuple(hertz),
-        by_time=_score_rows(times, sums.sum(dim=2)),
-        by_band=_score_rows(hertz, sums.sum(dim=1)),
-        grid=[_score_rows(hertz, each) for each in sums.unbind(1)],
-    )
+    by_time, by_band = _score_rows(times, sums.sum(dim=2)), _score_rows(hertz, sums.sum(dim=1))
+    grid = [_score_rows(hertz, each) for each in sums.unbind(1)]
+    return ScoreStatistics(times, hertz, by_time, by_band, grid)
 
 
 def _score_rows(edges: Sequence[float], sums: Tensor) -> list[ScoreRow]:
