@@ -131,8 +131,9 @@ class RecordingModel(DiffusionBufferModel):
             if self.shapes and self.last is None:
                 bins, frames = trace.Y.shape[-2:]
                 sizes = f"buffer_size {trace.t.shape[-1]}, K {self.cfg.num_frames} online"
-                head = f"first batch: {frames} frames of {bins} bins, {sizes}; |Y|, |score| ..."
-                self.say(f"{head}\n{trace.summary()}")
+                head = f"first batch: {frames} frames of {bins} bins, {sizes}"
+                note = "complex stages by their magnitudes, such as |score|"
+                self.say(f"{head}; {note}\n{trace.summary()}")
             self.last = trace.detach()
         return trace
 
