@@ -90,16 +90,16 @@ class Train(Command, name="train"):
         if main_process and not self.skip_doctor:
             self._ask_doctor(cfg, train_set, valid_set, device=device)
         watched = main_process and (self.log_shapes or self.log_stats > 0)
-        model, recorder = self._recorded(cfg) if watched else (None, None)
+        model = self._recorded(cfg) if watched else None
         records = train(
             cfg, train_set, valid_set, self.results_path, resume=self.resume, model=model,
             start_check_point=self.start_check_point, device=device, progress=True,
         )  # fmt: skip
         try:
-            with closing(records), closing(recorder) if recorder else nullcontext():
+            with closing(records), closing(model) if model else nullcontext():
                 for record in records:
-                    if recorder:
-                        recorder.step(record.step)
+                    if model:
+                        model.report(record.step)
                     if record.valid:
                         say(f"step {record.step}  epoch {record.epoch}  {_scores(record.valid)}")
         except KeyboardInterrupt:
@@ -143,15 +143,12 @@ class Train(Command, name="train"):
             print("doctor: not started; --skip_doctor starts all the same", file=sys.stderr)
             sys.exit(1)
 
-    def _recorded(self, cfg: Config) -> tuple[Any, Any]:
-        """Return a model that shows its batches to a recorder, and that recorder."""
-        from diffbuf_lib.diagnostics.watch import RecordingModel, StageRecorder
+    def _recorded(self, cfg: Config) -> Any:
+        """Return a model that tells about its batches."""
+        from diffbuf_lib.diagnostics.watch import RecordingModel
 
         board = self.results_path / "tensorboard" / "stats"
-        recorder = StageRecorder(
-            cfg, say, shapes=self.log_shapes, every=self.log_stats, board=board, resumed=self.resume
-        )
-        return RecordingModel(cfg, recorder), recorder
+        return RecordingModel(cfg, say, shapes=self.log_shapes, every=self.log_stats, board=board)
 
 
 def _scores(valid: dict[str, float]) -> str:
@@ -171,7 +168,7 @@ class Doctor(Command, name="doctor"):
     overrides: Overrides = ()
 
     def __call__(self) -> None:
-        from diffbuf_lib.diagnostics.doctor import examine_paths, has_error
+        from diffbuf_lib.diagnostics import examine_paths, has_error
         from diffbuf_lib.diagnostics.findings import render, to_json
 
         findings = examine_paths(**self.flags("json"))
