@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 from diffbuf_lib.config import Config
@@ -26,13 +27,9 @@ _NAMED = 3  # files that an error message names before it only counts
 def open_dataset(
     dataset_type: int, root: str | Path, cfg: Config, *, training: bool
 ) -> ClipDataset:
-    """Open a dataset folder with what the config says about audio, crops and mixing.
+    """Open a folder of `LAYOUTS[dataset_type]` (1, 2 or 3) as the config says.
 
-    Args:
-        dataset_type: a name in `LAYOUTS`: 1, 2 or 3.
-        root: the dataset's folder.
-        cfg: audio, training.seed, diffusion_buffer.leading_zeros and data.
-        training: random crops; else from the start.
+    `training` crops at random, else from the start of each file.
 
     Raises:
         ConfigError: another dataset_type.
@@ -76,16 +73,14 @@ def collate(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
     """Pairs (mix, target) of clips of one length; what is below `root` is a subclass's matter.
 
-    What item `i` is depends on (seed, epoch, i) only: not on the order of reading, on other items,
-    on workers, or on any global random state.
+    Item `i` depends on (seed, epoch, i) only: not on the order of reading or on workers.
 
     Raises:
         DataError: no such folder, nothing in it, an incomplete pair, or another layout than this
             class reads; the message names the --dataset_type that fits.
     """
 
-    holds: str
-    """What a folder of this layout has in it, for error messages."""
+    holds: str  # what a folder of this layout has in it, for error messages
 
     def __init__(
         self,
@@ -101,11 +96,8 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
             raise DataError(f"chunk_size {chunk_size} is below 1 sample: raise audio.chunk_size")
         if seed < 0:
             raise DataError(f"seed {seed} is below 0: raise training.seed")
-        self.root = Path(root)
-        self.chunk_size = chunk_size
-        self.sample_rate = sample_rate
-        self.training = training
-        self.seed = seed
+        self.root, self.chunk_size, self.sample_rate = Path(root), chunk_size, sample_rate
+        self.training, self.seed = training, seed
         self.leading_zeros = leading_zeros if training else 0
         # In shared memory, so that worker processes which outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -138,8 +130,8 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         mix, target = self.items[index]
         if index not in self._lengths:
             self._lengths[index] = self.check_pair(read_info(mix), read_info(target))
-        rng_or_start = rng if self.training else None
-        crop = draw_crop(self._lengths[index], self.chunk_size, self.leading_zeros, rng_or_start)
+        length, zeros = self._lengths[index], self.leading_zeros
+        crop = draw_crop(length, self.chunk_size, zeros, rng if self.training else None)
         return apply_crop(mix, crop, self.chunk_size), apply_crop(target, crop, self.chunk_size)
 
     @property
@@ -148,10 +140,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0, whose crops are read; workers that already run follow.
-
-        Set it before a DataLoader's iterator is made.
-        """
+        """Choose the epoch, from 0; set it before a DataLoader's iterator is made."""
         if epoch < 0:
             raise DataError(f"epoch {epoch} is negative: count epochs from 0")
         self._epoch.fill_(epoch)
@@ -164,13 +153,9 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         return len(self.items)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        """Read item `i`.
-
-        Returns:
-            mix, target: [C, T] float32 each, T = chunk_size, full scale 1.
+        """Read item `i`: mix and target, [C, T] float32 each, T = chunk_size, full scale 1.
 
         Raises:
-            IndexError: no such item.
             DataError: a file cannot be read, or the files of the pair do not match.
         """
         index = self._index(i)
@@ -192,7 +177,6 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         return mix.frames
 
     def _index(self, i: int) -> int:
-        """Return an index from 0, as lists understand negative ones."""
         index = i + len(self) if i < 0 else i
         if not 0 <= index < len(self):
             raise IndexError(f"item {i} of a dataset of {len(self)}")
@@ -201,12 +185,12 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
     def _nothing_found(self) -> DataError:
         """Explain why a folder does not fit this layout, and what would."""
         here = f"{self.root} has no {self.holds}"
-        other = find_layout(self.root)
-        if other is not None and not isinstance(self, LAYOUTS[other].load()):
-            holds = LAYOUTS[other].load().holds
-            return DataError(f"{here}, but {holds}: use --dataset_type {other}")
+        if number := find_layout(self.root):  # not this one, unless it is empty
+            other = LAYOUTS[number].load()
+            if not isinstance(self, other):
+                return DataError(f"{here}, but {other.holds}: use --dataset_type {number}")
         for name in ("train", "valid", "test"):
-            if find_layout(self.root / name) is not None:
+            if find_layout(self.root / name):
                 return DataError(
                     f"{here}: its splits are one level down, so use {self.root / name}"
                 )
@@ -215,16 +199,13 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
 
 @LAYOUTS.register(1)
 class DNLMDataset(ClipDataset):
-    """DN-LM: `sample_*/mixture.wav` is the mix and `sample_*/vocals.wav` the target (or .flac).
-
-    The arguments are those of `ClipDataset`; `root` is one split, such as `DN-LM/train`.
-    """
+    """One split of DN-LM: `sample_*/mixture.wav` is the mix, `sample_*/vocals.wav` the target."""
 
     holds = "sample_*/ folders with mixture.wav and vocals.wav (DN-LM)"
 
     @staticmethod
     def fits(root: Path) -> bool:
-        """Return whether there is a sample's folder."""
+        """Return whether there is a sample."""
         return any(root.glob("sample_*/"))
 
     def _find(self) -> Sequence[tuple[Path, ...]]:
@@ -233,7 +214,6 @@ class DNLMDataset(ClipDataset):
 
 
 def _stem(folder: Path, stem: str) -> Path:
-    """Return the path of one stem of a sample."""
     found = [path for x in audio.EXTENSIONS if (path := folder / f"{stem}{x}").is_file()]
     if len(found) > 1:
         names = " and ".join(path.name for path in found)
@@ -247,10 +227,7 @@ def _stem(folder: Path, stem: str) -> Path:
 
 @LAYOUTS.register(2)
 class PairedFolderDataset(ClipDataset):
-    """`noisy/NAME` is the mix and `clean/NAME` the target, at any depth, for every NAME.
-
-    The arguments are those of `ClipDataset`. Files that only one of the folders has are an error.
-    """
+    """`noisy/NAME` is the mix and `clean/NAME` the target, at any depth, for every NAME."""
 
     holds = "clean/ and noisy/ folders with files of equal names"
 
@@ -279,9 +256,8 @@ class PairedFolderDataset(ClipDataset):
 class MixingDataset(ClipDataset):
     """Files below `speech/` mixed with excerpts of those below `noise/`, by the DN-LM recipe.
 
-    Every speech file is one item; the noise file, both excerpts, the SNR and the distance are
-    drawn, keyed by (seed, epoch, index). Validation always mixes as in epoch 0 and takes speech
-    from the start of the file (from elsewhere only if the start is silent). Nothing is resampled.
+    Every speech file is one item; all else is drawn, keyed by (seed, epoch, index). Validation
+    mixes as in epoch 0 and takes speech from the start of the file, unless that is silent.
 
     The SNR is that of the whole chunk, before leading zeros push its end out. Rooms are impulse
     responses drawn from the files below `rooms/`, direct sound at sample 0.
@@ -306,10 +282,8 @@ class MixingDataset(ClipDataset):
     ) -> None:
         if not snr[0] <= snr[1]:
             raise DataError(f"snr {snr[0]} is above {snr[1]} dB: lower data.snr_min")
-        self.snr, self.distance = snr, distance
-        self.speed, self.tilt, self.room_probability = speed, tilt, room_probability
-        self.noise_files: list[Path] = []
-        self.room_files: list[Path] = []
+        self.snr, self.distance, self.speed, self.tilt = snr, distance, speed, tilt
+        self.room_probability = room_probability
         super().__init__(root, chunk_size, **shared)
 
     @staticmethod
@@ -320,30 +294,25 @@ class MixingDataset(ClipDataset):
     @staticmethod
     def options(cfg: Config) -> dict[str, Any]:
         """Return what is set by the config's section data."""
+        data = cfg.data
         return {
-            "snr": (cfg.data.snr_min, cfg.data.snr_max),
-            "distance": (cfg.data.distance_min, cfg.data.distance_max),
-            "speed": cfg.data.speed,
-            "tilt": cfg.data.tilt,
-            "room_probability": cfg.data.room_probability,
+            "snr": (data.snr_min, data.snr_max),
+            "distance": (data.distance_min, data.distance_max),
+            **{name: getattr(data, name) for name in ("speed", "tilt", "room_probability")},
         }
 
     def _find(self) -> Sequence[tuple[Path, ...]]:
-        speech, self.noise_files = (list_audio(self.root / name) for name in ("speech", "noise"))
-        for name, files in (("speech", speech), ("noise", self.noise_files)):
-            if not files:
-                raise DataError(
-                    f"{self.root / name} holds no .wav or .flac file: add some, or check the path"
-                )
-        if self.room_probability:
-            rooms = self.root / "rooms"
-            self.room_files = list_audio(rooms) if rooms.is_dir() else []
-            if not self.room_files:
-                raise DataError(
-                    f"{rooms} holds no impulse response, and data.room_probability is "
-                    f"{self.room_probability}: add some, or set it to 0"
-                )
+        speech = self._list("speech", "is mixed")
+        self.noise_files = self._list("noise", "is mixed")
+        use = f"data.room_probability is {self.room_probability}"
+        self.room_files = self._list("rooms", use) if self.room_probability else []
         return [(path,) for path in speech]
+
+    def _list(self, name: str, use: str) -> list[Path]:
+        found = list_audio(self.root / name)
+        if not found:
+            raise DataError(f"{self.root / name} holds no .wav or .flac file, and {use}: add some")
+        return found
 
     def _load(self, index: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         (speech_file,) = self.items[index]
@@ -361,14 +330,10 @@ class MixingDataset(ClipDataset):
             )
         mixture = mix_pair(speech, noise, snr_db, distance)
         # Zeros come last, so that the SNR is that of the whole chunk however short the rest is.
-        mix, target = (
-            torch.nn.functional.pad(wave, (zeros, 0))[:, : self.chunk_size]
-            for wave in (mixture.mix, mixture.target)
-        )
+        mix, target = (pad(wave, (zeros, 0))[:, : self.chunk_size] for wave in mixture[:2])
         return mix, target
 
     def _augment(self, speech: Tensor, rng: np.random.Generator) -> Tensor:
-        """Put the talker into a room and behind another microphone, as far as asked for."""
         if self.room_files and rng.random() < self.room_probability:
             path = self.room_files[int(rng.integers(len(self.room_files)))]
             check_rate(read_info(path), self.sample_rate)
@@ -410,15 +375,10 @@ class Crop(NamedTuple):
 def draw_crop(
     length: int, chunk_size: int, leading_zeros: int = 0, rng: np.random.Generator | None = None
 ) -> Crop:
-    """Choose a clip from a file that has `leading_zeros` zero samples put before it.
+    """Choose `chunk_size` samples of a file of `length` with `leading_zeros` put before it.
 
-    The offset is uniform in 0 .. leading_zeros + max(length, chunk_size) - chunk_size.
-
-    Args:
-        length: of the file, samples.
-        chunk_size: of the clip, samples.
-        leading_zeros: samples; (K - 1) hops, so that training sees the start of a stream.
-        rng: draws the offset; None takes the file from its start, without leading zeros.
+    The offset is uniform in 0 .. leading_zeros + max(length, chunk_size) - chunk_size. Without
+    `rng`, the file is taken from its start, without leading zeros.
     """
     if rng is None:
         return Crop(0, 0, min(length, chunk_size))
@@ -431,5 +391,4 @@ def draw_crop(
 def apply_crop(path: Path, crop: Crop, chunk_size: int) -> Tensor:
     """Read a crop of an audio file that has its samples: [C, chunk_size] float32, full scale 1."""
     wave, _ = read_audio(path, crop.start, max(crop.frames, 1))
-    after = chunk_size - crop.zeros - crop.frames
-    return torch.nn.functional.pad(wave[:, : crop.frames], (crop.zeros, after))
+    return pad(wave[:, : crop.frames], (crop.zeros, chunk_size - crop.zeros - crop.frames))

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from diffbuf_lib.data.audio import list_audio, read_audio, read_info, write_audio
 from diffbuf_lib.data.build import (
-    NoiseRegion,
     Sample,
     Split,
     draw_samples,
@@ -134,7 +133,7 @@ def _clips(out: Path, name: str, seed: int) -> Iterator[Sample]:
     noise_dir = _noise_folder(out, "test" if name == "test_recordings" else name)
     speech = [path.relative_to(speech_dir).as_posix() for path in list_audio(speech_dir)]
     noise = [
-        NoiseRegion(path.relative_to(noise_dir).as_posix(), 0, read_info(path).frames)
+        (path.relative_to(noise_dir).as_posix(), 0, read_info(path).frames)
         for path in list_audio(noise_dir)
     ]
     split = Split(
