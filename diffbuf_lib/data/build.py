@@ -99,8 +99,6 @@ def build_dnlm(
         raise DataError(
             f"{name} {options[name]} is refused ({message}): change --{name}"
         ) from error
-    if processes is not None and processes < 1:
-        raise DataError(f"processes {processes} is below 1: raise --processes")
     # Of folders inside each other, noise would count as speech, or results as sources.
     folders = {"speech_dir": speech_dir, "noise_dir": noise_dir, "out_dir": out_dir}
     for (inner, folder), (outer, around) in permutations(folders.items(), 2):
@@ -112,8 +110,13 @@ def build_dnlm(
         raise DataError(
             f"{out_dir} holds a dataset without build.json, made elsewhere: choose another folder"
         )
-    sources = _fingerprint(speech_dir, noise_dir)
-    claim(marker, {**recipe.model_dump(mode="json"), "sources": sources})
+    digest = hashlib.sha256()  # of names and sizes of all sources, wherever the folders lie
+    for folder in (speech_dir, noise_dir):
+        for path in audio.list_audio(folder):
+            name = path.relative_to(folder).as_posix()
+            digest.update(f"{name}\t{path.stat().st_size}\n".encode())
+        digest.update(b"\0")
+    claim(marker, {**recipe.model_dump(mode="json"), "sources": digest.hexdigest()})
     make_samples(samples, processes=processes, progress=progress)
     return out_dir
 
@@ -165,10 +168,7 @@ def draw_samples(split: Split, speech: Sequence[str], noise: Sequence[_Region]) 
 def make_samples(
     samples: Iterable[Sample], *, processes: int | None = None, progress: bool = False
 ) -> None:
-    """Make the samples that are missing, and last metadata.json, which says that a split is whole.
-
-    Samples of one split follow each other. Raises DataError as `make_sample` and `run_parallel`.
-    """
+    """Make the samples that are missing, and last metadata.json: then a split is whole."""
     samples = list(samples)
     todo = [s for s in samples if not all((s.folder / f"{x}.wav").is_file() for x in STEMS)]
     if processes is None:
@@ -182,11 +182,7 @@ def make_samples(
 
 
 def make_sample(sample: Sample) -> None:
-    """Make the folder of a sample, whole or not at all, rounded so that mixture = vocals + noise.
-
-    Raises:
-        DataError: a source file cannot be used, or the disk is full.
-    """
+    """Make the folder of a sample, whole or not at all, rounded so that mixture = vocals + noise."""
     split, record = sample.split, sample.record
     # Another key than draw_samples', so that excerpts are not made of the same random numbers.
     rng = np.random.default_rng([split.seed, split.number, sample.number, 1])
@@ -211,22 +207,15 @@ def make_sample(sample: Sample) -> None:
 
 
 def claim(marker: Path, parameters: dict[str, Any]) -> None:
-    """Save a build's parameters as `marker`, or check that they are those it holds already.
-
-    Raises:
-        DataError: the folder was built with other parameters, or cannot be written.
-    """
+    """Save a build's parameters as `marker`, or raise DataError if it holds others."""
     folder, fix = marker.parent, "choose another folder, or delete this one"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{folder} cannot be made ({error.strerror}): {fix}") from error
-    if not marker.exists():
-        return _write_json(marker, parameters)
-    try:
-        before = dict(json.loads(marker.read_bytes()))
+        before = dict(json.loads(marker.read_bytes())) if marker.exists() else None
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise DataError(f"{marker} cannot be read: {fix}") from error
+        raise DataError(f"{marker} cannot be made or read ({error}): {fix}") from error
+    if before is None:
+        return _write_json(marker, parameters)
     for key, value in parameters.items():
         if before.get(key) != value:
             other = f"{key} {before.get(key)}, not {value}"
@@ -239,17 +228,15 @@ def run_parallel(
 ) -> None:
     """Call `function(item)` for every item; from two processes on, in worker processes.
 
-    `bar` has the options of tqdm's progress bar. Raises DataError of `function`, or if a worker was
-    killed.
+    `bar` has the options of tqdm. Raises DataError of `function`, or if a worker was killed.
     """
     processes = min(processes, len(items))
     # A DataLoader's workers compute with one thread, and end when this process does.
     loader: DataLoader[Any] = DataLoader(
         items,  # type: ignore[arg-type]  # any sequence will do
         batch_size=None,
-        num_workers=processes if processes > 1 else 0,
+        num_workers=processes if processes > 1 else 0,  # 0 is this process
         collate_fn=partial(_attempt, function),
-        generator=torch.Generator(),
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the workers: the last bit of a sum depends on it
@@ -406,17 +393,6 @@ def _hold_out(items: Sequence[_Item], fraction: float, seed: int, what: str) -> 
     return [items[i] for i in sorted(order[:count])]
 
 
-def _fingerprint(*folders: Path) -> str:
-    """Return a hash of the names and sizes of all source files, wherever the folders lie."""
-    digest = hashlib.sha256()
-    for folder in folders:
-        for path in audio.list_audio(folder):
-            name = path.relative_to(folder).as_posix()
-            digest.update(f"{name}\t{path.stat().st_size}\n".encode())
-        digest.update(b"\0")
-    return digest.hexdigest()
-
-
 def _speech_excerpt(split: Split, path: Path, rng: np.random.Generator) -> Tensor:
     """Return [1, T] speech with energy in it: never a pause if the file has more than pauses."""
     wave, rate = audio.read_audio(path)
@@ -443,8 +419,7 @@ def _noise_excerpt(sample: Sample, rng: np.random.Generator) -> Tensor:
     rate = audio.read_info(path).sample_rate
     needed = _noise_frames(split.frames, split.sample_rate, rate)
     for _ in range(_TRIES):
-        start = int(rng.integers(begin, end - needed + 1))
-        wave, _ = audio.read_audio(path, start, needed)
+        wave, _ = audio.read_audio(path, int(rng.integers(begin, end - needed + 1)), needed)
         if not is_silent(wave):
             break
     wave = audio.resample(wave.mean(0, keepdim=True), rate, split.sample_rate)

@@ -15,8 +15,15 @@ from torch.utils.data import Dataset
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.data import audio
-from diffbuf_lib.data.audio import AudioInfo, check_rate, list_audio, read_audio, read_info
-from diffbuf_lib.data.mixing import change_speed, is_silent, mix_pair, reverberate, tilt_spectrum
+from diffbuf_lib.data.audio import (
+    AudioInfo,
+    check_rate,
+    list_audio,
+    read_audio,
+    read_info,
+    resample,
+)
+from diffbuf_lib.data.mixing import is_silent, mix_pair, reverberate, tilt_spectrum
 from diffbuf_lib.errors import DataError
 from diffbuf_lib.registry import LAYOUTS
 
@@ -81,6 +88,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
     """
 
     holds: str  # what a folder of this layout has in it, for error messages
+    parts: tuple[str, ...] = ()  # patterns of the folders in it
 
     def __init__(
         self,
@@ -111,10 +119,10 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         if not self.items:
             raise self._nothing_found()
 
-    @staticmethod
-    def fits(root: Path) -> bool:
+    @classmethod
+    def fits(cls, root: Path) -> bool:
         """Return whether a folder looks like one of this layout."""
-        return False
+        return bool(cls.parts) and all(any(root.glob(part)) for part in cls.parts)
 
     @staticmethod
     def options(cfg: Config) -> dict[str, Any]:
@@ -147,7 +155,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
 
     def name(self, i: int) -> str:
         """Return the files of item `i`, for error messages."""
-        return " + ".join(str(path) for path in self.items[self._index(i)])
+        return " + ".join(str(path) for path in self.items[i])
 
     def __len__(self) -> int:
         return len(self.items)
@@ -158,7 +166,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         Raises:
             DataError: a file cannot be read, or the files of the pair do not match.
         """
-        index = self._index(i)
+        index = range(len(self))[i]  # from 0
         epoch = self.epoch if self.training else 0
         return self._load(index, np.random.default_rng([self.seed, epoch, index]))
 
@@ -176,12 +184,6 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         check_rate(mix, self.sample_rate)
         return mix.frames
 
-    def _index(self, i: int) -> int:
-        index = i + len(self) if i < 0 else i
-        if not 0 <= index < len(self):
-            raise IndexError(f"item {i} of a dataset of {len(self)}")
-        return index
-
     def _nothing_found(self) -> DataError:
         """Explain why a folder does not fit this layout, and what would."""
         here = f"{self.root} has no {self.holds}"
@@ -189,11 +191,9 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
             other = LAYOUTS[number].load()
             if not isinstance(self, other):
                 return DataError(f"{here}, but {other.holds}: use --dataset_type {number}")
-        for name in ("train", "valid", "test"):
-            if find_layout(self.root / name):
-                return DataError(
-                    f"{here}: its splits are one level down, so use {self.root / name}"
-                )
+        for split in (self.root / name for name in ("train", "valid", "test")):
+            if find_layout(split):
+                return DataError(f"{here}: its splits are one level down, so use {split}")
         return DataError(f"{here}: check the path, or make the data with `diffbuf data build`")
 
 
@@ -202,11 +202,7 @@ class DNLMDataset(ClipDataset):
     """One split of DN-LM: `sample_*/mixture.wav` is the mix, `sample_*/vocals.wav` the target."""
 
     holds = "sample_*/ folders with mixture.wav and vocals.wav (DN-LM)"
-
-    @staticmethod
-    def fits(root: Path) -> bool:
-        """Return whether there is a sample."""
-        return any(root.glob("sample_*/"))
+    parts = ("sample_*/",)
 
     def _find(self) -> Sequence[tuple[Path, ...]]:
         folders = sorted(path for path in self.root.glob("sample_*") if path.is_dir())
@@ -230,11 +226,7 @@ class PairedFolderDataset(ClipDataset):
     """`noisy/NAME` is the mix and `clean/NAME` the target, at any depth, for every NAME."""
 
     holds = "clean/ and noisy/ folders with files of equal names"
-
-    @staticmethod
-    def fits(root: Path) -> bool:
-        """Return whether both folders are there."""
-        return (root / "clean").is_dir() and (root / "noisy").is_dir()
+    parts = ("clean/", "noisy/")
 
     def _find(self) -> Sequence[tuple[Path, ...]]:
         clean, noisy = (
@@ -267,6 +259,7 @@ class MixingDataset(ClipDataset):
     """
 
     holds = "speech/ and noise/ folders, mixed while training"
+    parts = ("speech/", "noise/")
 
     def __init__(
         self,
@@ -287,19 +280,12 @@ class MixingDataset(ClipDataset):
         super().__init__(root, chunk_size, **shared)
 
     @staticmethod
-    def fits(root: Path) -> bool:
-        """Return whether both folders are there."""
-        return (root / "speech").is_dir() and (root / "noise").is_dir()
-
-    @staticmethod
     def options(cfg: Config) -> dict[str, Any]:
         """Return what is set by the config's section data."""
         data = cfg.data
-        return {
-            "snr": (data.snr_min, data.snr_max),
-            "distance": (data.distance_min, data.distance_max),
-            **{name: getattr(data, name) for name in ("speed", "tilt", "room_probability")},
-        }
+        snr, distance = (data.snr_min, data.snr_max), (data.distance_min, data.distance_max)
+        others = {name: getattr(data, name) for name in ("speed", "tilt", "room_probability")}
+        return {"snr": snr, "distance": distance, **others}
 
     def _find(self) -> Sequence[tuple[Path, ...]]:
         speech = self._list("speech", "is mixed")
@@ -309,9 +295,10 @@ class MixingDataset(ClipDataset):
         return [(path,) for path in speech]
 
     def _list(self, name: str, use: str) -> list[Path]:
-        found = list_audio(self.root / name)
+        folder = self.root / name
+        found = list_audio(folder) if folder.is_dir() else []
         if not found:
-            raise DataError(f"{self.root / name} holds no .wav or .flac file, and {use}: add some")
+            raise DataError(f"{folder} holds no .wav or .flac file, and {use}: add some")
         return found
 
     def _load(self, index: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -321,7 +308,7 @@ class MixingDataset(ClipDataset):
         faster = 1 + float(rng.uniform(-self.speed, self.speed)) if self.speed else 1.0
         length = round(faster * self.chunk_size)
         speech, zeros = self._excerpt(speech_file, length, rng, is_speech=True)
-        speech = self._augment(change_speed(speech, self.chunk_size), rng)
+        speech = self._augment(resample(speech, length, self.chunk_size), rng)
         noise, _ = self._excerpt(noise_file, self.chunk_size, rng, is_speech=False)
         if len(speech) != len(noise):
             raise DataError(

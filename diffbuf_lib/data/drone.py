@@ -1,14 +1,9 @@
 """Drone ego-noise, synthesised from rotor physics.
 
-A rotor of B blades at n rev/s is a periodic source. Steady loads on its blades sound at the
-blade-passing frequency B n and its multiples (Gutin's theory of 1936); an unequal blade or a bent
-shaft adds the multiples of n in between. Vortices shed along the blade add broadband noise whose
-peak follows a Strouhal law, f = 0.2 V / d, and which the turning blades modulate. Both are dipole
-sources, whose pressure grows as the third power of speed (Curle 1955; Ffowcs Williams and Hawkings
-1969). That small rotors really sound like that, tones and a broad hump of a few kHz of similar
-level, is measured in Sinibaldi and Marino, "Experimental analysis on the noise of propellers for
-small UAV", Applied Acoustics 74(1), 2013. A controller steers every rotor for itself, so their
-speeds wander and beat.
+Steady loads on B blades at n rev/s sound at multiples of B n (Gutin 1936), imbalance at those of n.
+Vortices shed along the blade add noise whose peak follows Strouhal's f = 0.2 V / d. Both are
+dipoles: pressure grows as the third power of speed (Curle 1955; Ffowcs Williams and Hawkings 1969).
+Small rotors measured: Sinibaldi and Marino, Applied Acoustics 74(1), 2013.
 """
 
 from __future__ import annotations
@@ -33,6 +28,10 @@ _DYNAMIC_RANGE = 80.0  # dB below the first harmonic at which harmonics end
 _MOST_HARMONICS = 200
 _SHAFT_ORDERS = 12  # multiples of the shaft rate that imbalance can be heard in
 
+_POSITIVE = {
+    *("rotors", "blades", "rotor_speed", "wander_time", "manoeuvre_time"),
+    *("radius", "thickness", "vortex_sharpness", "pole_pairs"),
+}
 _Array = npt.NDArray[np.float64]
 
 
@@ -61,13 +60,11 @@ class DroneParameters:
 
     def __post_init__(self) -> None:
         """Refuse what no drone is."""
-        speeds = ("rotors", "blades", "rotor_speed", "wander_time", "manoeuvre_time")
-        for name in (*speeds, "radius", "thickness", "vortex_sharpness", "pole_pairs"):
-            if not getattr(self, name) > 0:
-                raise DataError(f"DroneParameters.{name} {getattr(self, name)} is not above 0")
-        for name in ("am_depth", "vortex_am_depth"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise DataError(f"DroneParameters.{name} {getattr(self, name)} is not in 0..1")
+        for name, value in vars(self).items():
+            if name in _POSITIVE and not value > 0:
+                raise DataError(f"DroneParameters.{name} {value} is not above 0")
+            if name.endswith("am_depth") and not 0 <= value <= 1:
+                raise DataError(f"DroneParameters.{name} {value} is not in 0..1")
 
     @property
     def vortex_peak(self) -> float:
@@ -77,10 +74,7 @@ class DroneParameters:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Self:
-        """Draw a drone, from small and nervous to large and slow, most with four rotors.
-
-        Its blade-passing frequency lies between 90 and 450 Hz.
-        """
+        """Draw a drone, most with four rotors; blade-passing frequency 90 to 450 Hz."""
         blades = int(rng.choice([2, 3], p=[0.75, 0.25]))
         radius = float(np.exp(rng.uniform(np.log(0.06), np.log(0.2))))
         # Small rotors turn faster: tip speeds of small drones are about 40 to 80 m/s.
@@ -110,19 +104,10 @@ class DroneParameters:
 def synthesise(
     parameters: DroneParameters, samples: int, sample_rate: int, rng: np.random.Generator
 ) -> Tensor:
-    """Synthesise the noise of one drone.
-
-    Args:
-        parameters: of the drone.
-        samples: length of the result, at least 1.
-        sample_rate: Hz. No tone above half of it is made, so nothing aliases.
-        rng: where randomness comes from: the same state gives the same samples.
-
-    Returns:
-        [1, T] float32, peak 1.
+    """Synthesise the noise of one drone: [1, samples] float32, peak 1; nothing aliases.
 
     Raises:
-        DataError: fewer than 1 sample, or a sample rate below 1000 Hz; raise it.
+        DataError: fewer than 1 sample, or a sample_rate below 1000 Hz.
     """
     if samples < 1 or sample_rate < 1000:
         raise DataError(
@@ -178,7 +163,6 @@ def _wander(rows: int, points: int, correlation_time: float, rng: np.random.Gene
 def _tones(
     p: DroneParameters, shaft: _Array, highest: float, sample_rate: int, rng: np.random.Generator
 ) -> _Array:
-    """Return one rotor's blade-passing harmonics and shaft-rate tones, [T]."""
     nyquist_order = sample_rate / 2 / highest - 1  # less 1: modulation puts a sideband above
     audible = 2 ** (_DYNAMIC_RANGE / p.harmonic_slope) if p.harmonic_slope > 0 else math.inf
     count = max(0, int(min(nyquist_order / p.blades, audible, _MOST_HARMONICS)))
@@ -194,13 +178,10 @@ def _tones(
 
 
 def _harmonics(angle: _Array, gain: _Array, rng: np.random.Generator) -> _Array:
-    """Return sum_h gain[h - 1] cos(h angle + phase_h), [T], with drawn phases.
-
-    A polynomial in z = e^{i angle}, by Horner's rule: one exponential for all harmonics.
-    """
+    """Return sum_h gain[h - 1] cos(h angle + phase_h), [T], with drawn phases."""
     phase = rng.uniform(0, 2 * np.pi, len(gain))
     z = np.exp(1j * angle)
-    total = np.zeros_like(z)
+    total = np.zeros_like(z)  # a polynomial in z by Horner's rule: one exponential for all
     for coefficient in (gain * np.exp(1j * phase))[::-1]:
         total += coefficient
         total *= z
@@ -210,9 +191,7 @@ def _harmonics(angle: _Array, gain: _Array, rng: np.random.Generator) -> _Array:
 def _vortex(
     p: DroneParameters, shaft: _Array, sample_rate: int, rng: np.random.Generator
 ) -> _Array:
-    """Return one rotor's broadband noise, [T]: a hump in frequency, beating with the blades."""
-    samples = len(shaft)
-    frequency = np.fft.rfftfreq(samples, 1 / sample_rate)
+    samples, frequency = len(shaft), np.fft.rfftfreq(len(shaft), 1 / sample_rate)
     x = frequency / (p.vortex_peak * 2 ** rng.normal(0, 0.1))
     hump = (2 * x / (1 + x * x)) ** p.vortex_sharpness  # amplitude: 1 at x = 1, 0 at 0 Hz
     # Turbulence that the rotor swallows: weaker, and falling by 3 dB per octave above 100 Hz.
@@ -226,14 +205,12 @@ def _vortex(
 def _whine(
     p: DroneParameters, shaft: _Array, highest: float, sample_rate: int, rng: np.random.Generator
 ) -> _Array:
-    """Return the first two harmonics of one motor's commutation, [T]; none above Nyquist."""
     order = COMMUTATION_STEPS * p.pole_pairs
     count = min(2, int(sample_rate / 2 / (order * highest)))
     return _harmonics(order * shaft, np.array([1.0, 0.4])[:count], rng)
 
 
 def _gain(level: float | _Array) -> _Array:
-    """Return the amplitude factor of a level in dB."""
     return np.asarray(10 ** (np.asarray(level) / 20))
 
 

@@ -28,7 +28,7 @@ from diffbuf_lib.data.build import (
     make_samples,
     run_parallel,
 )
-from diffbuf_lib.data.demo_set import audio_samples, join_recordings
+from diffbuf_lib.data.demo_set import join_recordings
 from diffbuf_lib.data.drone import DroneParameters, synthesise
 from diffbuf_lib.errors import DataError
 from recipes.cpu_demo.noises import KINDS
@@ -105,7 +105,7 @@ def build_pretraining(
     for number in range(_OTHER_NOISES):
         work.append((_other, (train / "noise", number, seed)))
     run_parallel(_run, work, processes, desc="sources", disable=not progress)
-    join_recordings(audio_samples(), _speech_folder(out, "test_recordings"))
+    join_recordings(_speech_folder(out, "test_recordings"))
     work = [(_babble, (train, number, seed)) for number in range(_BABBLES)]
     work += [(_room, (train / "rooms", number, seed)) for number in range(_ROOMS)]
     run_parallel(_run, work, processes, desc="rooms", disable=not progress)
