@@ -15,28 +15,18 @@ from torch.utils.data import Dataset
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.data import audio
-from diffbuf_lib.data.audio import (
-    AudioInfo,
-    check_rate,
-    list_audio,
-    read_audio,
-    read_info,
-    resample,
-)
+from diffbuf_lib.data.audio import AudioInfo, check_rate, list_audio, read_audio, read_info
 from diffbuf_lib.data.mixing import is_silent, mix_pair, reverberate, tilt_spectrum
 from diffbuf_lib.errors import DataError
 from diffbuf_lib.registry import LAYOUTS
 
 _TRIES = 20  # excerpts drawn before a file counts as silent
-_NAMED = 3  # files that an error message names before it only counts
 
 
 def open_dataset(
     dataset_type: int, root: str | Path, cfg: Config, *, training: bool
 ) -> ClipDataset:
-    """Open a folder of `LAYOUTS[dataset_type]` (1, 2 or 3) as the config says.
-
-    `training` crops at random, else from the start of each file.
+    """Open a folder of `LAYOUTS[dataset_type]` as the config says; training crops at random.
 
     Raises:
         ConfigError: another dataset_type.
@@ -236,10 +226,10 @@ class PairedFolderDataset(ClipDataset):
         for ours, theirs, missing in ((clean, noisy, "noisy"), (noisy, clean, "clean")):
             alone = sorted(set(ours) - set(theirs))
             if alone:
-                more = f" and {len(alone) - _NAMED} more" if len(alone) > _NAMED else ""
+                more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
                 raise DataError(
-                    f"{self.root / missing} lacks {', '.join(alone[:_NAMED])}{more}: clean/ and "
-                    "noisy/ must hold files of equal names, so add or remove them"
+                    f"{self.root / missing} lacks {', '.join(alone[:3])}{more}: clean/ and noisy/ "
+                    "must hold files of equal names, so add or remove them"
                 )
         return [(noisy[name], clean[name]) for name in sorted(clean)]
 
@@ -252,10 +242,8 @@ class MixingDataset(ClipDataset):
     mixes as in epoch 0 and takes speech from the start of the file, unless that is silent.
 
     The SNR is that of the whole chunk, before leading zeros push its end out. Rooms are impulse
-    responses drawn from the files below `rooms/`, direct sound at sample 0.
-
-    Raises:
-        DataError: as in `ClipDataset`; or snr is no range; or rooms are asked for and not there.
+    responses drawn from the files below `rooms/`, direct sound at sample 0. Raises DataError as
+    `ClipDataset`; or snr is no range; or rooms are asked for and not there.
     """
 
     holds = "speech/ and noise/ folders, mixed while training"
@@ -308,7 +296,7 @@ class MixingDataset(ClipDataset):
         faster = 1 + float(rng.uniform(-self.speed, self.speed)) if self.speed else 1.0
         length = round(faster * self.chunk_size)
         speech, zeros = self._excerpt(speech_file, length, rng, is_speech=True)
-        speech = self._augment(resample(speech, length, self.chunk_size), rng)
+        speech = self._augment(audio.resample(speech, length, self.chunk_size), rng)
         noise, _ = self._excerpt(noise_file, self.chunk_size, rng, is_speech=False)
         if len(speech) != len(noise):
             raise DataError(

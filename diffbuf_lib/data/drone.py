@@ -27,12 +27,9 @@ _ROTOR_INERTIA = 0.04  # s, time constant of a small rotor's speed
 _DYNAMIC_RANGE = 80.0  # dB below the first harmonic at which harmonics end
 _MOST_HARMONICS = 200
 _SHAFT_ORDERS = 12  # multiples of the shaft rate that imbalance can be heard in
-
-_POSITIVE = {
-    *("rotors", "blades", "rotor_speed", "wander_time", "manoeuvre_time"),
-    *("radius", "thickness", "vortex_sharpness", "pole_pairs"),
-}
+_POSITIVE = ("rotors", "blades", "rotor_speed", "radius", "thickness", "pole_pairs")
 _Array = npt.NDArray[np.float64]
+_Rng = np.random.Generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,18 +130,16 @@ def synthesise(
     return torch.from_numpy((noise / np.abs(noise).max()).astype(np.float32))[None]
 
 
-def _rotor_speeds(
-    p: DroneParameters, samples: int, sample_rate: int, rng: np.random.Generator
-) -> _Array:
+def _rotor_speeds(p: DroneParameters, samples: int, rate: int, rng: _Rng) -> _Array:
     """Return each rotor's speed over time, [rotors, T] rev/s."""
-    points = 2 + math.ceil(samples / sample_rate * _CONTROL_RATE)
+    points = 2 + math.ceil(samples / rate * _CONTROL_RATE)
     together = p.manoeuvre * _wander(1, points, p.manoeuvre_time, rng)
     alone = p.wander * _wander(p.rotors, points, p.wander_time, rng)
     offset = p.speed_spread * rng.normal(size=(p.rotors, 1))
     # No rotor stops or doubles its speed in flight, whatever the draw.
     relative = np.clip(1 + offset + together + alone, 0.6, 1.6)
     control = np.arange(points) / _CONTROL_RATE
-    time = np.arange(samples) / sample_rate
+    time = np.arange(samples) / rate
     return p.rotor_speed * np.stack([np.interp(time, control, row) for row in relative])
 
 
@@ -160,10 +155,8 @@ def _wander(rows: int, points: int, correlation_time: float, rng: np.random.Gene
     return np.asarray(smooth[:, warm_up:] / math.sqrt(variance))
 
 
-def _tones(
-    p: DroneParameters, shaft: _Array, highest: float, sample_rate: int, rng: np.random.Generator
-) -> _Array:
-    nyquist_order = sample_rate / 2 / highest - 1  # less 1: modulation puts a sideband above
+def _tones(p: DroneParameters, shaft: _Array, highest: float, rate: int, rng: _Rng) -> _Array:
+    nyquist_order = rate / 2 / highest - 1  # less 1: modulation puts a sideband above
     audible = 2 ** (_DYNAMIC_RANGE / p.harmonic_slope) if p.harmonic_slope > 0 else math.inf
     count = max(0, int(min(nyquist_order / p.blades, audible, _MOST_HARMONICS)))
     order = np.arange(1, count + 1)
@@ -188,10 +181,8 @@ def _harmonics(angle: _Array, gain: _Array, rng: np.random.Generator) -> _Array:
     return np.asarray(total.real)
 
 
-def _vortex(
-    p: DroneParameters, shaft: _Array, sample_rate: int, rng: np.random.Generator
-) -> _Array:
-    samples, frequency = len(shaft), np.fft.rfftfreq(len(shaft), 1 / sample_rate)
+def _vortex(p: DroneParameters, shaft: _Array, rate: int, rng: _Rng) -> _Array:
+    samples, frequency = len(shaft), np.fft.rfftfreq(len(shaft), 1 / rate)
     x = frequency / (p.vortex_peak * 2 ** rng.normal(0, 0.1))
     hump = (2 * x / (1 + x * x)) ** p.vortex_sharpness  # amplitude: 1 at x = 1, 0 at 0 Hz
     # Turbulence that the rotor swallows: weaker, and falling by 3 dB per octave above 100 Hz.
@@ -202,11 +193,9 @@ def _vortex(
     return np.asarray(modulation * noise)
 
 
-def _whine(
-    p: DroneParameters, shaft: _Array, highest: float, sample_rate: int, rng: np.random.Generator
-) -> _Array:
+def _whine(p: DroneParameters, shaft: _Array, highest: float, rate: int, rng: _Rng) -> _Array:
     order = COMMUTATION_STEPS * p.pole_pairs
-    count = min(2, int(sample_rate / 2 / (order * highest)))
+    count = min(2, int(rate / 2 / (order * highest)))
     return _harmonics(order * shaft, np.array([1.0, 0.4])[:count], rng)
 
 
