@@ -182,7 +182,7 @@ def make_samples(
 
 
 def make_sample(sample: Sample) -> None:
-    """Make the folder of a sample, whole or not at all, rounded so that mixture = vocals + noise."""
+    """Make a folder of three files, whole or not at all, with mixture = vocals + noise exactly."""
     split, record = sample.split, sample.record
     # Another key than draw_samples', so that excerpts are not made of the same random numbers.
     rng = np.random.default_rng([split.seed, split.number, sample.number, 1])

@@ -1,4 +1,4 @@
-"""One noisy mixture, and what the speech may go through before. The recipe:
+"""One noisy mixture, and what the speech may go through before.
 
 Liu et al., "Edge-Deployed Band-Split Rotary Position Encoding Transformer
 for Ultra-Low SNR UAV Speech Enhancement", Drones 9(6):386, 2025.
