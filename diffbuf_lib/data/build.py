@@ -308,6 +308,12 @@ def _plan(speech_dir: Path, noise_dir: Path, out_dir: Path, recipe: Recipe) -> l
     shared = recipe.model_dump(include={"sample_rate", "snr", "distance", "seed"})
     samples: list[Sample] = []
     for i, name in enumerate(("train", "valid", "test")):
+        for what, folder, found in (("speech", speech_dir, speech), ("noise", noise_dir, noise)):
+            if counts[i] and not found[min(i, 1)]:
+                raise DataError(
+                    f"too few {what} files in {folder} ({len(found[0] + found[1])}) for {name}: "
+                    "check the path, add .wav or .flac files, or change --valid (or valid_speakers)"
+                )
         folders = out_dir / name, speech_dir, noise_dir
         split = Split(name, i, counts[i], frames[i], *folders, **shared)
         samples += draw_samples(split, speech[min(i, 1)], noise[min(i, 1)])
@@ -317,17 +323,13 @@ def _plan(speech_dir: Path, noise_dir: Path, out_dir: Path, recipe: Recipe) -> l
 def _split_speech(folder: Path, fraction: float, recipe: Recipe) -> list[list[str]]:
     """Divide speech files, each in a shuffled order, into those to train with and the held-out."""
     names = [path.relative_to(folder).as_posix() for path in audio.list_audio(folder)]
-    if not names:
-        raise DataError(f"speech folder {folder} holds no .wav or .flac file: check the path")
     speaker_of = _speakers(names)
-    speakers = sorted(set(speaker_of.values()))
     held = recipe.valid_speakers
     if held is None:
-        held = _hold_out(speakers, fraction, recipe.seed, f"speech files in {folder}")
-    elif not set(held) <= set(speakers) or (fraction and not 0 < len(set(held)) < len(speakers)):
+        held = _hold_out(sorted(set(speaker_of.values())), fraction, recipe.seed)
+    elif unknown := sorted(set(held) - set(speaker_of.values())):
         raise DataError(
-            f"valid_speakers {', '.join(held)} are not some of the {len(speakers)} speakers in "
-            f"{folder}: name folders (or files) such as {speakers[0]!r}, and leave one to train"
+            f"valid_speakers {unknown[0]!r} is not in {folder}: name a speaker's folder (or file)"
         )
     order = np.random.default_rng([recipe.seed, 10]).permutation(len(names))
     parts: list[list[str]] = [[], []]
@@ -339,7 +341,7 @@ def _split_speech(folder: Path, fraction: float, recipe: Recipe) -> list[list[st
 def _speakers(names: Sequence[str]) -> dict[str, str]:
     """Map each file to its speaker: the first folder level with two folders, else the file."""
     parts = {name: name.split("/") for name in names}
-    for level in range(min(map(len, parts.values()))):
+    for level in range(min(map(len, parts.values()), default=0)):
         folder_of = {name: p[level] for name, p in parts.items() if len(p) > level + 1}
         if len(set(folder_of.values())) >= 2:
             return {name: folder_of.get(name, name) for name in names}
@@ -351,8 +353,6 @@ def _split_noise(
 ) -> list[list[_Region]]:
     """Divide noise, by file or one file by time; `frames` is what clips of both parts need."""
     infos = [audio.read_info(path) for path in audio.list_audio(folder)]
-    if not infos:
-        raise DataError(f"noise folder {folder} holds no .wav or .flac file: check the path")
     if len(infos) == 1 and fraction > 0:
         (only,) = infos
         # Time to valid in proportion, but at least one clip's worth to it.
@@ -360,35 +360,24 @@ def _split_noise(
         cut = max(0, min(round(only.frames * (1 - fraction)), only.frames - least))
         parts = [[(only, 0, cut)], [(only, cut, only.frames)]]
     else:
-        held = set(_hold_out(infos, fraction, recipe.seed, f"noise files in {folder}"))
-        parts = [
-            [(info, 0, info.frames) for info in infos if (info in held) == wanted]
-            for wanted in (False, True)
-        ]
+        held = _hold_out(infos, fraction, recipe.seed)
+        parts = [[(i, 0, i.frames) for i in infos if (i in held) == wanted] for wanted in (0, 1)]
     regions: list[list[_Region]] = [[], []]
     for part, count, found in zip(parts, frames, regions, strict=True):
         for info, start, stop in part:
             needed = _noise_frames(count, recipe.sample_rate, info.sample_rate)
             if stop - start < needed:
                 raise DataError(
-                    f"noise file {info.path} offers {(stop - start) / info.sample_rate:.2f} s, "
-                    f"fewer than the {needed / info.sample_rate:.2f} s that a clip takes: remove "
-                    "it, add longer noise, or lower --seconds (--test_seconds)"
+                    f"noise file {info.path} offers {stop - start} samples, and a clip takes "
+                    f"{needed}: remove it, add longer noise, or lower --seconds"
                 )
             found.append((info.path.relative_to(folder).as_posix(), start, stop))
     return regions
 
 
-def _hold_out(items: Sequence[_Item], fraction: float, seed: int, what: str) -> list[_Item]:
-    """Draw a fraction of the items, at least one, leaving at least one."""
-    if fraction == 0:
-        return []
-    if len(items) < 2:
-        raise DataError(
-            f"there are too few {what} ({len(items)}) to keep train and valid apart: add files, "
-            "or set --valid 0"
-        )
-    count = min(max(1, round(fraction * len(items))), len(items) - 1)
+def _hold_out(items: Sequence[_Item], fraction: float, seed: int) -> list[_Item]:
+    """Draw a fraction of the items: none if it is 0, else at least one, leaving at least one."""
+    count = min(max(1, round(fraction * len(items))), len(items) - 1) if fraction and items else 0
     order = np.random.default_rng([seed, 11]).permutation(len(items))
     return [items[i] for i in sorted(order[:count])]
 

@@ -102,7 +102,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         self._lengths: dict[int, int] = {}  # samples of the items whose headers have been checked
         if not self.root.is_dir():
             raise DataError(
-                f"dataset folder {self.root} does not exist: check the path, or make the data with "
+                f"dataset folder {self.root} does not exist: check the path, or make it with "
                 "`diffbuf data demo` or `diffbuf data build`"
             )
         self.items: Sequence[tuple[Path, ...]] = self._find() if self.fits(self.root) else []
@@ -132,11 +132,6 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         crop = draw_crop(length, self.chunk_size, zeros, rng if self.training else None)
         return apply_crop(mix, crop, self.chunk_size), apply_crop(target, crop, self.chunk_size)
 
-    @property
-    def epoch(self) -> int:
-        """The epoch whose crops are read."""
-        return int(self._epoch)
-
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, from 0; set it before a DataLoader's iterator is made."""
         if epoch < 0:
@@ -157,7 +152,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
             DataError: a file cannot be read, or the files of the pair do not match.
         """
         index = range(len(self))[i]  # from 0
-        epoch = self.epoch if self.training else 0
+        epoch = int(self._epoch) if self.training else 0
         return self._load(index, np.random.default_rng([self.seed, epoch, index]))
 
     def check_pair(self, mix: AudioInfo, target: AudioInfo) -> int:

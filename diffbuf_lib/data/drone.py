@@ -59,9 +59,7 @@ class DroneParameters:
         """Refuse what no drone is."""
         for name, value in vars(self).items():
             if name in _POSITIVE and not value > 0:
-                raise DataError(f"DroneParameters.{name} {value} is not above 0")
-            if name.endswith("am_depth") and not 0 <= value <= 1:
-                raise DataError(f"DroneParameters.{name} {value} is not in 0..1")
+                raise DataError(f"{name} {value} of DroneParameters is not above 0: raise it")
 
     @property
     def vortex_peak(self) -> float:
@@ -107,10 +105,8 @@ def synthesise(
         DataError: fewer than 1 sample, or a sample_rate below 1000 Hz.
     """
     if samples < 1 or sample_rate < 1000:
-        raise DataError(
-            f"cannot synthesise {samples} samples at {sample_rate} Hz: ask for at least 1 sample "
-            "at 1000 Hz or more"
-        )
+        got = f"{samples} samples at {sample_rate} Hz"
+        raise DataError(f"cannot synthesise {got}: ask for at least 1 sample at 1000 Hz")
     p = parameters
     speeds = _rotor_speeds(p, samples, sample_rate, rng)  # [rotors, T]
     tones, vortex, whine = np.zeros((3, samples))

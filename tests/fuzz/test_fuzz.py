@@ -87,15 +87,6 @@ VALUES = (
     | st.text(max_size=5) | st.lists(st.integers(-1, 4), max_size=4)
     | st.dictionaries(st.text(max_size=5), st.integers(), max_size=2)
 )  # fmt: skip
-TREES = st.recursive(
-    VALUES,
-    lambda node: st.dictionaries(
-        st.sampled_from(["audio", "stft", "model", "sde", "type", "diffusion", "training", "lr"])
-        | st.text(max_size=4) | st.integers(),
-        node, max_size=4,
-    ),
-    max_leaves=12,
-)  # fmt: skip
 SYNTAX = st.sampled_from(
     ["a: ", "- ", "{", "[", "&a ", "*a", "!!", "2001-99-99", "\n", "  ", "<<: ", "? ", "0b", "0o9",
      "1:99", "!!int x", "!!float .", "~"]
@@ -130,14 +121,6 @@ def test_config_values(changes):
                 text = str(value)
             cfg = cfg.override(f"{key}={text}")
         use(cfg)
-
-
-@fuzz(30, 1500)
-@given(TREES)
-def test_config_trees(tree):
-    with only_our_errors():
-        if isinstance(tree, dict):
-            use(build_config(tree))
 
 
 @fuzz(40, 2000)
