@@ -29,7 +29,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -213,7 +212,6 @@ class Job:
             # Only audio is read here, so a clip may be shorter than the model's buffer.
             audio = cfg.audio.model_copy(update={"chunk_size": longest})
             cfg = cfg.model_copy(update={"audio": audio})
-        import_module("torchmetrics.functional.audio")  # seconds, which are no metric's own
         dataset = open_dataset(self.dataset_type, self.data_path, cfg, training=False)
         return Evaluator(
             model, dataset, self.metrics, baselines=self.baselines, limit=self.limit,

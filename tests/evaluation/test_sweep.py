@@ -66,9 +66,7 @@ def test_t_max_and_models_as_they_were_trained(short, model_path, score_path, tm
         ("t_max", [1.0], "t_max 1.0"),
     ],
 )
-def test_values_that_cannot_be_are_refused_first(
-    short, model_path, tmp_path, vary, values, message
-):
+def test_values_that_cannot_be_are_refused(short, model_path, tmp_path, vary, values, message):
     with pytest.raises(ConfigError, match=message):
         run_sweep([str(model_path)], short, tmp_path / "s", vary=vary, values=[*values])
     assert not (tmp_path / "s").exists()
