@@ -63,9 +63,10 @@ def run_demo(
             write_audio(audio / f"{i}_{name}.wav", wave[None], rate, subtype="FLOAT")
 
     say("4/4  report")
-    first, history = next(evaluate(small, valid_set, METRICS[:1])), read_history(folder.history)
+    history = list(read_history(folder.history))
+    first = next(evaluate(small, valid_set, METRICS[:1], limit=1))
     course = figures.training_progress(
-        list(history), {"mix": first.mix, "estimate": first.estimate, "target": first.target},
+        history, {"mix": first.mix, "estimate": first.estimate, "target": first.target},
         cfg.audio, metric=cfg.training.metrics[0],
     )  # fmt: skip
     stft, hops = model.cfg.audio.stft, model.sampler().delay - 1
