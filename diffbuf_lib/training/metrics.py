@@ -94,7 +94,7 @@ def check_metrics(metrics: Iterable[str], sample_rate: int) -> None:
     """Check, before a run rather than at its first validation, that metrics can be computed.
 
     Raises:
-        ConfigError: an unknown metric, or PESQ at a rate that it is not defined for.
+        ConfigError: an unknown metric, or one that is not defined at this rate, Hz.
         MissingExtraError: a package is missing; the message has the command that installs it.
     """
     for metric in metrics:
@@ -102,12 +102,14 @@ def check_metrics(metrics: Iterable[str], sample_rate: int) -> None:
         if package and importlib.util.find_spec(package) is None:
             raise MissingExtraError(
                 f"metric {metric} needs the package {package}: pip install 'diffbuf[metrics]', or "
-                f"take {metric} out of training.metrics"
+                f"take {metric} out of the metrics"
             )
-        if metric == "pesq" and sample_rate not in PESQ_SAMPLE_RATES:
+        rates = METRICS[metric].facts.get("sample_rates")
+        if rates and sample_rate not in rates:
+            known = " and ".join(map(str, rates))
             raise ConfigError(
-                f"pesq is defined at 8000 and 16000 Hz, not at {sample_rate} Hz: take pesq out of "
-                "training.metrics or change audio.sample_rate"
+                f"{metric} is defined at {known} Hz, not at {sample_rate} Hz: take it out of the "
+                "metrics or change audio.sample_rate"
             )
 
 
