@@ -83,13 +83,13 @@ def check_metrics(metrics: Iterable[str], sample_rate: int) -> None:
         if package and importlib.util.find_spec(package) is None:
             raise MissingExtraError(
                 f"metric {metric} needs the package {package}: pip install 'diffbuf[metrics]', or "
-                f"take {metric} out of the metrics (training.metrics, --metrics)"
+                f"take {metric} out of the metrics"
             )
         if rates and sample_rate not in rates:
             known = " and ".join(map(str, rates))
             raise ConfigError(
                 f"{metric} is defined at {known} Hz, not at {sample_rate} Hz: take it out of the "
-                "metrics (training.metrics, --metrics) or change audio.sample_rate"
+                "metrics or change audio.sample_rate"
             )
 
 
