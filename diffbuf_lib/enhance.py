@@ -14,7 +14,7 @@ import soundfile
 import soxr
 import torch
 
-from diffbuf_lib.data.files import list_audio, read_info
+from diffbuf_lib.data.audio import list_audio, read_info
 from diffbuf_lib.errors import DataError
 from diffbuf_lib.live import output_format
 from diffbuf_lib.model import DiffusionBufferModel

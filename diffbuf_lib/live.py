@@ -18,7 +18,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from diffbuf_lib.data.files import read_info
+from diffbuf_lib.data.audio import read_info
 from diffbuf_lib.errors import ConfigError, DataError, MissingExtraError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.streaming import OnlineEnhancer

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffbuf_lib import figures
 from diffbuf_lib.config import Config
-from diffbuf_lib.data.files import write_bytes
+from diffbuf_lib.data.audio import write_bytes
 from diffbuf_lib.evaluation import ScoredClip, summary
 from diffbuf_lib.evaluation.scoring import LABELS
 from diffbuf_lib.training.results import ResultsFolder, read_history

@@ -11,8 +11,8 @@ from diffbuf_lib import DiffusionBufferModel, DNLMDataset, OnlineEnhancer, load_
 from diffbuf_lib.data import build_demo, read_audio
 from diffbuf_lib.model import load_model
 from diffbuf_lib.pretrained import DEFAULT, FOLDER
-from diffbuf_lib.pretraining import first_stage
 from diffbuf_lib.training.metrics import score_clips
+from recipes.cpu_demo import pretraining
 from tests.conftest import call
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +49,7 @@ def test_it_is_what_the_config_trains():
     """Of which the first stage differs in training and buffer, not in what has weights."""
     cfg, shipped = load_config(ROOT / "configs/demo_model.yaml"), load_model(DEFAULT, "cpu").cfg
     assert shipped == cfg
-    first = first_stage(cfg)
+    first = pretraining.first_stage(cfg)
     assert first.model == cfg.model
     assert first.training.from_noisy
     assert not first.training.own_estimate
@@ -83,7 +83,6 @@ def test_enhance_takes_it_where_no_model_is_named(clips, tmp_path, monkeypatch, 
 
 def test_the_second_stage_starts_from_the_first_and_both_go_on(tmp_path, monkeypatch):
     """On a small set in the place of Debian's voices."""
-    from diffbuf_lib import pretraining
     from diffbuf_lib.data import write_audio
     from diffbuf_lib.training import load_weights
     from diffbuf_lib.training.plan import Stream, seed_everything

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffbuf_lib.data.clips import ClipDataset
-from diffbuf_lib.data.files import EXTENSIONS, AudioInfo, read_audio, read_info
+from diffbuf_lib.data.audio import EXTENSIONS, AudioInfo, read_audio, read_info
+from diffbuf_lib.data.datasets import ClipDataset
 from diffbuf_lib.data.mixing import SILENCE_PEAK
 from diffbuf_lib.errors import DataError
 

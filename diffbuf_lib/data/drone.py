@@ -30,6 +30,7 @@ COMMUTATION_STEPS = 6  # of a brushless motor's controller, per electrical revol
 _CONTROL_RATE = 200  # Hz, at which rotor speeds are drawn
 _ROTOR_INERTIA = 0.04  # s, time constant of a small rotor's speed
 _DYNAMIC_RANGE = 80.0  # dB below the first harmonic at which harmonics end
+_MOST_HARMONICS = 200
 _SHAFT_ORDERS = 12  # multiples of the shaft rate that imbalance can be heard in
 
 _Array = npt.NDArray[np.float64]
@@ -37,62 +38,31 @@ _Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class DroneParameters:
-    """One drone in one flight state.
-
-    Attributes:
-        rotors: number of rotors.
-        blades: blades of each rotor.
-        rotor_speed: mean speed in hover, rev/s (60 times this is rpm).
-        radius: of a rotor, m.
-        thickness: of the wake behind a blade, m; with the tip speed it sets the vortex peak.
-        speed_spread: standard deviation between rotors' mean speeds, as a fraction of rotor_speed.
-        wander: standard deviation in time of each rotor's speed, as a fraction of rotor_speed.
-        wander_time: correlation time of that, s.
-        manoeuvre: standard deviation of what all rotors do together, as a fraction of rotor_speed.
-        manoeuvre_time: correlation time of that, s.
-        harmonic_slope: fall of the blade-passing harmonics, dB per octave.
-        shaft_level: tones of imbalance, dB re the first blade-passing harmonic.
-        am_depth: depth of the tones' amplitude modulation at the shaft rate, 0..1.
-        vortex_level: power of the vortex noise, dB re the power of all tones.
-        vortex_sharpness: exponent of the vortex hump; its sides fall by 6 times this dB per octave.
-        vortex_am_depth: depth of its modulation at the blade-passing frequency, 0..1.
-        whine_level: power of the motor controllers' whine, dB re all tones; None for none.
-        pole_pairs: of the motors; the whine is at 6 * pole_pairs * rotor speed.
-    """
+    """One drone in one flight state. Spreads are standard deviations re rotor_speed."""
 
     rotors: int = 4
-    blades: int = 2
-    rotor_speed: float = 90.0
-    radius: float = 0.12
-    thickness: float = 0.003
-    speed_spread: float = 0.02
-    wander: float = 0.008
-    wander_time: float = 0.3
-    manoeuvre: float = 0.02
-    manoeuvre_time: float = 1.5
-    harmonic_slope: float = 6.0
-    shaft_level: float = -15.0
-    am_depth: float = 0.2
-    vortex_level: float = -8.0
-    vortex_sharpness: float = 1.5
-    vortex_am_depth: float = 0.3
-    whine_level: float | None = None
-    pole_pairs: int = 7
+    blades: int = 2  # of each rotor
+    rotor_speed: float = 90.0  # mean speed in hover, rev/s (60 times this is rpm)
+    radius: float = 0.12  # of a rotor, m
+    thickness: float = 0.003  # of the wake behind a blade, m; sets the vortex peak with the speed
+    speed_spread: float = 0.02  # between the rotors' mean speeds
+    wander: float = 0.008  # in time, of each rotor's speed
+    wander_time: float = 0.3  # correlation time of that, s
+    manoeuvre: float = 0.02  # in time, of what all rotors do together
+    manoeuvre_time: float = 1.5  # correlation time of that, s
+    harmonic_slope: float = 6.0  # fall of the blade-passing harmonics, dB per octave
+    shaft_level: float = -15.0  # tones of imbalance, dB re the first blade-passing harmonic
+    am_depth: float = 0.2  # of the tones' amplitude modulation at the shaft rate, 0..1
+    vortex_level: float = -8.0  # power of the vortex noise, dB re the power of all tones
+    vortex_sharpness: float = 1.5  # exponent of its hump, which falls by 6 times this dB per octave
+    vortex_am_depth: float = 0.3  # of its modulation at the blade-passing frequency, 0..1
+    whine_level: float | None = None  # power of the motor controllers' whine, dB re all tones
+    pole_pairs: int = 7  # of the motors; the whine is at 6 * pole_pairs * rotor speed
 
     def __post_init__(self) -> None:
         """Refuse what no drone is."""
-        positive = (
-            "rotors",
-            "blades",
-            "rotor_speed",
-            "radius",
-            "thickness",
-            "wander_time",
-            "manoeuvre_time",
-            "vortex_sharpness",
-            "pole_pairs",
-        )
-        for name in positive:
+        speeds = ("rotors", "blades", "rotor_speed", "wander_time", "manoeuvre_time")
+        for name in (*speeds, "radius", "thickness", "vortex_sharpness", "pole_pairs"):
             if not getattr(self, name) > 0:
                 raise DataError(f"DroneParameters.{name} {getattr(self, name)} is not above 0")
         for name in ("am_depth", "vortex_am_depth"):
@@ -107,13 +77,9 @@ class DroneParameters:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Self:
-        """Draw a drone: from small and nervous to large and slow, most with four rotors.
+        """Draw a drone, from small and nervous to large and slow, most with four rotors.
 
-        Args:
-            rng: where randomness comes from.
-
-        Returns:
-            Parameters whose blade-passing frequency lies between 90 and 450 Hz.
+        Its blade-passing frequency lies between 90 and 450 Hz.
         """
         blades = int(rng.choice([2, 3], p=[0.75, 0.25]))
         radius = float(np.exp(rng.uniform(np.log(0.06), np.log(0.2))))
@@ -210,15 +176,12 @@ def _wander(rows: int, points: int, correlation_time: float, rng: np.random.Gene
 
 
 def _tones(
-    p: DroneParameters,
-    shaft: _Array,
-    highest: float,
-    sample_rate: int,
-    rng: np.random.Generator,
+    p: DroneParameters, shaft: _Array, highest: float, sample_rate: int, rng: np.random.Generator
 ) -> _Array:
     """Return one rotor's blade-passing harmonics and shaft-rate tones, [T]."""
     nyquist_order = sample_rate / 2 / highest - 1  # less 1: modulation puts a sideband above
-    count = max(0, min(int(nyquist_order / p.blades), _audible_harmonics(p)))
+    audible = 2 ** (_DYNAMIC_RANGE / p.harmonic_slope) if p.harmonic_slope > 0 else math.inf
+    count = max(0, int(min(nyquist_order / p.blades, audible, _MOST_HARMONICS)))
     order = np.arange(1, count + 1)
     level = -p.harmonic_slope * np.log2(order) + rng.normal(0, 2.0, count)  # dB
     blade = _harmonics(p.blades * shaft, _gain(level), rng)
@@ -228,13 +191,6 @@ def _tones(
     imbalance = _harmonics(shaft, gain, rng)
     modulation = 1 + p.am_depth * np.cos(shaft + rng.uniform(0, 2 * np.pi))
     return modulation * (blade + imbalance)
-
-
-def _audible_harmonics(p: DroneParameters) -> int:
-    """Return how many harmonics lie within the dynamic range of the first."""
-    if p.harmonic_slope <= 0:
-        return 200
-    return int(min(200.0, 2 ** (_DYNAMIC_RANGE / p.harmonic_slope)))
 
 
 def _harmonics(angle: _Array, gain: _Array, rng: np.random.Generator) -> _Array:

@@ -1,7 +1,7 @@
-"""The DN-LM recipe: one noisy mixture from speech and noise.
+"""One noisy mixture from speech and noise, and what the speech may go through before.
 
-Source: Liu et al., "Edge-Deployed Band-Split Rotary Position Encoding Transformer for Ultra-Low
-SNR UAV Speech Enhancement", Drones 9(6):386, 2025.
+Source of the recipe: Liu et al., "Edge-Deployed Band-Split Rotary Position Encoding Transformer
+for Ultra-Low SNR UAV Speech Enhancement", Drones 9(6):386, 2025.
 """
 
 from __future__ import annotations
@@ -10,30 +10,26 @@ import math
 from typing import NamedTuple
 
 import torch
+import torchaudio.functional as AF
 from torch import Tensor
 
+from diffbuf_lib.data.audio import resample
 from diffbuf_lib.errors import DataError
 
 # Below full scale by 4 steps of 16-bit PCM: rounding target and noise never clips their sum.
 PEAK_LIMIT = 1 - 4 / 32768
 # A peak below about 3 steps of 16-bit PCM is dither or digital silence, not a signal.
 SILENCE_PEAK = 1e-4
+_PIVOT = 1000.0  # Hz, where a tilt changes nothing
 
 
 class Mixture(NamedTuple):
-    """What `mix_pair` returns.
+    """What `mix_pair` returns; waves are [C, T] float32, full scale 1."""
 
-    Attributes:
-        mix: [C, T] float32, full scale 1; target + noise, exactly.
-        target: [C, T] float32, the speech as it is in `mix`.
-        noise: [C, T] float32, the noise as it is in `mix`.
-        scale: the one factor on all three that keeps them within full scale; 1 if none is needed.
-    """
-
-    mix: Tensor
-    target: Tensor
-    noise: Tensor
-    scale: float
+    mix: Tensor  # target + noise, exactly
+    target: Tensor  # the speech as it is in `mix`
+    noise: Tensor  # the noise as it is in `mix`
+    scale: float  # the factor on all three that keeps them within full scale; 1 if none is needed
 
 
 def mix_pair(
@@ -56,9 +52,6 @@ def mix_pair(
         speech_distance: from the talker to the microphone, m.
         noise_distance: from the rotors to the microphone, m.
 
-    Returns:
-        The mixture and its two parts.
-
     Raises:
         DataError: shapes differ, speech or noise is silent (take another excerpt), or a distance
             is not positive.
@@ -72,7 +65,8 @@ def mix_pair(
     noise = attenuate(peak_normalize(noise, "noise"), noise_distance)
     noise = scale_to_snr(target, noise, snr_db)
     mix = target + noise
-    scale = fit_full_scale(mix, target, noise)
+    peak = float(torch.stack([wave.abs().max() for wave in (mix, target, noise)]).max())
+    scale = min(1.0, PEAK_LIMIT / peak)
     if scale < 1:
         target, noise = target * scale, noise * scale
         mix = target + noise  # summed again, so that mix - target is the noise, bit for bit or so
@@ -80,18 +74,7 @@ def mix_pair(
 
 
 def peak_normalize(wave: Tensor, what: str = "wave") -> Tensor:
-    """Scale a wave so that its largest magnitude is 1.
-
-    Args:
-        wave: [C, T] float32.
-        what: what to call it in the error message.
-
-    Returns:
-        [C, T] float32.
-
-    Raises:
-        DataError: the wave is silent; take another excerpt.
-    """
+    """Scale a wave [C, T] so that its largest magnitude is 1; `what` names it if it is silent."""
     if is_silent(wave):
         raise DataError(
             f"the {what} is silent (peak below {SILENCE_PEAK:g} of full scale), so no SNR can be "
@@ -106,37 +89,14 @@ def is_silent(wave: Tensor) -> bool:
 
 
 def attenuate(wave: Tensor, distance: float) -> Tensor:
-    """Attenuate by 1 / distance, as the sound pressure of a point source falls.
-
-    Args:
-        wave: [C, T] float32.
-        distance: m, above 0.
-
-    Returns:
-        [C, T] float32.
-
-    Raises:
-        DataError: the distance is not positive; give metres.
-    """
+    """Attenuate by 1 / distance (m), as the sound pressure of a point source falls."""
     if not (distance > 0 and math.isfinite(distance)):
         raise DataError(f"distance {distance} m is not above 0: give the distance in metres")
     return wave / distance
 
 
 def scale_to_snr(target: Tensor, noise: Tensor, snr_db: float) -> Tensor:
-    """Scale noise so that 10 log10(power of target / power of noise) is `snr_db`.
-
-    Args:
-        target: [C, T] float32, not silent.
-        noise: [C, T] float32, not silent.
-        snr_db: dB.
-
-    Returns:
-        [C, T] float32, the scaled noise.
-
-    Raises:
-        DataError: the SNR is not a finite number; give it in dB.
-    """
+    """Scale noise so that `snr(target, noise)` is `snr_db`; both [C, T] and not silent."""
     if not math.isfinite(snr_db):
         raise DataError(f"SNR {snr_db} dB is not a finite number: give it in dB")
     return noise * 10 ** ((snr(target, noise) - snr_db) / 20)
@@ -148,7 +108,38 @@ def snr(target: Tensor, noise: Tensor) -> float:
     return 10 * math.log10(powers[0] / powers[1])
 
 
-def fit_full_scale(*waves: Tensor) -> float:
-    """Return the one factor, at most 1, that brings all waves [C, T] within `PEAK_LIMIT`."""
-    peak = float(torch.stack([wave.abs().max() for wave in waves]).max())
-    return min(1.0, PEAK_LIMIT / peak) if peak > 0 else 1.0
+def change_speed(wave: Tensor, length: int) -> Tensor:
+    """Play a wave [C, T] faster or slower, and so higher or lower, until it is [C, length]."""
+    return resample(wave, wave.shape[1], length)
+
+
+def tilt_spectrum(wave: Tensor, sample_rate: int, db_per_octave: float) -> Tensor:
+    """Let the spectrum rise or fall around 1 kHz, as another microphone or a coat would.
+
+    Below 100 Hz and above 8 kHz the gain stays what it is there; the power stays the same.
+
+    Args:
+        wave: [C, T] float32.
+        sample_rate: Hz.
+        db_per_octave: positive for brighter.
+    """
+    spectrum = torch.fft.rfft(wave)
+    frequency = torch.fft.rfftfreq(wave.shape[-1], 1 / sample_rate).clamp(100, 8000)
+    gain = 10 ** (db_per_octave / 20 * torch.log2(frequency / _PIVOT))
+    tilted = torch.fft.irfft(spectrum * gain, n=wave.shape[-1])
+    power, before = tilted.square().mean(), wave.square().mean()
+    return tilted * torch.sqrt(before / power) if power > 0 else tilted
+
+
+def reverberate(wave: Tensor, response: Tensor) -> Tensor:
+    """Convolve with a room's impulse response, its direct sound at sample 0.
+
+    Args:
+        wave: [C, T] float32.
+        response: [N] float32.
+
+    Returns:
+        [C, T] float32, aligned with wave; the tail after its end is cut.
+    """
+    wet = AF.fftconvolve(wave, response.expand(wave.shape[0], -1))
+    return wet[:, : wave.shape[-1]]

@@ -10,7 +10,7 @@ import torch
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.data.audit import ClipFacts, WaveFacts
-from diffbuf_lib.data.dnlm import MixingDataset
+from diffbuf_lib.data.datasets import MixingDataset
 from diffbuf_lib.diagnostics.findings import Finding
 from diffbuf_lib.diffusion.sde import make_sde
 from diffbuf_lib.diffusion.spectral import Spectral

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from diffbuf_lib.config import Config, load_config
-from diffbuf_lib.data.dnlm import open_dataset
+from diffbuf_lib.data.datasets import open_dataset
 from diffbuf_lib.diagnostics.checks_data import check_data, empty_finding, error_finding
 from diffbuf_lib.diagnostics.checks_frames import check_frames, check_schedule
 from diffbuf_lib.diagnostics.checks_machine import check_machine, resolve_device

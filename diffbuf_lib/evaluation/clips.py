@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.data import ClipDataset, open_dataset, read_info
-from diffbuf_lib.data.clips import Crop, apply_crop
+from diffbuf_lib.data.datasets import Crop, apply_crop
 from diffbuf_lib.errors import DataError
 from diffbuf_lib.training.metrics import SILENCE_RMS
 from diffbuf_lib.training.plan import Stream, example_generators

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from diffbuf_lib import figures
-from diffbuf_lib.data.files import write_bytes
+from diffbuf_lib.data.audio import write_bytes
 from diffbuf_lib.evaluation import tables
 from diffbuf_lib.evaluation.baselines import NOISY
 from diffbuf_lib.evaluation.clips import Clip

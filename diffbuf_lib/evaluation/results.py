@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffbuf_lib.data.files import write_bytes
+from diffbuf_lib.data.audio import write_bytes
 from diffbuf_lib.errors import CheckpointError, DataError
 from diffbuf_lib.evaluation.scoring import columns_of
 

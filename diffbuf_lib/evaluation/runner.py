@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from diffbuf_lib.data.files import write_bytes
+from diffbuf_lib.data.audio import write_bytes
 from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.evaluation.baselines import NOISY
 from diffbuf_lib.evaluation.page import write_page

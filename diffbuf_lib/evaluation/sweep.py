@@ -16,7 +16,7 @@ from typing import Literal
 
 from diffbuf_lib import figures
 from diffbuf_lib.config import Config
-from diffbuf_lib.data.files import write_bytes
+from diffbuf_lib.data.audio import write_bytes
 from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.evaluation.baselines import NOISY
 from diffbuf_lib.evaluation.points import Point, draw_sweep, to_csv

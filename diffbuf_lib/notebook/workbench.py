@@ -105,7 +105,7 @@ def _split(folder: Path, *names: str) -> Path:
 def _open(folder: Path, cfg: Config, *, training: bool) -> ClipDataset:
     layout = find_layout(folder)
     if layout is None:
-        known = "; ".join(LAYOUTS.values())
+        known = "; ".join(entry.load().holds for entry in LAYOUTS)
         raise DataError(
             f"{folder} holds no clips: DATA (or {DATA_VARIABLE}) must name a folder with {known}"
         )

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffbuf_lib.data.augment import change_speed, draw_response, reverberate, tilt_spectrum
+from diffbuf_lib.data.mixing import change_speed, reverberate, tilt_spectrum
+from recipes.cpu_demo.rooms import draw_response
 
 RATE = 16000
 
@@ -13,6 +14,7 @@ def tone(frequency, samples=RATE):
     return torch.sin(2 * torch.pi * frequency * torch.arange(samples) / RATE)[None]
 
 
+@pytest.mark.law
 def test_a_tilt_is_so_many_decibels_an_octave_and_keeps_the_power():
     wave = tone(1000) + tone(2000) + tone(4000)
     tilted = tilt_spectrum(wave, RATE, 3.0)
@@ -23,6 +25,7 @@ def test_a_tilt_is_so_many_decibels_an_octave_and_keeps_the_power():
     assert not tilt_spectrum(torch.zeros(1, 100), RATE, 3.0).any()
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("length", [14000, 16000, 17600])
 def test_speed_changes_pitch_and_length_alike(length):
     played = change_speed(tone(1000), length)
@@ -33,6 +36,7 @@ def test_speed_changes_pitch_and_length_alike(length):
     assert change_speed(torch.zeros(2, RATE), length).shape == (2, length)
 
 
+@pytest.mark.law
 def test_a_room_starts_with_the_direct_sound_and_never_looks_ahead():
     wave = torch.zeros(1, 2000)
     wave[0, 700] = 1
@@ -45,6 +49,7 @@ def test_a_room_starts_with_the_direct_sound_and_never_looks_ahead():
     torch.testing.assert_close(wet[0, 700:900], response[:200], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.law
 def test_rooms_differ_and_are_repeated_by_their_seed():
     first, again, other = (draw_response(np.random.default_rng(s), RATE) for s in (1, 1, 2))
     assert torch.equal(first, again)

@@ -47,6 +47,7 @@ def test_the_tree_is_a_dnlm_dataset(built):
     assert all(set(record) == keys for record in records(built, "train"))
 
 
+@pytest.mark.law
 def test_the_files_have_the_drawn_snr_and_add_up(built):
     for split in ("train", "valid"):
         for record in records(built, split):
@@ -69,6 +70,7 @@ def test_speech_is_never_a_pause(built):
         assert float((wave.abs() > 0.02 * wave.abs().max()).float().mean()) > 0.05
 
 
+@pytest.mark.law
 def test_train_and_valid_share_no_speaker_and_no_noise(built):
     train, valid = records(built, "train"), records(built, "valid")
     for of in (
@@ -81,11 +83,13 @@ def test_train_and_valid_share_no_speaker_and_no_noise(built):
     assert len(set(used)) == min(len(used), 6)
 
 
+@pytest.mark.law
 def test_one_process_and_two_write_the_same_bytes(tmp_path, sources, built):
     other = build_dnlm(*sources, tmp_path / "two", **SMALL, processes=2)
     assert contents(other) == contents(built)
 
 
+@pytest.mark.law
 def test_another_seed_writes_other_bytes(tmp_path, sources, built):
     other = build_dnlm(*sources, tmp_path / "other", **{**SMALL, "seed": 4})
     a, b = contents(built), contents(other)
@@ -93,15 +97,19 @@ def test_another_seed_writes_other_bytes(tmp_path, sources, built):
     assert same == []
 
 
+@pytest.mark.law
 def test_a_stopped_build_goes_on_and_ends_the_same(tmp_path, sources, built, monkeypatch):
     made = []
     real = build_module.make_sample
 
-    def counting(split, index):
+    def place(sample):
+        return sample.folder.parent.name, int(sample.folder.name.removeprefix("sample_"))
+
+    def counting(sample):
         if len(made) == 4:
             raise KeyboardInterrupt
-        made.append((split.name, index))
-        real(split, index)
+        made.append(place(sample))
+        real(sample)
 
     monkeypatch.setattr(build_module, "make_sample", counting)
     out = tmp_path / "stopped"
@@ -115,7 +123,7 @@ def test_a_stopped_build_goes_on_and_ends_the_same(tmp_path, sources, built, mon
     monkeypatch.setattr(
         build_module,
         "make_sample",
-        lambda split, i: (again.append((split.name, i)), real(split, i)),
+        lambda sample: (again.append(place(sample)), real(sample)),
     )
     build_dnlm(*sources, out, **SMALL)
     assert sorted(again) == sorted(
@@ -130,7 +138,7 @@ def test_a_stopped_build_goes_on_and_ends_the_same(tmp_path, sources, built, mon
 
 def test_other_arguments_or_sources_into_the_same_folder_are_refused(sources, built, save):
     before = contents(built)
-    with pytest.raises(DataError, match="was built with seed 3, not 9: choose another out_dir"):
+    with pytest.raises(DataError, match="seed 3, not 9"):
         build_dnlm(*sources, built, **{**SMALL, "seed": 9})
     with pytest.raises(DataError, match="snr"):
         build_dnlm(*sources, built, **SMALL, snr=(-5.0, 5.0))
@@ -150,6 +158,7 @@ def test_sources_may_move(tmp_path, sources, built):
     build_dnlm(moved, sources[1], built, **SMALL)
 
 
+@pytest.mark.law
 def test_one_noise_file_is_split_in_time(tmp_path, sources, save):
     noise = tmp_path / "one"
     ramp = np.linspace(0.01, 0.9, 3 * 16000)[None] * np.sign(np.sin(np.arange(48000) * 3.0))
@@ -179,12 +188,12 @@ def test_test_split_and_named_valid_speakers(tmp_path, sources):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"train": 0}, "train 0 is below 1: raise --train"),
-        ({"valid": -1}, "valid -1 is below 0"),
-        ({"seconds": 0.0}, "seconds 0.0 is not in"),
-        ({"snr": (0.0, -30.0)}, r"snr \(0.0, -30.0\) is not a range"),
+        ({"train": 0}, "train 0 .*--train"),
+        ({"valid": -1}, "valid -1 .*--valid"),
+        ({"seconds": 0.0}, "seconds 0.0 .*--seconds"),
+        ({"snr": (0.0, -30.0)}, r"snr .*--snr"),
         ({"distance": (0.0, 20.0)}, "distance"),
-        ({"sample_rate": 1}, "sample_rate 1 Hz"),
+        ({"sample_rate": 1}, "sample_rate 1 "),
         ({"processes": 0}, "processes 0"),
         ({"seconds": 2.5}, r"noise file .*drone.*lower --seconds"),
         ({"valid_speakers": ["nobody"]}, "'nobody' is none of the 4 speakers"),

@@ -28,6 +28,7 @@ def prominence(frequency, power, at, width=5.0):
     return 10 * np.log10(power[near].max() / np.median(power[around]))
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("blades", [2, 3])
 @pytest.mark.parametrize("speed", [60.0, 97.0])
 def test_the_strongest_tones_are_harmonics_of_the_blade_passing_frequency(blades, speed):
@@ -42,6 +43,7 @@ def test_the_strongest_tones_are_harmonics_of_the_blade_passing_frequency(blades
     assert strongest == pytest.approx(round(strongest), abs=0.01)
 
 
+@pytest.mark.law
 def test_imbalance_adds_the_shaft_rate():
     frequency, power = spectrum(dataclasses.replace(STEADY, shaft_level=-6.0, am_depth=0.0))
     _, without = spectrum(dataclasses.replace(STEADY, shaft_level=-90.0, am_depth=0.0))
@@ -49,6 +51,7 @@ def test_imbalance_adds_the_shaft_rate():
     assert prominence(frequency, without, 80.0) < 15
 
 
+@pytest.mark.law
 def test_no_tone_aliases():
     """At 4 kHz the harmonics of 240 Hz end at 1920 Hz: nothing may fold back between them."""
     parameters = dataclasses.replace(
@@ -61,11 +64,13 @@ def test_no_tone_aliases():
     assert spectrum(whine, rate=4000)[1][far].max() < 1e-6 * power.max()
 
 
+@pytest.mark.law
 def test_the_whine_is_at_the_commutation_frequency():
     frequency, power = spectrum(dataclasses.replace(STEADY, whine_level=-10.0, pole_pairs=7))
     assert prominence(frequency, power, 6 * 7 * 80.0) > 20
 
 
+@pytest.mark.law
 def test_vortex_noise_peaks_where_strouhal_says_and_beats_with_the_blades():
     parameters = dataclasses.replace(
         STEADY, vortex_level=60.0, vortex_sharpness=2.0, vortex_am_depth=1.0, rotors=1
@@ -82,6 +87,7 @@ def test_vortex_noise_peaks_where_strouhal_says_and_beats_with_the_blades():
     assert prominence(np.fft.rfftfreq(len(wave), 1 / RATE), beat, 240.0, width=2.0) > 15
 
 
+@pytest.mark.law
 def test_speed_wanders_as_far_as_asked():
     paths = _wander(400, 300, 0.3, np.random.default_rng(0))
     assert paths.std() == pytest.approx(1.0, abs=0.05)
@@ -92,6 +98,7 @@ def test_speed_wanders_as_far_as_asked():
     assert np.abs(np.diff(speeds)).max() * RATE < 200  # rev/s per s: no jumps
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("seed", range(12))
 def test_every_drawn_drone_is_finite_and_reproducible(seed):
     rng = np.random.default_rng(seed)

@@ -14,6 +14,7 @@ def wave(seed, samples=800, channels=1):
     return torch.randn(channels, samples, generator=torch.Generator().manual_seed(seed)) * 0.1
 
 
+@pytest.mark.law
 @settings(max_examples=60, deadline=None)
 @given(
     snr_db=st.floats(-40, 40),
@@ -33,6 +34,7 @@ def test_laws_of_a_mixture(snr_db, distance, loudness, seed):
     torch.testing.assert_close(made.target, loudness * speech * factor, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.law
 def test_the_joint_factor_acts_only_where_full_scale_is_exceeded():
     quiet = mix_pair(wave(0), wave(1), 0.0, 20.0)
     assert quiet.scale == 1
@@ -42,11 +44,13 @@ def test_the_joint_factor_acts_only_where_full_scale_is_exceeded():
     assert max(float(part.abs().max()) for part in loud[:3]) == pytest.approx(PEAK_LIMIT, rel=1e-5)
 
 
+@pytest.mark.law
 def test_the_noise_distance_is_undone_by_the_snr():
     near, far = (mix_pair(wave(0), wave(1), -5.0, 10.0, distance) for distance in (0.5, 4.0))
     torch.testing.assert_close(near.mix, far.mix)
 
 
+@pytest.mark.law
 def test_the_parts_of_the_recipe():
     assert float(peak_normalize(wave(3)).abs().max()) == 1
     torch.testing.assert_close(attenuate(wave(3), 4.0), wave(3) / 4)

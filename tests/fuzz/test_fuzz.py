@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from diffbuf_lib.config import Config, build_config, describe_keys, load_config
 from diffbuf_lib.data import DNLMDataset, build_demo, build_dnlm
-from diffbuf_lib.data.files import read_audio, read_info
+from diffbuf_lib.data.audio import read_audio, read_info
 from diffbuf_lib.diagnostics.capsule import Capsule
 from diffbuf_lib.diffusion.sde import make_sde
 from diffbuf_lib.errors import DataError, DiffbufError

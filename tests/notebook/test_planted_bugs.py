@@ -7,7 +7,7 @@ still falls, and only the result is bad. Without a bug every check holds, as nbv
 import pytest
 
 from diffbuf_lib import model
-from diffbuf_lib.data.clips import ClipDataset
+from diffbuf_lib.data.datasets import ClipDataset
 from diffbuf_lib.diffusion import sampler
 from diffbuf_lib.diffusion.sde import BBED
 from diffbuf_lib.diffusion.spectral import Spectral

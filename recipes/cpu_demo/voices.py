@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffbuf_lib.data.files import read_audio, resample
+from diffbuf_lib.data.audio import read_audio, resample
 from diffbuf_lib.errors import DataError, MissingExtraError
 
 SAMPLE_RATE = 16000  # Hz
@@ -164,7 +164,7 @@ def unpack_prompts(language: str, folder: Path) -> Path:
             except (OSError, subprocess.CalledProcessError) as error:
                 why = getattr(error, "stderr", None) or str(error)
                 raise DataError(
-                    f"{package} cannot be had ({why.strip()[-200:]}): the recordings come from "
+                    f"{package} is unavailable ({why.strip()[-200:]}): the recordings come from "
                     "Debian's archive, so run this on Debian or Ubuntu with a network"
                 ) from error
     return next(path for path in sorted((root / "usr/share/asterisk/sounds").iterdir()))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.data import open_dataset
-from diffbuf_lib.data.pretraining import build_pretraining
 from diffbuf_lib.training import train
 from diffbuf_lib.training.results import ResultsFolder
+from recipes.cpu_demo.dataset import build_pretraining
 
 _VALID_SECONDS = 3
 
@@ -36,7 +36,7 @@ def run_pretraining(
     say: Callable[[str], None] = lambda line: None,
     progress: bool = False,
 ) -> Path:
-    """Make the data and train on it; what is there already is kept, an interrupted run goes on.
+    """Make the data and train on it; what is there already is kept, an interrupted run continues.
 
     Args:
         cfg: what to train, such as `configs/demo_model.yaml`; `first_stage` changes it for the

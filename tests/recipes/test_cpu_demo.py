@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from diffbuf_lib.data import pretraining, voices
-from diffbuf_lib.data.noises import KINDS
 from diffbuf_lib.errors import DataError
+from recipes.cpu_demo import dataset, voices
+from recipes.cpu_demo.noises import KINDS
 
 RATE = 16000
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("kind", KINDS)
 def test_noises_are_loud_finite_and_keyed_by_their_seed(kind):
     waves = [KINDS[kind](np.random.default_rng(seed), RATE, RATE) for seed in (0, 0, 1, 2, 3)]
@@ -45,25 +46,28 @@ def test_wind_is_low_and_rain_comes_in_bursts():
     assert kurtosis(rain) > 2 * kurtosis(hiss)
 
 
+@pytest.mark.law
 def test_every_drone_belongs_to_one_split():
-    owners = [pretraining._owner(f) for f in np.linspace(80, 460, 2000)]
+    owners = [dataset._owner(f) for f in np.linspace(80, 460, 2000)]
     assert set(owners) == {"train", "valid", "test"}
     assert owners.count("train") > 1500
-    low, high = pretraining.HELD_OUT_HZ["test"]
-    assert pretraining._owner(low) == pretraining._owner(high) == "test"
-    assert pretraining._owner(low - 0.1) == pretraining._owner(high + 0.1) == "train"
+    low, high = dataset.HELD_OUT_HZ["test"]
+    assert dataset._owner(low) == dataset._owner(high) == "test"
+    assert dataset._owner(low - 0.1) == dataset._owner(high + 0.1) == "train"
 
 
+@pytest.mark.law
 def test_no_language_is_in_two_splits():
-    languages = [name for names in pretraining.SPEAKERS.values() for name in names]
+    languages = [name for names in dataset.SPEAKERS.values() for name in names]
     assert len(languages) == len(set(languages))
     # English and Spanish prompts are one speaker's.
-    assert sum({"en", "es"} <= set(names) for names in pretraining.SPEAKERS.values()) == 1
+    assert sum({"en", "es"} <= set(names) for names in dataset.SPEAKERS.values()) == 1
 
 
+@pytest.mark.law
 def test_prompts_are_joined_to_long_files_without_loss():
     waves = [torch.full((1, RATE), 0.1 * (i + 1)) for i in range(23)]
-    files = list(pretraining._joined(iter(waves)))
+    files = list(dataset._joined(iter(waves)))
     assert all(wave.shape[1] >= 10 * RATE for wave in files[:-1])
     loud = sum(int((wave != 0).sum()) for wave in files)
     assert loud == 23 * RATE
@@ -106,7 +110,7 @@ def test_voices_speak(program, tmp_path):
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda program: None)
     with pytest.raises(DataError, match=r"apt-get install .*festvox-czech-dita .*flite"):
-        pretraining.build_pretraining(tmp_path / "out")
+        dataset.build_pretraining(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
     def broken(*args, **kwargs):

@@ -7,7 +7,7 @@ import pytest
 import soundfile
 import torch
 
-from diffbuf_lib.data import (
+from diffbuf_lib.data.audio import (
     AudioInfo,
     check_rate,
     list_audio,
@@ -23,6 +23,7 @@ def one_line(error):
     return "\n" not in str(error.value)
 
 
+@pytest.mark.law
 @pytest.mark.parametrize(
     ("suffix", "subtype", "step"),
     [("wav", "PCM_16", 2**-16), ("flac", "PCM_16", 2**-16), ("wav", "PCM_24", 2**-24)],
@@ -38,12 +39,14 @@ def test_a_wave_comes_back_within_half_a_step(tmp_path, noise_wave, suffix, subt
     assert float((back - wave).abs().max()) <= step * 1.001 + 1e-9
 
 
+@pytest.mark.law
 def test_float_wavs_come_back_bit_for_bit_and_may_exceed_full_scale(tmp_path, noise_wave):
     wave = 30 * noise_wave(0, 500)
     write_audio(tmp_path / "a.wav", wave, 16000, "FLOAT")
     assert torch.equal(read_audio(tmp_path / "a.wav")[0], wave)
 
 
+@pytest.mark.law
 def test_a_part_is_the_same_as_that_part_of_the_whole(tmp_path, noise_wave, save):
     for suffix in ("wav", "flac"):
         path = save(tmp_path / f"a.{suffix}", noise_wave(0, 5000))
@@ -78,6 +81,7 @@ def test_samples_that_are_not_numbers_are_refused_both_ways(tmp_path, bad):
     assert torch.equal(read_audio(tmp_path / "b.wav", 2)[0], torch.tensor([[0.1]]))
 
 
+@pytest.mark.law
 def test_a_full_disk_leaves_the_old_file_and_no_rest(tmp_path, noise_wave, save, monkeypatch):
     path = save(tmp_path / "a.wav", noise_wave(0, 100))
     before = path.read_bytes()
@@ -153,6 +157,7 @@ def test_wavs_from_a_pipe_have_no_length_in_their_header(tmp_path, noise_wave, s
     assert read_info(path).frames == 100
 
 
+@pytest.mark.law
 @pytest.mark.parametrize(("from_rate", "to_rate"), [(22050, 16000), (8000, 16000), (48000, 16000)])
 def test_resampling_keeps_a_tone_and_its_time(from_rate, to_rate):
     def tone(rate):

@@ -14,23 +14,27 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from diffbuf_lib.data.augment import draw_response
-from diffbuf_lib.data.demo import audio_samples, join_recordings
+from diffbuf_lib.data.audio import list_audio, read_audio, read_info, write_audio
+from diffbuf_lib.data.build import (
+    NoiseRegion,
+    Sample,
+    Split,
+    draw_samples,
+    make_samples,
+    run_parallel,
+)
+from diffbuf_lib.data.demo_set import audio_samples, join_recordings
 from diffbuf_lib.data.drone import DroneParameters, synthesise
-from diffbuf_lib.data.files import list_audio, read_audio, read_info, write_audio
-from diffbuf_lib.data.holdout import NoiseRegion
-from diffbuf_lib.data.noises import KINDS
-from diffbuf_lib.data.recipe import Split, is_complete, make_sample, write_metadata
-from diffbuf_lib.data.voices import (
+from diffbuf_lib.errors import DataError
+from recipes.cpu_demo.noises import KINDS
+from recipes.cpu_demo.rooms import draw_response
+from recipes.cpu_demo.voices import (
     SAMPLE_RATE,
     VOICES,
     missing_programs,
@@ -39,8 +43,8 @@ from diffbuf_lib.data.voices import (
     speak,
     unpack_prompts,
 )
-from diffbuf_lib.errors import DataError
 
+_Job = tuple[Callable[..., None], tuple[object, ...]]  # a function and its arguments
 # The English and the Spanish prompts are by one speaker, so they stay together.
 SPEAKERS = {"train": ("en", "es", "fr"), "valid": ("ru",), "test": ("it",)}
 # Blade-passing frequencies, Hz, of the drones of validation and test; training has none of them.
@@ -74,8 +78,7 @@ def build_pretraining(
     Args:
         out_dir: where to make it.
         seed: of everything drawn.
-        processes: worker processes. With more than one, a script must call this below
-            `if __name__ == "__main__":`.
+        processes: worker processes.
         progress: show progress bars on stderr.
 
     Returns:
@@ -88,7 +91,7 @@ def build_pretraining(
     if missing := missing_programs():
         voices = sorted({voice.package for voice in VOICES} | set(missing))
         raise DataError(f"{', '.join(missing)} not installed: apt-get install {' '.join(voices)}")
-    work: list[tuple[Callable[..., None], tuple[object, ...]]] = []
+    work: list[_Job] = []
     train = out / "train"
     for split, languages in SPEAKERS.items():
         for language in languages:
@@ -102,40 +105,19 @@ def build_pretraining(
             work.append((_fly, (path, split, number, seed)))
     for number in range(_OTHER_NOISES):
         work.append((_other, (train / "noise", number, seed)))
-    _run(work, processes, "sources", progress)
-
-    recordings = _speech_folder(out, "test_recordings")
-    join_recordings(audio_samples(), recordings)
+    run_parallel(_run, work, processes, desc="sources", disable=not progress)
+    join_recordings(audio_samples(), _speech_folder(out, "test_recordings"))
     work = [(_babble, (train, number, seed)) for number in range(_BABBLES)]
     work += [(_room, (train / "rooms", number, seed)) for number in range(_ROOMS)]
-    splits = [_split(out, name, seed) for name in _COUNTS]
-    for split_ in splits:
-        work += [
-            (make_sample, (split_, i)) for i in range(split_.count) if not is_complete(split_, i)
-        ]
-    _run(work, processes, "clips", progress)
-    for split_ in splits:
-        write_metadata(split_)
+    run_parallel(_run, work, processes, desc="rooms", disable=not progress)
+    samples = [sample for name in _COUNTS for sample in _clips(out, name, seed)]
+    make_samples(samples, processes=processes, progress=progress)
     return out
 
 
-def _run(
-    work: list[tuple[Callable[..., None], tuple[object, ...]]],
-    processes: int,
-    what: str,
-    progress: bool,
-) -> None:
-    """Call every (function, arguments), in several processes."""
-    if processes == 1:
-        for function, arguments in tqdm(work, desc=what, disable=not progress):
-            function(*arguments)
-        return
-    with ProcessPoolExecutor(
-        processes, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        jobs = [pool.submit(function, *arguments) for function, arguments in work]
-        for job in tqdm(jobs, desc=what, disable=not progress):
-            job.result()
+def _run(job: _Job) -> None:
+    function, arguments = job
+    function(*arguments)
 
 
 def _speech_folder(out: Path, split: str) -> Path:
@@ -146,31 +128,29 @@ def _noise_folder(out: Path, split: str) -> Path:
     return out / "train" / "noise" if split == "train" else out / "sources" / split / "noise"
 
 
-def _split(out: Path, name: str, seed: int) -> Split:
-    """Describe the clips of validation or test."""
+def _clips(out: Path, name: str, seed: int) -> Iterator[Sample]:
+    """Draw the clips of validation or test."""
     speech_dir = _speech_folder(out, name)
     noise_dir = _noise_folder(out, "test" if name == "test_recordings" else name)
-    speech = tuple(path.relative_to(speech_dir).as_posix() for path in list_audio(speech_dir))
-    noise = tuple(
+    speech = [path.relative_to(speech_dir).as_posix() for path in list_audio(speech_dir)]
+    noise = [
         NoiseRegion(path.relative_to(noise_dir).as_posix(), 0, read_info(path).frames)
         for path in list_audio(noise_dir)
-    )
-    return Split(
+    ]
+    split = Split(
         name=name,
         number=_SPLIT_NUMBERS[name],
         count=_COUNTS[name],
         frames=round(_CLIP_SECONDS * SAMPLE_RATE),
         sample_rate=SAMPLE_RATE,
-        snr=(SNRS[0], SNRS[-1]),
+        snr=SNRS,
         distance=_DISTANCE,
         seed=seed,
         folder=out / name,
         speech_dir=speech_dir,
         noise_dir=noise_dir,
-        speech=speech,
-        noise=noise,
-        snr_grid=SNRS,
     )
+    return draw_samples(split, speech, noise)
 
 
 # The sources. Each function makes what is missing of one speaker, one noise or one room.

@@ -6,6 +6,8 @@ import io
 import os
 import struct
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,14 +32,7 @@ _RIFF_SIZE_UNKNOWN = 0x7FFFF000
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What the header of an audio file says.
-
-    Attributes:
-        path: the file.
-        sample_rate: Hz.
-        channels: number of channels.
-        frames: samples per channel, at least 1.
-    """
+    """What the header of an audio file says: `sample_rate` in Hz, `frames` per channel."""
 
     path: Path
     sample_rate: int
@@ -46,27 +41,20 @@ class AudioInfo:
 
 
 def read_info(path: str | Path) -> AudioInfo:
-    """Read the header of an audio file, without its samples.
-
-    Args:
-        path: a .wav or .flac file.
-
-    Returns:
-        Sample rate, channels and length.
+    """Read the header of a .wav or .flac file, without its samples.
 
     Raises:
-        DataError: the file is missing, empty, no audio, or shorter than its header says; fetch or
-            make the file again.
+        DataError: the file is missing, empty, no audio, or shorter than its header says.
     """
     with _open(Path(path)) as file:
-        return _info(Path(path), file)
+        return AudioInfo(Path(path), file.samplerate, file.channels, file.frames)
 
 
 def read_audio(path: str | Path, start: int = 0, frames: int | None = None) -> tuple[Tensor, int]:
-    """Read samples from an audio file; only the asked-for part is decoded.
+    """Read samples from a .wav or .flac file; only the requested part is decoded.
 
     Args:
-        path: a .wav or .flac file.
+        path: the file.
         start: first sample to read.
         frames: samples to read; None reads to the end.
 
@@ -75,16 +63,15 @@ def read_audio(path: str | Path, start: int = 0, frames: int | None = None) -> t
 
     Raises:
         DataError: as in `read_info`; or the part lies outside the file, the file is cut short, or
-            it holds NaN or Inf; fetch or make the file again.
+            it holds NaN or Inf.
     """
     path = Path(path)
     with _open(path) as file:
-        info = _info(path, file)
-        wanted = info.frames - start if frames is None else frames
-        if start < 0 or wanted < 1 or start + wanted > info.frames:
+        wanted = file.frames - start if frames is None else frames
+        if start < 0 or wanted < 1 or start + wanted > file.frames:
             raise DataError(
-                f"{path} has {info.frames} samples, so samples {start} to {start + wanted} cannot "
-                "be read from it: make the file again, or ask for a part that it has"
+                f"{path} has {file.frames} samples, so samples {start} to {start + wanted} cannot "
+                "be read: make the file again, or ask for a part that it has"
             )
         try:
             file.seek(start)
@@ -94,19 +81,19 @@ def read_audio(path: str | Path, start: int = 0, frames: int | None = None) -> t
             raise DataError(
                 f"{path} is damaged or cut short ({_reason(error)}): fetch or make it again"
             ) from error
+        rate = file.samplerate
     if len(samples) != wanted:
         raise DataError(
             f"{path} is cut short: {len(samples)} of {wanted} samples from sample {start} could "
             "be decoded: fetch or make it again"
         )
-    if not np.isfinite(samples).all():
-        bad = int(np.count_nonzero(~np.isfinite(samples)))
+    if bad := int(np.count_nonzero(~np.isfinite(samples))):
         raise DataError(f"{path} holds {bad} NaN or Inf samples: make the file again")
-    return torch.from_numpy(np.ascontiguousarray(samples.T)), info.sample_rate  # [C, T]
+    return torch.from_numpy(np.ascontiguousarray(samples.T)), rate  # [C, T]
 
 
 def write_audio(path: str | Path, wave: Tensor, sample_rate: int, subtype: str = "PCM_16") -> None:
-    """Write an audio file atomically: the path holds the old file or the whole new one.
+    """Write an audio file atomically.
 
     PCM samples are rounded to the nearest step of 2^(1 - bits); +1 becomes the largest step below.
 
@@ -129,47 +116,60 @@ def write_audio(path: str | Path, wave: Tensor, sample_rate: int, subtype: str =
         raise DataError(f"{path}: the file name must end in one of {', '.join(EXTENSIONS)}")
     samples = wave.detach().cpu().double().numpy().T  # [T, C]
     if not np.isfinite(samples).all():
-        raise DataError(f"{path}: the wave holds NaN or Inf and is not written: check its maker")
-    buffer = io.BytesIO()
+        raise DataError(f"{path}: the wave holds NaN or Inf, so it is not written: check its maker")
+    values = samples if subtype == "FLOAT" else _to_pcm(path, samples, subtype)
+    content = io.BytesIO()
     try:
-        soundfile.write(
-            buffer,
-            samples if subtype == "FLOAT" else _to_pcm(path, samples, subtype),
-            sample_rate,
-            subtype=subtype,
-            format=path.suffix[1:].upper(),
-        )
+        kind = path.suffix[1:].upper()
+        soundfile.write(content, values, sample_rate, subtype=subtype, format=kind)
     except (soundfile.SoundFileError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(
             f"{path} cannot be written as {subtype} at {sample_rate} Hz ({_reason(error)}): "
             "take PCM_16, or a .wav file"
         ) from error
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, content.getvalue(), sync=False)
 
 
-def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a file atomically: under a temporary name in the same folder, then renamed.
-
-    Args:
-        path: the file; its folder must exist.
-        content: all of its bytes.
+def write_bytes(path: str | Path, content: bytes, *, sync: bool = True) -> None:
+    """Write all bytes of a file through `atomic_file`.
 
     Raises:
-        DataError: the disk is full or the folder cannot be written; free space or change the path.
+        DataError: the disk is full or the folder cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        with atomic_file(path, sync=sync) as temporary:
+            temporary.write_bytes(content)
     except OSError as error:
         raise DataError(
             f"{path} cannot be written ({_reason(error)}): free disk space or choose another folder"
         ) from error
+
+
+@contextmanager
+def atomic_file(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
+    """Give a temporary path beside `path` to write to; at the end it takes the place of `path`.
+
+    Whenever the process stops, `path` is the old file or the whole new one.
+
+    Args:
+        path: the file; its folder must exist.
+        sync: wait for the disk, so that this also holds when the power fails.
+
+    Raises:
+        OSError: the system's; the temporary file is gone and `path` is as before.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        if sync:
+            _wait_for_disk(temporary)
+        os.replace(temporary, path)
+        if sync:
+            _wait_for_disk(path.parent)  # without it the rename can be lost with the power
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def resample(wave: Tensor, from_rate: int, to_rate: int) -> Tensor:
@@ -185,7 +185,7 @@ def resample(wave: Tensor, from_rate: int, to_rate: int) -> Tensor:
         are equal.
 
     Raises:
-        DataError: a rate below 1 Hz; give rates in Hz.
+        DataError: a rate below 1 Hz.
     """
     if from_rate < 1 or to_rate < 1:
         raise DataError(f"cannot resample from {from_rate} Hz to {to_rate} Hz: rates start at 1 Hz")
@@ -199,15 +199,7 @@ def resample(wave: Tensor, from_rate: int, to_rate: int) -> Tensor:
 
 
 def check_rate(info: AudioInfo, expected: int) -> None:
-    """Refuse a file of another sample rate; nothing is resampled behind the user's back.
-
-    Args:
-        info: of the file.
-        expected: Hz, the config's audio.sample_rate.
-
-    Raises:
-        DataError: the rates differ; resample the file or change the config.
-    """
+    """Raise DataError for a file whose rate is not `expected`, Hz: nothing is resampled unasked."""
     if info.sample_rate != expected:
         raise DataError(
             f"{info.path} has a sample rate of {info.sample_rate} Hz but audio.sample_rate is "
@@ -221,14 +213,8 @@ def list_audio(folder: str | Path) -> list[Path]:
 
     Links to folders are followed (once each); names that begin with a dot are left out.
 
-    Args:
-        folder: where to look.
-
-    Returns:
-        Paths that begin with `folder`; empty if there are none.
-
     Raises:
-        DataError: the folder does not exist; check the path.
+        DataError: the folder does not exist.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -242,16 +228,13 @@ def list_audio(folder: str | Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        found += [
-            Path(here, name)
-            for name in names
-            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-        ]
+        audio = (name for name in names if name.lower().endswith(EXTENSIONS))
+        found += [Path(here, name) for name in audio if not name.startswith(".")]
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def _open(path: Path) -> soundfile.SoundFile:
-    """Open an audio file that exists, is not empty and is as long as its header says."""
+    """Open an audio file that holds samples and is as long as its header says."""
     try:
         size = path.stat().st_size
         if not path.is_file():
@@ -259,13 +242,17 @@ def _open(path: Path) -> soundfile.SoundFile:
         if size == 0:
             raise DataError(f"{path} is empty (0 bytes): fetch or make it again")
         _check_not_cut(path, size)
-        return soundfile.SoundFile(path)
+        file = soundfile.SoundFile(path)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: check the path") from None
     except (soundfile.SoundFileError, OSError) as error:
         raise DataError(
             f"{path} cannot be read as audio ({_reason(error)}): fetch or make it again"
         ) from error
+    if file.frames < 1:
+        file.close()
+        raise DataError(f"{path} has no samples: remove it, or make it again")
+    return file
 
 
 def _check_not_cut(path: Path, size: int) -> None:
@@ -282,12 +269,6 @@ def _check_not_cut(path: Path, size: int) -> None:
         )
 
 
-def _info(path: Path, file: soundfile.SoundFile) -> AudioInfo:
-    if file.frames < 1:
-        raise DataError(f"{path} has no samples: remove it, or make it again")
-    return AudioInfo(path, file.samplerate, file.channels, file.frames)
-
-
 def _to_pcm(path: Path, samples: npt.NDArray[np.float64], subtype: str) -> npt.NDArray[np.integer]:
     """Round [T, C] float samples to integers; libsndfile itself would floor and clip them."""
     if subtype not in _PCM:
@@ -301,6 +282,15 @@ def _to_pcm(path: Path, samples: npt.NDArray[np.float64], subtype: str) -> npt.N
     dtype, bits, shift = _PCM[subtype]
     steps = np.round(samples * 2.0 ** (bits - 1))
     return np.minimum(steps, 2.0 ** (bits - 1) - 1).astype(dtype) << shift
+
+
+def _wait_for_disk(path: Path) -> None:
+    """Wait until the disk holds a file, or the entries of a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,1 @@
+"""What one person ran once, and how to run it again."""
