@@ -182,7 +182,7 @@ def test_resampling_lengths_and_limits(noise_wave):
 def test_another_rate_is_named_with_its_fix():
     info = AudioInfo(Path("a.wav"), 8000, 1, 10)
     check_rate(info, 8000)
-    with pytest.raises(DataError, match=r"8000 Hz but audio.sample_rate is 16000.*data build"):
+    with pytest.raises(DataError, match=r"8000 Hz but audio.sample_rate is 16000.*data resample"):
         check_rate(info, 16000)
 
 

@@ -401,7 +401,7 @@ def test_mixing_refuses_what_does_not_fit(to_mix, save, noise_wave):
     refused(lambda: MixingDataset(to_mix, CHUNK)[0], "999 samples", "audio.chunk_size")
     for number in range(3):
         save(to_mix / "noise" / f"{number}.wav", noise_wave(0, 4000), 8000)
-    refused(lambda: MixingDataset(to_mix, CHUNK)[0], "8000 Hz", "diffbuf data build")
+    refused(lambda: MixingDataset(to_mix, CHUNK)[0], "8000 Hz", "diffbuf data resample")
     for path in (to_mix / "noise").iterdir():
         path.unlink()
     refused(lambda: MixingDataset(to_mix, CHUNK), to_mix / "noise", "holds no .wav")
