@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import faulthandler
+import io
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -36,6 +37,9 @@ def run(command: Callable[[], Any]) -> None:
     """Run a command; errors of ours are one line and exit status 2, Ctrl-C is 130."""
     faulthandler.enable()
     warnings.showwarning = _show_warning
+    for stream in (sys.stdout, sys.stderr):  # file names need not be text of the terminal's
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         command()
     except DiffbufError as error:

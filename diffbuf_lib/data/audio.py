@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import uuid
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +29,7 @@ _PCM: dict[str, tuple[type[np.signedinteger], int, int]] = {
     "PCM_16": (np.int16, 16, 0),
     "PCM_24": (np.int32, 24, 8),
 }
+LARGEST_RIFF = 0xFFFFFFFF  # bytes, that a WAV's header can count
 _ENDLESS = 1 << 62  # samples: more than any file has
 
 
@@ -142,6 +144,79 @@ def write_audio(path: str | Path, wave: Tensor, sample_rate: int, subtype: str =
             "take PCM_16, or a .wav file"
         ) from error
     write_bytes(path, content.getvalue(), sync=False)
+
+
+@contextmanager
+def audio_output(
+    path: Path, sample_rate: int, channels: int, *, atomic: bool = True
+) -> Iterator[soundfile.SoundFile]:
+    """Open a .wav of 32-bit floats, so that nothing is clipped, or a .flac of 24 bit to write to.
+
+    A .wav that outgrows the sizes of its format becomes RF64.
+
+    Args:
+        path: the file; its folder is made.
+        sample_rate: Hz.
+        channels: how many.
+        atomic: as with `atomic_file`; else the file is there and grows.
+
+    Raises:
+        DataError: another file name, or it cannot be written.
+    """
+    kind, subtype = output_format(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path, sync=False) if atomic else nullcontext(path) as target:
+            target.open("wb").close()  # of the umask's mode
+            try:
+                with soundfile.SoundFile(
+                    os.fsencode(target), "w", sample_rate, channels, subtype, format=kind
+                ) as file:
+                    yield file
+            finally:
+                if kind == "RF64":
+                    _make_plain_wav(target, channels)
+    except (OSError, soundfile.SoundFileError) as error:
+        raise DataError(
+            f"{path} cannot be written ({reason(error)}): free disk space or choose another folder"
+        ) from error
+
+
+def output_format(path: Path) -> tuple[str, str]:
+    """Return format and subtype, as soundfile calls them, of an output.
+
+    Raises:
+        DataError: a name in neither .wav nor .flac.
+    """
+    formats = {".wav": ("RF64", "FLOAT"), ".flac": ("FLAC", "PCM_24")}
+    if path.suffix.lower() not in formats:
+        raise DataError(f"{path}: give the output a name in .wav or .flac (stream: - for stdout)")
+    return formats[path.suffix.lower()]
+
+
+def refuse_same_file(source: Path, output: Path) -> None:
+    """Raise DataError for an output that is the input itself, also through links."""
+    if output.exists() and source.exists() and output.samefile(source):
+        raise DataError(f"the output {output} is the input {source}: give it another name")
+
+
+def _make_plain_wav(path: Path, channels: int) -> None:
+    """Make a RF64 file one that every program reads, if its sizes allow that."""
+    with path.open("r+b") as file:
+        head = bytearray(file.read(512))
+        if len(head) < 80 or head[:4] != b"RF64":
+            return
+        riff_size, data_size = struct.unpack_from("<QQ", head, 20)
+        if riff_size > LARGEST_RIFF:
+            return
+        struct.pack_into("<4sI4s4s", head, 0, b"RIFF", riff_size, b"WAVE", b"JUNK")
+        fmt = head.index(b"fmt ")
+        if channels <= 2:  # what the long form says beside is which loudspeaker is whose
+            struct.pack_into("<IH", head, fmt + 4, 16, 3)
+            struct.pack_into("<4sI", head, fmt + 24, b"JUNK", 16)
+        struct.pack_into("<I", head, head.index(b"data", fmt) + 4, data_size)
+        file.seek(0)
+        file.write(head)
 
 
 def write_bytes(path: str | Path, content: bytes, *, sync: bool = True) -> None:

@@ -339,7 +339,11 @@ def _open(path: Path) -> tuple[_SoundFile, int | None]:
     except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
         if isinstance(error, DataError):
             raise
-        hint = f"convert it with {_ffmpeg(path)}" if _is_foreign(path) else "fetch or make it again"
+        hint = (
+            f"convert it with {ffmpeg_line(path)}"
+            if _is_foreign(path)
+            else "fetch or make it again"
+        )
         raise DataError(f"{path} cannot be read as audio ({reason(error)}): {hint}") from error
     if file.frames < 1:
         file.close()
@@ -368,11 +372,12 @@ def _refuse_foreign(path: Path, head: bytes) -> None:
     if adts or head[4:8] == b"ftyp" or head[:4] in (b"\x1a\x45\xdf\xa3", b"\x30\x26\xb2\x75"):
         raise DataError(
             f"{path} cannot be read as audio (AAC, MP4, WebM or WMA): "
-            f"convert it with {_ffmpeg(path)}"
+            f"convert it with {ffmpeg_line(path)}"
         )
 
 
-def _ffmpeg(path: Path) -> str:
+def ffmpeg_line(path: Path) -> str:
+    """Return the command that makes a .wav of a file."""
     wav = path.with_suffix(".wav") if _is_foreign(path) else path.with_name(path.name + ".wav")
     return f"ffmpeg -i {shlex.quote(str(path))} {shlex.quote(str(wav))}"
 
