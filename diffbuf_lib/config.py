@@ -314,8 +314,11 @@ class SDEConfig(Section):
 
 
 class DataConfig(Section):
-    """Pairs that are mixed while training (dataset_type 3)."""
+    """Pairs of files, and those that are mixed while training (dataset_type 3)."""
 
+    pair_tolerance: int = Field(
+        400, ge=0, description="samples by which a pair's lengths may differ: both are trimmed"
+    )
     snr_min: float = Field(-30.0, ge=-100, le=100, description="dB, smallest drawn SNR")
     snr_max: float = Field(0.0, ge=-100, le=100, description="dB, largest drawn SNR")
     distance_min: float = Field(5.0, ge=0.01, le=1e4, description="m, nearest talker")

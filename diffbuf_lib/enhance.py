@@ -12,7 +12,7 @@ import numpy as np
 import soxr
 import torch
 
-from diffbuf_lib.data.audio import EXTENSIONS, audio_output, list_audio, refuse_same_file
+from diffbuf_lib.data.audio import audio_output, list_audio, output_names, refuse_same_file
 from diffbuf_lib.data.reader import CONVERTIBLE, READABLE, AudioReader, Block, ffmpeg_line
 from diffbuf_lib.errors import DataError, DiffbufError
 from diffbuf_lib.model import DiffusionBufferModel
@@ -118,7 +118,7 @@ def enhance_path(
     files = list_audio(source, READABLE)
     if not files:
         raise DataError(f"{source} holds no .wav or .flac file, or others to read: check the path")
-    targets = [destination / name for name in _output_names(source, files)]
+    targets = [destination / name for name in output_names(source, files)]
     there = {target for target in targets if target.exists()} if not overwrite else set()
     if there:
         warnings.warn(
@@ -160,20 +160,6 @@ def _enhanced(enhancer: OnlineEnhancer, model_rate: int, file: AudioReader) -> I
         yield out
     # Rounding of the two rates, a sample or so.
     yield np.zeros((file.position - given, streams), np.float32)
-
-
-def _output_names(root: Path, files: Sequence[Path]) -> list[Path]:
-    """Return the files' names below `root`, .wav in place of what is not written; all different."""
-    names = [path.relative_to(root) for path in files]
-    given = {name for name in names if name.suffix.lower() in EXTENSIONS}
-    outputs = []
-    for name in names:
-        if name not in given:
-            short = name.with_suffix(".wav")
-            name = short if short not in given else name.with_name(f"{name.name}.wav")
-            given.add(name)
-        outputs.append(name)
-    return outputs
 
 
 def _names(paths: Sequence[Path]) -> str:

@@ -7,7 +7,7 @@ import os
 import struct
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -322,6 +322,23 @@ def list_audio(folder: str | Path, extensions: tuple[str, ...] = EXTENSIONS) -> 
         audio = (name for name in names if name.lower().endswith(extensions))
         found += [Path(here, name) for name in audio if not name.startswith(".")]
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def output_names(
+    root: Path, files: Sequence[Path], kept: tuple[str, ...] = EXTENSIONS
+) -> list[Path]:
+    """Return names below `root`, .wav instead of all but `kept` extensions; no two are equal."""
+    names = [path.relative_to(root) for path in files]
+    given = {name for name in names if name.suffix.lower() in kept}
+    outputs = []
+    for name in names:
+        output = name
+        if name.suffix.lower() not in kept:
+            short = name.with_suffix(".wav")
+            output = short if short not in given else name.with_name(f"{name.name}.wav")
+            given.add(output)
+        outputs.append(output)
+    return outputs
 
 
 @lru_cache(maxsize=1 << 16)

@@ -81,13 +81,13 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
 
 
 def build_dnlm(
-    speech_dir: str | Path,
-    noise_dir: str | Path,
-    out_dir: str | Path,
+    speech_dir: str | Path,  # .wav or .flac at any depth, such as LibriSpeech/train-clean-100
+    noise_dir: str | Path,  # .wav or .flac at any depth
+    out_dir: str | Path,  # where to make the dataset; not inside the other two
     *,
-    processes: int | None = None,
-    progress: bool = False,
-    **options: Any,
+    processes: int | None = None,  # None takes one a core, or none if there is little to do
+    progress: bool = False,  # show a progress bar on stderr
+    **options: Any,  # the fields of `Recipe`
 ) -> Path:
     """Make `{train,valid,test}/sample_00000/{mixture,vocals,noise}.wav` and `metadata.json`.
 
@@ -100,17 +100,6 @@ def build_dnlm(
     test split shares speakers and noise with valid, never with train. Every speech file is used
     once before any is used twice. Files of several channels are averaged to one, and files of
     another rate are resampled.
-
-    Args:
-        speech_dir: .wav or .flac files at any depth, such as `LibriSpeech/train-clean-100`.
-        noise_dir: .wav or .flac files at any depth.
-        out_dir: where to make the dataset; not inside the other two.
-        processes: worker processes; None takes one a core, or none if there is little to do.
-        progress: show a progress bar on stderr.
-        options: the fields of `Recipe`.
-
-    Returns:
-        `out_dir`.
 
     Raises:
         DataError: an option out of its limits; too few files to split; a source file that cannot
@@ -273,12 +262,13 @@ def claim(marker: Path, parameters: dict[str, Any]) -> None:
     folder, fix = marker.parent, "choose another folder, or delete this one"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not marker.exists():
-            return _write_json(marker, parameters)
-        before = json.loads(marker.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{folder} cannot be used ({error.strerror}): {fix}") from error
-    except (ValueError, RecursionError):
+        raise DataError(f"{folder} cannot be made ({error.strerror}): {fix}") from error
+    if not marker.exists():
+        return _write_json(marker, parameters)
+    try:
+        before = json.loads(marker.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         before = None
     if not isinstance(before, dict):
         raise DataError(f"{marker} cannot be read: {fix}")
@@ -322,11 +312,11 @@ def download_librispeech(out_dir: str | Path, subset: str = "train-clean-100") -
     as the subset is a whole one, and is kept. An interrupted download starts again.
 
     Args:
-        out_dir: the subset will be `out_dir/LibriSpeech/<subset>`.
+        out_dir: where to put it.
         subset: such as "dev-clean" (0.3 GB) or "train-clean-100" (6 GB).
 
     Returns:
-        The subset's folder: one folder a speaker, .flac at 16 kHz; give it to `build_dnlm`.
+        `out_dir/LibriSpeech/<subset>`: a folder a speaker, .flac at 16 kHz; for `build_dnlm`.
 
     Raises:
         DataError: an unknown subset, no network, or a full disk.

@@ -38,14 +38,18 @@ _RATES = (0.85, 0.95, 1.05, 1.2)  # piper's length_scale: below 1 is faster
 def build_demo(
     out_dir: str | Path,
     *,
-    train: int = 192,
-    valid: int = 12,
-    seconds: float = 1.0,
-    seed: int = 0,
+    train: int = 192,  # training samples
+    valid: int = 12,  # validation samples
+    seconds: float = 1.0,  # length of their clips
+    seed: int = 0,  # of everything drawn
+    # dB. DN-LM's (-30, 0) takes many hours on a GPU to improve at all; here a tiny network learns
+    # something that can be heard within minutes on a CPU.
     snr: tuple[float, float] = (-5.0, 10.0),
-    progress: bool = False,
+    progress: bool = False,  # show progress bars on stderr
 ) -> Path:
-    """Make the demo set in a few seconds, without a network; an existing one is kept.
+    """Make the demo set in a few seconds, without a network, and return its folder.
+
+    An existing one is kept.
 
     `train/` and `valid/` hold clips of `seconds`; `test/` holds 3 clips of 6 s to listen to. All
     are 16 kHz mono. Valid and test speak with the English, Italian and Japanese recordings, and
@@ -55,20 +59,6 @@ def build_demo(
 
     The same arguments give the same bytes on one machine: piper speaks without its random
     variation. Another build of onnxruntime may round differently.
-
-    Args:
-        out_dir: where to make it.
-        train: number of training samples.
-        valid: number of validation samples.
-        seconds: length of their clips, s.
-        seed: of everything drawn.
-        snr: lowest and highest input SNR, dB. The default is easier than DN-LM's (-30, 0), which
-            takes many hours of training on a GPU to improve at all: between -5 and 10 dB a tiny
-            network learns something to be heard within minutes on a CPU.
-        progress: show progress bars on stderr.
-
-    Returns:
-        `out_dir`.
 
     Raises:
         MissingExtraError: piper, its voice or the recordings are not installed.

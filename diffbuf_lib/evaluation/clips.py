@@ -120,7 +120,7 @@ class Clips:
     def _length(self, i: int) -> int:
         if not self.whole:
             return self.dataset.chunk_size
-        mix, target = (read_info(path) for path in self.dataset.items[i])
+        mix, target = (read_info(path, decode=True) for path in self.dataset.items[i])
         frames = self.dataset.check_pair(mix, target)
         return min(frames, self.at_most or frames)
 

@@ -9,7 +9,6 @@ import torch
 
 from diffbuf_lib.data.audio import (
     AudioInfo,
-    check_rate,
     list_audio,
     read_audio,
     read_info,
@@ -177,13 +176,6 @@ def test_resampling_lengths_and_limits(noise_wave):
         assert resample(wave[:, :length], 22050, 16000).shape == (2, -(-length * 16000 // 22050))
     with pytest.raises(DataError, match="start at 1 Hz"):
         resample(wave, 0, 16000)
-
-
-def test_another_rate_is_named_with_its_fix():
-    info = AudioInfo(Path("a.wav"), 8000, 1, 10)
-    check_rate(info, 8000)
-    with pytest.raises(DataError, match=r"8000 Hz but audio.sample_rate is 16000.*data resample"):
-        check_rate(info, 16000)
 
 
 def test_listing_is_sorted_nested_and_only_audio(tmp_path, noise_wave, save):

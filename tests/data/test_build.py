@@ -1,13 +1,15 @@
 import json
 import math
 import shutil
+import urllib.error
 
 import numpy as np
 import pytest
 import torch
+import torchaudio.datasets
 
 import diffbuf_lib.data.build as build_module
-from diffbuf_lib.data import DNLMDataset, build_dnlm, read_audio, read_info
+from diffbuf_lib.data import DNLMDataset, build_dnlm, download_librispeech, read_audio, read_info
 from diffbuf_lib.errors import DataError
 
 SMALL = {"train": 6, "valid": 3, "seconds": 0.5, "seed": 3}
@@ -30,23 +32,6 @@ def records(folder, split):
     return json.loads((folder / split / "metadata.json").read_text())[split]
 
 
-def test_the_tree_is_a_dnlm_dataset(built):
-    names = set(contents(built))
-    expected = {"build.json", "train/metadata.json", "valid/metadata.json"}
-    for split, count in (("train", 6), ("valid", 3)):
-        for i in range(count):
-            stems = ("mixture", "vocals", "noise")
-            expected |= {f"{split}/sample_{i:05d}/{stem}.wav" for stem in stems}
-    assert names == expected
-    info = read_info(built / "valid" / "sample_00002" / "noise.wav")
-    assert (info.sample_rate, info.channels, info.frames) == (16000, 1, 8000)
-    data = DNLMDataset(built / "train", 8000, training=False)
-    assert len(data) == 6
-    assert data[5][0].shape == (1, 8000)
-    keys = {"id", "input_snr", "speech_source", "noise_source", "speech_distance"}
-    assert all(set(record) == keys for record in records(built, "train"))
-
-
 @pytest.mark.law
 def test_the_files_have_the_drawn_snr_and_add_up(built):
     for split in ("train", "valid"):
@@ -64,7 +49,12 @@ def test_the_files_have_the_drawn_snr_and_add_up(built):
             assert float(mix.abs().max()) < 1
 
 
-def test_speech_is_never_a_pause(built):
+def test_the_tree_is_a_dnlm_dataset_without_pauses(built):
+    data = DNLMDataset(built / "train", 8000, training=False)
+    assert len(data) == 6
+    assert data[5][0].shape == (1, 8000)
+    keys = {"id", "input_snr", "speech_source", "noise_source", "speech_distance"}
+    assert all(set(record) == keys for record in records(built, "train"))
     for path in built.glob("*/sample_*/vocals.wav"):
         wave, _ = read_audio(path)
         assert float((wave.abs() > 0.02 * wave.abs().max()).float().mean()) > 0.05
@@ -153,9 +143,7 @@ def test_other_arguments_or_sources_into_the_same_folder_are_refused(sources, bu
 
 
 def test_sources_may_move(tmp_path, sources, built):
-    moved = tmp_path / "elsewhere"
-    shutil.move(sources[0], moved)
-    build_dnlm(moved, sources[1], built, **SMALL)
+    build_dnlm(shutil.move(sources[0], tmp_path / "elsewhere"), sources[1], built, **SMALL)
 
 
 @pytest.mark.law
@@ -186,23 +174,16 @@ def test_test_split_and_named_valid_speakers(tmp_path, sources):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("key", "value"),
     [
-        ({"train": 0}, "train 0 .*--train"),
-        ({"valid": -1}, "valid -1 .*--valid"),
-        ({"seconds": 0.0}, "seconds 0.0 .*--seconds"),
-        ({"snr": (0.0, -30.0)}, r"snr .*--snr"),
-        ({"distance": (0.0, 20.0)}, "distance"),
-        ({"sample_rate": 1}, "sample_rate 1 "),
-        ({"processes": 0}, "processes 0"),
-        ({"seconds": 2.5}, r"noise file .*drone.*lower --seconds"),
-        ({"valid_speakers": ["nobody"]}, "'nobody' is none of the 4 speakers"),
-        ({"valid_speakers": []}, "leave at least one"),
+        *(("train", 0), ("valid", -1), ("seconds", 0.0), ("sample_rate", 1), ("processes", 0)),
+        *(("snr", (0.0, -30.0)), ("distance", (0.0, 20.0))),
+        *(("seconds", 2.5), ("valid_speakers", ["nobody"]), ("valid_speakers", [])),
     ],
 )
-def test_arguments_out_of_their_limits(tmp_path, sources, arguments, message):
-    with pytest.raises(DataError, match=message) as error:
-        build_dnlm(*sources, tmp_path / "out", **{**SMALL, **arguments})
+def test_options_out_of_their_limits_are_named(tmp_path, sources, key, value):
+    with pytest.raises(DataError, match=key) as error:
+        build_dnlm(*sources, tmp_path / "out", **{**SMALL, key: value})
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -245,3 +226,45 @@ def test_multichannel_sources_become_mono_and_short_speech_is_padded(tmp_path, s
     assert vocals.shape == (1, 8000)
     assert bool(vocals[0, 2900:3000].any())
     assert not vocals[0, 3000:].any()
+
+
+def test_a_subset_arrives_whole_and_is_kept(tmp_path, monkeypatch):
+    calls = []
+
+    def fetch(root, url, download):
+        calls.append(url)
+        assert download
+        assert not (root / "LibriSpeech").exists()  # what a stopped run unpacked is gone
+        (root / "LibriSpeech" / url / "19").mkdir(parents=True)
+
+    (tmp_path / ".librispeech-dev-clean" / "LibriSpeech" / "dev-clean").mkdir(parents=True)
+    monkeypatch.setattr(torchaudio.datasets, "LIBRISPEECH", fetch)
+    for _ in range(2):
+        folder = download_librispeech(tmp_path, "dev-clean")
+        assert folder == tmp_path / "LibriSpeech" / "dev-clean"
+        assert [path.name for path in folder.iterdir()] == ["19"]
+    assert calls == ["dev-clean"]
+    assert [path.name for path in tmp_path.iterdir()] == ["LibriSpeech"]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        urllib.error.URLError("Name or service not known"),
+        RuntimeError("hash mismatch"),
+        EOFError("Compressed file ended"),
+    ],
+)
+def test_no_network_is_one_line_with_a_way_out(tmp_path, monkeypatch, failure):
+    def fail(*args, **kwargs):
+        raise failure
+
+    monkeypatch.setattr(torchaudio.datasets, "LIBRISPEECH", fail)
+    with pytest.raises(DataError, match="check the network") as error:
+        download_librispeech(tmp_path)
+    assert "\n" not in str(error.value)
+    assert "diffbuf data demo" in str(error.value)
+    assert not (tmp_path / "LibriSpeech").exists()
+
+    with pytest.raises(DataError, match=r"'train-clean'.*train-clean-100"):
+        download_librispeech(tmp_path, "train-clean")

@@ -10,6 +10,7 @@ import torch
 from diffbuf_lib.errors import DataError
 from recipes.cpu_demo import dataset, voices
 from recipes.cpu_demo.noises import KINDS
+from recipes.cpu_demo.rooms import draw_response
 
 RATE = 16000
 
@@ -119,3 +120,13 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(voices.subprocess, "run", broken)
     with pytest.raises(DataError, match=r"asterisk-core-sounds-it-g722.*Debian"):
         voices.unpack_prompts("it", tmp_path)
+
+
+@pytest.mark.law
+def test_rooms_differ_and_are_repeated_by_their_seed():
+    first, again, other = (draw_response(np.random.default_rng(s), RATE) for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert first.shape != other.shape or not torch.equal(first, other)
+    energy = first.square()
+    late = float(energy[len(energy) // 2 :].sum() / energy.sum())
+    assert 0 < late < 0.3  # it has a tail, and the tail decays
