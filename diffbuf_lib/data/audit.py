@@ -181,6 +181,8 @@ def _look(dataset: Any, index: int) -> ClipFacts:
         cropped_mix, wave = dataset[index]  # finds what does not match within the pair
         if len(files) == 2:
             mix, target = (_whole(info) for info in infos)
+            length = min(mix.shape[-1], target.shape[-1])  # data.pair_tolerance
+            mix, target = mix[..., :length], target[..., :length]
         else:
             mix, target = cropped_mix, wave
         noise = _noise(files, infos)

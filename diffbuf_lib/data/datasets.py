@@ -187,8 +187,9 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         for what, ours, theirs, fix in (
             ("Hz", mix.sample_rate, target.sample_rate, "resample one of them"),
             ("channels", mix.channels, target.channels, "bring both to one number of channels"),
-            ("samples", mix.frames, target.frames, "cut both to the same length"),
-        ):
+            ("samples", mix.frames, target.frames, "cut both to the same length, or raise "
+             "data.pair_tolerance"),
+        ):  # fmt: skip
             if ours != theirs and not (what == "samples" and self._may_trim(mix, target)):
                 raise DataError(
                     f"{mix.path} has {ours} {what} but {target.path} has {theirs}: {fix}"
