@@ -229,7 +229,7 @@ def read_wav_header(stream: BinaryIO) -> WavHeader:
     Raises:
         DataError: it has another codec, or ends before its samples.
     """
-    found = (0, 0, 0, 0, 0)
+    found, long_size = (0, 0, 0, 0, 0), 0
     while len(head := stream.read(8)) == 8:
         name, size = struct.unpack("<4sI", head)
         if name == b"data":
@@ -239,6 +239,8 @@ def read_wav_header(stream: BinaryIO) -> WavHeader:
             found = struct.unpack_from("<HHI4xHH", body)
             if found[0] == 0xFFFE and len(body) >= 26:  # extensible: the tag begins the GUID
                 found = (struct.unpack_from("<H", body, 24)[0], *found[1:])
+        if name == b"ds64" and len(body) >= 16:
+            (long_size,) = struct.unpack_from("<Q", body, 8)  # of RF64
     else:
         raise DataError("the WAV ends before its samples: fetch or make it again")
     tag, channels, rate, frame_bytes, bits = found
@@ -247,8 +249,8 @@ def read_wav_header(stream: BinaryIO) -> WavHeader:
         raise DataError(
             f"a WAV of codec {tag:#06x} with {bits} bits is not read from a pipe: send 16-bit PCM"
         )
-    known = 0 < size < _SIZE_UNKNOWN
-    return WavHeader(subtype, rate, channels, frame_bytes, size if known else None)
+    known = long_size or (size if size < _SIZE_UNKNOWN else 0)
+    return WavHeader(subtype, rate, channels, frame_bytes, known or None)
 
 
 def reason(error: Exception) -> str:
