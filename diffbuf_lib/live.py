@@ -69,8 +69,9 @@ def stream_path(
             hops = (torch.from_numpy(block[:, 0]) for block in file.blocks(hop, mono=True))
         if found != cfg.sample_rate:
             raise DataError(
-                f"{source} is at {found} Hz and the model at {cfg.sample_rate} Hz: a live "
-                "stream is not resampled; diffbuf enhance takes any rate"
+                f"{'stdin' if file is None else source} is at {found} Hz and the model at "
+                f"{cfg.sample_rate} Hz: a live stream is not resampled; diffbuf enhance takes any "
+                "rate"
             )
         sink: Callable[[Tensor], object]
         if output == PIPE:

@@ -324,6 +324,11 @@ def list_audio(folder: str | Path, extensions: tuple[str, ...] = EXTENSIONS) -> 
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
+def text_of(path: Path) -> str:
+    """Return a path as text for any file or page: bytes that are no UTF-8 as hexadecimals."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+
+
 def output_names(
     root: Path, files: Sequence[Path], kept: tuple[str, ...] = EXTENSIONS
 ) -> list[Path]:

@@ -45,7 +45,8 @@ def resample_folder(
         raise DataError(f"{source} holds no audio file: check the path")
     if out_path.resolve().is_relative_to(source.resolve()):
         raise DataError(f"the copy {out_path} lies inside {source}: choose another folder")
-    others = [path for path in source.rglob("*") if path.is_file() and path not in set(files)]
+    known = set(files)
+    others = [path for path in source.rglob("*") if path.is_file() and path not in known]
     try:
         for path in others:
             target = out_path / path.relative_to(source)
@@ -53,13 +54,14 @@ def resample_folder(
             with atomic_file(target, sync=False) as temporary:
                 shutil.copyfile(path, temporary)
         names = output_names(source, files, kept=(".wav",))
-        for path, name in zip(tqdm(files, disable=not progress), names, strict=True):
-            target = out_path / name
-            if target.exists() and read_info(target).sample_rate == rate:
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            wave, from_rate = read_audio(path)
-            write_audio(target, resample(wave, from_rate, rate), rate, "FLOAT")
+        with tqdm(files, disable=not progress) as bar:
+            for path, name in zip(bar, names, strict=True):
+                target = out_path / name
+                if target.exists() and read_info(target).sample_rate == rate:
+                    continue
+                target.parent.mkdir(parents=True, exist_ok=True)
+                wave, from_rate = read_audio(path)
+                write_audio(target, resample(wave, from_rate, rate), rate, "FLOAT")
     except OSError as error:
         raise DataError(f"{out_path} cannot be written ({error}): free disk space") from error
     return out_path

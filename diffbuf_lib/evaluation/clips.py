@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.data import ClipDataset, open_dataset, read_info
+from diffbuf_lib.data.audio import text_of
 from diffbuf_lib.data.datasets import Crop, apply_crop
 from diffbuf_lib.errors import DataError
 from diffbuf_lib.training.metrics import SILENCE_RMS
@@ -151,5 +152,5 @@ def _open(dataset_type: int, root: str | Path, cfg: Config, samples: int | None)
 def _name(dataset: ClipDataset, dataset_type: int, i: int) -> str:
     path = dataset.items[i][0].relative_to(dataset.root)
     if dataset_type == 1:
-        return path.parent.as_posix()
-    return Path(*path.parts[1:]).as_posix()  # without noisy/ or speech/
+        return text_of(path.parent)
+    return text_of(Path(*path.parts[1:]))  # without noisy/ or speech/
