@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from diffbuf_lib.data.audio import audio_output, refuse_same_file
-from diffbuf_lib.data.reader import AudioReader, WavHeader, read_wav_header
+from diffbuf_lib.data.reader import AudioReader
+from diffbuf_lib.data.riff import WavHeader, read_wav_header
 from diffbuf_lib.errors import ConfigError, DataError, MissingExtraError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.streaming import OnlineEnhancer

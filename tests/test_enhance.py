@@ -11,7 +11,7 @@ import torch
 from scipy.io import wavfile
 
 from diffbuf_lib import OnlineEnhancer, enhance
-from diffbuf_lib.data import DNLMDataset, audio, read_info
+from diffbuf_lib.data import DNLMDataset, audio, read_info, riff
 from diffbuf_lib.enhance import FilesFailedError, enhance_file, enhance_path
 from diffbuf_lib.errors import DataError
 from diffbuf_lib.evaluation import evaluate, summary
@@ -159,7 +159,7 @@ def test_nothing_is_overwritten_unasked_and_the_input_never(model, tmp_path):
 def test_a_wav_that_outgrows_its_sizes_becomes_rf64(model, tmp_path, monkeypatch, channels):
     write(tmp_path / "in.wav", 0.05, channels=channels)
     enhance_file(model, tmp_path / "in.wav", tmp_path / "small.wav", channels="keep")
-    monkeypatch.setattr(audio, "LARGEST_RIFF", 1000)
+    monkeypatch.setattr(riff, "LARGEST_RIFF", 1000)
     enhance_file(model, tmp_path / "in.wav", tmp_path / "large.wav", channels="keep")
     small, large = (tmp_path / f"{name}.wav" for name in ("small", "large"))
     assert soundfile.info(large).format == "RF64"

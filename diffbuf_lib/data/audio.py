@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import struct
 import uuid
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from diffbuf_lib.data.reader import AudioReader, reason
+from diffbuf_lib.data.riff import make_plain_wav
 from diffbuf_lib.errors import DataError
 
 EXTENSIONS = (".wav", ".flac")
@@ -29,7 +29,6 @@ _PCM: dict[str, tuple[type[np.signedinteger], int, int]] = {
     "PCM_16": (np.int16, 16, 0),
     "PCM_24": (np.int32, 24, 8),
 }
-LARGEST_RIFF = 0xFFFFFFFF  # bytes, that a WAV's header can count
 _ENDLESS = 1 << 62  # samples: more than any file has
 
 
@@ -175,7 +174,7 @@ def audio_output(
                     yield file
             finally:
                 if kind == "RF64":
-                    _make_plain_wav(target, channels)
+                    make_plain_wav(target, channels)
     except (OSError, soundfile.SoundFileError) as error:
         raise DataError(
             f"{path} cannot be written ({reason(error)}): free disk space or choose another folder"
@@ -198,25 +197,6 @@ def refuse_same_file(source: Path, output: Path) -> None:
     """Raise DataError for an output that is the input itself, also through links."""
     if output.exists() and source.exists() and output.samefile(source):
         raise DataError(f"the output {output} is the input {source}: give it another name")
-
-
-def _make_plain_wav(path: Path, channels: int) -> None:
-    """Make a RF64 file one that every program reads, if its sizes allow that."""
-    with path.open("r+b") as file:
-        head = bytearray(file.read(512))
-        if len(head) < 80 or head[:4] != b"RF64":
-            return
-        riff_size, data_size = struct.unpack_from("<QQ", head, 20)
-        if riff_size > LARGEST_RIFF:
-            return
-        struct.pack_into("<4sI4s4s", head, 0, b"RIFF", riff_size, b"WAVE", b"JUNK")
-        fmt = head.index(b"fmt ")
-        if channels <= 2:  # what the long form says beside is which loudspeaker is whose
-            struct.pack_into("<IH", head, fmt + 4, 16, 3)
-            struct.pack_into("<4sI", head, fmt + 24, b"JUNK", 16)
-        struct.pack_into("<I", head, head.index(b"data", fmt) + 4, data_size)
-        file.seek(0)
-        file.write(head)
 
 
 def write_bytes(path: str | Path, content: bytes, *, sync: bool = True) -> None:

@@ -11,11 +11,12 @@ import struct
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import numpy as np
 import soundfile
 
+from diffbuf_lib.data.riff import SIZE_UNKNOWN, SUBTYPES, has_more_than_it_says
 from diffbuf_lib.errors import DataError
 
 Block = np.ndarray[Any, np.dtype[np.float32]]
@@ -33,13 +34,9 @@ CONVERTIBLE = (
 """Ends of the names of sound that it does not read, and ffmpeg does."""
 # fmt: on
 
-_SUBTYPES = {
-    (1, 8): "PCM_U8", (1, 16): "PCM_16", (1, 24): "PCM_24", (1, 32): "PCM_32",
-    (3, 32): "FLOAT", (3, 64): "DOUBLE", (6, 8): "ALAW", (7, 8): "ULAW",
-}  # fmt: skip
 # What libsndfile logs of a header that promises more (or other) bytes than the file has.
 _WRONG_SIZE = re.compile(r"^\s*([\w ]+?)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
-_SIZE_UNKNOWN = 0x7FFFF000  # from here on a RIFF size is a placeholder of who wrote to a pipe
+_DATA_SIZES = ("data", "SSND", "Data Size", "BODY", "Riff size", "riff")  # those of the samples
 _FORGIVEN_BYTES = 16  # by which writers miscount a size without losing a sample
 _UNREAD = 0x7FC0D1FF  # a NaN that no decoder writes
 _SEEKS_EXACTLY = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC")
@@ -76,9 +73,9 @@ class AudioReader:
         self._sizes: dict[str, tuple[int, int]] = {
             name: (int(said), int(there))
             for name, said, there in _WRONG_SIZE.findall(self._file.extra_info)
-            if int(said) < _SIZE_UNKNOWN
+            if int(said) < SIZE_UNKNOWN
         }
-        said, there = self._sizes.get(_data_chunk(self._sizes), (0, 0))
+        said, there = next((self._sizes[x] for x in _DATA_SIZES if x in self._sizes), (0, 0))
         self.missing_bytes = max(said - there, 0)
         if self.promised is not None and there and self.missing_bytes:
             self.promised = round(self.promised * said / there)
@@ -97,7 +94,7 @@ class AudioReader:
     @property
     def is_counted(self) -> bool:
         """Whether `frames` follows from the file's size, so that nothing has to be decoded."""
-        return self._file.format in _SEEKS_EXACTLY[:-1] and self._file.subtype in _SUBTYPES.values()
+        return self._file.format in _SEEKS_EXACTLY[:-1] and self._file.subtype in SUBTYPES.values()
 
     def blocks(self, size: int, *, mono: bool = False) -> Iterator[Block]:
         """Yield the file from here to its end.
@@ -213,46 +210,6 @@ class AudioReader:
         return mono
 
 
-class WavHeader(NamedTuple):
-    """What stands before the samples of a WAV: `num_bytes` is None if the sizes do not tell."""
-
-    subtype: str
-    sample_rate: int
-    channels: int
-    frame_bytes: int
-    num_bytes: int | None
-
-
-def read_wav_header(stream: BinaryIO) -> WavHeader:
-    """Read a WAV, of which 12 bytes (RIFF, size, WAVE) are read, up to its first sample.
-
-    Raises:
-        DataError: it has another codec, or ends before its samples.
-    """
-    found, long_size = (0, 0, 0, 0, 0), 0
-    while len(head := stream.read(8)) == 8:
-        name, size = struct.unpack("<4sI", head)
-        if name == b"data":
-            break
-        body = stream.read(min(size + size % 2, 1 << 24))
-        if name == b"fmt " and len(body) >= 16:
-            found = struct.unpack_from("<HHI4xHH", body)
-            if found[0] == 0xFFFE and len(body) >= 26:  # extensible: the tag begins the GUID
-                found = (struct.unpack_from("<H", body, 24)[0], *found[1:])
-        if name == b"ds64" and len(body) >= 16:
-            (long_size,) = struct.unpack_from("<Q", body, 8)  # of RF64
-    else:
-        raise DataError("the WAV ends before its samples: fetch or make it again")
-    tag, channels, rate, frame_bytes, bits = found
-    subtype = _SUBTYPES.get((tag, bits))
-    if subtype is None or channels < 1 or frame_bytes != channels * bits // 8:
-        raise DataError(
-            f"a WAV of codec {tag:#06x} with {bits} bits is not read from a pipe: send 16-bit PCM"
-        )
-    known = long_size or (size if size < _SIZE_UNKNOWN else 0)
-    return WavHeader(subtype, rate, channels, frame_bytes, known or None)
-
-
 def reason(error: Exception) -> str:
     """Return what went wrong on one line, without the path that libsndfile repeats."""
     text = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
@@ -333,7 +290,7 @@ def _open(path: Path) -> tuple[_SoundFile, int | None]:
             file.close()
             file = _SoundFile(_Disguise(path, factor=64))
             return _sensible(path, file), None
-        if file.frames == 0 and head[:4] == b"RIFF" and _has_more_than_it_says(path):
+        if file.frames == 0 and head[:4] == b"RIFF" and has_more_than_it_says(path):
             file.close()
             file = _SoundFile(_Disguise(path, riff_size=8))  # as libsndfile knows unclosed files
     except FileNotFoundError:
@@ -396,28 +353,3 @@ def _has_frame_count(path: Path) -> bool:
             head = b""
         head += file.read(2048)
     return b"Xing" in head[:2048] or b"Info" in head[:2048]
-
-
-def _has_more_than_it_says(path: Path) -> bool:
-    """Return whether samples, and not just another chunk, follow an empty data chunk."""
-    with path.open("rb") as file:
-        file.seek(12)
-        try:
-            header = read_wav_header(file)
-        except DataError:
-            return False
-        rest = file.read(8)
-        size = path.stat().st_size - file.tell()
-    if header.num_bytes is not None or not rest:
-        return False
-    name = rest[:4]
-    is_chunk = len(rest) == 8 and name.isascii() and name.decode("ascii").isprintable()
-    return not (is_chunk and struct.unpack("<I", rest[4:])[0] <= size)
-
-
-def _data_chunk(sizes: dict[str, tuple[int, int]]) -> str:
-    """Return which of the wrong sizes is that of the samples; "" if they all are there."""
-    for name in ("data", "SSND", "Data Size", "BODY", "Riff size", "riff"):
-        if name in sizes:
-            return name
-    return ""
