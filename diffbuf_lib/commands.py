@@ -136,7 +136,7 @@ class Train(Command, name="train"):
 
     def _recorded(self, cfg: Config) -> tuple[Any, Any]:
         """Return a model that shows its batches to a recorder, and that recorder."""
-        from diffbuf_lib.diagnostics.recording import RecordingModel, StageRecorder
+        from diffbuf_lib.diagnostics.watch import RecordingModel, StageRecorder
 
         board = self.results_path / "tensorboard" / "stats"
         recorder = StageRecorder(
@@ -308,7 +308,7 @@ class Scoring(Command):
 
     def job(self, **more: Any) -> Any:
         """Return what is to be evaluated, with what only one of the two knows."""
-        from diffbuf_lib.evaluation.work import Job
+        from diffbuf_lib.evaluation import Job
 
         return Job(
             data_path=str(self.data_path), dataset_type=self.dataset_type, seconds=self.seconds,
@@ -328,8 +328,9 @@ class Evaluate(Scoring, name="evaluate"):
     delay: int | None = None  # output delay, 1 to buffer_size frames (data prediction)
 
     def __call__(self) -> None:
-        from diffbuf_lib.evaluation.runner import evaluate_folder
-        from diffbuf_lib.evaluation.tables import gains, overview, times
+        from diffbuf_lib.evaluation import evaluate_folder
+        from diffbuf_lib.evaluation.page import gains_table, overview, times
+        from diffbuf_lib.trace import format_table
 
         job = self.job(
             model=self.model, metrics=self.metrics, baselines=self.baselines, delay=self.delay
@@ -340,7 +341,8 @@ class Evaluate(Scoring, name="evaluate"):
             found = evaluate_folder(job, folder, processes=self.processes, page=page, progress=True)
         print(overview(found.summary))
         if len(found.summary["bands"]) > 2:
-            print(f"\n{gains(found.summary, next(iter(found.summary['bands']['all']['columns'])))}")
+            metric = next(iter(found.summary["bands"]["all"]["columns"]))
+            print(f"\n{format_table(gains_table(found.summary, metric))}")
         print(f"\n{times(found.timing)}")
         if self.results_path is not None:
             print(f"\n{self.results_path / 'report.html'}")
@@ -355,7 +357,7 @@ class Compare(Command, name="compare"):
     seed: int = 0  # of the bootstrap intervals
 
     def __call__(self) -> None:
-        from diffbuf_lib.evaluation.comparison import compare_folders, render_differences
+        from diffbuf_lib.evaluation.results import compare_folders, render_differences
 
         differences = compare_folders(self.a, self.b, method=self.method, seed=self.seed)
         print(f"a: {self.a}\nb: {self.b}")
@@ -376,8 +378,7 @@ class Sweep(Scoring, name="sweep"):
     metrics: tuple[str, ...] = ("pesq", "estoi", "si_sdr")  # as in evaluate
 
     def __call__(self) -> None:
-        from diffbuf_lib.evaluation.points import overview
-        from diffbuf_lib.evaluation.sweep import run_sweep
+        from diffbuf_lib.evaluation.sweep import overview, run_sweep
 
         points = run_sweep(
             self.models, self.job(model=self.models[0], metrics=self.metrics), self.results_path,

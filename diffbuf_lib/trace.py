@@ -86,7 +86,8 @@ class Trace:
 
     def detach(self) -> Self:
         """Return a copy without gradients."""
-        return replace(self, **{name: value.detach() for name, value in self.stages().items()})
+        stages: dict[str, Any] = {name: stage.detach() for name, stage in self.stages().items()}
+        return replace(self, **stages)
 
     def summary(self) -> Summary:
         """Return shape, type, range, zeros, NaN and Inf of every stage; prints as a table."""
@@ -95,33 +96,19 @@ class Trace:
 
 @dataclass(frozen=True)
 class StageSummary:
-    """The numbers of one tensor; of a complex one, those of its magnitudes.
-
-    Attributes:
-        name: of the stage.
-        shape: of the tensor.
-        dtype: as torch prints it, without "torch.".
-        device: as torch prints it.
-        min: smallest finite value; NaN if there is none, as for max, mean and std.
-        max: largest finite value.
-        mean: of the finite values.
-        std: of the finite values, over their number (not one less).
-        zeros: share of elements that are zero, 0 to 1.
-        nan: elements that are NaN (of a complex number: in either part).
-        inf: other elements that are infinite.
-    """
+    """The numbers of one tensor; of a complex one, those of its magnitudes."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: str
+    dtype: str  # without "torch."
     device: str
-    min: float
+    min: float  # of the finite values, as max, mean and std; NaN if there is none
     max: float
     mean: float
-    std: float
-    zeros: float
-    nan: int
-    inf: int
+    std: float  # over their number, not one less
+    zeros: float  # share of elements that are zero, 0 to 1
+    nan: int  # elements that are NaN (of a complex number: in either part)
+    inf: int  # other elements that are infinite
 
     @property
     def finite(self) -> bool:
@@ -173,11 +160,7 @@ class Summary:
 
 
 def summarise(tensors: Mapping[str, Tensor]) -> Summary:
-    """Summarise named tensors of any shape, type and device; they are neither kept nor changed.
-
-    Args:
-        tensors: name and tensor of every row.
-    """
+    """Summarise named tensors of any shape, type and device; they are neither kept nor changed."""
     with torch.no_grad():
         flat = {name: _values(tensor) for name, tensor in tensors.items()}
         numbers = _fetch({name: _numbers(values) for name, values in flat.items()})

@@ -18,10 +18,10 @@ import jinja2
 from PIL import Image
 
 from diffbuf_lib import figures
-from diffbuf_lib.evaluation.scoring import LABELS
-from diffbuf_lib.evaluation.tables import cell
+from diffbuf_lib.evaluation.page import cell
+from diffbuf_lib.evaluation.scores import label_of
 from diffbuf_lib.pretrained import DEFAULT, FOLDER
-from diffbuf_lib.training.results import read_history
+from diffbuf_lib.training.folder import read_history
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
 STAGES = ("first", "second")
@@ -74,7 +74,7 @@ def tables(summary: dict[str, Any]) -> dict[str, str]:
     """Return Markdown tables of one evaluation: all clips, and by input SNR."""
     bands, methods = summary["bands"], summary["methods"]
     columns = bands["all"]["columns"]
-    rows = [["", *(LABELS[column] for column in columns)]]
+    rows = [["", *map(label_of, columns)]]
     for method in methods:
         found = [columns[column]["methods"][method]["mean"] for column in columns]
         rows.append([method, *map(cell, found)])
@@ -82,7 +82,7 @@ def tables(summary: dict[str, Any]) -> dict[str, str]:
     for column in ("si_sdr", "estoi"):
         rival = methods[-2]
         head = f"lead of {methods[-1]} over {rival}, paired"
-        rows = [[f"{LABELS[column]} at an input SNR of", *methods, head]]
+        rows = [[f"{label_of(column)} at an input SNR of", *methods, head]]
         for name, band in bands.items():
             if name != "all":
                 found = band["columns"][column]["methods"]

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from diffbuf_lib import DiffusionBufferModel, DNLMDataset, load_config
-from diffbuf_lib.figures import to_pixels
+from diffbuf_lib.figures.spectrogram import decibels, draw_level, to_pixels
 
 
 def main() -> None:
@@ -25,19 +25,15 @@ def main() -> None:
         mix[None], target[None], torch.Generator().manual_seed(0)
     )
     K, Kb = trace.Y.shape[-1], trace.t.shape[-1]
-    hop, top = cfg.audio.stft.hop_length / cfg.audio.sample_rate, cfg.audio.sample_rate / 2000
+    rate, stft = cfg.audio.sample_rate, cfg.audio.stft
+    hop = stft.hop_length / rate
     figure = Figure(figsize=(11, 5.2), dpi=80, layout="constrained")
     panels = figure.subplots(2, 2, sharex=True)
     titles = ("noisy Y", "clean S", f"perturbed input V: the last {Kb} frames are the buffer")
-    for axes, name, spec in zip(panels.flat, titles, (trace.Y, trace.S, trace.V), strict=False):
-        level = 20 * torch.log10(spec[0].abs() + 1e-3).numpy()
-        axes.imshow(
-            level, origin="lower", aspect="auto", extent=(0, K * hop, 0, top), cmap="magma",
-            vmin=-50, vmax=0,
-        )  # fmt: skip
-        axes.axvline((K - Kb) * hop, color="white", linestyle="--", linewidth=1)
-        axes.set_title(name, loc="left")
-        axes.set_ylabel("frequency (kHz)")
+    for axes, title, spec in zip(panels.flat, titles, (trace.Y, trace.S, trace.V), strict=False):
+        draw_level(axes, decibels(spec[0]), rate, stft, vmin=-50, vmax=0)
+        axes.axvline((K - Kb - 0.5) * hop, color="white", linestyle="--", linewidth=1)
+        axes.set_title(title, loc="left")
     axes = panels[1, 1]
     frames = np.arange(K) * hop
     axes.step(frames, np.pad(trace.t[0].numpy(), (K - Kb, 0)), where="post", label="t")

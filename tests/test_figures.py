@@ -1,8 +1,122 @@
-"""Axes of losses."""
+"""Pictures show the numbers they are given, of runs that went well and of runs that did not."""
 
+import base64
+import io
+import math
+import re
+
+import numpy as np
 import pytest
+import soundfile
+import torch
+from matplotlib import pyplot
 
-from diffbuf_lib.figures import scale_of
+from diffbuf_lib import figures
+from diffbuf_lib.config import AudioConfig
+from diffbuf_lib.diagnostics import gradient_statistics, score_statistics
+from diffbuf_lib.diffusion.sde import BBED, OUVE
+from diffbuf_lib.diffusion.spectral import Spectral
+from diffbuf_lib.figures.spectrogram import frame_times
+from diffbuf_lib.live import LiveReport
+from tests.conftest import make_model, seeded
+from walk import plots
+
+AUDIO = AudioConfig()
+STEPS = [
+    {"step": i, "loss": 1 / i, "grad_norm": 0.1, "lr": 1e-3, "epoch": 0, "valid": None}
+    for i in range(1, 31)
+]
+VALID = {"step": 30, "epoch": 0, "valid": {"loss": 0.2, "si_sdr": 3.0}, "final": False}
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=seeded(seed), dtype=torch.complex64)
+
+
+def lines(axes):
+    return {line.get_label(): line.get_xydata() for line in axes.get_lines()}
+
+
+def is_drawn(figure):
+    """Whether a figure is more than its background, and fits a page."""
+    pixels = figures.to_pixels(figure)
+    return pixels.shape[1] <= 1000 and pixels.std() > 5
+
+
+@pytest.fixture
+def model(tiny_cfg):
+    return make_model(tiny_cfg)
+
+
+@pytest.fixture
+def trace(model):
+    mix = torch.randn(2, 1, 1600, generator=seeded(3)) * 0.1
+    return model.trace(mix, 0.5 * mix, seeded())
+
+
+# Spectrograms.
+
+
+@pytest.mark.law
+@pytest.mark.parametrize(("center", "first"), [(True, 0.0), (False, 255 / 16000)])
+def test_a_frame_is_drawn_at_the_middle_of_its_window(center, first):
+    """A click in the middle of a window is loudest in the column drawn at its time."""
+    audio = AudioConfig(stft={"center": center})
+    times = frame_times(10, 16000, audio.stft)
+    assert times[0] == pytest.approx(first)
+    wave = torch.zeros(1, 4000)
+    wave[0, round(times[3] * 16000)] = 1
+    spec = Spectral(**audio.stft.model_dump(), alpha=1)(wave)[0]
+    image = figures.spectra({"click": spec}, audio).axes[0].images[0]
+    left, right, low, high = image.get_extent()
+    column = image.get_array().sum(0).argmax()
+    assert left + (column + 0.5) * (right - left) / spec.shape[-1] == pytest.approx(times[3])
+    assert (low + high) / 2 == pytest.approx(4, rel=0.01), "kHz"
+
+
+@pytest.mark.law
+def test_a_full_scale_sine_is_0_db_in_its_bin_and_silence_is_dark():
+    sine = torch.sin(2 * torch.pi * 32 / AUDIO.stft.n_fft * torch.arange(16000))
+    waves = {"sine": sine, "silence": torch.zeros(16000), "bad": sine + sine.roll(1) * math.nan}
+    images = [each.images[0] for each in figures.spectrograms(waves, 16000, AUDIO.stft).axes[:3]]
+    level = images[0].get_array()[:, 30]
+    assert level.argmax() == 32
+    assert level[32] == pytest.approx(0, abs=0.01)
+    assert images[1].get_array().max() <= images[1].get_clim()[0]
+    assert len({image.get_clim() for image in images}) == 1, "one scale"
+    assert np.isfinite(images[2].get_array()).all()
+
+
+@pytest.mark.parametrize("Kb", [20, 63])
+def test_the_mark_stands_before_the_first_frame_of_the_buffer(Kb):
+    t = torch.linspace(0.1, 0.8, Kb)
+    picture, below = figures.buffer_spectra({"V": noise(256, 63)}, t, 0.2 * t, AUDIO).axes[:2]
+    assert picture.get_lines()[0].get_xdata()[0] == pytest.approx((62.5 - Kb) * 256 / 16000)
+    times = lines(below)["diffusion time t"][:, 1]
+    np.testing.assert_allclose(times, np.concatenate([np.zeros(63 - Kb), t]))
+
+
+def test_pyplot_keeps_no_figure():
+    """It would keep every one that it knows of, and is not thread-safe."""
+    figure = figures.spectrograms({"wave": torch.rand(4000)}, 16000, AUDIO.stft)
+    assert figures.to_jpeg(figure)[:2] == b"\xff\xd8"
+    assert figures.to_png(figure)[:4] == b"\x89PNG"
+    assert pyplot.get_fignums() == []
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_every_stage_is_drawn_also_with_nan(trace, tiny_cfg, bad):
+    """The debugger is for runs that went wrong."""
+    for name in ("mix", "Y", "t", "z", "V", "loss_map", "loss"):
+        if bad:
+            getattr(trace, name).data.flatten()[:1] = math.nan
+        assert figures.to_pixels(figures.stage(trace, name, tiny_cfg)).std() > 1
+    hop = tiny_cfg.audio.stft.hop_length / tiny_cfg.audio.sample_rate
+    ends = [figures.stage(trace, name, tiny_cfg).axes[0].get_xlim()[1] for name in ("V", "z")]
+    assert ends == pytest.approx([(trace.V.shape[-1] - 0.5) * hop] * 2), "the buffer ends the clip"
+
+
+# Curves.
 
 
 @pytest.mark.parametrize(
@@ -16,4 +130,99 @@ from diffbuf_lib.figures import scale_of
     ],
 )
 def test_an_axis_is_logarithmic_where_all_losses_are_positive(losses, scale):
-    assert scale_of(losses) == scale
+    assert figures.scale_of(losses) == scale
+
+
+def test_the_running_mean_is_that_of_numpy():
+    values = list(np.random.default_rng(0).normal(size=20))
+    means = [np.mean(values[max(0, i - 4) : i + 1]) for i in range(20)]
+    np.testing.assert_allclose(figures.smooth(values, 5), means)
+
+
+BAD_STEP = {**STEPS[0], "loss": None, "grad_norm": math.inf}
+
+
+@pytest.mark.parametrize(
+    "history", [[], STEPS[:1], [*STEPS, VALID], [BAD_STEP, *STEPS[1:]]], ids=len
+)
+def test_progress_shows_a_run_from_the_first_step_on(tiny_cfg, history):
+    clip = {"mix": torch.randn(1600), "target": torch.zeros(1600)}
+    figure = figures.training_progress(history, clip, tiny_cfg.audio)
+    assert is_drawn(figure)
+    loss, scores = figure.axes[:2]
+    if VALID in history:
+        np.testing.assert_allclose(loss.get_lines()[0].get_ydata(), [1 / i for i in range(1, 31)])
+        assert lines(loss)["validation"].tolist() == [[30, 0.2]]
+        assert lines(scores)["si_sdr"].tolist() == [[30, 3.0]]
+
+
+@pytest.mark.law
+@pytest.mark.parametrize("sde", [BBED(), OUVE()], ids=["bbed", "ouve"])
+def test_a_schedule_shows_what_the_sde_says(sde):
+    sigma, weight, g, inverse = (
+        lines(axes)["it"] for axes in figures.noise_schedule({"it": sde}, 1e-9, 0.8).axes
+    )
+    t = sigma[:, 0]
+    assert t[0] == pytest.approx(1e-9)
+    np.testing.assert_allclose(sigma[:, 1], sde.std(torch.from_numpy(t)))
+    np.testing.assert_allclose(g[:, 1], sde.diffusion(torch.from_numpy(t)))
+    np.testing.assert_allclose(inverse[:, 1], 1 / sigma[:, 1])
+    expected = t if isinstance(sde, BBED) else 1 - np.exp(-1.5 * t)
+    np.testing.assert_allclose(weight[:, 1], expected, atol=1e-12)
+
+
+# Sounds.
+
+
+def test_players_play_at_one_peak_and_nan_as_silence():
+    waves = {
+        "loud <b>": torch.sin(torch.arange(800) / 7),
+        "quiet": 0.01 * torch.ones(400),
+        "bad": torch.tensor([math.nan, 0.0]),
+    }
+    page = figures.Players(waves, 8000)._repr_html_()
+    found = re.findall(r"base64,([^\"]+)\"", page)
+    sounds = [soundfile.read(io.BytesIO(base64.b64decode(each))) for each in found]
+    assert [(len(wave), rate) for wave, rate in sounds] == [(800, 8000), (400, 8000), (2, 8000)]
+    assert [np.abs(wave).max() for wave, _ in sounds] == pytest.approx([0.9, 0.9, 0], abs=1e-3)
+    assert "<b>" not in page, "a caption is text"
+    assert "(+39 dB)" in page
+
+
+# Pictures of single notebooks.
+
+
+def test_pictures_of_the_notebooks_are_drawn(model, trace, tiny_cfg):
+    trace.loss.backward()
+    gradients = gradient_statistics(model)
+    batch = (trace.mix, trace.target)
+    plain = score_statistics(model, [batch], time_bins=3, bands=4)
+    sparse = score_statistics(model, [batch], time_bins=40, bands=2)  # some ranges are empty
+    t = torch.linspace(0.1, 0.7, 20)
+    report = LiveReport(
+        hop_ms=16.0, frame_ms=(2.0, 4.0, 32.0), missed=1, latency_ms=100, realtime=False
+    )
+    values = {"first": 2.0, "zero": 0.0, "loud": 1e6, "gone": math.nan}
+    drawn = [
+        plots.waveforms({"loud": torch.ones(1600), "quiet": 0.1 * torch.ones(1600)}, 16000),
+        plots.snr_histogram([-5.0, 0.0, 0.0, 5.0, math.inf, -math.inf]),
+        plots.snr_histogram([]),
+        plots.compression(noise(256, 63), 0.15 * noise(256, 63), AUDIO),
+        plots.round_trip(torch.rand(800), torch.rand(800), 16000),
+        plots.frame_counts(tiny_cfg),
+        plots.noise_along_buffer(t, 2 * t),
+        plots.score_limits({"bbed": BBED(), "ouve": OUVE()}, 0.03),
+        plots.target_histogram(trace),
+        plots.target_by_time(plain, t, t),
+        plots.precision_errors(trace, {"bfloat16": trace}),
+        plots.compare_gradients({"plain": gradients, "weighted": gradients}),
+        plots.compare_runs({"lines": [*STEPS, VALID], "none": []}),
+        plots.frame_times(report),
+        plots.largest_values(values, 65504, "float16 ends here", bad="loud"),
+    ]
+    for statistics in (plain, sparse):
+        both = {"plain": statistics, "weighted": statistics}
+        drawn += [
+            plots.loss_shares(both), plots.score_quality(both), plots.correlation_map(statistics),
+        ]  # fmt: skip
+    assert all(is_drawn(figure) for figure in drawn)

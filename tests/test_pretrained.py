@@ -85,8 +85,8 @@ def test_the_second_stage_starts_from_the_first_and_both_go_on(tmp_path, monkeyp
     """On a small set in the place of Debian's voices."""
     from diffbuf_lib.data import write_audio
     from diffbuf_lib.training import load_weights
-    from diffbuf_lib.training.plan import Stream, seed_everything
-    from diffbuf_lib.training.results import read_history
+    from diffbuf_lib.training.feed import Stream, seed_everything
+    from diffbuf_lib.training.folder import read_history
 
     generator = torch.Generator().manual_seed(0)
     for folder in ("train/speech", "train/noise", "valid/sample_0"):

@@ -1,27 +1,16 @@
-"""Diagnostics: the doctor before a run, statistics and watched modules while it runs.
+"""Diagnostics: the doctor before a run, statistics and watched modules while it runs."""
 
-Names are imported when they are asked for, since training uses parts of this package and other
-parts of it use training.
-"""
+from diffbuf_lib.diagnostics.doctor import examine, examine_paths
+from diffbuf_lib.diagnostics.findings import Finding, has_error
+from diffbuf_lib.diagnostics.statistics import score_statistics
+from diffbuf_lib.diagnostics.watch import gradient_statistics, watch_modules
 
-from __future__ import annotations
-
-from importlib import import_module
-from typing import Any
-
-_HOMES = {
-    "Finding": "findings",
-    "examine": "doctor",
-    "examine_paths": "doctor",
-    "gradient_statistics": "gradients",
-    "has_error": "findings",
-    "score_statistics": "stats",
-    "watch_modules": "watch",
-}
-__all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__all__ = [
+    "Finding",
+    "examine",
+    "examine_paths",
+    "gradient_statistics",
+    "has_error",
+    "score_statistics",
+    "watch_modules",
+]

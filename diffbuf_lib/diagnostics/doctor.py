@@ -6,7 +6,7 @@ command line: then a config or folder that cannot be opened is a finding itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,15 @@ from torch import Tensor
 
 from diffbuf_lib.config import Config, load_config
 from diffbuf_lib.data.datasets import open_dataset
-from diffbuf_lib.diagnostics.checks_data import check_data, empty_finding, error_finding
-from diffbuf_lib.diagnostics.checks_frames import check_frames, check_schedule
-from diffbuf_lib.diagnostics.checks_machine import check_machine, resolve_device
-from diffbuf_lib.diagnostics.checks_model import check_model
-from diffbuf_lib.diagnostics.findings import Finding, has_error, worst_first
+from diffbuf_lib.diagnostics.checks_data import check_data
+from diffbuf_lib.diagnostics.checks_run import (
+    check_frames,
+    check_machine,
+    check_model,
+    check_schedule,
+    resolve_device,
+)
+from diffbuf_lib.diagnostics.findings import Finding, from_error, has_error, worst_first
 from diffbuf_lib.errors import ConfigError, DataError
 
 __all__ = ["Finding", "examine", "examine_paths", "has_error"]
@@ -47,14 +51,15 @@ def examine(
     Returns:
         Findings, the worst first.
     """
-    folder = None if results_path is None else Path(results_path)
-    findings = [*check_machine(cfg, device, folder)]
+    findings = [*check_machine(cfg, device, Path(results_path or "."))]
     findings += check_data(cfg, dataset, valid_set)
     findings += check_frames(cfg)
     findings += check_schedule(cfg)
-    if not any(finding.check == "machine.device" for finding in _errors(findings)):
-        findings += check_model(cfg, _first_clip(dataset), resolve_device(device))
-    return worst_first(findings)
+    try:
+        where = resolve_device(device)
+    except ConfigError:  # machine.device has told it
+        return worst_first(findings)
+    return worst_first([*findings, *check_model(cfg, _first_clip(dataset), where)])
 
 
 def examine_paths(
@@ -69,22 +74,13 @@ def examine_paths(
 ) -> list[Finding]:
     """Open config and datasets and `examine` them.
 
-    What cannot be opened becomes an error finding, and what does not depend on it is still looked
-    at.
-
-    Args:
-        config_path: a YAML file.
-        data_path: folder of the training set.
-        valid_path: folder of the validation set, or None.
-        dataset_type: 1, 2 or 3: see `diffbuf_lib.data.LAYOUTS`.
-        overrides: `key.path=value` strings.
-        device: as in `examine`.
-        results_path: as in `examine`.
+    The arguments are those of `diffbuf doctor`. What cannot be opened becomes an error, and what
+    does not depend on it is still looked at.
     """
     try:
         cfg = load_config(config_path, overrides)
     except ConfigError as error:
-        return [error_finding(error, "config", "nothing can be run with this config")]
+        return [from_error(error, "config", "nothing can be run with this config")]
     sets: dict[str, Any] = {}
     findings: list[Finding] = []
     for name, path in (("data", data_path), ("valid", valid_path)):
@@ -93,11 +89,12 @@ def examine_paths(
                 sets[name] = open_dataset(dataset_type, path, cfg, training=name == "data")
         except DataError as error:
             why = "training cannot start without its data"
-            findings.append(error_finding(error, f"{name}.open", why))
-    train_set = sets.get("data", ())
-    found = examine(cfg, train_set, sets.get("valid"), device=device, results_path=results_path)
-    if "data" not in sets:  # the reason has been told: that nothing is in it needs no telling
-        found = [finding for finding in found if finding != empty_finding("training")]
+            findings.append(from_error(error, f"{name}.open", why))
+    found = examine(
+        cfg, sets.get("data", ()), sets.get("valid"), device=device, results_path=results_path
+    )
+    if "data" not in sets:  # that nothing is in it needs no telling
+        found = [finding for finding in found if finding.check != "data.size"]
     return worst_first([*findings, *found])
 
 
@@ -111,7 +108,3 @@ def _first_clip(dataset: Any) -> tuple[Tensor, Tensor] | None:
         if mix.ndim == 2 and mix.shape == target.shape and mix.isfinite().all():
             return mix, target
     return None
-
-
-def _errors(findings: Sequence[Finding]) -> Iterator[Finding]:
-    return (finding for finding in findings if finding.severity == "error")

@@ -7,27 +7,41 @@ a clip and gives a signal of the same length, aligned with it.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import soxr
 import torch
 from torch import Tensor
 
-from diffbuf_lib.errors import ConfigError, DataError, MissingExtraError
+from diffbuf_lib.errors import DataError, MissingExtraError
+from diffbuf_lib.registry import BASELINES
 
 NOISY = "noisy"
 
 
-class SpectralGate:
-    """Spectral gating by the package noisereduce, at the clip's own rate, with its defaults.
+class Baseline(Protocol):
+    """What is called with [T] float32 and a rate in Hz, and returns [T] aligned with it.
 
-    It sees the whole clip, so it has no latency to speak of: it is not online. `noisereduce` takes
-    one noise spectrum from the whole clip. On drones, whose spectrum changes slowly, that was
-    better in SI-SDR up to 0 dB than a floor that follows the signal (`noisereduce_nonstationary`),
-    by 0.4 to 2.3 dB, and worse at 5 dB by 0.8; in ESTOI the two were within 0.03.
+    Attributes:
+        latency_ms: until the first sample comes out; None if it needs the whole clip.
+    """
+
+    latency_ms: float | None
+
+    def __call__(self, mix: Tensor, rate: int, /) -> Tensor:
+        """Enhance [T] float32 at `rate` Hz; returns [T]."""
+        ...
+
+
+class SpectralGate:
+    """Spectral gating by the package noisereduce, with its defaults; not online.
+
+    On drones, whose spectrum changes slowly, one noise spectrum a clip was better in SI-SDR up to
+    0 dB than a floor that follows the signal (`noisereduce_nonstationary`), by 0.4 to 2.3 dB, and
+    worse at 5 dB by 0.8; in ESTOI the two were within 0.03.
 
     Args:
         stationary: one noise spectrum a clip; else a floor that follows.
@@ -38,6 +52,11 @@ class SpectralGate:
     def __init__(self, stationary: bool = True) -> None:
         self._package = _import("noisereduce", "noisereduce")
         self._stationary = stationary
+
+    @classmethod
+    def nonstationary(cls) -> SpectralGate:
+        """Return a gate whose floor follows the signal."""
+        return cls(stationary=False)
 
     def __call__(self, mix: Tensor, rate: int) -> Tensor:
         """Enhance [T] float32 at `rate` Hz; returns [T]."""
@@ -103,25 +122,16 @@ class DeepFilterNet:
         return out
 
 
-BASELINES: dict[str, Callable[[], SpectralGate | DeepFilterNet]] = {
-    "noisereduce": SpectralGate,
-    "noisereduce_nonstationary": lambda: SpectralGate(stationary=False),
-    "deepfilternet": DeepFilterNet,
-}
-
-
-def make_baselines(names: Sequence[str]) -> dict[str, SpectralGate | DeepFilterNet]:
+def make_baselines(names: Sequence[str]) -> dict[str, Baseline]:
     """Make baselines by name; `noisy` is left out, since nothing has to be computed for it.
 
     Raises:
         ConfigError: an unknown name.
         MissingExtraError: its package is missing; the message has the command that installs it.
     """
-    for name in names:
-        if name not in (NOISY, *BASELINES):
-            known = ", ".join((NOISY, *BASELINES))
-            raise ConfigError(f"baseline {name!r} is unknown: the names are {known}")
-    return {name: BASELINES[name]() for name in BASELINES if name in names}
+    chosen = {name: BASELINES[name] for name in names if name != NOISY}
+    order = BASELINES.names()
+    return {name: chosen[name].load()() for name in sorted(chosen, key=order.index)}
 
 
 def _import(package: str, baseline: str) -> Any:

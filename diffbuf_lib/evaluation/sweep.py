@@ -8,25 +8,62 @@ RESULTS/
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from matplotlib.figure import Figure
 
 from diffbuf_lib import figures
 from diffbuf_lib.config import Config
 from diffbuf_lib.data.audio import write_bytes
 from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.evaluation.baselines import NOISY
-from diffbuf_lib.evaluation.points import Point, draw_sweep, to_csv
-from diffbuf_lib.evaluation.runner import Evaluation, evaluate_folder
-from diffbuf_lib.evaluation.work import OURS, Job
+from diffbuf_lib.evaluation.evaluate import OURS
+from diffbuf_lib.evaluation.page import Mark, cell, draw_panels
+from diffbuf_lib.evaluation.runner import Evaluation, Job, evaluate_folder
+from diffbuf_lib.evaluation.scores import label_of
 from diffbuf_lib.model import load_model
+from diffbuf_lib.trace import format_table
 
 Vary = Literal["auto", "buffer_size", "delay", "t_max", "none"]
 BUFFER_SIZES = (5, 10, 20, 30, 60)
 T_MAX = (0.3, 0.5, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model at one setting."""
+
+    model: str  # as it was given
+    loss: str
+    parameters: int
+    varied: str  # buffer_size, delay or t_max; none for a model as it was trained
+    buffer_size: int  # B, frames
+    delay: int  # d, frames; B unless it is varied
+    t_max: float
+    latency_ms: float  # until the first sample comes out
+    real_time_factor: float  # of one stream on this machine
+    scores: dict[str, dict[str, Any]]
+    """Column -> mean and gain of the model and mean of noisy, as in summary.json."""
+
+    @property
+    def setting(self) -> str:
+        """The value that sets it apart from its neighbours, as text."""
+        if self.varied == "t_max":
+            return f"t_max {self.t_max:g}"
+        return f"d {self.delay}" if self.varied == "delay" else f"B {self.buffer_size}"
+
+    @property
+    def curve(self) -> str:
+        """Its model; models as they were trained are one curve a loss."""
+        if self.varied == "none":
+            return f"{self.loss}, as trained"
+        return f"{self.model}: {self.loss}, {self.parameters / 1e6:.1f} M parameters"
 
 
 def run_sweep(
@@ -49,62 +86,103 @@ def run_sweep(
 
     Args:
         models: folders, runs or names.
-        job: everything but model, delay and overrides.
+        job: everything but model, delay, overrides and baselines.
         results_path: folder for all that is written.
         vary: what; auto is delay for data prediction and buffer_size for scores.
         values: to try; empty for those of the papers that fit the model.
-        processes: how many work side by side.
-        progress: show progress bars on stderr.
+        processes: as in `evaluate_folder`.
+        progress: as in `evaluate_folder`.
         say: told in a line what comes next.
 
     Raises:
         DiffbufError: as in `evaluate_folder`; or a value that a model cannot have.
     """
     results_path = Path(results_path)
-    settings = [found for model in models for found in _settings(model, vary, values)]
+    settings = [found for model in models for found in _settings(model, job, vary, values)]
     points = []
     for number, setting in enumerate(settings, 1):
         say(f"{number}/{len(settings)}  {setting.name}")
+        folder = results_path / "points" / setting.name
         found = evaluate_folder(
-            replace(
-                job,
-                model=setting.model,
-                delay=setting.delay,
-                overrides=setting.overrides,
-                baselines=(NOISY,),
-            ),
-            results_path / "points" / setting.name,
-            processes=processes,
-            page=False,
-            progress=progress,
+            setting.job, folder, processes=processes, page=False, progress=progress
         )
         points.append(_point(setting, found))
-    write_bytes(results_path / "sweep.csv", to_csv(points).encode())
+    write_bytes(results_path / "sweep.csv", _to_csv(points).encode())
     write_bytes(results_path / "sweep.png", figures.to_png(draw_sweep(points)))
     return points
 
 
+def draw_sweep(points: Sequence[Point]) -> Figure:
+    """Draw every metric against latency, or against t_max where that is varied."""
+    by_time = all(point.varied == "t_max" for point in points)
+    panels: dict[str, dict[str, list[Mark]]] = {column: {} for column in points[0].scores}
+    for point in sorted(points, key=lambda p: p.t_max if by_time else p.latency_ms):
+        for column, curves in panels.items():
+            if mean := point.scores[column]["mean"]:
+                x = point.t_max if by_time else point.latency_ms
+                curves.setdefault(point.curve, []).append(Mark(x, mean, point.setting))
+    figure = draw_panels(panels, "largest diffusion time t_max" if by_time else "latency (ms)")
+    for axes, column in zip(figure.axes, panels, strict=True):
+        if noisy := points[0].scores[column]["noisy"]:
+            axes.axhline(noisy["mean"], color="0.4", linestyle="--", linewidth=1)
+            axes.annotate(
+                NOISY, (0.99, noisy["mean"]), xycoords=("axes fraction", "data"), fontsize=7,
+                xytext=(0, 2), textcoords="offset points", ha="right",
+            )  # fmt: skip
+    return figure
+
+
+def overview(points: Sequence[Point]) -> str:
+    """Return the points as a table for a terminal."""
+    columns = list(points[0].scores)
+    rows = [["", "", "latency", "real-time factor", *map(label_of, columns)]]
+    for point in points:
+        speed = [f"{point.latency_ms:.0f} ms", f"{point.real_time_factor:.3f}"]
+        means = [cell(point.scores[column]["mean"]) for column in columns]
+        rows.append([point.model, point.setting, *speed, *means])
+    return format_table(rows)
+
+
+def _to_csv(points: Sequence[Point]) -> str:
+    """Return a row a point and metric as CSV; empty where no clip has a score."""
+    rows = []
+    for point in points:
+        settings = asdict(point)
+        for column, found in settings.pop("scores").items():
+            mean, gain, noisy = (found[key] or {} for key in ("mean", "gain", "noisy"))
+            rows.append(
+                settings
+                | {"metric": column}
+                | {key: mean.get(key) for key in ("mean", "low", "high")}
+                | {"gain": gain.get("mean"), "noisy": noisy.get("mean"), "clips": found["clips"]}
+            )
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
 @dataclass(frozen=True)
 class _Setting:
-    """One evaluation of a sweep; `name` is that of its folder."""
+    """One evaluation of a sweep."""
 
-    name: str
-    model: str
+    name: str  # of its folder
     varied: str
-    cfg: Config
-    overrides: tuple[str, ...] = ()
-    delay: int | None = None
+    cfg: Config  # with what is varied
+    job: Job
 
 
-def _settings(model: str, vary: Vary, values: Sequence[float]) -> Iterator[_Setting]:
+def _settings(model: str, job: Job, vary: Vary, values: Sequence[float]) -> Iterator[_Setting]:
     """Yield what is to be evaluated of one model; refuses what it cannot do before any work."""
-    cfg = load_model(model, "cpu").cfg
-    B = cfg.diffusion_buffer.buffer_size
-    if vary == "auto":
-        vary = "delay" if cfg.training.loss == "data_prediction" else "buffer_size"
+    loaded = load_model(model, "cpu")
+    cfg, B = loaded.cfg, loaded.cfg.diffusion_buffer.buffer_size
+    job = replace(job, model=model, delay=None, overrides=(), baselines=())
     slug = re.sub(r"[^\w.-]+", "_", model).strip("_.")
+    if vary == "auto":
+        vary = "delay" if loaded.predicts_data else "buffer_size"
     if vary == "none":
-        yield _Setting(f"{slug}-as-trained", model, vary, cfg)
+        yield _Setting(f"{slug}-as-trained", vary, cfg, job)
         return
     most = min(cfg.num_frames, cfg.audio.num_frames)
     defaults: dict[str, Sequence[float]] = {
@@ -114,43 +192,34 @@ def _settings(model: str, vary: Vary, values: Sequence[float]) -> Iterator[_Sett
     }
     for value in values or defaults[vary]:
         name = f"{slug}-{vary}-{value:g}"
-        if vary == "t_max":
-            override = f"diffusion_buffer.t_max={value}"
-        elif value != int(value):
+        if vary != "t_max" and value != int(value):
             raise ConfigError(f"{vary} {value} is no number of frames: give whole --values")
-        else:
-            override = f"diffusion_buffer.buffer_size={int(value)}"
         if vary == "delay":
-            if not 1 <= value <= B or cfg.training.loss != "data_prediction":
-                raise ConfigError(
-                    f"delay {value:g} is not one that {model} can have: 1 to its buffer_size {B}, "
-                    "and only with training.loss data_prediction"
-                )
-            yield _Setting(name, model, vary, cfg, delay=int(value))
+            loaded.sampler(int(value))  # refuses what the model cannot have
+            yield _Setting(name, vary, cfg, replace(job, delay=int(value)))
         else:
-            yield _Setting(name, model, vary, cfg.override(override), (override,))
+            override = f"diffusion_buffer.{vary}={value if vary == 't_max' else int(value)}"
+            varied = cfg.override(override)
+            yield _Setting(name, vary, varied, replace(job, overrides=(override,)))
 
 
 def _point(setting: _Setting, found: Evaluation) -> Point:
-    buffer = setting.cfg.diffusion_buffer
-    columns = found.summary["bands"]["all"]["columns"]
+    buffer, speed = setting.cfg.diffusion_buffer, found.timing["methods"][OURS]
+    scores = {}
+    for column, table in found.summary["bands"]["all"]["columns"].items():
+        ours, noisy = table["methods"][OURS], table["methods"][NOISY]["mean"]
+        scores[column] = {
+            "mean": ours["mean"], "gain": ours["gain"], "noisy": noisy, "clips": table["clips"]
+        }  # fmt: skip
     return Point(
-        model=setting.model,
+        model=setting.job.model,
         loss=setting.cfg.training.loss,
         parameters=found.timing["parameters"],
         varied=setting.varied,
         buffer_size=buffer.buffer_size,
-        delay=setting.delay or buffer.buffer_size,
+        delay=setting.job.delay or buffer.buffer_size,
         t_max=buffer.t_max,
-        latency_ms=found.timing["methods"][OURS]["latency_ms"],
-        real_time_factor=found.timing["methods"][OURS]["real_time_factor"],
-        scores={
-            column: {
-                "clips": table["clips"],
-                "mean": table["methods"][OURS]["mean"],
-                "gain": table["methods"][OURS]["gain"],
-                "noisy": table["methods"][NOISY]["mean"],
-            }
-            for column, table in columns.items()
-        },
+        latency_ms=speed["latency_ms"],
+        real_time_factor=speed["real_time_factor"],
+        scores=scores,
     )

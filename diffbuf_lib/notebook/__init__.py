@@ -1,8 +1,24 @@
-"""What the notebooks stand on: a workbench, figures and panels.
+"""What the notebooks stand on: a workbench and panels. Needs IPython and ipywidgets.
 
-`panels` and `display` are the only modules of the library that import IPython or ipywidgets.
+Nothing else in the library imports this package.
 """
 
+from diffbuf_lib.notebook.explorers import BufferExplorer, SigmaExplorer
+from diffbuf_lib.notebook.panels import ClipBrowser, Panel
+from diffbuf_lib.notebook.step_debugger import StepDebugger
+from diffbuf_lib.notebook.stream_panel import StreamPanel
+from diffbuf_lib.notebook.training_panel import TrainingPanel, remove_run
 from diffbuf_lib.notebook.workbench import Workbench, open_workbench
 
-__all__ = ["Workbench", "open_workbench"]
+__all__ = [
+    "BufferExplorer",
+    "ClipBrowser",
+    "Panel",
+    "SigmaExplorer",
+    "StepDebugger",
+    "StreamPanel",
+    "TrainingPanel",
+    "Workbench",
+    "open_workbench",
+    "remove_run",
+]

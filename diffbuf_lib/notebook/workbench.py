@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from IPython.core.getipython import get_ipython
+from matplotlib.figure import Figure
 
 from diffbuf_lib.config import Config, load_config
 from diffbuf_lib.data import LAYOUTS, ClipDataset, build_demo, find_layout, open_dataset
 from diffbuf_lib.errors import DataError
-from diffbuf_lib.notebook.display import show_figures
+from diffbuf_lib.figures import to_jpeg
 
 CONFIG_VARIABLE = "DIFFBUF_CONFIG"
 DATA_VARIABLE = "DIFFBUF_DATA"
@@ -58,10 +60,9 @@ def open_workbench(
 ) -> Workbench:
     """Load a config and open a dataset, making the demo set first if it is the one that is missing.
 
-    From here on the notebook shows figures as pictures (`show_figures`).
-
-    The environment variables DIFFBUF_CONFIG and DIFFBUF_DATA, if set, win over the arguments, so
-    that a notebook runs on other data without being edited.
+    From here on a `Figure` that is a cell's last value is shown as a picture. The environment
+    variables DIFFBUF_CONFIG and DIFFBUF_DATA, if set, win over the arguments, so that a notebook
+    runs on other data without being edited.
 
     Args:
         config: a YAML file; relative to the project's folder.
@@ -73,7 +74,7 @@ def open_workbench(
         ConfigError: a config that cannot be read.
         DataError: a folder that holds no clips in a known layout.
     """
-    show_figures()
+    _show_figures()
     root = _project_root()
     torch.manual_seed(0)
     cfg = load_config(root / os.environ.get(CONFIG_VARIABLE, config), overrides)
@@ -89,6 +90,13 @@ def open_workbench(
         results=root / "results" / "notebooks",
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
+
+
+def _show_figures() -> None:
+    """IPython itself shows figures only once pyplot is imported, which the notebooks never do."""
+    shell = get_ipython()
+    if shell is not None and shell.display_formatter is not None:
+        shell.display_formatter.formatters["image/jpeg"].for_type(Figure, to_jpeg)
 
 
 def _project_root() -> Path:

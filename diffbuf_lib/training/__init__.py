@@ -4,8 +4,9 @@
 """
 
 from diffbuf_lib.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from diffbuf_lib.training.loop import StepRecord, train
 from diffbuf_lib.training.metrics import mean_scores, score_clips
+from diffbuf_lib.training.run import train
+from diffbuf_lib.training.step import StepRecord
 
 __all__ = [
     "StepRecord",

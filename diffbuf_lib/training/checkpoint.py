@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import nn
 
+from diffbuf_lib.data.audio import atomic_file
 from diffbuf_lib.errors import CheckpointError
 
 FORMAT = 1
@@ -20,10 +20,9 @@ FORMAT = 1
 
 KEYS = frozenset(
     {"format", "version", "config", "step", "epoch", "examples", "processes", "pending", "best"}
-    | {"bad_validations"}
-    | {"model", "ema", "optimizer", "scheduler", "scaler"}
+    | {"bad_validations", "bad_batches", "model", "ema", "optimizer", "scheduler", "scaler"}
 )
-"""What a checkpoint holds. No state of random generators: all draws are keyed (see plan.py)."""
+"""What a checkpoint holds. No state of random generators: all draws are keyed (see feed.py)."""
 
 
 def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
@@ -37,38 +36,19 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
         CheckpointError: it cannot be written (disk full, no permission). An older file at `path`
             is still there and whole.
     """
-    path = Path(path)
-    with replacing(path) as file:
+    with replaced_file(Path(path)) as file:
         torch.save({"format": FORMAT, **state}, file)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU.
-
-    Only tensors and plain values are read (`weights_only`): a file that would run code is refused.
+    """Read a checkpoint onto the CPU, without running what is in it.
 
     Raises:
         CheckpointError: no such file, cut short or damaged, not a checkpoint of this library, or
             one that holds more than tensors and plain values.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist: check the path")
-    try:
-        _check_whole(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"checkpoint {path} is refused: it holds more than tensors and plain values, and "
-            "reading it could run code; take a file that diffbuf has written"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from error
-    except Exception as error:  # whatever the zip and pickle readers meet in damaged bytes
-        raise CheckpointError(
-            f"checkpoint {path} is damaged or cut short: take another one, such as best.pt "
-            f"({type(error).__name__})"
-        ) from error
+    state = load_tensors(path, "checkpoint")
     if not isinstance(state, dict) or not KEYS.issubset(state):
         raise CheckpointError(
             f"{path} is not a training checkpoint of diffbuf: take checkpoints/last.pt or best.pt "
@@ -80,6 +60,37 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{state['version']}; this library reads format {FORMAT}: install that version"
         )
     return state
+
+
+def load_tensors(path: Path, what: str) -> Any:
+    """Read what `torch.save` wrote onto the CPU: tensors and plain values only (`weights_only`).
+
+    Args:
+        path: the file.
+        what: what error messages call it.
+
+    Raises:
+        CheckpointError: no such file, a damaged one, or one that would run code.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{what} {path} does not exist: check the path")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch's reader does not look at checksums
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(damaged)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{what} {path} is refused: it holds more than tensors and plain values, and "
+            "reading it could run code; take a file that diffbuf has written"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{what} {path} cannot be read: {error.strerror}") from error
+    except Exception as error:  # whatever the zip and pickle readers meet in damaged bytes
+        raise CheckpointError(
+            f"{what} {path} is damaged or cut short: take another one, such as best.pt "
+            f"({type(error).__name__})"
+        ) from error
 
 
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
@@ -122,66 +133,41 @@ def apply_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source:
     Raises:
         CheckpointError: a tensor is missing, unknown or of another shape; names the first.
     """
-    own = model.state_dict()
-    for name, value in own.items():
-        if name not in weights:
-            problem = f"it has no {name}, which is {list(value.shape)} in this model"
-        elif weights[name].shape != value.shape:
-            problem = (
-                f"its {name} is {list(weights[name].shape)}, in this model {list(value.shape)}"
-            )
+    own = {name: list(value.shape) for name, value in model.state_dict().items()}
+    given = {name: list(value.shape) for name, value in weights.items()}
+    for name in {**own, **given}:
+        if name not in given:
+            problem = f"it has no {name}, which is {own[name]} in this model"
+        elif name not in own:
+            problem = f"its {name}, {given[name]}, is not in this model"
+        elif own[name] != given[name]:
+            problem = f"its {name} is {given[name]}, in this model {own[name]}"
         else:
             continue
         raise CheckpointError(f"weights of {source} do not fit: {problem}; make `model` equal")
-    for name in weights:
-        if name not in own:
-            raise CheckpointError(
-                f"weights of {source} do not fit: its {name}, {list(weights[name].shape)}, is not "
-                "in this model; make `model` equal"
-            )
     model.load_state_dict(dict(weights))
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path` that takes its place once it is safely on the disk.
+@contextmanager
+def replaced_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that takes the place of `path` once it is safely on the disk.
 
     Raises:
-        CheckpointError: it cannot be written; the temporary file is gone, `path` is as before.
+        CheckpointError: it cannot be written; `path` is as before.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with atomic_file(path) as temporary, open(temporary, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns some OSErrors into these
-        cause = error if isinstance(error, OSError) else error.__context__
-        reason = cause.strerror if isinstance(cause, OSError) else None
-        raise CheckpointError(
-            f"{path} cannot be written ({reason or error}): free space or choose another "
-            "--results_path; what was there before is untouched"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        raise unwritable(path, error) from error
 
 
-def sync_folder(folder: Path) -> None:
-    """Put a folder's entries on the disk: without it a rename can be lost with the power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _check_whole(path: Path) -> None:
-    """Compare every member of the archive with its checksum; torch's reader does not."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(damaged)
+def unwritable(path: Path, error: Exception) -> CheckpointError:
+    """Return what to raise for a file or folder that cannot be written."""
+    cause = error if isinstance(error, OSError) else error.__context__
+    reason = cause.strerror if isinstance(cause, OSError) else None
+    return CheckpointError(
+        f"{path} cannot be written ({reason or error}): free space or choose another "
+        "--results_path; what was there before is untouched"
+    )

@@ -11,6 +11,7 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -26,10 +27,7 @@ PESQ_SAMPLE_RATES = {8000: "nb", 16000: "wb"}
 
 
 class UndefinedScoreError(Exception):
-    """A score that does not exist for a clip; the message is the reason, for a list of such clips.
-
-    No DiffbufError: nothing is wrong with the program or its arguments.
-    """
+    """A score that does not exist for a clip; the message is the reason."""
 
 
 class MeanScore(NamedTuple):
@@ -49,8 +47,7 @@ def score_clips(
         estimate: [B, T] float, full scale 1.
         target: [B, T] float, full scale 1, the clean speech.
         sample_rate: Hz.
-        metrics: of "si_sdr" (dB), "sdr" (dB, BSS eval with a 512-tap filter), "pesq" (MOS-LQO,
-            wide band at 16 kHz, narrow band at 8 kHz), "estoi" (0 to 1).
+        metrics: names of the functions below.
 
     Returns:
         [B] float32 on the CPU for every metric; NaN where it is undefined.
@@ -67,16 +64,12 @@ def score_clips(
             "average the channels first"
         )
     estimate, target = estimate.detach().float().cpu(), target.detach().float().cpu()
-    return {
-        metric: torch.tensor(
-            [
-                _score_or_nan(metric, one_estimate, one_target, sample_rate)
-                for one_estimate, one_target in zip(estimate, target, strict=True)
-            ],
-            dtype=torch.float32,
-        )
-        for metric in metrics
-    }
+    scores = {metric: torch.full((len(estimate),), math.nan) for metric in metrics}
+    for metric, values in scores.items():
+        for i in range(len(estimate)):
+            with suppress(UndefinedScoreError):
+                values[i] = score_clip(metric, estimate[i], target[i], sample_rate)
+    return scores
 
 
 def mean_scores(scores: Mapping[str, torch.Tensor]) -> dict[str, MeanScore]:
@@ -118,6 +111,11 @@ def check_metrics(metrics: Iterable[str], sample_rate: int) -> None:
             )
 
 
+def lower_is_better(name: str) -> bool:
+    """Whether less is more of a metric, or of "loss"."""
+    return name == "loss" or bool(METRICS[name].facts.get("lower_is_better"))
+
+
 def score_clip(
     metric: str, estimate: torch.Tensor, target: torch.Tensor, sample_rate: int
 ) -> float:
@@ -156,17 +154,8 @@ def check_audible(name: str, wave: torch.Tensor) -> None:
         raise UndefinedScoreError(f"the {name} is silent")
 
 
-def _score_or_nan(
-    metric: str, estimate: torch.Tensor, target: torch.Tensor, sample_rate: int
-) -> float:
-    try:
-        return score_clip(metric, estimate, target, sample_rate)
-    except UndefinedScoreError:
-        return math.nan
-
-
 def si_sdr(estimate: torch.Tensor, target: torch.Tensor, sample_rate: int) -> float:
-    """Return the scale-invariant SDR, dB."""
+    """Scale-invariant signal-to-distortion ratio, dB; signals [T]."""
     from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
 
     # float64: in float32 a good estimate's residual is rounding noise above about 70 dB.
@@ -174,14 +163,14 @@ def si_sdr(estimate: torch.Tensor, target: torch.Tensor, sample_rate: int) -> fl
 
 
 def sdr(estimate: torch.Tensor, target: torch.Tensor, sample_rate: int) -> float:
-    """Return BSS eval's SDR with a 512-tap filter, dB."""
+    """Signal-to-distortion ratio of BSS eval with a 512-tap filter, dB; signals [T]."""
     from torchmetrics.functional.audio import signal_distortion_ratio
 
     return signal_distortion_ratio(estimate.double(), target.double()).item()
 
 
 def pesq(estimate: torch.Tensor, target: torch.Tensor, sample_rate: int) -> float:
-    """Return PESQ, MOS-LQO: wide band at 16 kHz, narrow band at 8 kHz."""
+    """MOS-LQO of ITU-T P.862.2 at 16 kHz, of P.862 at 8 kHz; signals [T]."""
     from torchmetrics.functional.audio import perceptual_evaluation_speech_quality
 
     mode = PESQ_SAMPLE_RATES[sample_rate]
@@ -189,7 +178,7 @@ def pesq(estimate: torch.Tensor, target: torch.Tensor, sample_rate: int) -> floa
 
 
 def estoi(estimate: torch.Tensor, target: torch.Tensor, sample_rate: int) -> float:
-    """Return ESTOI, 0 to 1."""
+    """Extended short-time objective intelligibility, 0 to 1; signals [T]."""
     from torchmetrics.functional.audio import short_time_objective_intelligibility
 
     with warnings.catch_warnings():

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from diffbuf_lib.config import TrainingConfig
 from diffbuf_lib.registry import OPTIMIZERS
+from diffbuf_lib.training.metrics import lower_is_better
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic of Jordan's Muon
 _MUON_MOMENTUM = 0.95
@@ -38,13 +39,13 @@ class Muon(torch.optim.AdamW):
         self, params: Iterable[nn.Parameter], lr: float = 1e-3, weight_decay: float = 1e-2
     ) -> None:
         params = list(params)
-        matrices = [p for p in params if p.ndim > 1]
         groups: list[dict[str, Any]] = [
             {"params": [p for p in params if p.ndim <= 1], "matrices": False},
-            {"params": matrices, "matrices": True},
+            {"params": [p for p in params if p.ndim > 1], "matrices": True},
         ]
-        groups = [group for group in groups if group["params"]]
-        super().__init__(groups, lr=lr, weight_decay=weight_decay)
+        super().__init__(
+            [group for group in groups if group["params"]], lr=lr, weight_decay=weight_decay
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -118,51 +119,13 @@ def make_optimizer(
     return optimizer
 
 
-class LinearRate:
-    """A learning rate that rises, stays, and falls to zero at the end of the run.
-
-    Up over warmup_steps, level until 30 % of the run, then down in a line. It counts the steps of
-    the run, also those that changed no weight.
-
-    Args:
-        training: for lr and warmup_steps.
-        optimizer: whose learning rate moves.
-        total_steps: of the whole run.
-    """
-
-    def __init__(
-        self, training: TrainingConfig, optimizer: torch.optim.Optimizer, total_steps: int
-    ) -> None:
-        self.lr, self.warmup = training.lr, training.warmup_steps
-        self.optimizer, self.total = optimizer, total_steps
-        self.load_state_dict({"steps": 0})
-
-    def rate(self, steps: int) -> float:
-        """Return the learning rate of the step that comes after `steps` others."""
-        fall = (1 - _LEVEL) * self.total
-        return self.lr * min(
-            1.0, (steps + 1) / (self.warmup + 1), max(0.0, (self.total - steps) / fall)
-        )
-
-    def step(self) -> None:
-        """Count a step."""
-        self.load_state_dict({"steps": self.steps + 1})
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return how many steps were made."""
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set the learning rate to that after so many steps."""
-        self.steps = state["steps"]
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(self.steps)
-
-
 def make_scheduler(
     training: TrainingConfig, optimizer: torch.optim.Optimizer, total_steps: int
-) -> ReduceLROnPlateau | LinearRate:
+) -> ReduceLROnPlateau | LambdaLR:
     """Make `training.lr_schedule`: "plateau" is moved by validations, "linear" by steps.
+
+    Linear: up over warmup_steps, level until 30 % of the run, then down to zero at its end. It
+    counts the steps of the run, also those that changed no weight.
 
     Args:
         training: the config.
@@ -170,12 +133,18 @@ def make_scheduler(
         total_steps: of the whole run.
     """
     if training.lr_schedule == "linear":
-        return LinearRate(training, optimizer, total_steps)
+        fall = (1 - _LEVEL) * total_steps
+
+        def factor(steps: int) -> float:
+            rise = (steps + 1) / (training.warmup_steps + 1)
+            return min(1.0, rise, max(0.0, (total_steps - steps) / fall))
+
+        return LambdaLR(optimizer, factor)
     # Any gain counts, as for the best checkpoint. Torch's own threshold is relative, and for
     # a negative SI-SDR takes a slightly worse score for a gain.
     return ReduceLROnPlateau(
         optimizer,
-        mode="min" if training.metric_for_scheduler == "loss" else "max",
+        mode="min" if lower_is_better(training.metric_for_scheduler) else "max",
         factor=training.reduce_factor,
         patience=training.patience,
         threshold=0.0,

@@ -8,7 +8,7 @@ from pathlib import Path
 from diffbuf_lib.config import Config
 from diffbuf_lib.data import open_dataset
 from diffbuf_lib.training import train
-from diffbuf_lib.training.results import ResultsFolder
+from diffbuf_lib.training.folder import ResultsFolder
 from recipes.cpu_demo.dataset import build_pretraining
 
 _VALID_SECONDS = 3

@@ -30,7 +30,7 @@ GRAMMAR = Path(__file__).resolve().parent / "grammar"
 OUT_RATE = 16000  # Hz
 # Never in training, nor in its mixtures. None has a namesake in another language ("alpha", "alex",
 # "dora", "santa"), which may well be the same speaker.
-TEST_VOICES = ("af_kore", "af_nova", "am_eric", "am_puck")
+TEST_VOICES: tuple[str, ...] = ("af_kore", "af_nova", "am_eric", "am_puck")
 TEST_VOICES += ("bf_emma", "bm_fable", "hm_psi", "im_nicola")
 TEST_SHARE = 0.05
 MIXTURES = 1000  # mixed speakers, each of whom says several sentences

@@ -23,9 +23,9 @@ _SETTINGS = {
 }
 
 
-def find_notebook(number: str) -> str:
-    """The file's name of the notebook with a number such as "02"."""
-    (path,) = (ROOT / "notebooks").glob(f"{number}_*.ipynb")
+def find_notebook(topic: str) -> str:
+    """The file's name of the notebook that has a word such as "sigma" in its name."""
+    (path,) = (ROOT / "notebooks").glob(f"[0-9][0-9]_*{topic}*.ipynb")
     return path.name
 
 
@@ -43,7 +43,7 @@ class LabServer:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        ignored = shutil.ignore_patterns(".ipynb_checkpoints")
+        ignored = shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__")
         shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=ignored)
         shutil.copytree(ROOT / "configs", folder / "configs")
         self.log = folder / "server.log"

@@ -8,7 +8,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.timeout(1200)]
 
 
 def test_buffer_explorer_every_slider_changes_the_picture(open_notebook):
-    page = open_notebook(find_notebook("02"))
+    page = open_notebook(find_notebook("stft"))
     page.run_all()
     page.screenshot()
     assert not page.problems()
@@ -24,7 +24,7 @@ def test_buffer_explorer_every_slider_changes_the_picture(open_notebook):
 
 
 def test_step_debugger(open_notebook):
-    page = open_notebook(find_notebook("05"))
+    page = open_notebook(find_notebook("one_step"))
     page.run_all()
     page.screenshot()
     assert not page.problems()

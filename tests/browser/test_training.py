@@ -56,7 +56,7 @@ class TrainingPanel:
 
 @pytest.fixture(scope="module")
 def page(open_notebook):
-    page = open_notebook(find_notebook("06"))
+    page = open_notebook(find_notebook("training_loop"))
     page.run_all()
     page.screenshot()
     return page

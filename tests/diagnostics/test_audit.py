@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from diffbuf_lib.data.audit import audit, measure, shared_targets
+from diffbuf_lib.diagnostics.checks_data import audit, measure, shared_targets
 from tests.diagnostics.clips import Items, config, make_split, opened, samples, stem, write
 
 
+@pytest.mark.law
 def test_facts_of_a_clip_are_those_of_its_files(tmp_path):
     root = make_split(tmp_path, 3)
     facts = audit(opened(root, config()))
@@ -26,6 +27,7 @@ def test_facts_of_a_clip_are_those_of_its_files(tmp_path):
         assert clip.wave.shape == (1, 1600)
 
 
+@pytest.mark.law
 def test_a_residual_is_found_in_dB(tmp_path):
     root = make_split(tmp_path, 2)
     target = samples(stem(root, "vocals", 0))
@@ -35,6 +37,7 @@ def test_a_residual_is_found_in_dB(tmp_path):
     assert clip.residual_db == pytest.approx(-20, abs=0.01)
 
 
+@pytest.mark.law
 def test_non_finite_and_clipped_samples_are_counted():
     wave = torch.tensor([[0.5, torch.nan, -1.0, torch.inf], [0.25, 0.25, 0.25, 0.25]])
     facts = measure(wave)
@@ -46,6 +49,7 @@ def test_non_finite_and_clipped_samples_are_counted():
     assert measure(torch.zeros(1, 8)).silent
 
 
+@pytest.mark.law
 def test_a_sample_spans_the_set_and_keeps_to_its_limits(tmp_path):
     wave = torch.rand(1, 16)
 
@@ -73,6 +77,7 @@ def test_an_unexpected_failure_of_a_data_set_is_told_with_the_clip():
     assert "clip 0" in str(clip.error)
 
 
+@pytest.mark.law
 def test_shared_targets_are_found_by_content_not_by_name(tmp_path):
     cfg = config()
     train, valid = make_split(tmp_path / "t", 4), make_split(tmp_path / "v", 3, seed=9)

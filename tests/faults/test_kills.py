@@ -37,6 +37,7 @@ def lines(folder):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.slow)])
 def test_random_kills(unbroken, tmp_path, kills):
     """Moments are drawn in lines of history, so that they differ however slow the machine is."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import tempfile
 from contextlib import contextmanager
@@ -25,8 +24,8 @@ from diffbuf_lib.diagnostics.capsule import Capsule
 from diffbuf_lib.diffusion.sde import make_sde
 from diffbuf_lib.errors import DataError, DiffbufError
 from diffbuf_lib.training import load_checkpoint, load_weights, save_checkpoint
-from diffbuf_lib.training.results import ResultsFolder, read_history
-from tests.training.helpers import Clips, config, fit, last
+from diffbuf_lib.training.folder import ResultsFolder, read_history
+from tests.training.helpers import Clips, config, fit
 
 SECONDS = 10  # in which any input must be done with
 
@@ -276,13 +275,6 @@ def test_history(content):
 # Checkpoints and capsules.
 
 
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    fit(config(), folder, steps=2)
-    return folder
-
-
 def _checkpoint_bytes() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(Path(folder) / "c.pt", {"model": {"w": torch.ones(3)}, "step": 1})
@@ -301,28 +293,6 @@ def test_checkpoint_bytes(content):
             load_weights(folder)
 
 
-@pytest.mark.filterwarnings("ignore:the run had")
-@pytest.mark.parametrize("count", [8, pytest.param(300, marks=pytest.mark.slow)])
-def test_checkpoint_contents(run_folder, tmp_path, count):
-    """Any one entry of a checkpoint, at any depth, replaced by something else."""
-    state = last(run_folder)
-    del state["format"]
-    rng = np.random.default_rng(count)
-    others = [None, -1, 1e300, math.nan, "x", [], {}, [1], {"a": 1}, torch.ones(2), (1, 2), 10**30]
-
-    def replaced(node):
-        if node is state or (isinstance(node, dict) and node and rng.random() < 0.8):
-            key = list(node)[rng.integers(len(node))]
-            return {**node, key: replaced(node[key])}
-        return others[rng.integers(len(others))]
-
-    for i in range(count):
-        folder = tmp_path / str(i)
-        save_checkpoint(folder / "checkpoints" / "last.pt", {**state, **replaced(state)})
-        with only_our_errors():
-            fit(config(), folder, steps=1, resume=True, valid_set=None, train_set=Clips(2))
-
-
 @pytest.fixture(scope="module")
 def capsule_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("capsule")
@@ -334,18 +304,11 @@ def capsule_folder(tmp_path_factory):
 @pytest.mark.parametrize("count", [15, pytest.param(600, marks=pytest.mark.slow)])
 def test_capsules(capsule_folder, tmp_path, count):
     rng = np.random.default_rng(count)
-    files = sorted(path.name for path in capsule_folder.iterdir())
+    os.link(capsule_folder / "capsule.json", tmp_path / "capsule.json")
     for _ in range(count):
-        name = files[rng.integers(len(files))]
-        content = bytearray((capsule_folder / name).read_bytes())
+        content = bytearray((capsule_folder / "capsule.pt").read_bytes())
         for _ in range(rng.integers(1, 4)):
-            content[rng.integers(min(len(content), 3000))] = rng.integers(256)
-        for other in files:
-            link = tmp_path / other
-            link.unlink(missing_ok=True)
-            if other == name:
-                link.write_bytes(content)
-            else:
-                os.link(capsule_folder / other, link)
+            content[rng.integers(len(content))] = rng.integers(256)
+        (tmp_path / "capsule.pt").write_bytes(content)
         with only_our_errors():
             Capsule.load(tmp_path).replay()

@@ -31,14 +31,14 @@ def copy_workspace(folder: Path) -> Path:
         The copied notebooks' folder, to be the working directory.
     """
     for name in ("notebooks", "configs"):
-        ignored = shutil.ignore_patterns(".ipynb_checkpoints")
+        ignored = shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     return folder / "notebooks"
 
 
-def find(number: str) -> Path:
-    """The notebook of a number such as "02"."""
-    (path,) = (ROOT / "notebooks").glob(f"{number}_*.ipynb")
+def find(topic: str) -> Path:
+    """The notebook that has a word such as "sigma" in its name."""
+    (path,) = (ROOT / "notebooks").glob(f"[0-9][0-9]_*{topic}*.ipynb")
     return path
 
 

@@ -2,11 +2,18 @@
 
 import pytest
 
-from tests.notebook.cells import find, first_failed_check
+from tests.notebook.cells import ROOT, first_failed_check
 from tests.notebook.folders import make_paired_folder
 
-QUICK = {"01", "02", "05"}
-NUMBERS = [f"{number:02}" for number in range(10)]
+
+def is_quick(path):
+    return any(topic in path.stem for topic in ("io_shapes", "stft", "one_step"))
+
+
+NOTEBOOKS = [
+    pytest.param(path, id=path.stem, marks=() if is_quick(path) else pytest.mark.slow)
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+]
 
 
 @pytest.fixture(params=[1, 2], ids=["mono", "stereo"])
@@ -17,13 +24,9 @@ def own_data(request, workspace, tmp_path, monkeypatch):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "number",
-    [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in NUMBERS],
-)
-def test_notebook_runs_on_a_users_folder(own_data, workspace, number):
-    assert first_failed_check(find(number)) is None
-    unexpected = {path.name for path in workspace.iterdir()} - {
-        path.name for path in find(number).parent.iterdir()
-    }
+@pytest.mark.parametrize("path", NOTEBOOKS)
+def test_notebook_runs_on_a_users_folder(own_data, workspace, path):
+    before = {each.name for each in workspace.iterdir()}
+    assert first_failed_check(path) is None
+    unexpected = {each.name for each in workspace.iterdir()} - before
     assert not unexpected, "a notebook writes below bench.results, not beside itself"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -110,6 +111,10 @@ def assert_same_state(one: Path, other: Path) -> None:
     a, b = last(one), last(other)
     for key in (*LEARNT, "bad_validations"):
         assert same(a[key], b[key]), f"{key} differs"
+
+
+def full_disk(*_args: Any, **_kwargs: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def kill_at(moment: str) -> Clips:

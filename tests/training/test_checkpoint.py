@@ -1,6 +1,5 @@
 """Checkpoint files: whole or not there, and read without running what is in them."""
 
-import errno
 import os
 import pickle
 import warnings
@@ -12,8 +11,8 @@ from diffbuf_lib.errors import CheckpointError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.training import load_checkpoint, load_weights, save_checkpoint, train
 from diffbuf_lib.training.checkpoint import KEYS
-from diffbuf_lib.training.results import CHANGEABLE, ResultsFolder, check_same_config
-from tests.training.helpers import Clips, config, fit, last, same
+from diffbuf_lib.training.folder import ResultsFolder, check_same_config
+from tests.training.helpers import Clips, config, fit, full_disk, last, same
 
 
 def state(value=1.0):
@@ -35,14 +34,12 @@ def save(path, value):
     save_checkpoint(path, {k: v for k, v in state(value).items() if k != "format"})
 
 
+@pytest.mark.law
 def test_round_trip(path):
     assert same(load_checkpoint(path), state() | {"format": 1})
 
 
-def full_disk(*_args, **_kwargs):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
+@pytest.mark.law
 @pytest.mark.parametrize("name", ["fsync", "replace"])
 def test_full_disk_keeps_the_old_checkpoint(path, monkeypatch, name):
     with monkeypatch.context() as patch:
@@ -56,6 +53,7 @@ def test_full_disk_keeps_the_old_checkpoint(path, monkeypatch, name):
     assert stored(path) == 3
 
 
+@pytest.mark.law
 def test_full_disk_in_the_middle_of_the_file(path):
     """A real one: the system refuses to let a file grow beyond 16 kB."""
     import resource
@@ -74,6 +72,7 @@ def test_full_disk_in_the_middle_of_the_file(path):
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.law
 def test_checkpoint_is_on_the_disk_before_it_takes_its_name(path, monkeypatch):
     calls = []
     for name in ("fsync", "replace"):
@@ -83,17 +82,7 @@ def test_checkpoint_is_on_the_disk_before_it_takes_its_name(path, monkeypatch):
     assert calls == ["fsync", "replace", "fsync"]  # file, rename, folder
 
 
-def test_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="results_path"):
-        save(tmp_path / "file" / "last.pt", 1.0)
-
-
-def test_missing(tmp_path):
-    with pytest.raises(CheckpointError, match="does not exist"):
-        load_checkpoint(tmp_path / "none.pt")
-
-
+@pytest.mark.law
 @pytest.mark.parametrize("size", [0, 10, 0.5, 0.99])
 def test_cut_short(path, size):
     content = path.read_bytes()
@@ -103,6 +92,7 @@ def test_cut_short(path, size):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.law
 def test_one_wrong_bit_in_the_weights(path):
     content = bytearray(path.read_bytes())
     content[content.index(torch.ones(99).numpy().tobytes()) + 20] ^= 1
@@ -116,6 +106,7 @@ class Malicious:
         return (os.mkdir, (os.environ["DIFFBUF_TEST_TARGET"],))
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("plain", [True, False])
 def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch, plain):
     target = tmp_path / "pwned"
@@ -134,19 +125,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch, plain):
         assert target.exists(), "the test's file must be able to do harm"
 
 
-@pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], torch.zeros(2)])
-def test_another_programs_file(tmp_path, content):
-    torch.save(content, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match="not a training checkpoint"):
-        load_checkpoint(tmp_path / "other.pt")
-
-
-def test_another_format(path):
-    torch.save(state() | {"format": 99, "version": "9.9"}, path)
-    with pytest.raises(CheckpointError, match=r"format 99, written by diffbuf 9\.9"):
-        load_checkpoint(path)
-
-
+@pytest.mark.law
 def test_full_disk_in_a_run_leaves_the_older_checkpoint(tmp_path, monkeypatch):
     run = train(config("training.checkpoint_every=2"), Clips(), None, tmp_path, device="cpu")
     next(run)
@@ -158,6 +137,7 @@ def test_full_disk_in_a_run_leaves_the_older_checkpoint(tmp_path, monkeypatch):
     assert len(fit(config("training.checkpoint_every=2"), tmp_path, resume=True)) == 6
 
 
+@pytest.mark.law
 def test_weights_only_start(tmp_path):
     """Averaged weights, no optimizer, from a checkpoint and from the exported folder."""
     fit(config("training.metric_for_scheduler=loss", "training.num_epochs=1"), tmp_path / "a")
@@ -190,6 +170,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     assert not (tmp_path / "b").exists() or not list((tmp_path / "b").iterdir())
 
 
+@pytest.mark.law
 def test_half_made_swap_of_the_model_is_undone(tmp_path):
     folder = ResultsFolder(tmp_path)
     (tmp_path / ".model.old").mkdir()
@@ -200,24 +181,20 @@ def test_half_made_swap_of_the_model_is_undone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-def test_export_replaces_the_folder(tmp_path):
-    folder = ResultsFolder(tmp_path)
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        model = DiffusionBufferModel(config())
-        folder.export_model(model)
-        loaded = DiffusionBufferModel.from_pretrained(folder.model)
-        assert same(dict(loaded.state_dict()), dict(model.state_dict()))
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
-
-
-def test_changeable_keys_exist():
-    names = {f"training.{name}" for name in config().to_dict()["training"]}
-    assert names >= CHANGEABLE.keys()
-
-
 def test_config_difference_counts_what_it_does_not_name(tmp_path):
     old, new = config().to_dict(), config("sde.type=ouve", "training.seed=3").to_dict()
     with pytest.raises(CheckpointError, match=r"sde\.type was bbed, is ouve.* and \d more"):
         check_same_config(old, new, tmp_path)
     check_same_config(old, config("training.num_steps=9").to_dict(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [({"state_dict": {}}, "not a training checkpoint"), (torch.zeros(2), "not a training"),
+     (state() | {"format": 99, "version": "9.9"}, "format 99"), (None, "does not exist")],
+)  # fmt: skip
+def test_files_that_are_no_checkpoints(tmp_path, content, part):
+    if content is not None:
+        torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=part):
+        load_checkpoint(tmp_path / "other.pt")

@@ -20,6 +20,7 @@ def descend(optimizer, parameters, steps=1, seed=0):
         optimizer.step()
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
 def test_singular_values_come_close_to_one_and_directions_stay(shape):
     torch.manual_seed(0)
@@ -34,6 +35,7 @@ def test_singular_values_come_close_to_one_and_directions_stay(shape):
     assert not orthogonalise(torch.zeros(shape)).any()
 
 
+@pytest.mark.law
 def test_the_first_step_of_a_kernel_is_its_gradient_orthogonalised():
     torch.manual_seed(0)
     kernel = nn.Parameter(torch.randn(6, 4, 1, 3))
@@ -49,6 +51,7 @@ def test_the_first_step_of_a_kernel_is_its_gradient_orthogonalised():
     assert torch.equal(kernel.grad, gradient)  # left for whoever looks at it afterwards
 
 
+@pytest.mark.law
 def test_an_update_has_the_size_of_adams():
     """So that one learning rate serves both."""
     torch.manual_seed(0)
@@ -58,6 +61,7 @@ def test_an_update_has_the_size_of_adams():
         assert 0.1 < float(weight.detach().square().mean().sqrt()) < 0.4
 
 
+@pytest.mark.law
 def test_all_else_moves_as_with_adamw():
     vectors = [nn.Parameter(torch.ones(5)) for _ in range(2)]
     descend(Muon([vectors[0]], lr=0.01, weight_decay=0.1), vectors[:1], steps=3)
@@ -65,6 +69,7 @@ def test_all_else_moves_as_with_adamw():
     assert torch.equal(vectors[0], vectors[1])
 
 
+@pytest.mark.law
 def test_a_restored_state_goes_on_alike():
     def start():
         torch.manual_seed(0)
@@ -83,6 +88,7 @@ def test_a_restored_state_goes_on_alike():
     assert all(torch.equal(p, q) for p, q in zip(one, two, strict=True))
 
 
+@pytest.mark.law
 def test_a_resumed_run_with_muon_is_one_that_was_never_stopped(tmp_path):
     cfg = config(
         "training.optimizer=muon", "training.lr_schedule=linear", "training.warmup_steps=2"
@@ -96,6 +102,7 @@ def test_a_resumed_run_with_muon_is_one_that_was_never_stopped(tmp_path):
     assert [r.lr for r in first + rest] == [r.lr for r in whole]
 
 
+@pytest.mark.law
 def test_a_linear_rate_rises_stays_and_falls_to_nothing():
     training = config(
         "training.lr=1", "training.lr_schedule=linear", "training.warmup_steps=4"
@@ -105,6 +112,7 @@ def test_a_linear_rate_rises_stays_and_falls_to_nothing():
     rates = []
     for _ in range(100):
         rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
         schedule.step()
     assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
     assert rates[30] == 1

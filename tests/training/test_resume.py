@@ -26,6 +26,7 @@ def unbroken(tmp_path_factory):
     return path, records
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("stop", [1, 2, 3, 5, 8])
 def test_resume_at_any_step_equals_never_stopped(unbroken, tmp_path, stop):
     path, records = unbroken
@@ -38,6 +39,7 @@ def test_resume_at_any_step_equals_never_stopped(unbroken, tmp_path, stop):
     assert history(path) == history(tmp_path)
 
 
+@pytest.mark.law
 def test_resume_with_accumulation_and_another_state_of_the_world(tmp_path):
     """What the caller does to the global generators between two steps changes nothing."""
     cfg = config("model.dropout=0.3", "training.accumulation_steps=2", "training.num_epochs=3")
@@ -58,6 +60,7 @@ def test_resume_with_accumulation_and_another_state_of_the_world(tmp_path):
     assert history(tmp_path / "a") == history(tmp_path / "b")
 
 
+@pytest.mark.law
 def test_more_steps_later_equals_more_steps_at_once(unbroken, tmp_path):
     """The validation that a cut-off run makes at its end leaves no trace when it goes on."""
     path, _ = unbroken
@@ -69,12 +72,14 @@ def test_more_steps_later_equals_more_steps_at_once(unbroken, tmp_path):
     assert history(path) == history(tmp_path)
 
 
+@pytest.mark.law
 def test_workers_change_nothing(unbroken, tmp_path):
     path, _ = unbroken
     fit(config(*SETTINGS, "training.num_workers=2"), tmp_path)
     assert_same_state(path, tmp_path)
 
 
+@pytest.mark.law
 def test_resume_does_not_read_what_came_before(tmp_path):
     cfg = config("training.num_epochs=1", "training.batch_size=1")
     fit(cfg, tmp_path, steps=4)
@@ -83,6 +88,7 @@ def test_resume_does_not_read_what_came_before(tmp_path):
     assert len(clips.read) == 3
 
 
+@pytest.mark.law
 def test_global_state_is_left_alone(tmp_path):
     torch.manual_seed(3)
     random.seed(3)
@@ -112,6 +118,7 @@ def test_deterministic_mode_is_on_within_a_step(tmp_path):
         assert clips.was_on == (value == "true")
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("moment", ["reading", "writing", "exporting"])
 def test_killed_process_resumes_to_the_same_weights(unbroken, tmp_path, moment):
     """SIGKILL while a clip is read, while a checkpoint is written, while model/ is exported."""
@@ -133,6 +140,7 @@ def test_killed_process_resumes_to_the_same_weights(unbroken, tmp_path, moment):
     assert (tmp_path / "model" / "model.safetensors").is_file()
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("where", ["train", "valid"])
 def test_signal_stops_between_two_steps(unbroken, tmp_path, number, where):
@@ -162,6 +170,7 @@ def test_signal_stops_between_two_steps(unbroken, tmp_path, number, where):
     assert history(path) == history(tmp_path)
 
 
+@pytest.mark.law
 def test_signal_in_the_callers_code_saves_too(tmp_path):
     run = train(config(), Clips(), None, tmp_path, device="cpu")
     next(run)

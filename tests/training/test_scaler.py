@@ -6,7 +6,7 @@ import torch
 from diffbuf_lib.errors import NonFiniteError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.training import run as run_module
-from tests.training.helpers import assert_same_state, config, fit, last, same
+from tests.training.helpers import Clips, assert_same_state, config, fit, last, same
 
 
 @pytest.fixture
@@ -28,6 +28,7 @@ def scaler(monkeypatch):
     return choose
 
 
+@pytest.mark.law
 def test_overflow_skips_a_step_and_lowers_the_scale(tmp_path, scaler):
     scaler(2.0**40)
     model = DiffusionBufferModel(config())
@@ -44,6 +45,7 @@ def test_overflow_skips_a_step_and_lowers_the_scale(tmp_path, scaler):
     assert 0 < records[-1].grad_norm < 1e3  # of the gradient, not of the scaled one
 
 
+@pytest.mark.law
 def test_resume_keeps_the_scale(tmp_path, scaler):
     scaler(2.0**40)
     cfg = config("training.num_epochs=12")
@@ -55,25 +57,16 @@ def test_resume_keeps_the_scale(tmp_path, scaler):
     assert same(last(tmp_path / "a")["scaler"], last(tmp_path / "b")["scaler"])
 
 
-def test_endless_overflow_is_an_error(tmp_path, scaler):
+def test_endless_overflow_and_a_nan_loss_are_errors(tmp_path, scaler):
     class Steep(DiffusionBufferModel):
-        def forward(self, mix, target=None, generator=None):
-            loss = super().forward(mix, target, generator)
+        def forward(self, *args, **options):
+            loss = super().forward(*args, **options)
             return loss + 0 * next(self.parameters()).abs().sum().mul(0).sqrt()
 
     scaler(4.0)
     with pytest.raises(NonFiniteError, match=r"step 3 .*overflows float16 even at loss scale 0\.5"):
         fit(config(), tmp_path, valid_set=None, model=Steep(config()))
     assert last(tmp_path)["step"] == 0
-
-
-def test_nan_loss_is_an_error_under_float16_too(tmp_path, scaler):
-    class Broken(DiffusionBufferModel):
-        def forward(self, mix, target=None, generator=None):
-            return super().forward(mix, target, generator) * torch.nan
-
-    scaler(4.0)
-    with pytest.raises(
-        NonFiniteError, match=r"the loss is nan.*mixed precision fp16, loss scale 4"
-    ):
-        fit(config(), tmp_path, valid_set=None, model=Broken(config()))
+    clips = Clips(bad=range(7))
+    with pytest.raises(NonFiniteError, match=r"loss is nan.*mixed precision fp16, loss scale 4"):
+        fit(config(), tmp_path, valid_set=None, train_set=clips, resume=True)

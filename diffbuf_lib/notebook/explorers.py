@@ -1,0 +1,230 @@
+"""Sliders for what decides frames, buffer and latency, and for the noise schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import ipywidgets as widgets
+import torch
+from torch import Tensor
+
+from diffbuf_lib.config import BBEDDiffusion, Config
+from diffbuf_lib.diagnostics.checks_run import check_frames, check_schedule
+from diffbuf_lib.diffusion.buffer import complex_normal, inference_times, perturb
+from diffbuf_lib.diffusion.sde import make_sde
+from diffbuf_lib.diffusion.spectral import Spectral
+from diffbuf_lib.errors import ConfigError
+from diffbuf_lib.figures import buffer_spectra, noise_schedule
+from diffbuf_lib.figures.spectrogram import refused
+from diffbuf_lib.notebook.panels import Messages, Panel, slider_look
+
+_LONGER = 10  # frames by which the buffer can be made longer than the clip, to meet the error
+_SMALLEST_EXPONENT = -10  # of t_eps, base 10
+
+
+class Explorer(Panel):
+    """Sliders that make a config, and a picture of what follows from it.
+
+    Values that contradict each other are not hidden: the config's own error message is shown.
+
+    Args:
+        cfg: where the sliders start.
+        sliders: by name.
+        rows: of widgets, above the messages.
+        description: of the picture.
+
+    Attributes:
+        sliders: by name; set `.value` to move one.
+        cfg: the config at the sliders' positions, or None while they contradict each other.
+    """
+
+    def __init__(
+        self, cfg: Config, sliders: dict[str, Any], rows: list[widgets.Widget], description: str
+    ) -> None:
+        self.start, self.sliders = cfg, sliders
+        self.cfg: Config | None = None
+        self._messages = Messages()
+        super().__init__([*rows, self._messages], description)
+        for slider in sliders.values():
+            slider.observe(self._changed, names="value")
+        self._changed()
+
+    @property
+    def messages(self) -> list[str]:
+        """What the doctor says about the sliders' positions, or the error."""
+        return list(self._messages.lines)
+
+    def _changed(self, _: Any = None) -> None:
+        """Take the sliders' values, and show what follows from them."""
+        value = {name: slider.value for name, slider in self.sliders.items()}
+        try:
+            self.cfg = self.start.override(*self._overrides(value))
+        except ConfigError as error:
+            self.cfg = None
+            self._messages.show([(str(error).removeprefix("the config: "), "error")])
+        else:
+            findings = self._findings(self.cfg)
+            self._messages.show([(finding.message, finding.severity) for finding in findings])
+        self._draw(self.cfg, value)
+
+    def _overrides(self, value: dict[str, Any]) -> list[str]:
+        raise NotImplementedError
+
+    def _findings(self, cfg: Config) -> list[Any]:
+        raise NotImplementedError
+
+    def _draw(self, cfg: Config | None, value: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class BufferExplorer(Explorer):
+    """Moves buffer_size, n_fft, hop_length, t_eps and t_max, and shows what becomes of one clip.
+
+    The window keeps its share of n_fft. The noise is the same at every position of the sliders, so
+    that only what they change changes.
+
+    Args:
+        cfg: where the sliders start.
+        mix: [C, T] float32, full scale 1; its channels are averaged.
+        target: [C, T] float32, the clean signal at the same moments.
+
+    Raises:
+        ConfigError: the clip has fewer frames than the buffer of `cfg`.
+    """
+
+    def __init__(self, cfg: Config, mix: Tensor, target: Tensor) -> None:
+        cfg = cfg.override(f"audio.chunk_size={mix.shape[-1]}")
+        self._mix, self._target = mix.mean(0, keepdim=True), target.mean(0, keepdim=True)  # [1, T]
+        sliders = _buffer_sliders(cfg)
+        shown = list(sliders.values())
+        rows = [widgets.HBox(shown[:3]), widgets.HBox(shown[3:])]  # counts above times
+        description = "a clip's noisy and perturbed spectrum, and its buffer"
+        super().__init__(cfg, sliders, rows, description)
+
+    def _overrides(self, value: dict[str, Any]) -> list[str]:
+        stft = self.start.audio.stft
+        window = round(value["n_fft"] * stft.win_length / stft.n_fft)
+        in_buffer = ("buffer_size", "t_eps", "t_max")
+        return [
+            f"audio.stft.n_fft={value['n_fft']}",
+            f"audio.stft.win_length={window}",
+            f"audio.stft.hop_length={value['hop_length']}",
+            *(f"diffusion_buffer.{name}={value[name]}" for name in in_buffer),
+        ]
+
+    def _findings(self, cfg: Config) -> list[Any]:
+        return list(check_frames(cfg))
+
+    def _draw(self, cfg: Config | None, value: dict[str, Any]) -> None:
+        if cfg is None:
+            Y = _spectrum(self._mix, self.start)[0]
+            self.draw(refused(Y, self.messages[0], self.start.audio))
+            return
+        Y, S = _spectrum(self._mix, cfg), _spectrum(self._target, cfg)  # [1, F, K]
+        t, sde = inference_times(cfg.diffusion_buffer), make_sde(cfg.sde)
+        shape = (*Y.shape[:-1], len(t))
+        z = complex_normal(shape, torch.Generator().manual_seed(0), dtype=Y.dtype)
+        V = perturb(S, Y, t[None], z, sde)
+        spectra = {"noisy Y": Y[0], "perturbed input V": V[0]}
+        self.draw(buffer_spectra(spectra, t, sde.std(t), cfg.audio))
+
+
+class SigmaExplorer(Explorer):
+    """Moves k, c or theta, t_eps and t_max, and shows sigma, mean, g and 1 / sigma.
+
+    Beside the curves of the sliders stands the schedule of the config, dashed. A config with OUVE
+    starts the sliders at BBED's defaults.
+
+    Args:
+        cfg: where the sliders start.
+
+    Attributes:
+        spelling: "theta" or "c": what `sliders["value"]` is called in the config.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        bbed: Any = cfg.sde.diffusion if cfg.sde.type == "bbed" else BBEDDiffusion()
+        self.spelling = widgets.ToggleButtons(
+            options=["theta", "c"],
+            value="theta" if bbed.c is None else "c",
+            description="spelling",
+            style={"description_width": "80px", "button_width": "70px"},
+        )
+        self.spelling.observe(self._changed, names="value")
+        sliders = _sigma_sliders(bbed, cfg)
+        shown = list(sliders.values())
+        rows = [self.spelling, widgets.HBox(shown[:2]), widgets.HBox(shown[2:])]
+        super().__init__(cfg, sliders, rows, "sigma, mean, g and 1 / sigma over diffusion time")
+
+    def _overrides(self, value: dict[str, Any]) -> list[str]:
+        diffusion = f"{{k: {value['k']}, {self.spelling.value}: {value['value']}}}"
+        times = [f"diffusion_buffer.{name}={value[name]}" for name in ("t_eps", "t_max")]
+        return [f"sde={{type: bbed, diffusion: {diffusion}}}", *times]
+
+    def _findings(self, cfg: Config) -> list[Any]:
+        return list(check_schedule(cfg))
+
+    def _draw(self, cfg: Config | None, value: dict[str, Any]) -> None:
+        sdes = {"config": make_sde(self.start.sde)}
+        if cfg is not None:
+            name = f"sliders: {self.spelling.value} = {value['value']:.3g}, k = {value['k']:.3g}"
+            sdes = {name: make_sde(cfg.sde), **sdes}
+        self.draw(noise_schedule(sdes, value["t_eps"], value["t_max"]))
+
+
+def _buffer_sliders(cfg: Config) -> dict[str, Any]:
+    stft, buffer = cfg.audio.stft, cfg.diffusion_buffer
+    # The lowest values are such that the config's own lies on the slider's grid.
+    return {
+        "buffer_size": _count("buffer_size", buffer.buffer_size, 1, cfg.audio.num_frames + _LONGER),
+        "n_fft": _count("n_fft", stft.n_fft, 126 + stft.n_fft % 2, 1022, 2),
+        "hop_length": _count("hop_length", stft.hop_length, 64 + stft.hop_length % 8, 512, 8),
+        "t_eps": _number("t_eps", buffer.t_eps, 0.005, 0.5),
+        "t_max": _number("t_max", buffer.t_max, 0.1, 1.0),
+    }
+
+
+def _sigma_sliders(bbed: Any, cfg: Config) -> dict[str, Any]:
+    times = cfg.diffusion_buffer
+    lowest = min(_SMALLEST_EXPONENT, math.log10(times.t_eps))
+    return {
+        "value": _number("c or theta", bbed.c or bbed.theta or 0.08, 0.005, 2.0, width=400),
+        "k": _number("k", bbed.k, 1.1, 10.0, 0.1, width=400),
+        "t_max": _number("t_max", times.t_max, 0.1, 1.0, width=400),
+        # Logarithmic: float16 ends at times that a linear slider cannot reach.
+        "t_eps": widgets.FloatLogSlider(
+            value=times.t_eps,
+            min=lowest,
+            max=0,
+            step=0.05,
+            readout_format=".2g",
+            **slider_look("t_eps", 400),
+        ),
+    }
+
+
+def _count(name: str, value: int, low: int, high: int, step: int = 1) -> widgets.IntSlider:
+    """Make a slider of whole numbers, whose range holds the config's own."""
+    return widgets.IntSlider(value, min(low, value), max(high, value), step, **slider_look(name))
+
+
+def _number(
+    name: str, value: float, low: float, high: float, step: float = 0.005, width: int = 310
+) -> widgets.FloatSlider:
+    """Make a slider of numbers, whose range holds the config's own."""
+    return widgets.FloatSlider(
+        value=value,
+        min=min(low, value),
+        max=max(high, value),
+        step=step,
+        readout_format=".3f",
+        **slider_look(name, width),
+    )
+
+
+def _spectrum(wave: Tensor, cfg: Config) -> Tensor:
+    """Return the compressed spectrum [1, F, K] of a signal [1, T]."""
+    compression = cfg.preprocessing.magnitude_compression
+    spectrum: Tensor = Spectral.from_config(cfg.audio.stft, compression)(wave)
+    return spectrum

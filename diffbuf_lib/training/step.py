@@ -1,0 +1,354 @@
+"""One optimizer step and one validation: the model, and all that changes or scores it.
+
+`Engine.step` is one optimizer step over one or several batches; `state_dict` is all of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from diffbuf_lib.config import Config, TrainingConfig
+from diffbuf_lib.errors import ConfigError
+from diffbuf_lib.training.feed import (
+    Batch,
+    ClipSource,
+    Stream,
+    example_generators,
+    read_batches,
+    seed_everything,
+)
+from diffbuf_lib.training.metrics import mean_scores, score_clips
+from diffbuf_lib.training.optimizer import make_optimizer, make_scheduler
+from diffbuf_lib.training.signals import StopRequest
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one optimizer step came to; none was made if losses or, without a scaler, norm are bad.
+
+    Args:
+        losses: [W, R] float32 on the CPU: of every process and round.
+        grad_norm: before clipping.
+        skipped: the gradient scaler found an overflow, made no step and lowered its scale.
+        stop: some process was asked to stop.
+        scale: the gradient scaler's factor in this step; None without a scaler.
+    """
+
+    losses: Tensor
+    grad_norm: float
+    skipped: bool
+    stop: bool
+    scale: float | None
+
+    @property
+    def loss(self) -> float:
+        """Mean over processes and rounds."""
+        return self.losses.double().mean().item()
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step.
+
+    Args:
+        skipped: float16 only: the gradients overflowed, the weights were left as they were and
+            the gradient scaler lowered its scale. Normal now and then. Also with
+            training.on_nonfinite=skip, for a batch with a loss or gradient that is not finite.
+        valid: on the last record of an epoch with validation, and of a run: "loss", the metrics'
+            means, and `<metric>_clips`, over how many clips; else None.
+    """
+
+    step: int  # counted from 1 over the whole run, resumed or not
+    epoch: int  # counted from 0, as in `set_epoch`
+    loss: float  # mean over the step's examples, on all processes
+    grad_norm: float  # of all gradients together, before clipping; infinite in a skipped step
+    lr: float  # that the step was made with
+    seconds: float  # wall time, reading included, validation not
+    skipped: bool = False
+    valid: dict[str, float] | None = None
+    bad_batches: int = 0  # that the run has left out so far
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name."""
+        return asdict(self)
+
+
+class Engine:
+    """The model and all that changes it.
+
+    Args:
+        cfg: the config.
+        model: a `DiffusionBufferModel`; it is trained in place.
+        accelerator: device, precision and processes.
+        total_steps: of the whole run, for a learning rate that falls along it.
+    """
+
+    def __init__(
+        self, cfg: Config, model: nn.Module, accelerator: Accelerator, total_steps: int
+    ) -> None:
+        training = cfg.training
+        self.accelerator = accelerator
+        self.grad_clip = training.grad_clip
+        self.model = model.to(accelerator.device)
+        # Buffers are copied, not averaged: tables stay exact and counters stay integers.
+        self.ema = AveragedModel(
+            self.model, multi_avg_fn=get_ema_multi_avg_fn(training.ema_momentum), use_buffers=False
+        )
+        self.ema.requires_grad_(False).eval()
+        self.parallel: Any = self.model
+        if accelerator.num_processes > 1:
+            self.parallel = accelerator.prepare_model(self.model)
+        plain = make_optimizer(training, self.model)
+        self.optimizer = accelerator.prepare_optimizer(plain)
+        self.scheduler = make_scheduler(training, plain, total_steps)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def scale(self) -> float | None:
+        """The gradient scaler's factor on the loss; None without a scaler."""
+        scaler = self.accelerator.scaler
+        return None if scaler is None else float(scaler.get_scale())
+
+    def step(self, batches: Sequence[Batch], *, stop: bool = False) -> Outcome:
+        """Make one optimizer step from the mean gradient of some rounds.
+
+        Args:
+            batches: this process's batch of every round.
+            stop: whether this process was asked to stop; all learn of it in the one exchange that
+                also collects the losses, so that they stop after the same step.
+        """
+        accelerator = self.accelerator
+        self.model.train()
+        self.optimizer.zero_grad()
+        losses, scale = [], self.scale
+        for round_, batch in enumerate(batches, start=1):
+            last = round_ == len(batches)  # only then do the processes exchange gradients
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.parallel):
+                with accelerator.autocast():
+                    loss = self.parallel(batch.mix, batch.target, generator=batch.generators)
+                accelerator.backward(loss / len(batches))
+            losses.append(loss.detach().float())
+        report = torch.stack([*losses, losses[0].new_tensor(float(stop))])
+        gathered = accelerator.gather(report).view(-1, len(report)).cpu()
+        all_losses, stop = gathered[:, :-1], bool(gathered[:, -1].any())
+        if not all_losses.isfinite().all():
+            return Outcome(all_losses, float("nan"), False, stop, scale)
+        grad_norm, skipped = self._update()
+        return Outcome(all_losses, grad_norm, skipped, stop, scale)
+
+    def _update(self) -> tuple[float, bool]:
+        """Clip, step, average; return the gradient norm before clipping and whether skipped."""
+        self.accelerator.unscale_gradients()
+        norm = gradient_norm(self.model)
+        if self.accelerator.scaler is None and not norm.isfinite():
+            return norm.item(), False
+        if self.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.grad_clip, norm)
+        self.optimizer.step()
+        skipped = bool(self.accelerator.optimizer_step_was_skipped)
+        if not skipped:
+            self.ema.update_parameters(self.model)
+        return norm.item(), skipped
+
+    def count_step(self) -> None:
+        """Move a learning rate that goes by steps, also by one that changed no weight."""
+        if isinstance(self.scheduler, LambdaLR):
+            with warnings.catch_warnings():  # torch wants an update of the weights before the first
+                warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step")
+                self.scheduler.step()
+
+    def count_validation(self, score: float) -> None:
+        """Move a learning rate that goes by validations."""
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(score)
+
+    def is_finite(self) -> bool:
+        """Whether every weight and buffer, averaged ones too, is finite."""
+        tensors = [*self.model.state_dict().values(), *self.ema.state_dict().values()]
+        return all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a later run needs to go on, by name."""
+        scaler = self.accelerator.scaler
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave; a scaler's state only where both have a scaler."""
+        for name in ("model", "ema", "optimizer", "scheduler"):
+            getattr(self, name).load_state_dict(state[name])
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def close(self) -> None:
+        """Undo what wrapping did to the caller's model."""
+        if self.parallel is not self.model:
+            self.accelerator.unwrap_model(self.parallel, keep_fp32_wrapper=False)
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Return the norm of all gradients together, a scalar."""
+    return torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+
+
+def resolve_device(name: str, *, fallback: bool = False) -> torch.device:
+    """Return the device that a user's name stands for.
+
+    Args:
+        name: auto (CUDA if there is), cpu, cuda or cuda:N.
+        fallback: take the CPU where this machine has no CUDA device at all.
+
+    Raises:
+        ConfigError: another name, or a GPU that this machine does not have.
+    """
+    kind, _, number = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
+        raise ConfigError(f"device {name!r} is none of auto, cpu, cuda, cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cpu" or (not count and (kind == "auto" or fallback)):
+        return torch.device("cpu")
+    if int(number or 0) >= count:
+        raise ConfigError(f"device {name} does not exist: this machine has {count} GPUs")
+    return torch.device("cuda", int(number) if number else torch.cuda.current_device())
+
+
+def make_accelerator(training: TrainingConfig, device: str) -> Accelerator:
+    """Choose the device and the precision; warn, in one line, where they are not what was asked.
+
+    Args:
+        training: for `use_amp` and `amp_dtype`.
+        device: as for `resolve_device`.
+
+    Raises:
+        ConfigError: as from `resolve_device`.
+    """
+    chosen = resolve_device(device, fallback=True)
+    on_cpu = chosen.type == "cpu"
+    precision = training.amp_dtype if training.use_amp else "no"
+    reason = "no CUDA device" if on_cpu and device.startswith("cuda") else ""
+    if on_cpu and precision == "fp16":
+        precision = "no"
+        reason = reason or "training.use_amp with fp16 needs a CUDA device"
+    if reason:
+        name = "bfloat16" if precision == "bf16" else "float32"
+        warnings.warn(f"{reason}: training on the CPU in {name}", stacklevel=2)
+    if ":" in device and not on_cpu:
+        torch.cuda.set_device(chosen)  # accelerate's "cuda" is torch's current device
+    # Accelerate keeps one state a process and refuses another precision or device than its
+    # first. A notebook trains more than once; a process group, though, has to stay.
+    AcceleratorState._reset_state(not torch.distributed.is_initialized())
+    return Accelerator(cpu=on_cpu, mixed_precision=precision)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a validation came to.
+
+    Args:
+        values: "loss", every metric's mean, and `<metric>_clips`: how many clips it is over.
+        example: mix, target and estimate of the first clip, each [T]; None on other processes.
+    """
+
+    values: dict[str, float]
+    example: tuple[Tensor, Tensor, Tensor] | None
+
+
+def validate(
+    cfg: Config,
+    model: nn.Module,
+    dataset: ClipSource,
+    accelerator: Accelerator,
+    stop: StopRequest | None = None,
+) -> Validation | None:
+    """Enhance and score the first `training.valid_clips` clips, in float32.
+
+    Every clip has its own generator, seeded by (seed, clip): the same noise at every validation,
+    whatever the batch size or the number of processes.
+
+    Args:
+        cfg: the config.
+        model: the averaged model; is left in eval mode.
+        dataset: the validation set, not empty.
+        accelerator: process i of W takes every W-th clip.
+        stop: is looked at before each batch.
+
+    Returns:
+        None when some process was asked to stop.
+
+    Raises:
+        DataError: a clip cannot be read; names it.
+    """
+    training, device = cfg.training, accelerator.device
+    count, processes = min(training.valid_clips, len(dataset)), accelerator.num_processes
+    mine = list(range(accelerator.process_index, count, processes))
+    batches = [mine[i : i + training.batch_size] for i in range(0, len(mine), training.batch_size)]
+    most = math.ceil(count / processes)  # clips of the first process: all exchange as often
+    rounds = math.ceil(most / training.batch_size)
+    reader = read_batches(dataset, batches)
+
+    model.eval()
+    seed_everything(training.seed, Stream.VALID)
+    results: list[tuple[int, float, dict[str, float]]] = []
+    example = None
+    for round_ in range(rounds):
+        flag = torch.tensor([float(stop is not None and stop.requested)], device=device)
+        if accelerator.gather(flag).any():
+            return None
+        if round_ >= len(batches):
+            continue
+        mix, target = (wave.to(device) for wave in next(reader))
+        loss, estimate = _run_model(model, mix, target, batches[round_], training.seed)
+        estimate, clean = estimate.mean(1).cpu(), target.mean(1).cpu()  # [B, T]
+        scores = score_clips(estimate, clean, cfg.audio.sample_rate, training.metrics)
+        for i, clip in enumerate(batches[round_]):
+            results.append((clip, loss, {name: v[i].item() for name, v in scores.items()}))
+        if round_ == 0 and accelerator.is_main_process:
+            example = (mix[0].mean(0).cpu(), clean[0], estimate[0])
+    results = gather_object(results) if processes > 1 else results
+    results.sort(key=lambda result: result[0])  # by clip, so that sums round alike
+    return Validation(_average(results, training.metrics), example)
+
+
+@torch.no_grad()
+def _run_model(
+    model: nn.Module, mix: Tensor, target: Tensor, clips: list[int], seed: int
+) -> tuple[float, Tensor]:
+    """Return the mean loss and the estimates [B, C, T]."""
+    keys = [(clip,) for clip in clips]
+    generators = example_generators(keys, seed, Stream.VALID, mix.device)
+    loss = model(mix, target, generator=generators).item()
+    generators = example_generators(keys, seed, Stream.VALID, mix.device)
+    return loss, model.enhance(mix, generator=generators)  # type: ignore[operator]
+
+
+def _average(
+    results: list[tuple[int, float, dict[str, float]]], metrics: tuple[str, ...]
+) -> dict[str, float]:
+    values = {"loss": sum(loss for _, loss, _ in results) / len(results)}
+    scores = {name: torch.tensor([by_name[name] for *_, by_name in results]) for name in metrics}
+    for name, score in mean_scores(scores).items():
+        values[name] = score.mean
+        values[f"{name}_clips"] = float(score.scored)
+    return values

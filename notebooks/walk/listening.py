@@ -1,0 +1,193 @@
+"""What a model sounds like: held-out clips, delay against quality."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffbuf_lib.config import Config
+from diffbuf_lib.data import ClipDataset, collate, find_layout, open_dataset, read_info
+from diffbuf_lib.errors import ConfigError, DataError, MissingExtraError
+from diffbuf_lib.evaluation import ScoredClip, summary
+from diffbuf_lib.model import DiffusionBufferModel
+from diffbuf_lib.notebook import Workbench
+from diffbuf_lib.streaming import OnlineEnhancer
+from diffbuf_lib.trace import format_table
+from diffbuf_lib.training import score_clips
+from diffbuf_lib.training.metrics import check_metrics
+
+METRICS = ("si_sdr", "estoi", "pesq")
+_LEAST_SECONDS = 0.5
+
+
+def held_out(bench: Workbench, cfg: Config, seconds: float = 3.0) -> ClipDataset:
+    """Open clips that no training has seen: `test/`, or else the validation set.
+
+    Args:
+        bench: for the dataset's folder.
+        cfg: the model's, for the sample rate.
+        seconds: length of a clip at most; the first file's length if that is less.
+
+    Raises:
+        DataError: no clips, or clips of another sample rate.
+    """
+    test = bench.data / "test"
+    folder = test if find_layout(test) is not None else bench.valid_set.root
+    layout = find_layout(folder)
+    if layout is None:
+        raise DataError(f"{folder} holds no clips: check DATA")
+    rate = cfg.audio.sample_rate
+    dataset = open_dataset(layout, folder, cfg, training=False)
+    longest = max(read_info(dataset.items[0][0]).frames, round(_LEAST_SECONDS * rate))
+    samples = min(round(seconds * rate), longest)
+    whole = cfg.model_copy(update={"audio": cfg.audio.model_copy(update={"chunk_size": samples})})
+    return open_dataset(layout, folder, whole, training=False)
+
+
+def usable_metrics(sample_rate: int, names: Sequence[str] = METRICS) -> list[str]:
+    """Return those metrics whose packages are installed and that are defined at a rate in Hz."""
+    usable = []
+    for name in names:
+        with suppress(ConfigError, MissingExtraError):
+            check_metrics([name], sample_rate)
+            usable.append(name)
+    return usable
+
+
+def gain_table(clips: Sequence[ScoredClip], metrics: Sequence[str]) -> str:
+    """Return the mean of each metric before and after, a line a metric."""
+    rows = [["metric", "noisy", "enhanced", "gain", "clips"]]
+    for row in summary(clips, metrics):
+        means = [f"{row.noisy:.3f}", f"{row.enhanced:.3f}", f"{row.gain:+.3f}"]
+        rows.append([row.metric, *means, f"{row.scored} of {row.clips}"])
+    return format_table(rows)
+
+
+def noise_floor(wave: Tensor, frame: int = 256) -> float:
+    """Return the power that a tenth of a signal's frames stay below: what is left in pauses.
+
+    Args:
+        wave: [T], full scale 1.
+        frame: samples.
+    """
+    return float(wave.unfold(0, frame, frame).square().mean(dim=1).quantile(0.1))
+
+
+def lag_samples(clips: Sequence[ScoredClip]) -> int:
+    """Return by how many samples the estimates come after the mixtures.
+
+    The peak of their cross-correlation, every frequency weighted alike (Knapp and Carter 1976,
+    phase transform), so that neither a hum nor the level decides; the mean over clips.
+    """
+    total = torch.zeros(0)
+    for clip in clips:
+        mix, estimate = clip.mix.double(), clip.estimate.double()
+        size = 2 * len(mix)
+        cross = torch.fft.rfft(estimate, size) * torch.fft.rfft(mix, size).conj()
+        correlation = torch.fft.irfft(cross / cross.abs().clamp_min(1e-12), size)
+        total = correlation if not len(total) else total + correlation
+    lag = int(total.argmax())
+    return lag if lag < len(total) // 2 else lag - len(total)
+
+
+def measured_latency(enhancer: OnlineEnhancer, limit: int = 100_000) -> int:
+    """Push silence sample by sample; return how many went in when the first came out.
+
+    Args:
+        enhancer: reset before and after.
+        limit: samples to push at most.
+    """
+    enhancer.reset()
+    sample = torch.zeros(1)
+    pushed = next((n for n in range(1, limit) if len(enhancer.push(sample))), limit)
+    enhancer.reset()
+    return pushed
+
+
+@dataclass(frozen=True)
+class DelayScore:
+    """How well a model does with one buffer and one output delay.
+
+    Attributes:
+        buffer_size: B, frames.
+        delay: d, frames, 1 to B.
+        latency_ms: samples to be pushed before the first comes out, as ms.
+        gains: [n] of each metric: enhanced minus noisy, in its unit; NaN where not defined.
+    """
+
+    buffer_size: int
+    delay: int
+    latency_ms: float
+    gains: dict[str, Tensor]
+
+    def mean(self, metric: str) -> float:
+        """Return the mean gain over the clips for which it is defined."""
+        return float(self.gains[metric].nanmean())
+
+
+def delay_scores(
+    model: DiffusionBufferModel,
+    dataset: ClipDataset,
+    settings: Sequence[tuple[int, int]],
+    metrics: Sequence[str],
+    *,
+    clips: int = 3,
+) -> list[DelayScore]:
+    """Enhance the same clips, as streams side by side, with several buffers and delays.
+
+    Args:
+        model: its weights serve every buffer size; it was trained with one of them.
+        dataset: clips, opened with training=False.
+        settings: (B, d) pairs; a score model can only have d = B.
+        metrics: names that `score_clips` knows.
+        clips: how many.
+
+    Raises:
+        ConfigError: a delay that the model cannot have.
+    """
+    rate = model.cfg.audio.sample_rate
+    pairs = [dataset[i] for i in range(min(clips, len(dataset)))]
+    mix, target = collate([(m.mean(0, keepdim=True), s.mean(0, keepdim=True)) for m, s in pairs])
+    mix, target = mix[:, 0], target[:, 0]  # [n, T]
+    noisy = score_clips(mix, target, rate, metrics)
+    rows = []
+    for B, d in settings:
+        enhancer = OnlineEnhancer(with_buffer(model, B), seed=0, delay=d, batch=len(mix))
+        out = torch.cat([enhancer.push(mix), enhancer.flush().reshape(len(mix), -1)], dim=-1)
+        scores = score_clips(out, target, rate, metrics)
+        gains = {name: scores[name] - noisy[name] for name in metrics}
+        rows.append(DelayScore(B, d, 1000 * enhancer.latency_samples / rate, gains))
+    return rows
+
+
+def delay_settings(model: DiffusionBufferModel, count: int = 3) -> list[tuple[int, int]]:
+    """Choose (B, d) pairs from 1 frame to the whole buffer.
+
+    Shorter buffers, read at their end; and, of a data-prediction model, the buffer it was trained
+    with, read earlier.
+    """
+    B = model.cfg.diffusion_buffer.buffer_size
+    # One frame alone has no schedule: its only time would be t_eps, where no noise is.
+    sizes = sorted({max(2, round(B * (i + 1) / count)) for i in range(count)} | {B})
+    delays = sorted({1, *(size for size in sizes if size <= B)}) if model.predicts_data else [B]
+    return [(B, d) for d in delays] + [(size, size) for size in sizes if size < B]
+
+
+def with_buffer(model: DiffusionBufferModel, buffer_size: int) -> DiffusionBufferModel:
+    """Return the model with another buffer size: the same weights, in evaluation mode.
+
+    Args:
+        model: any; not changed.
+        buffer_size: B, frames.
+    """
+    cfg = model.cfg
+    if buffer_size == cfg.diffusion_buffer.buffer_size:
+        return model
+    device = next(model.parameters()).device
+    other = DiffusionBufferModel(cfg.override(f"diffusion_buffer.buffer_size={buffer_size}"))
+    other.load_state_dict(model.state_dict())
+    return other.to(device).eval()

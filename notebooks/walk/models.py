@@ -1,0 +1,109 @@
+"""Which model a notebook listens to: a trained one, or where there is none a small one."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffbuf_lib.errors import ConfigError, DiffbufError
+from diffbuf_lib.model import DiffusionBufferModel
+from diffbuf_lib.notebook import Workbench
+from diffbuf_lib.training import train
+from walk.clips import FirstClips
+
+# What trains to something that can be heard in seconds: see configs/demo.yaml for the reasons.
+_SMALL = (
+    "model={name: block_causal, base_channels: 8, channel_multipliers: [1, 2], x0_output: mask}",
+    "sde={type: bbed, diffusion: {theta: 0.52, k: 2.6}}",
+    "diffusion_buffer.num_frames=32",
+    "diffusion_buffer.t_eps=0.03",
+    "diffusion_buffer.t_max=0.99",
+    "training={loss: data_prediction, optimizer: adam, lr: 3.0e-3, batch_size: 4, "
+    "ema_momentum: 0.9, grad_clip: 1.0, use_amp: false, num_workers: 0}",
+)
+_BUFFER = 8  # frames of the small model's buffer
+_EPOCH = 96  # clips, at least: every epoch ends with a checkpoint
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model in evaluation mode, where it comes from, and whether it was trained just now."""
+
+    model: DiffusionBufferModel
+    source: str
+    trained_here: bool
+
+    def __str__(self) -> str:
+        cfg = self.model.cfg
+        count = sum(p.numel() for p in self.model.parameters())
+        kind = "data prediction" if self.model.predicts_data else "score"
+        return (
+            f"model   {cfg.model.name}, {count:,} parameters, {kind}, "
+            f"B = {cfg.diffusion_buffer.buffer_size}\nfrom    {self.source}"
+        )
+
+
+def find_model(
+    bench: Workbench, name: str | Path | None, folder: Path, *, steps: int = 200
+) -> FoundModel:
+    """Load a model, or where there is none train a small one; nothing is downloaded.
+
+    Args:
+        bench: for data, sample rate and device.
+        name: a folder that training wrote, a name such as "diffbuf/cpu-demo", or None for a model
+            trained here.
+        folder: where a model trained here goes; emptied first.
+        steps: of that training.
+
+    Raises:
+        ConfigError: a folder without a model, or a model of another sample rate than the data's.
+    """
+    model = None if name is None else _load(bench.root, name)
+    if model is None:
+        model = _train_small(bench, folder, steps)
+        missing = "" if name is None else f", since {name} is not on this machine"
+        source = f"{steps} steps of training just now{missing}"
+        return FoundModel(model.to(bench.device).eval(), source, trained_here=True)
+    rate, own = bench.cfg.audio.sample_rate, model.cfg.audio.sample_rate
+    if own != rate:
+        raise ConfigError(
+            f"model {name} is for {own} Hz and audio.sample_rate is {rate} Hz: take a model of "
+            "that rate, or MODEL = None to train a small one here"
+        )
+    return FoundModel(model.to(bench.device).eval(), str(name), trained_here=False)
+
+
+def _load(root: Path, name: str | Path) -> DiffusionBufferModel | None:
+    """Load from a folder, or by a name; None if the name is not on this machine."""
+    folder = root / name
+    if (folder / "config.json").is_file():
+        return _silently(folder)
+    if folder.is_dir() or len(Path(name).parts) != 2:
+        raise ConfigError(
+            f"MODEL {name} holds no trained model (config.json): give a folder that training "
+            "wrote, such as results/demo/model, or diffbuf/cpu-demo"
+        )
+    try:
+        return _silently(name)
+    except (OSError, DiffbufError):
+        return None
+
+
+def _silently(source: str | Path) -> DiffusionBufferModel:
+    with redirect_stdout(io.StringIO()):  # huggingface_hub prints
+        return DiffusionBufferModel.from_pretrained(source, local_files_only=True)
+
+
+def _train_small(bench: Workbench, folder: Path, steps: int) -> DiffusionBufferModel:
+    # An epoch has at least one step, so that num_steps decides.
+    length = [f"training.num_steps={steps}", f"training.num_epochs={steps}"]
+    buffer = min(_BUFFER, bench.cfg.audio.num_frames)
+    cfg = bench.cfg.override(f"diffusion_buffer.buffer_size={buffer}", *_SMALL, *length)
+    clips = FirstClips(bench.train_set, max(_EPOCH, len(bench.train_set)))
+    shutil.rmtree(folder, ignore_errors=True)
+    for _ in train(cfg, clips, None, folder):
+        pass
+    return _silently(folder / "model")

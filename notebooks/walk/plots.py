@@ -1,0 +1,412 @@
+"""Pictures that one notebook needs. Never pyplot: it keeps every figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from diffbuf_lib import figures
+from diffbuf_lib.config import AudioConfig, Config
+from diffbuf_lib.diffusion.sde import SDE
+from diffbuf_lib.figures.progress import draw_hops, mark_float16
+from diffbuf_lib.figures.spectrogram import COLOUR_MAP, DPI, WIDTH, decibels, draw_level, to_numpy
+from diffbuf_lib.live import LiveReport
+from diffbuf_lib.trace import Trace
+from diffbuf_lib.training.folder import ResultsFolder, read_history
+
+if TYPE_CHECKING:
+    from diffbuf_lib.diagnostics.statistics import ScoreStatistics
+    from diffbuf_lib.diagnostics.watch import GradientStatistics
+    from walk.listening import DelayScore
+    from walk.scaling import ReadingCost, StepCost
+
+_LEVELS = [float(level) for level in range(-100, 1, 2)]  # dB
+_GAINS = {"si_sdr": "SI-SDR gain (dB)", "pesq": "PESQ gain", "estoi": "ESTOI gain"}
+_ROW = 0.19  # inches
+
+
+def waveforms(waves: Mapping[str, Tensor], sample_rate: int) -> Figure:
+    """Draw signals [T] by title, one below the other, on one time axis and one scale."""
+    figure = _figure(1.3 * len(waves) + 0.5)
+    panels = figure.subplots(len(waves), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, (name, wave) in zip(panels, waves.items(), strict=True):
+        samples = to_numpy(wave)
+        axes.plot(np.arange(len(samples)) / sample_rate, samples, linewidth=0.6)
+        axes.set_title(name, loc="left", fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.margins(x=0)
+    panels[-1].set_xlabel("time (s)")
+    figure.supylabel("amplitude (full scale 1)", fontsize=10)
+    return figure
+
+
+def snr_histogram(snr_db: Sequence[float], bins: int = 20) -> Figure:
+    """Draw how often each SNR occurs, dB; inf (no noise) and -inf (no speech) are only counted."""
+    values = np.asarray(snr_db, dtype=float)
+    finite = values[np.isfinite(values)]
+    figure, axes = _one(2.8, "SNR of the mixture (dB)", "clips")
+    if len(finite):
+        axes.hist(finite, bins=min(bins, max(1, len(finite))), edgecolor="white")
+        median = float(np.median(finite))
+        axes.axvline(median, color="C1", linestyle="--", label=f"median {median:.1f} dB")
+        axes.legend(frameon=False)
+    others = len(values) - len(finite)
+    left_out = f"; {others} without noise or without speech are not shown" if others else ""
+    axes.set_title(f"{len(finite)} clips{left_out}", loc="left", fontsize=10)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def compression(raw: Tensor, compressed: Tensor, audio: AudioConfig) -> Figure:
+    """Draw a spectrum [F, K] before and after compression, as the network sees it: not in dB."""
+    figure = _figure(5.4)
+    grid = figure.subplot_mosaic([["before", "after"], ["spread", "spread"]])
+    spread = grid["spread"]
+    pairs = (("before", "before: |c|", raw), ("after", "after: beta |c|^alpha", compressed))
+    for key, title, spec in pairs:
+        image = draw_level(grid[key], to_numpy(spec.abs()), audio.sample_rate, audio.stft)
+        grid[key].set_title(f"{title}, linear", loc="left", fontsize=10)
+        grid[key].set_xlabel("time (s)")
+        figure.colorbar(image, ax=grid[key], label="magnitude")
+        level = decibels(spec / spec.abs().max().clamp_min(1e-5))
+        spread.hist(level.ravel(), bins=_LEVELS, histtype="step", label=title)
+    spread.set(xlabel="magnitude below the largest bin (dB)", ylabel="bins", xlim=(-100, 0))
+    spread.legend(frameon=False, loc="upper left")
+    spread.grid(alpha=0.3)
+    return figure
+
+
+def round_trip(wave: Tensor, back: Tensor, sample_rate: int) -> Figure:
+    """Draw a signal [T], and the error of the one that came back from its spectrum."""
+    seconds = np.arange(len(wave)) / sample_rate
+    figure = _figure(3.6)
+    above, below = figure.subplots(2, 1, sharex=True)
+    above.plot(seconds, to_numpy(wave), linewidth=0.6)
+    above.set_title("there and back", loc="left", fontsize=10)
+    above.set(ylabel="amplitude")
+    error = np.maximum(to_numpy((back - wave).abs()), 1e-10)
+    below.plot(seconds, 20 * np.log10(error), linewidth=0.6, color="C1")
+    step = 20 * np.log10(2**-15)
+    below.axhline(step, color="0.4", linestyle="--", label="one step of 16-bit audio")
+    below.set(xlabel="time (s)", ylabel="error (dB)", ylim=(-205, 10))
+    below.legend(frameon=False)
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+        axes.margins(x=0)
+    return figure
+
+
+def frame_counts(cfg: Config) -> Figure:
+    """Draw how many frames clips of different lengths have, beside what the config asks for."""
+    stft, rate, chunk = cfg.audio.stft, cfg.audio.sample_rate, cfg.audio.chunk_size
+    # Up to where both the clip and the window K end, with some room.
+    longest = int(1.3 * max(chunk, cfg.num_frames * stft.hop_length + stft.n_fft))
+    samples = np.linspace(1, longest, 600).astype(int)
+    figure, axes = _one(3.4, "length of the clip (s)", "STFT frames")
+    for center, style in ((True, "-"), (False, "--")):
+        framing = stft.model_copy(update={"center": center})
+        counts = [framing.num_frames(int(n)) for n in samples]
+        name = "centred frames" if center else "frames from sample 0"
+        ours = " (this config)" if center == stft.center else ""
+        axes.step(samples / rate, counts, style, where="post", label=name + ours)
+    B, frames = cfg.diffusion_buffer.buffer_size, cfg.audio.num_frames
+    axes.axhline(B, color="C2", linestyle="-.", linewidth=1, label=f"buffer_size B = {B}")
+    axes.axhline(cfg.num_frames, color="C3", linestyle=":", label=f"window K = {cfg.num_frames}")
+    axes.plot(chunk / rate, frames, "o", color="black", label=f"chunk_size: {frames} frames")
+    axes.set(xlim=(0, longest / rate), ylim=(0, None))
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def noise_along_buffer(sigma: Tensor, measured: Tensor) -> Figure:
+    """Draw the noise in every frame of the buffer [Kb] beside the sigma it should have."""
+    frames = np.arange(1, sigma.shape[-1] + 1)
+    figure, axes = _one(2.8, "frame of the buffer (1 leaves next, B has just come)", "noise RMS")
+    axes.plot(frames, to_numpy(sigma), label="sigma(t), the formula")
+    axes.plot(frames, to_numpy(measured), "o", label="measured in V")
+    axes.set_ylim(0, None)
+    axes.legend(frameon=False)
+    return figure
+
+
+def score_limits(sdes: Mapping[str, SDE], t_eps: float) -> Figure:
+    """Draw 1 / sigma and its square at small times, beside the largest number of float16."""
+    figure, axes = _one(3.6, "diffusion time t", "size")
+    t = torch.logspace(-12, -0.05, 400, dtype=torch.float64)
+    for index, (name, sde) in enumerate(sdes.items()):
+        target = 1 / sde.std(t)
+        axes.loglog(t, target, color=f"C{index}", label=f"1 / sigma, {name}")
+        axes.loglog(t, target**2, "--", color=f"C{index}", label=f"1 / sigma^2, {name}")
+    mark_float16(axes, 0.25)
+    axes.axvline(t_eps, color="0.3", linestyle=":", label=f"t_eps = {t_eps:g}")
+    axes.set_ylim(0.5, 1e10)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def target_histogram(trace: Trace) -> Figure:
+    """Draw how large the score's targets are, and what is left when sigma is taken out.
+
+    Right, |sigma target| beside the density of the magnitude of CN(0, 1), 2 r e^{-r^2}.
+    """
+    target = trace.target_score.detach().abs().cpu()  # [B, F, Kb]
+    sigma = trace.sigma.detach().cpu()[:, None]
+    figure = _figure(3.0)
+    left, right = figure.subplots(1, 2)
+    left.hist(target.flatten().numpy(), bins=80)
+    left.set(yscale="log", xlabel="|target score|", ylabel="coefficients")
+    left.set_title("what the network is asked for", loc="left", fontsize=10)
+    right.hist((sigma * target).flatten().numpy(), bins=80, density=True)
+    r = np.linspace(0, 4, 200)
+    right.plot(r, 2 * r * np.exp(-(r**2)), color="C1", label="|CN(0, 1)|")
+    right.set(xlabel="|sigma · target score|", ylabel="density")
+    right.set_title("the same times sigma", loc="left", fontsize=10)
+    right.legend(frameon=False)
+    return figure
+
+
+def target_by_time(statistics: ScoreStatistics, t: Tensor, sigma: Tensor) -> Figure:
+    """Draw the targets' size in every range of time beside 1 / sigma at the times t, both [N]."""
+    figure, axes = _one(3.0, "diffusion time t", "|target score|")
+    middle, half = _places(statistics.by_time)
+    sizes = [row.target_rms for row in statistics.by_time]
+    axes.bar(middle, sizes, 1.9 * half, label="measured RMS")
+    axes.plot(t.numpy(), 1 / sigma.numpy(), color="C1", label="1 / sigma(t)")
+    axes.legend(frameon=False)
+    return figure
+
+
+def loss_shares(statistics: Mapping[str, ScoreStatistics]) -> Figure:
+    """Draw how much of each loss comes from each range of diffusion times, all of one division."""
+    figure, axes = _one(3.0, "diffusion time t", "share of the loss (%)")
+    for index, (name, each) in enumerate(statistics.items()):
+        middle, half = _places(each.by_time)
+        parts = np.array([row.loss * row.count if row.count else 0.0 for row in each.by_time])
+        width = 1.8 * half / len(statistics)
+        place = middle + (index - (len(statistics) - 1) / 2) * width
+        axes.bar(place, 100 * parts / parts.sum(), width, label=name)
+    axes.legend(frameon=False)
+    return figure
+
+
+def score_quality(statistics: Mapping[str, ScoreStatistics]) -> Figure:
+    """Draw size and direction of the predicted score over diffusion time, and over frequency."""
+    figure = _figure(5.2)
+    (size_t, size_f), (way_t, way_f) = figure.subplots(2, 2, sharex="col", sharey="row")
+    for name, each in statistics.items():
+        for size, way, rows in ((size_t, way_t, each.by_time), (size_f, way_f, each.by_band)):
+            middle, _ = _places(rows)
+            size.plot(middle, [row.score_rms / row.target_rms for row in rows], "o-", ms=4)
+            way.plot(middle, [row.correlation for row in rows], "o-", ms=4, label=name)
+    for axes in (size_t, size_f, way_t, way_f):
+        axes.axhline(1, color="0.5", linewidth=0.8, linestyle="--")
+        axes.grid(alpha=0.3)
+    size_t.set(ylabel="RMS of score / of target")
+    way_t.set(ylabel="correlation", xlabel="diffusion time t")
+    way_f.set(xlabel="frequency (Hz)")
+    way_f.legend(frameon=False, loc="best")
+    return figure
+
+
+def correlation_map(statistics: ScoreStatistics) -> Figure:
+    """Draw the correlation of score and target over diffusion time and frequency."""
+    values = np.array([[row.correlation for row in rows] for rows in statistics.grid])  # [N, M]
+    figure, axes = _one(3.2, "diffusion time t", "frequency (Hz)")
+    low = min(0.0, float(np.nanmin(values, initial=0.0)))
+    times, bands = statistics.times, statistics.bands
+    mesh = axes.pcolormesh(times, bands, values.T, cmap=COLOUR_MAP, vmin=low, vmax=1)
+    figure.colorbar(mesh, ax=axes, label="correlation")
+    return figure
+
+
+def precision_errors(reference: Trace, others: Mapping[str, Trace]) -> Figure:
+    """Draw how far scores in lower precision are from the float32 ones of the same noise."""
+    figure, axes = _one(3.0, "diffusion time t", "error of the score (%)")
+    size = torch.linalg.vector_norm(reference.score.detach(), dim=1)  # [B, Kb]
+    for name, trace in others.items():
+        error = torch.linalg.vector_norm((trace.score - reference.score).detach(), dim=1) / size
+        axes.plot(reference.t.flatten().cpu(), 100 * error.flatten().cpu(), "o", ms=4, label=name)
+    axes.set_ylim(0, None)
+    axes.legend(frameon=False)
+    return figure
+
+
+def compare_gradients(gradients: Mapping[str, GradientStatistics]) -> Figure:
+    """Draw the gradient norm of every module, for several losses side by side."""
+    modules = [row.module for row in next(iter(gradients.values()))]
+    figure, axes = _one(min(6.0, 1.2 + 0.3 * len(modules)), "gradient norm", "")
+    place, height = np.arange(len(modules)), 0.8 / len(gradients)
+    for index, (name, each) in enumerate(gradients.items()):
+        offset = (index - (len(gradients) - 1) / 2) * height
+        axes.barh(place + offset, [each[module].norm for module in modules], height, label=name)
+    step = -(-len(modules) // 20)  # of many modules, a label for every so many
+    axes.set_yticks(place[::step], [m.removeprefix("network.") for m in modules[::step]])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.tick_params(labelsize=8)
+    axes.legend(frameon=False)
+    return figure
+
+
+def compare_runs(
+    runs: Mapping[str, str | Path | Iterable[Mapping[str, Any]]], *, metric: str = "si_sdr"
+) -> Figure:
+    """Lay runs, each a results folder or lines, over one another: loss and validation score."""
+    lines = {
+        name: read_history(ResultsFolder(run).history) if isinstance(run, str | Path) else run
+        for name, run in runs.items()
+    }
+    return figures.compare_runs(lines, metric=metric)
+
+
+def delay_quality(scores: Sequence[DelayScore], metrics: Sequence[str]) -> Figure:
+    """Draw gains over the noisy input against latency: means with a line, clips as dots.
+
+    The largest buffer read at several delays is one curve; shorter ones, read at their end, are
+    another.
+    """
+    figure = _figure(3.4)
+    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    trained = max(score.buffer_size for score in scores)
+    early = [score for score in scores if score.buffer_size == trained]
+    short = [score for score in scores if score.delay == score.buffer_size]
+    for axes, metric in zip(panels, metrics, strict=True):
+        _draw_gains(axes, early, metric, f"B = {trained}, delay d from 1 to B", "C0", "o")
+        _draw_gains(axes, short, metric, "shorter buffers, d = B", "C1", "s")
+        axes.axhline(0, color="0.4", linewidth=1, linestyle="--")
+        axes.set(xlabel="latency (ms)", ylabel=_GAINS.get(metric, metric))
+        axes.grid(alpha=0.3)
+        axes.margins(y=0.15)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, frameon=False, fontsize=9, loc="outside upper left", ncols=2)
+    return figure
+
+
+def frame_times(report: LiveReport) -> Figure:
+    """Draw the time of every hop beside the time that it lasts, and how often each occurred."""
+    figure = _figure(3)
+    course, spread = figure.subplots(1, 2, width_ratios=(2, 1), sharey=True)
+    draw_hops(course, report.frame_ms, report.hop_ms)
+    times = np.asarray(report.frame_ms)
+    low, high = max(times.min(), 1e-3), max(times.max(), report.hop_ms)
+    edges = list(np.geomspace(0.8 * low, 1.2 * high, 40))
+    spread.hist(times, bins=edges, orientation="horizontal")
+    spread.set(xlabel="hops")
+    spread.axhline(report.hop_ms, color="C3", linestyle="--")
+    spread.grid(alpha=0.3)
+    figure.legend(*course.get_legend_handles_labels(), frameon=False, loc="outside upper right")
+    return figure
+
+
+def largest_values(
+    values: Mapping[str, float], limit: float, limit_name: str, bad: str | None = None
+) -> Figure:
+    """Draw the largest magnitude of every stage or module, in order, on a log scale.
+
+    Args:
+        values: name and largest finite magnitude; NaN where nothing was finite.
+        limit: the largest number of a format.
+        limit_name: what the line at the limit is called.
+        bad: the row where the first bad value was found.
+    """
+    known = [value for value in values.values() if math.isfinite(value) and value > 0]
+    low, high = min([0.01, *known]) / 2, 10 * max([limit, *known])
+    figure, axes = _one(_ROW * len(values) + 1, "largest magnitude", "")
+    for row, (name, value) in enumerate(values.items()):
+        color, label = ("C3", "first bad value") if name == bad else ("C0", None)
+        if value > 0:
+            width = min(value, high) - low
+            axes.barh(row, width, left=low, height=0.7, color=color, label=label)
+        else:
+            text = "0" if value == 0 else "no finite value"
+            text = f"{label}: {text}" if label else text
+            axes.text(1.1 * low, row, text, va="center", fontsize=8, color=color)
+    axes.axvline(limit, color="0.3", linestyle="--", label=limit_name)
+    axes.set(xscale="log", xlim=(low, high), ylim=(len(values) - 0.4, -0.6))
+    axes.set_yticks(range(len(values)), list(values), fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside upper right", ncols=2)
+    return figure
+
+
+def step_costs(costs: Sequence[StepCost]) -> Figure:
+    """Draw time, speed and memory of a training pass against the batch size, by precision."""
+    figure = _figure(3)
+    panels = figure.subplots(1, 3)
+    for index, precision in enumerate(dict.fromkeys(cost.precision for cost in costs)):
+        own = [cost for cost in costs if cost.precision == precision]
+        drawn = (
+            [1000 * cost.seconds for cost in own],
+            [cost.clips_per_second for cost in own],
+            [cost.saved_bytes / 2**20 for cost in own],
+        )
+        for axes, values in zip(panels, drawn, strict=True):
+            sizes = [cost.batch_size for cost in own]
+            axes.plot(sizes, values, marker="os^"[index % 3], label=precision)
+    names = ("time of a pass (ms)", "clips per second", "kept for backward (MiB)")
+    for axes, name in zip(panels, names, strict=True):
+        axes.set(xlabel="batch size (clips)", ylabel=name)
+        axes.set_xticks(sorted({cost.batch_size for cost in costs}))
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    panels[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def reading_costs(costs: Sequence[ReadingCost], needed: float) -> Figure:
+    """Draw how fast clips are read beside what training needs, and how long the first takes."""
+    figure = _figure(2.8)
+    speed, start = figure.subplots(1, 2)
+    workers = [str(cost.workers) for cost in costs]
+    speed.bar(workers, [cost.clips_per_second for cost in costs], width=0.6)
+    speed.axhline(needed, color="C3", linestyle="--", label="training needs")
+    speed.legend(frameon=False, fontsize=9)
+    speed.margins(y=0.25)
+    speed.set_ylabel("clips read per second")
+    start.bar(workers, [1000 * cost.start_seconds for cost in costs], width=0.6)
+    start.set_ylabel("time to the first batch (ms)")
+    for axes in (speed, start):
+        axes.set_xlabel("reading processes (training.num_workers)")
+        axes.grid(alpha=0.3, axis="y")
+    return figure
+
+
+def _figure(height: float) -> Figure:
+    return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+
+
+def _one(height: float, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    """Return a figure with one pair of axes."""
+    figure = _figure(height)
+    axes = figure.subplots()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _places(rows: Sequence[Any]) -> tuple[np.ndarray, float]:
+    """Return the middle of every range, and half the width of the narrowest."""
+    low, high = (np.array([getattr(row, end) for row in rows]) for end in ("low", "high"))
+    return (low + high) / 2, float((high - low).min()) / 2
+
+
+def _draw_gains(
+    axes: Axes, scores: Sequence[DelayScore], metric: str, label: str, color: str, marker: str
+) -> None:
+    if len(scores) < 2:
+        return
+    ordered = sorted(scores, key=lambda score: score.latency_ms)
+    latency = [score.latency_ms for score in ordered]
+    for x, score in zip(latency, ordered, strict=True):
+        gains = score.gains[metric].numpy()
+        axes.plot([x] * len(gains), gains, marker, color=color, markersize=3, alpha=0.35)
+    means = [score.mean(metric) for score in ordered]
+    axes.plot(latency, means, color=color, marker=marker, markersize=5, label=label)

@@ -1,0 +1,148 @@
+"""What a step costs: time and memory against batch size, precision and reading processes."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from diffbuf_lib.config import Config
+from diffbuf_lib.data import collate
+from diffbuf_lib.diagnostics.checks_run import run_pass
+from diffbuf_lib.model import DiffusionBufferModel
+from diffbuf_lib.trace import format_table
+from diffbuf_lib.training.feed import ClipSource, EpochPlan, read_batches
+
+SMALL = (
+    "model={name: block_causal, base_channels: 8, channel_multipliers: [1, 2]}",
+    "diffusion_buffer={buffer_size: 8, num_frames: 32}",
+    "training={loss: weighted_score, batch_size: 4, lr: 1.0e-3, use_amp: false, num_workers: 0}",
+)
+"""Overrides that make any config one whose steps take a fraction of a second."""
+
+_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LONGEST = 2.0  # seconds; a step that takes longer is not repeated
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What forward and backward pass of one batch take.
+
+    Attributes:
+        batch_size: clips.
+        precision: float32, bfloat16 or float16.
+        seconds: the shortest of the repetitions.
+        saved_bytes: what the forward pass keeps for the backward pass.
+        loss: of the batch.
+        grad_norm: of all gradients together.
+    """
+
+    batch_size: int
+    precision: str
+    seconds: float
+    saved_bytes: int
+    loss: float
+    grad_norm: float
+
+    @property
+    def clips_per_second(self) -> float:
+        """Clips trained on in a second."""
+        return self.batch_size / self.seconds
+
+
+def step_costs(
+    model: DiffusionBufferModel,
+    clips: ClipSource,
+    batch_sizes: Sequence[int],
+    *,
+    precision: str = "float32",
+    repeats: int = 3,
+) -> list[StepCost]:
+    """Measure training passes with the same weights, noise and clips; nothing is updated.
+
+    Args:
+        model: on the device where to measure; one that has trained a little, since the last layers
+            of a new one are zero, and so is then everything that precision could change.
+        clips: are repeated where a batch is larger than the set.
+        batch_sizes: what to try.
+        precision: float32, or what mixed precision computes in: bfloat16 or float16.
+        repeats: of each, after a first one; a slow one is made only once.
+    """
+    device = next(model.parameters()).device
+    costs = []
+    for size in batch_sizes:
+        mix, target = collate([clips[i % len(clips)] for i in range(size)])
+        mix, target = mix.to(device), target.to(device)
+        passes = [run_pass(model, mix, target, _DTYPES[precision])]
+        if passes[0].seconds < _LONGEST:
+            passes += [run_pass(model, mix, target, _DTYPES[precision]) for _ in range(repeats)]
+        last, seconds = passes[-1], min(each.seconds for each in passes)
+        costs.append(
+            StepCost(size, precision, seconds, last.saved.total, last.loss, last.grad_norm)
+        )
+    return costs
+
+
+def cost_table(costs: Sequence[StepCost]) -> str:
+    """Return the costs as a table, a line each."""
+    rows = [["precision", "batch", "ms/pass", "clips/s", "MiB", "loss"]]
+    for cost in costs:
+        numbers = (1000 * cost.seconds, cost.clips_per_second, cost.saved_bytes / 2**20)
+        shown = [f"{number:.1f}" for number in numbers]
+        rows.append([cost.precision, str(cost.batch_size), *shown, f"{cost.loss:.5f}"])
+    return format_table(rows)
+
+
+@dataclass(frozen=True)
+class ReadingCost:
+    """What it takes to read an epoch's batches.
+
+    Attributes:
+        workers: processes that read; 0: the training process itself.
+        start_seconds: until the first batch is there.
+        clips_per_second: after the first batch.
+        digest: of every sample of every batch, in order: equal batches have equal ones.
+    """
+
+    workers: int
+    start_seconds: float
+    clips_per_second: float
+    digest: str
+
+
+def reading_costs(
+    clips: ClipSource, plan: EpochPlan, workers: Sequence[int], *, rounds: int = 16
+) -> list[ReadingCost]:
+    """Read the same batches, at most `rounds`, with different numbers of processes."""
+    batches = plan.batches(epoch=0, rank=0)[:rounds]
+    return [_read(clips, batches, count) for count in workers]
+
+
+def run_hours(plan: EpochPlan, epochs: int, seconds_per_step: float) -> float:
+    """Return the hours that so many epochs take, validation not counted."""
+    return epochs * plan.steps * seconds_per_step / 3600
+
+
+def plan_of(cfg: Config, clips: int, processes: int = 1) -> EpochPlan:
+    """Return how an epoch of `clips` clips is cut into batches for `processes` processes."""
+    training = cfg.training
+    return EpochPlan(
+        clips, training.batch_size, training.accumulation_steps, processes, training.seed
+    )
+
+
+def _read(clips: ClipSource, batches: Sequence[Sequence[int]], workers: int) -> ReadingCost:
+    digest, count = hashlib.sha256(), 0
+    start = first = time.perf_counter()
+    for index, batch in enumerate(read_batches(clips, batches, num_workers=workers)):
+        for wave in batch:
+            digest.update(wave.numpy().tobytes())
+        if index == 0:
+            first = time.perf_counter()
+        else:
+            count += len(batch[0])
+    seconds = max(time.perf_counter() - first, 1e-9)
+    return ReadingCost(workers, first - start, count / seconds, digest.hexdigest()[:16])

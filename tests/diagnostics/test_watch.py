@@ -1,0 +1,366 @@
+"""Statistics against numpy; watching leaves nothing behind; recording changes nothing."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from diffbuf_lib.diagnostics import gradient_statistics, score_statistics, watch_modules
+from diffbuf_lib.diagnostics.watch import RecordingModel, StageRecorder
+from diffbuf_lib.model import DiffusionBufferModel
+from diffbuf_lib.trace import summarise
+from diffbuf_lib.training import train
+from diffbuf_lib.training.memory import estimate_step, network_estimate, saved_bytes
+from tests.conftest import make_model, seeded
+from tests.diagnostics.clips import Items, config
+
+
+@pytest.fixture
+def batch():
+    generator = seeded(3)
+    return tuple(0.1 * torch.randn(2, 3, 1, 1600, generator=generator))
+
+
+@pytest.fixture
+def model():
+    return make_model(config())
+
+
+# Summaries.
+
+
+@pytest.mark.law
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(3, 5, generator=seeded()),
+        torch.randn(3, 5, generator=seeded(), dtype=torch.complex64),
+        torch.tensor([0.0, -2.0, torch.nan, torch.inf, -torch.inf, 3.0]),
+        torch.tensor([complex(3, 4), complex(torch.nan, 1), complex(1, torch.inf), 0]),
+        torch.tensor(2.5),
+        torch.tensor([1, 0, -7]),
+        torch.tensor([True, False]),
+        torch.randn(50, generator=seeded()).half() * 3e4,
+        torch.full((3,), torch.nan),
+    ],
+)
+def test_a_summary_is_what_numpy_computes(tensor):
+    (row,) = summarise({"x": tensor})
+    array = tensor.numpy()
+    nan, size = np.isnan(array), np.abs(array) if tensor.is_complex() else array.astype(np.float64)
+    inf = np.isinf(array) & ~nan
+    assert (row.name, row.shape, row.nan, row.inf) == ("x", array.shape, nan.sum(), inf.sum())
+    assert row.finite == (not (nan | inf).any())
+    assert row.zeros == pytest.approx((array == 0).mean())
+    good = size[~nan & ~inf].astype(np.float64)
+    if not good.size:
+        assert np.isnan([row.min, row.max, row.mean, row.std]).all()
+        assert row.to_dict()["mean"] is None
+        return
+    expected = [good.min(), good.max(), good.mean(), good.std()]
+    assert [row.min, row.max, row.mean, row.std] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_a_trace_sums_up_every_stage_and_names_the_first_bad_one(model, batch):
+    mix, target = batch
+    trace = model.trace(mix, target, seeded())
+    summary = trace.summary()
+    assert [row.name for row in summary] == list(trace.stages())
+    assert (summary["V"].shape, summary["V"].dtype) == ((3, 32, 51), "complex64")
+    assert summary["loss"].mean == pytest.approx(trace.loss.item())
+    assert summary.first_nonfinite is None
+    assert "3x32x51" in str(summary)
+    mix = mix.clone()
+    mix[1, 0, 1590] = torch.nan  # within the buffer
+    summary = model.trace(mix, target, seeded()).summary()
+    assert summary.first_nonfinite == "mix"
+    assert (summary["mix"].nan, summary["S"].finite, summary["V"].finite) == (1, True, False)
+    json.dumps([row.to_dict() for row in summary], allow_nan=False)
+    assert summarise({"empty": torch.zeros(0)})["empty"].zeros == 0
+
+
+# Score statistics.
+
+
+@pytest.mark.law
+def test_score_statistics_are_what_loops_compute(model, batch):
+    got = score_statistics(model, [batch, batch], time_bins=3, bands=5, seed=4)
+    generator = seeded(4)
+    edges = np.linspace(0.03, 0.8, 4)
+    cells: dict[tuple[int, int], list[tuple[complex, complex, float]]] = {}
+    with torch.no_grad():
+        for _ in range(2):
+            trace = model.eval().trace(*batch, generator)
+            for b, f, k in np.ndindex(*trace.score.shape):
+                time = min(int(np.searchsorted(edges, float(trace.t[b, k]), "right")) - 1, 2)
+                cells.setdefault((max(time, 0), f * 5 // 32), []).append(
+                    (
+                        complex(trace.target_score[b, f, k]),
+                        complex(trace.score[b, f, k]),
+                        float(trace.loss_map[b, f, k]),
+                    )
+                )
+    for i in range(3):
+        for j in range(5):
+            values = np.array(cells[i, j])
+            target, score, loss = values[:, 0], values[:, 1], values[:, 2].real
+            row = got.grid[i][j]
+            assert row.count == len(values)
+            assert row.target_rms == pytest.approx(np.sqrt((abs(target) ** 2).mean()), rel=1e-4)
+            assert row.score_rms == pytest.approx(np.sqrt((abs(score) ** 2).mean()), rel=1e-4)
+            assert row.loss == pytest.approx(loss.mean(), rel=1e-4)
+            product = (score * target.conj()).real.sum()
+            size = np.sqrt((abs(score) ** 2).sum() * (abs(target) ** 2).sum())
+            assert row.correlation == pytest.approx(product / size, abs=1e-4)
+    assert sum(row.count for row in got.by_time) == sum(row.count for row in got.by_band)
+    assert sum(row.count for row in got.by_time) == 2 * 3 * 32 * 4
+    assert got.bands[0] == 0
+    assert got.bands[-1] == 8000
+    assert got.times == pytest.approx(edges)
+
+
+@pytest.mark.law
+def test_a_score_of_half_the_size_and_the_right_direction_correlates_fully(batch):
+    class Oracle(DiffusionBufferModel):
+        def trace(self, mix, target, generator=None):
+            import dataclasses
+
+            trace = super().trace(mix, target, generator)
+            return dataclasses.replace(trace, score=trace.target_score / 2)
+
+    cfg = config()
+    rows = score_statistics(Oracle(cfg), [batch], time_bins=4).by_time
+    for row in rows:
+        assert row.correlation == pytest.approx(1, abs=1e-6)
+        assert row.score_rms == pytest.approx(row.target_rms / 2)
+    sizes = [row.target_rms for row in rows]
+    assert sizes == sorted(sizes, reverse=True)  # 1 / sigma falls as t rises
+
+
+@pytest.mark.law
+def test_score_statistics_repeat_and_leave_mode_and_random_state(model, batch):
+    model.train()
+    state = torch.get_rng_state()
+    one, other = (str(score_statistics(model, [batch] * 3, batches=2)) for _ in range(2))
+    assert one == other
+    assert "correlation" in one
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    first, second = (score_statistics(model, [batch] * n, bands=99) for n in (1, 2))
+    assert len(first.by_band) == 32
+    assert 2 * first.by_band[0].count == second.by_band[0].count
+
+
+# Gradients.
+
+
+@pytest.mark.law
+def test_gradient_statistics_are_what_numpy_computes(model, batch):
+    model(*batch, seeded()).backward()
+    rows = gradient_statistics(model)
+    assert {row.module for row in rows} == {
+        name for name, module in model.named_modules() if list(module.parameters(recurse=False))
+    }
+    for row in rows:
+        own = list(model.get_submodule(row.module).parameters(recurse=False))
+        flat = np.concatenate([p.grad.numpy().ravel() for p in own]).astype(np.float64)
+        assert row.parameters == flat.size
+        assert row.norm == pytest.approx(np.sqrt((flat**2).sum()), rel=1e-5)
+        assert row.max == pytest.approx(abs(flat).max())
+        assert row.zeros == pytest.approx((flat == 0).mean())
+        assert (row.nonfinite, row.missing) == (0, 0)
+    total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    assert rows.norm == pytest.approx(float(total), rel=1e-5)
+    assert "network.first" in str(rows)
+
+
+def test_missing_and_non_finite_gradients_are_counted(model, batch):
+    assert all(row.parameters == 0 and row.missing > 0 for row in gradient_statistics(model))
+    model(*batch, seeded()).backward()
+    layer = model.network.first
+    layer.weight.grad[0, 0, 0] = torch.tensor([torch.nan, torch.inf, 0])
+    layer.bias.grad = None
+    row = gradient_statistics(model)["network.first"]
+    assert (row.nonfinite, row.missing) == (2, layer.bias.numel())
+    assert row.zeros > 0
+
+
+# Watched modules.
+
+
+def hooks(model: nn.Module) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
+             "_forward_hooks_with_kwargs", "_forward_hooks_always_called")  # fmt: skip
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+@pytest.mark.law
+@pytest.mark.parametrize("statistics", [True, False])
+def test_a_nan_in_a_weight_names_its_module_and_hooks_are_gone(model, batch, statistics):
+    assert hooks(model) == 0
+    with torch.no_grad():
+        model.network.layers[0].weight[0, 0, 0, 0] = torch.nan
+    with watch_modules(model, statistics=statistics) as watch:
+        assert hooks(model) > 0
+        model(*batch, seeded())
+    assert watch.first_nonfinite == "network.layers.0"
+    assert watch.inputs_were_finite is True
+    assert hooks(model) == 0
+
+
+@pytest.mark.law
+def test_a_nan_from_outside_is_told_from_one_made_inside(model, batch):
+    mix, target = batch
+    mix = mix.clone()
+    mix[0, 0, 3] = torch.inf
+    with watch_modules(model) as watch:
+        model(mix, target, seeded())
+    assert watch.inputs_were_finite is False
+
+
+@pytest.mark.law
+def test_watching_changes_no_number_and_sums_up_every_output(model, batch):
+    plain = model(*batch, seeded())
+    outputs = {}
+    with watch_modules(model) as watch:
+        watched = model(*batch, seeded())
+        handle = model.network.first.register_forward_hook(
+            lambda module, args, output: outputs.update(first=output)
+        )
+        model(*batch, seeded())
+        handle.remove()
+    assert torch.equal(plain, watched)
+    assert watch.first_nonfinite is None
+    assert watch.calls["network.first"] == 2
+    row = watch.outputs["network.first"]
+    assert row.shape == tuple(outputs["first"].shape)
+    assert row.std == pytest.approx(outputs["first"].std(correction=0).item(), rel=1e-5)
+    assert set(watch.calls) >= {"DiffusionBufferModel", "network", "network.last"}
+
+
+def test_watching_stops_at_the_first_bad_value_and_follows_gradients_backwards(model, batch):
+    with watch_modules(model, gradients=True) as watch:
+        model(*batch, seeded()).backward()
+    names = [name for name, _ in watch.gradients]
+    assert names.index("network.last.weight") < names.index("network.first.weight")
+    assert not any(bad for _, bad in watch.gradients)
+    with torch.no_grad():
+        model.network.first.bias[0] = torch.inf
+    with watch_modules(model, stop=True) as watch:
+        model(*batch, seeded())
+    assert watch.visits[-1].name == watch.first_nonfinite == "network.first"
+    assert watch.visits[-1].inf > 0
+    assert hooks(model) == 0
+
+
+@pytest.mark.law
+def test_hooks_are_gone_after_an_error_too(model):
+    with pytest.raises(ZeroDivisionError), watch_modules(model):
+        raise ZeroDivisionError
+    assert hooks(model) == 0
+
+
+# Memory.
+
+
+@pytest.mark.law
+def test_saved_bytes_are_those_of_the_tensors_that_a_backward_pass_needs():
+    layer = nn.Linear(10, 20, bias=False)
+    x = torch.randn(8, 10)
+    with saved_bytes(layer) as saved:
+        y = layer(x).tanh()
+        z = y.square()  # y is saved by both tanh and square, and counted once
+    assert saved.total == 4 * (8 * 10 + 8 * 20)
+    assert saved.largest == 4 * 8 * 20
+    z.sum().backward()
+    assert layer.weight.grad is not None
+
+
+@pytest.mark.law
+def test_memory_grows_linearly_with_the_batch(model, batch):
+    saved = []
+    for size in (1, 2, 3):
+        with saved_bytes(model) as count:
+            loss = model(batch[0][:size], batch[1][:size], seeded())
+        saved.append(count)
+        assert loss.requires_grad
+    needed = estimate_step(model.cfg, model)
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    assert needed.fixed >= 5 * weights  # weights, gradients, average, two of Adam's
+    assert needed.total(3) - needed.total(2) == needed.per_clip
+    predicted = saved[0].total + 2 * (saved[1].total - saved[0].total)
+    assert predicted == pytest.approx(saved[2].total, rel=0.01)
+    for free in (0, needed.total(1) - 1, needed.total(1), needed.total(7), 10**9):
+        fits = needed.largest_batch(free)
+        assert fits == 0 or needed.total(fits) <= free
+        assert needed.total(fits + 1) > free
+
+
+def test_memory_is_known_from_shapes_alone(model):
+    real = estimate_step(model.cfg, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about its shape rules
+        assert network_estimate(model.cfg).total(1) == pytest.approx(real.total(1), rel=0.25)
+
+
+# Recording.
+
+
+class Clips(Items):
+    def name(self, index):
+        return f"clip {index}"
+
+    def set_epoch(self, epoch):
+        pass
+
+
+def clips():
+    generator = seeded(5)
+    return Clips(*(0.1 * torch.randn(4, 2, 1, 1600, generator=generator)))
+
+
+def run(path, recorder=None):
+    cfg = config("training.num_epochs=2", "training.valid_clips=1", "training.log_every=1")
+    model = None if recorder is None else RecordingModel(cfg, recorder)
+    valid = clips()
+    return [
+        (record.loss, record.grad_norm, record.valid)
+        for record in train(cfg, clips(), valid, path, device="cpu", model=model)
+    ]
+
+
+@pytest.mark.law
+def test_recording_shows_what_trains_and_changes_nothing(tmp_path):
+    said: list[str] = []
+    seen: list[float] = []
+    board = tmp_path / "watched" / "tensorboard" / "stats"
+
+    class Counting(StageRecorder):
+        def __call__(self, trace):
+            seen.append(float(trace.loss))
+            assert not trace.loss.requires_grad
+            super().__call__(trace)
+            self.step(len(seen))
+
+    recorder = Counting(config(), said.append, shapes=True, every=2, board=board)
+    watched = run(tmp_path / "watched", recorder)
+    recorder.close()
+    assert watched == run(tmp_path / "plain")
+    assert seen == pytest.approx([loss for loss, _, _ in watched])  # and none of validation
+    assert len(seen) == 4
+    assert len(said) == 3
+    for word in ("51 frames", "buffer_size 4", "2x1x1600", "2x32x51", "complex64", "|score|"):
+        assert word in said[0]
+    assert said[1].startswith("step 2\nstage")
+    assert said[2].startswith("step 4\n")
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    points = EventAccumulator(str(board))
+    points.Reload()
+    assert [event.step for event in points.Scalars("stats/V/std")] == [2, 4]
+    assert [event.value for event in points.Scalars("stats/loss/mean")] == pytest.approx(seen[1::2])

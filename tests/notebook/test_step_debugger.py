@@ -1,0 +1,134 @@
+"""The step debugger without a browser: its steps are those of training, and Back is exact."""
+
+import copy
+import io
+
+import pytest
+import soundfile
+import torch
+
+from diffbuf_lib.config import build_config
+from diffbuf_lib.notebook import StepDebugger
+from diffbuf_lib.notebook.step_debugger import stage_wave
+from diffbuf_lib.training.feed import Batch
+from diffbuf_lib.training.step import Engine, make_accelerator
+from tests.conftest import TINY, make_model, seeded
+from tests.training.helpers import same
+
+
+def batch():
+    wave = torch.randn(2, 1, 1600, generator=seeded(3)) * 0.1
+    return wave + torch.randn(2, 1, 1600, generator=seeded(4)) * 0.1, wave
+
+
+@pytest.fixture
+def cfg():
+    return build_config(TINY, ["model.dropout=0.2", "training.grad_clip=0.5"])
+
+
+@pytest.fixture
+def panel(cfg):
+    return StepDebugger(make_model(cfg), *batch(), lr=1e-2)
+
+
+def state(panel):
+    return copy.deepcopy((panel.model.state_dict(), panel.optimizer.state_dict()))
+
+
+@pytest.mark.law
+def test_back_to_start_restores_weights_optimizer_and_noise(panel):
+    start, first = state(panel), panel.trace
+    panel.step(3)
+    losses, later = list(panel.losses), state(panel)
+    assert not same(start, later)
+    panel.reset()
+    assert same(state(panel), start)
+    assert torch.equal(panel.trace.loss, first.loss)
+    assert not panel.gradient_norms
+    assert all(p.grad is None for p in panel.model.parameters())
+    panel.step(3)
+    assert panel.losses == losses
+    assert same(state(panel), later)
+    panel.reset()
+    assert same(state(panel), start), "what is restored is a copy"
+
+
+@pytest.mark.law
+def test_a_step_is_that_of_training(cfg):
+    """The same loss, gradient norm and weights as `Engine.step`, clipping included."""
+    cfg = build_config(cfg.to_dict(), ["model.dropout=0.0"])
+    mix, target = batch()
+    panel = StepDebugger(make_model(cfg), mix, target)
+    engine = Engine(cfg, make_model(cfg), make_accelerator(cfg.training, "cpu"), 10)
+    for _ in range(3):
+        outcome = engine.step([Batch(mix, target, panel.noise())])
+        assert panel.step() == pytest.approx(outcome.loss, rel=1e-6)
+        assert panel.gradients.norm == pytest.approx(outcome.grad_norm, rel=1e-5)
+    for mine, theirs in zip(panel.model.parameters(), engine.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_one_batch_overfits(cfg):
+    cfg = build_config(cfg.to_dict(), ["model.dropout=0.0", "model.base_channels=16"])
+    panel = StepDebugger(make_model(cfg), *batch(), lr=1e-2)
+    panel.step(60)
+    assert panel.losses[-1] == panel.trace.loss.item()
+    assert panel.losses[-1] < 0.7 * panel.losses[0]
+
+
+def test_the_noise_is_the_same_or_new_in_each_step(cfg):
+    panel = StepDebugger(make_model(cfg), *batch(), same_noise=True)
+    before = panel.trace.z
+    panel.step(2)
+    assert torch.equal(panel.trace.z, before)
+    panel.same_noise.value = False
+    panel.step()
+    assert not torch.equal(panel.trace.z, before)
+
+
+@pytest.mark.law
+def test_it_leaves_the_global_generator_alone(cfg):
+    model = make_model(cfg)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    StepDebugger(model, *batch()).step()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_buttons(panel):
+    for name, steps in (("step-once", 1), ("run-ten", 11), ("back", 0)):
+        panel.buttons[name].click()
+        assert panel.steps == steps
+        assert panel.step_label.value == f"step {steps}"
+
+
+def test_every_stage_of_every_example_can_be_opened(panel):
+    first = panel.image.value
+    panel.example.value = 1
+    assert panel.image.value != first
+    pictures = set()
+    for name in panel.stage.options:
+        panel.stage.value = name
+        pictures.add(panel.image.value)
+        assert name in panel.table.value
+    assert len(pictures) == len(panel.stage.options)
+
+
+def test_sound_where_a_stage_has_one(panel):
+    """A spectrum is heard as the signal it was made of; what is no sound has no player."""
+    mix, target = batch()
+    for name, wave in (("mix", mix), ("Y", mix), ("target", target), ("S", target)):
+        heard = stage_wave(panel.model, panel.trace, name, 1)
+        torch.testing.assert_close(heard, wave[1, 0], atol=1e-4, rtol=1e-3)
+    for name in ("t", "sigma", "z", "score", "target_score", "loss_map", "loss"):
+        assert stage_wave(panel.model, panel.trace, name) is None
+    assert stage_wave(panel.model, panel.trace, "x0_hat").shape == (1600,)
+    panel.stage.value = "sigma"
+    assert panel.sound.layout.display == "none"
+    panel.stage.value = "mix"
+    assert panel.sound.layout.display != "none"
+    samples, rate = soundfile.read(io.BytesIO(panel.sound.value))
+    assert rate == panel.model.cfg.audio.sample_rate
+    assert len(samples) == 1600
+    assert abs(samples).max() == pytest.approx(0.9, abs=0.01)

@@ -1,0 +1,92 @@
+"""The stream panel without a browser: what it puts out is the stream's, and its numbers too."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from diffbuf_lib import OnlineEnhancer
+from diffbuf_lib.config import build_config
+from diffbuf_lib.errors import ShapeError
+from diffbuf_lib.notebook import StreamPanel
+from tests.conftest import TINY, make_model, seeded
+
+
+@pytest.fixture
+def model():
+    return make_model(build_config(TINY, ["training.loss=data_prediction", "model.x0_output=mask"]))
+
+
+def wave(samples=4000):
+    return 0.1 * torch.randn(samples, generator=seeded(3))
+
+
+def streamed(model, samples, **options):
+    enhancer = OnlineEnhancer(model, **options)
+    return torch.cat([enhancer.push(samples), enhancer.flush()])
+
+
+@pytest.mark.law
+def test_the_output_is_that_of_the_enhancer(model):
+    samples = wave()
+    panel = StreamPanel(model, samples, realtime=False, seed=5)
+    before = panel.image.value
+    panel.start()
+    assert panel.wait(timeout=60)
+    torch.testing.assert_close(panel.output, streamed(model, samples, seed=5))
+    hop = model.cfg.audio.stft.hop_length
+    assert len(panel.report.frame_ms) == -(-len(samples) // hop)
+    assert panel.image.value != before
+    assert f"{panel.report.missed} hops late" in panel.status.value
+
+
+def test_another_start_begins_again_with_the_slider_s_delay(model):
+    samples = wave()
+    panel = StreamPanel(model, samples, realtime=False)
+    for delay in (model.cfg.diffusion_buffer.buffer_size, 1):
+        panel.delay.value = delay
+        panel.buttons["start"].click()
+        assert panel.wait(timeout=60)
+        torch.testing.assert_close(panel.output, streamed(model, samples, delay=delay))
+
+
+def test_stop_gives_what_was_taken(model):
+    """A minute in real time would outlast the test."""
+    panel = StreamPanel(model, wave(60 * model.cfg.audio.sample_rate))
+    panel.start()
+    panel.worker.wait_for(lambda: len(panel._hops) > 5, timeout=60)
+    assert panel.buttons["start"].disabled
+    panel.stop()
+    taken = len(panel.report.frame_ms) * model.cfg.audio.stft.hop_length
+    assert len(panel.output) == taken < len(panel.wave)
+    assert panel.buttons["stop"].disabled
+    assert not panel.buttons["start"].disabled
+
+
+def test_what_the_thread_raises_is_raised_again(model):
+    panel = StreamPanel(model, wave(), realtime=False)
+    model.network.register_forward_pre_hook(lambda *_: 1 / 0)
+    panel.start()
+    with pytest.raises(ZeroDivisionError):
+        panel.wait(timeout=60)
+
+
+def test_a_panel_that_is_gone_leaves_no_stream(model):
+    panel = StreamPanel(model, wave(60 * model.cfg.audio.sample_rate))
+    panel.start()
+    worker, reference = panel.worker, weakref.ref(panel)
+    del panel
+    gc.collect()
+    assert reference() is None
+    worker.join(timeout=30)
+    assert not worker.busy
+
+
+def test_only_signals_are_streamed_and_a_score_model_has_one_delay(model):
+    for shape in ((1, 100), (0,)):
+        with pytest.raises(ShapeError, match="StreamPanel"):
+            StreamPanel(model, torch.zeros(shape))
+    scores = make_model(build_config(TINY))
+    panel = StreamPanel(scores, wave(), realtime=False)
+    assert panel.delay.min == panel.delay.max == scores.cfg.diffusion_buffer.buffer_size

@@ -1,0 +1,342 @@
+"""What the notebooks lean on: an oracle, faults that are caused, measures that are right."""
+
+import shlex
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from diffbuf_lib import OnlineEnhancer
+from diffbuf_lib.config import build_config
+from diffbuf_lib.data import open_dataset
+from diffbuf_lib.diffusion.buffer import perturb
+from diffbuf_lib.diffusion.sde import make_sde
+from diffbuf_lib.diffusion.spectral import Spectral
+from diffbuf_lib.errors import ConfigError, DiffbufError, NonFiniteError, OutOfMemoryError
+from diffbuf_lib.notebook import open_workbench
+from diffbuf_lib.training import load_checkpoint, train
+from diffbuf_lib.training.folder import ResultsFolder, read_history
+from tests.conftest import TINY, make_model, seeded
+from tests.notebook.folders import make_paired_folder
+from tests.training.helpers import Clips, config
+from walk import faults, launch, listening, models, oracle, scaling
+from walk.clips import FirstClips
+
+SDES = [
+    ["sde.type=bbed"],
+    ["sde.type=bbed", "sde.diffusion.c=0.08"],
+    ["sde.type=bbed", "sde.diffusion.theta=0.52", "sde.diffusion.k=1.4"],
+    ["sde.type=ouve"],
+    ["sde.type=ouve", "sde.diffusion.gamma=0.7"],
+]
+FRAMES = [
+    [],
+    ["audio.stft.n_fft=80", "audio.stft.hop_length=20"],
+    ["audio.stft.center=false"],
+    ["audio.stft.window=sqrt_hann", "preprocessing.magnitude_compression.alpha=1"],
+    ["audio.stft.window=hamming"],
+]
+
+
+def batch(size=2):
+    wave = torch.randn(size, 1, 1600, generator=seeded(3)) * 0.1
+    return wave + torch.randn(size, 1, 1600, generator=seeded(4)) * 0.1, wave
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """A workbench on two-second pairs, with a project folder of its own."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny.yaml").write_text(
+        "audio: {chunk_size: 4000}\ndiffusion_buffer: {buffer_size: 4}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for name in ("DIFFBUF_DATA", "DIFFBUF_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    data = make_paired_folder(tmp_path / "own", train=4, valid=2)
+    return open_workbench("configs/tiny.yaml", data)
+
+
+# The oracle.
+
+
+@pytest.mark.law
+@pytest.mark.parametrize("overrides", SDES, ids=" ".join)
+def test_sigma_and_v_of_the_oracle_are_those_of_the_library(overrides):
+    sde = build_config({}, overrides).sde
+    t = torch.linspace(1e-3, 0.99, 40, dtype=torch.float64)
+    torch.testing.assert_close(oracle.sigma(sde, t), make_sde(sde).std(t), rtol=1e-5, atol=0)
+    S, Y, z = (torch.randn(2, 5, n, dtype=torch.complex64, generator=seeded(n)) for n in (7, 7, 3))
+    t = torch.rand(2, 3, generator=seeded()).sort().values * 0.9 + 0.05
+    V = perturb(S, Y, t, z, make_sde(sde))
+    torch.testing.assert_close(oracle.perturbed(S, Y, t, z, sde), V, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.law
+@pytest.mark.parametrize("overrides", FRAMES)
+def test_spectrum_of_the_oracle_is_that_of_the_model(overrides):
+    cfg = build_config(TINY, overrides)
+    mix, _ = batch()
+    spectral = Spectral.from_config(cfg.audio.stft, cfg.preprocessing.magnitude_compression)
+    expected = spectral(mix.mean(1))
+    torch.testing.assert_close(oracle.spectrum(mix, cfg), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.law
+@pytest.mark.parametrize(
+    "override",
+    [
+        "sde={type: bbed, diffusion: {c: 0.08}}",
+        "audio.stft.hop_length=31",
+        "audio.stft.window=hamming",
+    ],
+)
+def test_the_oracle_notices_what_is_wrong(tiny_cfg, override):
+    """What the notebooks assert does not hold for a model of another config."""
+    trace = make_model(tiny_cfg).trace(*batch(), seeded())
+    cfg = build_config(TINY, [override])
+    Y = oracle.spectrum(trace.mix, cfg)
+    same_Y = Y.shape == trace.Y.shape and torch.allclose(trace.Y, Y, atol=1e-3)
+    assert not (same_Y and torch.allclose(oracle.sigma(cfg.sde, trace.t), trace.sigma, rtol=1e-3))
+
+
+# Clips and faults.
+
+
+@pytest.mark.parametrize("count", [3, 12])
+def test_first_clips_are_a_part_of_a_dataset_or_a_small_one_repeated(count):
+    clips = Clips(5)
+    first = FirstClips(clips, count)
+    assert len(first) == count
+    assert first.name(count - 1) == clips.name((count - 1) % 5)
+    torch.testing.assert_close(first[count - 1][0], clips[(count - 1) % 5][0])
+    first.set_epoch(4)
+    assert clips.epoch == 4
+    with pytest.raises(IndexError):
+        first[count]
+    assert len(FirstClips(Clips(0), count)) == 0
+
+
+def test_an_error_is_caught_and_read():
+    assert isinstance(faults.caught(lambda: config("diffusion_buffer.t_eps=0")), DiffbufError)
+    with pytest.raises(AssertionError, match="nothing failed"):
+        faults.caught(lambda: None)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {},
+        {"sde": {"type": "ouve"}, "diffusion_buffer": {"t_max": 1.0}},
+        {"model": {"name": "block_causal"}, "training": {"loss": "data_prediction"}},
+    ],
+)
+def test_small_overrides_fit_any_config(tree):
+    cfg = build_config(tree, faults.SMALL)
+    assert (cfg.model.name, cfg.sde.type, cfg.training.loss) == ("conv", "bbed", "score")
+    assert build_config(tree, scaling.SMALL).model.base_channels == 8
+
+
+def test_a_spoilt_clip_is_mono_but_for_one_nan_and_ends_a_run(tmp_path):
+    class Stereo(Clips):
+        def __getitem__(self, index):
+            mix, target = super().__getitem__(index)
+            return torch.cat([mix, 3 * mix]), torch.cat([target, -target])
+
+    spoilt = faults.Spoilt(Stereo(), bad=1)
+    torch.testing.assert_close(spoilt[0][0], 2 * Clips()[0][0])
+    assert (~spoilt[1][0].isfinite()).nonzero().tolist() == [[0, 2000]]
+    run = config("training.num_steps=3")
+    error = faults.caught(lambda: faults.few_steps(run, spoilt, tmp_path / "run"))
+    assert isinstance(error, NonFiniteError)
+    assert spoilt.name(1) in str(error)
+
+
+def test_few_steps_start_anew_or_resume(tmp_path):
+    run, folder = config("training.num_steps=3"), tmp_path / "run"
+    first = [record.loss for record in faults.few_steps(run, Clips(), folder)]
+    assert first == [record.loss for record in faults.few_steps(run, Clips(), folder)]
+    longer = run.override("training.num_steps=5")
+    assert [r.step for r in faults.few_steps(longer, Clips(), folder, resume=True)] == [4, 5]
+
+
+def test_hungry_refuses_more_than_it_can_take(tmp_path):
+    two = config("training.num_steps=3")
+    hungry = faults.Hungry(two, capacity=1)
+    error = faults.caught(lambda: faults.few_steps(two, Clips(), tmp_path / "a", model=hungry))
+    assert isinstance(error, OutOfMemoryError)
+    one = two.override("training.batch_size=1")
+    assert len(faults.few_steps(one, Clips(), tmp_path / "b", model=faults.Hungry(one, 1))) == 3
+
+
+def test_a_pair_is_written_with_its_nan(tmp_path):
+    mix, target = Clips()[0]
+    sample = faults.write_pair(tmp_path / "split", mix, target, 16000, nan_at=17) / "sample_00000"
+    wave, _ = soundfile.read(sample / "mixture.wav", dtype="float32")
+    assert np.flatnonzero(np.isnan(wave)).tolist() == [17]
+    assert mix.isfinite().all(), "the caller's clip is not changed"
+    clean, _ = soundfile.read(sample / "vocals.wav", dtype="float32")
+    np.testing.assert_array_equal(clean, target[0])
+
+
+# Models, held-out clips and measures.
+
+
+def test_a_model_is_loaded_or_trained_here(bench, tiny_cfg):
+    model = make_model(tiny_cfg)
+    model.save_pretrained(bench.root / "results" / "run" / "model")
+    found = models.find_model(bench, "results/run/model", bench.results / "07")
+    assert not found.trained_here
+    for ours, theirs in zip(model.parameters(), found.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    for _ in range(2):  # as when a notebook is run twice
+        found = models.find_model(bench, "diffbuf/no-such-model", bench.results / "07", steps=2)
+        assert found.trained_here
+        assert found.model.cfg.audio == bench.cfg.audio
+    state = load_checkpoint(ResultsFolder(bench.results / "07").last)
+    assert (state["step"], state["epoch"]) == (2, 0), "an epoch of one step saves after each"
+
+
+def test_a_model_that_is_not_there_or_of_another_rate_is_refused(bench, tiny_cfg):
+    with pytest.raises(ConfigError, match="MODEL results/no/model"):
+        models.find_model(bench, "results/no/model", bench.results / "07")
+    make_model(tiny_cfg.override("audio.sample_rate=8000")).save_pretrained(bench.root / "model8k")
+    with pytest.raises(ConfigError, match=r"8000 Hz and audio.sample_rate"):
+        models.find_model(bench, "model8k", bench.results / "07")
+
+
+def test_held_out_takes_valid_or_test_and_cuts_to_what_there_is(bench):
+    half = listening.held_out(bench, bench.cfg, seconds=0.75)
+    whole = listening.held_out(bench, bench.cfg, seconds=30)
+    assert half.root.name == whole.root.name == "valid"
+    assert half[0][0].shape == (1, 12000)
+    assert whole[0][0].shape == (1, 32000), "clips of 2 s must not be padded to 30 s"
+    make_paired_folder(bench.data / "more", train=1, valid=1)
+    (bench.data / "more" / "valid").rename(bench.data / "test")
+    assert listening.held_out(bench, bench.cfg).root.name == "test"
+
+
+@pytest.mark.law
+@pytest.mark.parametrize("shift", [0, 5, 256, -31])
+def test_lag_is_found_under_a_hum_and_for_any_level(shift):
+    hum = torch.sin(2 * torch.pi * 100 * torch.arange(8000) / 16000)
+    mixes = [torch.randn(8000, generator=seeded(i)) + 3 * hum for i in range(2)]
+    clips = [
+        SimpleNamespace(mix=mix, estimate=gain * mix.roll(shift))
+        for mix, gain in zip(mixes, (0.01, 3.0), strict=True)
+    ]
+    assert listening.lag_samples(clips) == shift
+
+
+def test_noise_floor_and_usable_metrics():
+    wave = torch.cat([torch.ones(2560), 0.1 * torch.ones(2560)])
+    assert listening.noise_floor(wave) == pytest.approx(0.01)
+    assert listening.usable_metrics(16000) == ["si_sdr", "estoi", "pesq"]
+    assert listening.usable_metrics(44100) == ["si_sdr", "estoi"]
+
+
+@pytest.mark.law
+def test_measured_latency_is_counted_not_asked(tiny_cfg):
+    enhancer = OnlineEnhancer(make_model(tiny_cfg.override("training.loss=data_prediction")))
+    window, hop = 62, 32
+    assert listening.measured_latency(enhancer) == window // 2 + 3 * hop
+    assert listening.measured_latency(enhancer, limit=3) == 3
+
+
+@pytest.mark.law
+def test_delay_scores_are_those_of_the_stream(tiny_cfg, bench):
+    model = make_model(tiny_cfg.override("training.loss=data_prediction"))
+    assert listening.delay_settings(model) == [(4, 1), (4, 2), (4, 3), (4, 4), (2, 2), (3, 3)]
+    dataset = listening.held_out(bench, model.cfg, seconds=0.5)
+    rows = listening.delay_scores(model, dataset, [(4, 2), (2, 2)], ["si_sdr"], clips=2)
+    assert rows[0].latency_ms == rows[1].latency_ms == pytest.approx(1000 * (31 + 32) / 16000)
+    mix, target = (torch.stack([dataset[i][k][0] for i in range(2)]) for k in (0, 1))
+    enhancer = OnlineEnhancer(model, seed=0, delay=2, batch=2)
+    estimate = torch.cat([enhancer.push(mix), enhancer.flush()], dim=-1)
+    gains = si_sdr(estimate, target) - si_sdr(mix, target)
+    torch.testing.assert_close(rows[0].gains["si_sdr"], gains.float(), atol=1e-3, rtol=1e-3)
+    assert rows[0].mean("si_sdr") == pytest.approx(float(gains.mean()), abs=1e-3)
+
+
+def si_sdr(estimate, target):
+    """In dB, from its definition (Le Roux et al. 2019)."""
+    estimate, target = estimate.double(), target.double()
+    scale = (estimate * target).sum(-1, keepdim=True) / target.square().sum(-1, keepdim=True)
+    wanted = scale * target
+    return 10 * (wanted.square().sum(-1) / (estimate - wanted).square().sum(-1)).log10()
+
+
+# Costs and the command.
+
+
+def test_step_costs_are_losses_of_the_batches_and_change_nothing():
+    model = make_model(config("model.base_channels=16"))
+    before = [p.detach().clone() for p in model.parameters()]
+    one, nine = scaling.step_costs(model, Clips(), [1, 9], repeats=1)
+    mix, target = (wave[None] for wave in Clips()[0])
+    loss = model(mix, target, torch.Generator().manual_seed(model.cfg.training.seed))
+    assert one.loss == pytest.approx(loss.item())
+    assert 5 * one.saved_bytes < nine.saved_bytes < 10 * one.saved_bytes
+    assert nine.clips_per_second == pytest.approx(9 / nine.seconds)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    (mixed,) = scaling.step_costs(model, Clips(), [1], precision="bfloat16", repeats=0)
+    assert mixed.loss != one.loss
+    assert mixed.loss == pytest.approx(one.loss, rel=0.02)
+    assert mixed.saved_bytes < one.saved_bytes
+    assert len(scaling.cost_table([one, nine, mixed]).splitlines()) == 4
+
+
+def test_reading_costs_tell_equal_batches_from_others():
+    plan = scaling.plan_of(config(), 7)
+    here, there = scaling.reading_costs(Clips(), plan, [0, 1])
+    (other,) = scaling.reading_costs(Clips(seed=1), plan, [0])
+    assert here.digest == there.digest != other.digest
+
+
+def test_hours_of_a_run():
+    cfg = config("training.batch_size=4", "training.accumulation_steps=2")
+    plan = scaling.plan_of(cfg, 100, processes=2)
+    assert plan.steps == 6, "12 rounds of 8 clips, two rounds a step"
+    assert scaling.run_hours(plan, 50, 12.0) == pytest.approx(50 * 6 * 12 / 3600)
+
+
+@pytest.mark.parametrize("options", [{"processes": 3}, {"processes": 3, "nodes": 2, "host": "g:1"}])
+def test_torchrun_and_train_understand_a_command(options):
+    from torch.distributed.run import get_args_parser
+
+    changes = ["training.batch_size=8", "model={name: conv}"]
+    paths = ("configs/a b.yaml", "results/run", "data/train", "data/valid")
+    command = launch.launch_command(*paths, overrides=changes, flags=["--resume"], **options)
+    torchrun = get_args_parser().parse_args(command[1:])
+    assert (torchrun.training_script, torchrun.nproc_per_node) == ("train.py", "3")
+    parsed = launch.parse_command(command)
+    names = ("config_path", "results_path", "data_path", "valid_path")
+    assert tuple(str(parsed[name]) for name in names) == paths
+    assert (parsed["overrides"], parsed["resume"]) == (tuple(changes), True)
+    assert shlex.split(launch.shell_line(command).replace("\\\n", "")) == command
+
+
+def test_impossible_launches_are_refused():
+    for options in ({"processes": 0}, {"nodes": 0}, {"nodes": 2}):
+        with pytest.raises(ConfigError):
+            launch.launch_command("a.yaml", "run", "data", **options)
+    with pytest.raises(ConfigError, match="refuses"):
+        launch.parse_command(launch.launch_command("a.yaml", "run", "data", flags=["--no_such"]))
+
+
+def test_a_command_runs_and_trains_what_train_does(tmp_path):
+    data = make_paired_folder(tmp_path / "own", train=4, valid=1)
+    cfg = config("training.num_steps=2", "training.batch_size=2")
+    (tmp_path / "tiny.yaml").write_text(cfg.to_yaml())
+    command = launch.launch_command(
+        "tiny.yaml", tmp_path / "run", data / "train", dataset_type=2, flags=["--skip_doctor"]
+    )
+    launch.run_on_cpu(command, tmp_path)
+    history = [line["loss"] for line in read_history(ResultsFolder(tmp_path / "run").history)]
+    clips = open_dataset(2, data / "train", cfg, training=True)
+    losses = [record.loss for record in train(cfg, clips, None, tmp_path / "own run", device="cpu")]
+    assert history == pytest.approx(losses, rel=1e-5)
+    with pytest.raises(ConfigError, match="exit status 3: out of luck"):
+        launch.run_on_cpu(["python", "-c", "print('out of luck'); raise SystemExit(3)"], tmp_path)
