@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import soxr
@@ -19,7 +19,6 @@ from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.streaming import OnlineEnhancer
 
 BLOCK_SECONDS = 4.0
-Channels = Literal["mono", "keep"]
 _NAMED = 5  # files that a message names before it only counts
 
 
@@ -33,7 +32,7 @@ def enhance_file(
     destination: str | Path,
     *,
     seed: int = 0,
-    channels: Channels = "mono",
+    channels: Literal["mono", "keep"] = "mono",
     repair: bool = False,
 ) -> None:
     """Enhance one file; memory does not grow with its length.
@@ -69,10 +68,8 @@ def enhance_path(
     source: str | Path,
     destination: str | Path,
     *,
-    seed: int = 0,
-    channels: Channels = "mono",
-    repair: bool = False,
     overwrite: bool = False,
+    **options: Any,
 ) -> Iterator[tuple[Path, Path]]:
     """Enhance a file, or every file below a folder that libsndfile reads into a like folder.
 
@@ -83,10 +80,8 @@ def enhance_path(
         model: any DiffusionBufferModel.
         source: file or folder.
         destination: file, or folder outside of `source`.
-        seed: of the diffusion noise.
-        channels: as in `enhance_file`.
-        repair: as in `enhance_file`.
         overwrite: make outputs again that are there.
+        options: seed, channels and repair, as in `enhance_file`.
 
     Yields:
         (input, output) of each file when it has been written.
@@ -101,7 +96,7 @@ def enhance_path(
         refuse_same_file(source, destination)
         if destination.exists() and not overwrite:
             raise DataError(f"{destination} is there: give another name, or --overwrite")
-        enhance_file(model, source, destination, seed=seed, channels=channels, repair=repair)
+        enhance_file(model, source, destination, **options)
         yield source, destination
         return
     if destination.resolve().is_relative_to(source.resolve()):
@@ -131,7 +126,7 @@ def enhance_path(
         if target in there:
             continue
         try:
-            enhance_file(model, path, target, seed=seed, channels=channels, repair=repair)
+            enhance_file(model, path, target, **options)
         except DiffbufError as error:
             failed.append(str(error))
         else:

@@ -93,8 +93,8 @@ class AudioReader:
 
     @property
     def is_counted(self) -> bool:
-        """Whether `frames` follows from the file's size, so that nothing has to be decoded."""
-        return self._file.format in _SEEKS_EXACTLY[:-1] and self._file.subtype in SUBTYPES.values()
+        """Whether `frames` follows from the file's size: nothing is compressed."""
+        return self._file.subtype in SUBTYPES.values() and self._file.format != "FLAC"
 
     def blocks(self, size: int, *, mono: bool = False) -> Iterator[Block]:
         """Yield the file from here to its end.

@@ -29,13 +29,12 @@ def resample_folder(
 
     Args:
         source: folder with audio at any depth.
-        out_path: folder to make, not within `source`.
+        out_path: folder to make, outside of `source`.
         rate: Hz, of the copy.
         progress: show a progress bar on stderr.
 
     Raises:
-        DataError: no audio in `source`, an `out_path` within it, a file that cannot be read, or a
-            full disk.
+        DataError: no audio, one of the folders in the other, a damaged file, a full disk.
     """
     source, out_path = Path(source), Path(out_path)
     if rate < 1:

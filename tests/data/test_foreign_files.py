@@ -19,6 +19,7 @@ from diffbuf_lib.data.reader import AudioReader
 from diffbuf_lib.data.resampling import resample_folder
 from diffbuf_lib.enhance import enhance_file
 from diffbuf_lib.errors import DataError, DiffbufError
+from diffbuf_lib.evaluation.evaluate import open_clips
 from diffbuf_lib.live import stream_path
 
 RATE = 16000
@@ -253,6 +254,20 @@ def test_datasets_refuse_a_cut_file_and_count_what_a_header_leaves_open(tmp_path
     data = DNLMDataset(tmp_path, 16000)
     with pytest.raises(DataError, match=r"vocals\.flac is cut short: \d+ of 16000 samples"):
         data[0]
+
+
+@pytest.mark.law
+def test_an_evaluation_takes_what_is_there_of_a_cut_pair(tmp_path, tiny_cfg):
+    """Of a name that is no UTF-8, which the evaluation's files and pages have as text."""
+    content = encoded("FLAC")
+    for folder in (b"noisy", b"clean"):
+        os.makedirs(os.fsencode(tmp_path) + b"/" + folder)
+        with open(os.fsencode(tmp_path) + b"/" + folder + b"/caf\xe9.flac", "wb") as file:
+            file.write(content[: len(content) * 5 // 9])
+    with pytest.warns(UserWarning, match=r"only 8192 of 16000 samples"):
+        clips = open_clips(2, tmp_path, tiny_cfg)
+    assert clips.names == ["caf\\xe9.flac"]
+    np.testing.assert_allclose(clips[0].mix, wave()[:8192, 0], atol=1e-4)
 
 
 @pytest.mark.law
