@@ -41,7 +41,7 @@ _FORGIVEN_BYTES = 16  # by which writers miscount a size without losing a sample
 _UNREAD = 0x7FC0D1FF  # a NaN that no decoder writes
 _SEEKS_EXACTLY = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC")
 _TAG_BYTES = 128  # of ID3, at an MP3's end
-_LARGEST_READ = 1 << 20  # values at a time
+_DECODED_AT_A_TIME = 4096  # samples
 _RATES = (1000, 1_000_000)  # Hz; what is outside is no sound, but a damaged header
 
 
@@ -69,6 +69,7 @@ class AudioReader:
         self.sample_rate, self.channels = self._file.samplerate, self._file.channels
         self.position = self.repaired = 0
         self._problem = ""
+        self._decoded: Block = np.zeros((0, self.channels), np.float32)  # and not yet given out
         self._power = np.zeros(2)  # of the mono mix; of the channels, as far as they differ
         self._sizes: dict[str, tuple[int, int]] = {
             name: (int(said), int(there))
@@ -117,12 +118,17 @@ class AudioReader:
 
     def read(self, frames: int) -> Block:
         """Read up to so many samples, [T, C] float32; fewer only at the end of what is there."""
-        step = max(_LARGEST_READ // self.channels, 1)
-        parts: list[Block] = []
+        parts = [self._decoded[:0]]
         while frames > 0:
-            parts.append(self._read(min(frames, step)))
-            frames -= len(parts[-1]) or frames
-        return np.concatenate(parts or [np.zeros((0, self.channels), np.float32)])
+            if not len(self._decoded):
+                self._decoded = self._decode()
+            part, self._decoded = self._decoded[:frames], self._decoded[frames:]
+            if not len(part):
+                break
+            parts.append(part)
+            frames -= len(part)
+            self.position += len(part)
+        return self._checked(np.concatenate(parts))
 
     def seek(self, start: int) -> None:
         """Go on from sample `start`: at once where that is exact, else by decoding up to it."""
@@ -130,15 +136,17 @@ class AudioReader:
         if start != self.position and self._file.format in _SEEKS_EXACTLY:
             try:
                 self._file.seek(start)
-                self.position = start
+                self.position, self._decoded = start, self._decoded[:0]
             except soundfile.SoundFileError:  # a codec that cannot, or the file is cut before
                 again = True
         if again and self.position != start:
             self._file.close()
             self._file, _ = _open(self.path)
-            self.position, self._problem = 0, ""
+            self.position, self._problem, self._decoded = 0, "", self._decoded[:0]
         repair, self.repair = self.repair, True  # what is passed over may hold anything
-        while self.position < start and len(self.read(min(start - self.position, _LARGEST_READ))):
+        while self.position < start and len(
+            self.read(min(start - self.position, _DECODED_AT_A_TIME))
+        ):
             pass
         self.repair = repair
 
@@ -175,20 +183,25 @@ class AudioReader:
         for line in self.complaints():
             warnings.warn(line, stacklevel=2)
 
-    def _read(self, frames: int) -> Block:
-        """Read at once; what libsndfile leaves unread after an error is not taken for sound."""
-        block = np.empty((frames, self.channels), np.float32)
+    def _decode(self) -> Block:
+        """Decode the next samples, always as many, so that no error depends on who reads how many.
+
+        What libsndfile leaves unread after an error is not taken for sound.
+        """
+        block = np.empty((_DECODED_AT_A_TIME, self.channels), np.float32)
         block.view(np.uint32)[:] = _UNREAD
-        count = 0
-        if not self._problem:
-            try:
-                count = self._file.buffer_read_into(block, "float32")
-            except (soundfile.SoundFileError, OSError) as error:
-                self._problem = reason(error)
-                unread = np.flatnonzero((block.view(np.uint32) == _UNREAD).all(axis=1))
-                count = int(unread[0]) if len(unread) else frames
-        block = block[:count]
-        self.position += count
+        if self._problem:
+            return block[:0]
+        try:
+            count = self._file.buffer_read_into(block, "float32")
+        except (soundfile.SoundFileError, OSError) as error:
+            self._problem = reason(error)
+            unread = np.flatnonzero((block.view(np.uint32) == _UNREAD).all(axis=1))
+            count = int(unread[0]) if len(unread) else len(block)
+        return block[:count]
+
+    def _checked(self, block: Block) -> Block:
+        """Refuse or repair what is no number."""
         bad = ~np.isfinite(block)
         if number := int(np.count_nonzero(bad)):
             if not self.repair:
