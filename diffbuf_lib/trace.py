@@ -161,30 +161,18 @@ class Summary:
 
 def summarise(tensors: Mapping[str, Tensor]) -> Summary:
     """Summarise named tensors of any shape, type and device; they are neither kept nor changed."""
+    rows = []
     with torch.no_grad():
-        flat = {name: _values(tensor) for name, tensor in tensors.items()}
-        numbers = _fetch({name: _numbers(values) for name, values in flat.items()})
-        rows = []
-        for name, tensor in tensors.items():
-            low, high, mean, std, nonzero = numbers[name]
+        flat = [_values(tensor) for tensor in tensors.values()]
+        for (name, tensor), values, row in zip(tensors.items(), flat, _fetch(flat), strict=True):
+            low, high, mean, std, nonzero = row
             nan = inf = 0
             if tensor.numel() and not math.isfinite(low + high + std):
-                nan, inf, (low, high, mean, std, nonzero) = _finite_only(tensor, flat[name])
-            rows.append(
-                StageSummary(
-                    name=name,
-                    shape=tuple(tensor.shape),
-                    dtype=str(tensor.dtype).removeprefix("torch."),
-                    device=str(tensor.device),
-                    min=low,
-                    max=high,
-                    mean=mean,
-                    std=std,
-                    zeros=1 - nonzero / tensor.numel() if tensor.numel() else 0.0,
-                    nan=nan,
-                    inf=inf,
-                )
-            )
+                nan, inf, (low, high, mean, std, nonzero) = _finite_only(tensor, values)
+            zeros = 1 - nonzero / tensor.numel() if tensor.numel() else 0.0
+            shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+            numbers = (low, high, mean, std, zeros, nan, inf)
+            rows.append(StageSummary(name, shape, dtype, str(tensor.device), *numbers))
     return Summary(tuple(rows))
 
 
@@ -248,13 +236,12 @@ def _finite_only(tensor: Tensor, values: Tensor) -> tuple[int, int, list[float]]
     return int(is_nan.sum()), int(is_inf.sum()), [*numbers[:4], float(nonzero)]
 
 
-def _fetch(numbers: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """Copy small tensors to the CPU, with one copy a device and type."""
-    groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
-    for name, tensor in numbers.items():
-        groups.setdefault((tensor.device, tensor.dtype), []).append(name)
-    fetched: dict[str, list[float]] = {}
-    for names in groups.values():
-        rows = torch.stack([numbers[name] for name in names]).tolist()
-        fetched.update(zip(names, rows, strict=True))
-    return fetched
+def _fetch(flat: list[Tensor]) -> list[list[float]]:
+    """Return the `_numbers` of each tensor; they travel from a device to the CPU in one copy."""
+    numbers = [_numbers(values) for values in flat]
+    if not numbers:
+        return []
+    double = any(row.dtype == torch.float64 for row in numbers)
+    dtype, device = torch.float64 if double else torch.float32, numbers[0].device
+    rows: list[list[float]] = torch.stack([row.to(device, dtype) for row in numbers]).tolist()
+    return rows

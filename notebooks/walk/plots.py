@@ -24,8 +24,7 @@ from diffbuf_lib.trace import Trace
 from diffbuf_lib.training.folder import ResultsFolder, read_history
 
 if TYPE_CHECKING:
-    from diffbuf_lib.diagnostics.statistics import ScoreStatistics
-    from diffbuf_lib.diagnostics.watch import GradientStatistics
+    from diffbuf_lib.diagnostics.statistics import GradientStatistics, ScoreStatistics
     from walk.listening import DelayScore
     from walk.scaling import ReadingCost, StepCost
 
@@ -247,7 +246,7 @@ def compare_gradients(gradients: Mapping[str, GradientStatistics]) -> Figure:
     place, height = np.arange(len(modules)), 0.8 / len(gradients)
     for index, (name, each) in enumerate(gradients.items()):
         offset = (index - (len(gradients) - 1) / 2) * height
-        axes.barh(place + offset, [each[module].norm for module in modules], height, label=name)
+        axes.barh(place + offset, [row.norm for row in each], height, label=name)
     step = -(-len(modules) // 20)  # of many modules, a label for every so many
     axes.set_yticks(place[::step], [m.removeprefix("network.") for m in modules[::step]])
     axes.invert_yaxis()

@@ -120,6 +120,7 @@ def time_step_of_the_right_neighbour(plant):
     plant(sampler, "reverse_step", reverse_step)
 
 
+SLOW = ("one_step", "scratch", "stream")
 CAUGHT_BY = [
     (hop_off_by_one, "stft"),
     (hop_halved, "stft"),
@@ -150,7 +151,7 @@ def test_a_planted_bug_fails_a_check(workspace, monkeypatch, bug, topic):
 @pytest.mark.parametrize(
     "topic",
     [
-        pytest.param(topic, marks=pytest.mark.slow if topic in ("one_step", "scratch", "stream") else ())
+        pytest.param(topic, marks=[pytest.mark.slow] * (topic in SLOW))
         for topic in sorted({topic for _, topic in CAUGHT_BY})
     ],
 )
