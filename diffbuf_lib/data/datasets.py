@@ -182,7 +182,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
             self._trimmed = True
             warnings.warn(
                 f"{mix.path} has {mix.frames} samples and {target.path} {target.frames}: such "
-                f"pairs are trimmed to the shorter (data.pair_tolerance={self.pair_tolerance})",
+                f"pairs are trimmed to the shorter (data.pair_tolerance is {self.pair_tolerance})",
                 stacklevel=2,
             )
         return almost
