@@ -7,6 +7,7 @@ come at once.
 from __future__ import annotations
 
 import faulthandler
+import io
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -35,6 +36,9 @@ def run(command: Callable[[], Any]) -> None:
     """Run a command; errors of ours are one line and exit status 2, Ctrl-C is 130."""
     faulthandler.enable()
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):  # file names need not be text of the terminal's
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         command()
     except DiffbufError as error:

@@ -205,33 +205,49 @@ class Replay(Command, name="replay"):
 
 
 class Enhance(Command, name="enhance"):
-    """Enhance a file, or every .wav and .flac below a folder, as a stream."""
+    """Enhance a file, or every file below a folder that libsndfile reads, as a stream.
+
+    In a folder, what is there already is not made again, and bad files are listed at the end.
+    """
 
     source: Positional[Path]  # file or folder, of any sample rate and length
-    output: Annotated[Path, arg(aliases=["-o"])]  # file or folder
+    output: Annotated[Path, arg(aliases=["-o"])]  # file (.wav or .flac) or folder
     model: str = DEFAULT_MODEL  # folder of a trained model, a run's folder, or a name
+    channels: Literal["mono", "keep"] = "mono"  # average them, or enhance each by itself
+    repair: bool = False  # take NaN and Inf samples as zeros instead of refusing the file
+    overwrite: bool = False  # make outputs again that are there
     seed: int = 0  # of the diffusion noise
     device: str = "auto"  # auto, cpu or cuda
 
     def __call__(self) -> None:
-        from diffbuf_lib.enhance import enhance_path
+        from diffbuf_lib.enhance import FilesFailedError, enhance_path
         from diffbuf_lib.model import load_model
 
         model = load_model(self.model, self.device)
-        for _, written in enhance_path(model, self.source, self.output, seed=self.seed):
-            print(written)
+        try:
+            for _, written in enhance_path(
+                model, self.source, self.output, seed=self.seed, channels=self.channels,
+                repair=self.repair, overwrite=self.overwrite,
+            ):  # fmt: skip
+                print(written, flush=True)
+        except FilesFailedError as failed:
+            print(failed, file=sys.stderr)
+            sys.exit(1)
 
 
 class Stream(Command, name="stream"):
     """Enhance a stream hop by hop, and report on stderr whether this machine keeps up.
 
-    A file, the microphone, or raw s16le mono PCM of the model's rate on stdin and stdout.
+    A file, the microphone, or a pipe: WAV or raw s16le PCM on stdin, raw s16le on stdout.
     """
 
     source: Positional[Path] = Path("-")  # file of the model's sample rate; - for stdin
     output: Positional[Path] = Path("-")  # .wav or .flac file; - for stdout
     model: str = DEFAULT_MODEL  # folder of a trained model, a run's folder, or a name
     realtime: bool = False  # feed a file at its own pace
+    rate: int | None = None  # Hz, of raw PCM on stdin; default: the model's, which it must be
+    channels: int = 1  # of raw PCM on stdin
+    repair: bool = False  # take NaN and Inf samples as zeros instead of refusing the file
     delay: int | None = None  # output delay, 1 to buffer_size frames (data prediction)
     threads: int | None = None  # CPU threads of torch; default: its own choice
     compiled: bool = False  # one graph of a block_causal model: a minute to start, then faster
@@ -250,6 +266,8 @@ class Stream(Command, name="stream"):
             if self.threads < 1:
                 raise ConfigError(f"--threads {self.threads}: give at least 1")
             torch.set_num_threads(self.threads)
+        if self.channels < 1 or (self.rate is not None and self.rate < 1):
+            raise ConfigError("--rate and --channels start at 1")
         enhancer = OnlineEnhancer(
             load_model(self.model, "cpu"), seed=self.seed, delay=self.delay,
             compiled=self.compiled, precision=self.precision,
@@ -257,7 +275,10 @@ class Stream(Command, name="stream"):
         if self.device == "mic":
             report = run_microphone(enhancer)
         else:
-            report = stream_path(enhancer, self.source, self.output, realtime=self.realtime)
+            report = stream_path(
+                enhancer, self.source, self.output, realtime=self.realtime, rate=self.rate,
+                channels=self.channels, repair=self.repair,
+            )  # fmt: skip
         print(report, file=sys.stderr)
 
 
@@ -422,6 +443,19 @@ class DataBuild(Command, name="data build"):
             self.speech_path, self.noise_path, self.out_path, **options, progress=True
         )
         print(built)
+
+
+class DataResample(Command, name="data resample"):
+    """Copy a dataset folder of any layout at another sample rate; a stopped copy goes on."""
+
+    source: Positional[Path]  # folder with audio at any depth
+    out_path: Positional[Path]  # folder to make; audio becomes .wav of 32-bit floats
+    rate: int = 16000  # Hz
+
+    def __call__(self) -> None:
+        from diffbuf_lib.data.resampling import resample_folder
+
+        print(resample_folder(self.source, self.out_path, self.rate, progress=True))
 
 
 class DataDownload(Command, name="data download"):

@@ -312,8 +312,11 @@ class SDEConfig(Section):
 
 
 class DataConfig(Section):
-    """Pairs that are mixed while training (dataset_type 3)."""
+    """Pairs of files, and those that are mixed while training (dataset_type 3)."""
 
+    pair_tolerance: int = key(
+        400, "samples by which a pair's lengths may differ: both are trimmed", ge=0
+    )
     snr_min: float = key(-30.0, "dB, smallest drawn SNR", ge=-100, le=100)
     snr_max: float = key(0.0, "dB, largest drawn SNR", ge=-100, le=100)
     distance_min: float = key(5.0, "m, nearest talker", ge=0.01, le=10000.0)

@@ -2,111 +2,161 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import soundfile
 import soxr
 import torch
 
-from diffbuf_lib.data.audio import list_audio, read_info
-from diffbuf_lib.errors import DataError
-from diffbuf_lib.live import output_format
+from diffbuf_lib.data.audio import audio_output, list_audio, output_names, refuse_same_file
+from diffbuf_lib.data.reader import CONVERTIBLE, READABLE, AudioReader, Block, ffmpeg_line
+from diffbuf_lib.errors import DataError, DiffbufError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.streaming import OnlineEnhancer
 
 BLOCK_SECONDS = 4.0
-_Block = np.ndarray[Any, np.dtype[np.float32]]
+_NAMED = 5  # files that a message names before it only counts
+
+
+class FilesFailedError(DataError):
+    """Files of a folder that could not be enhanced; the others are done."""
 
 
 def enhance_file(
-    model: DiffusionBufferModel, source: str | Path, destination: str | Path, *, seed: int = 0
+    model: DiffusionBufferModel,
+    source: str | Path,
+    destination: str | Path,
+    *,
+    seed: int = 0,
+    channels: Literal["mono", "keep"] = "mono",
+    repair: bool = False,
 ) -> None:
     """Enhance one file; memory does not grow with its length.
 
-    Channels are averaged to mono, as in training; the output is mono, of the input's rate and
-    length. A .wav is written as 32-bit float, so that nothing is clipped; a .flac as 24 bit.
+    The output is of the input's rate and length. A .wav is written as 32-bit float, so that
+    nothing is clipped, a .flac as 24 bit. Where the header promises other samples than can be
+    decoded, those that can be are taken, with a warning.
 
     Args:
         model: any DiffusionBufferModel.
         source: a file that libsndfile reads.
         destination: .wav or .flac; written whole or not at all.
         seed: of the diffusion noise.
+        channels: "mono" averages them, as in training; "keep" enhances each by itself.
+        repair: take NaN and Inf as zeros instead of refusing the file.
 
     Raises:
         DataError: a file that cannot be read or written, or that holds NaN.
     """
-    info, destination = read_info(source), Path(destination)
-    arguments = output_format(destination)
-    enhancer = OnlineEnhancer(model, seed=seed)
-    partial = None
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=destination.parent)
-        os.close(handle)
-        with soundfile.SoundFile(partial, "w", info.sample_rate, 1, **arguments) as out:
-            for block in _enhanced(enhancer, model.cfg.audio.sample_rate, info.path):
+    source, destination = Path(source), Path(destination)
+    refuse_same_file(source, destination)
+    with AudioReader(source, repair=repair) as file:
+        streams = file.channels if channels == "keep" else 1
+        enhancer = OnlineEnhancer(model, seed=seed, batch=streams)
+        with audio_output(destination, file.sample_rate, streams) as out:
+            for block in _enhanced(enhancer, model.cfg.audio.sample_rate, file):
                 out.write(block)
-        os.replace(partial, destination)
-    except (OSError, soundfile.LibsndfileError) as error:
-        raise DataError(f"{destination} cannot be written: {error}") from error
-    finally:
-        if partial is not None and os.path.exists(partial):
-            os.unlink(partial)
+        file.warn()
 
 
 def enhance_path(
-    model: DiffusionBufferModel, source: str | Path, destination: str | Path, *, seed: int = 0
+    model: DiffusionBufferModel,
+    source: str | Path,
+    destination: str | Path,
+    *,
+    overwrite: bool = False,
+    **options: Any,
 ) -> Iterator[tuple[Path, Path]]:
-    """Enhance a file, or every wav and flac file below a folder into a folder of the same shape.
+    """Enhance a file, or every file below a folder that libsndfile reads into a like folder.
+
+    In a folder, outputs that are there are not made again, files that fail do not keep the others
+    from their turn, and what is no .flac becomes a .wav. What else looks like audio is warned of.
+
+    Args:
+        model: any DiffusionBufferModel.
+        source: file or folder.
+        destination: file, or folder outside of `source`.
+        overwrite: make outputs again that are there.
+        options: seed, channels and repair, as in `enhance_file`.
 
     Yields:
         (input, output) of each file when it has been written.
 
     Raises:
-        DataError: nothing to enhance, a destination inside the source folder, or as in
-            `enhance_file`.
+        DataError: nothing to enhance, an output that is there, a destination inside the source
+            folder, or as in `enhance_file`.
+        FilesFailedError: at the end, with the reasons.
     """
     source, destination = Path(source), Path(destination)
     if not source.is_dir():
-        enhance_file(model, source, destination, seed=seed)
+        refuse_same_file(source, destination)
+        if destination.exists() and not overwrite:
+            raise DataError(f"{destination} is there: give another name, or --overwrite")
+        enhance_file(model, source, destination, **options)
         yield source, destination
         return
     if destination.resolve().is_relative_to(source.resolve()):
         raise DataError(
             f"the output {destination} lies inside the input {source}: choose another folder"
         )
-    files = list_audio(source)
+    left_out = list_audio(source, CONVERTIBLE)
+    if left_out:
+        warnings.warn(
+            f"left out, since they cannot be read: {_names(left_out)}; convert them, as with "
+            f"{ffmpeg_line(left_out[0])}",
+            stacklevel=2,
+        )
+    files = list_audio(source, READABLE)
     if not files:
-        raise DataError(f"{source} holds no .wav or .flac file: check the path")
-    for path in files:
-        target = destination / path.relative_to(source)
-        enhance_file(model, path, target, seed=seed)
-        yield path, target
+        raise DataError(f"{source} holds no .wav or .flac file, or others to read: check the path")
+    targets = [destination / name for name in output_names(source, files)]
+    there = {target for target in targets if target.exists()} if not overwrite else set()
+    if there:
+        warnings.warn(
+            f"{len(there)} of {len(files)} outputs are there already and stay: --overwrite makes "
+            "them again",
+            stacklevel=2,
+        )
+    failed = []
+    for path, target in zip(files, targets, strict=True):
+        if target in there:
+            continue
+        try:
+            enhance_file(model, path, target, **options)
+        except DiffbufError as error:
+            failed.append(str(error))
+        else:
+            yield path, target
+    if failed:
+        lines = "".join(f"\n  {reason}" for reason in failed)
+        raise FilesFailedError(f"{len(failed)} of {len(files)} files could not be enhanced:{lines}")
 
 
-def _enhanced(enhancer: OnlineEnhancer, model_rate: int, path: Path) -> Iterator[_Block]:
-    """Yield the enhanced file in blocks [T] at its own rate, as many samples as it has."""
-    with soundfile.SoundFile(path) as file:
-        total, rate = file.frames, file.samplerate
-        there = soxr.ResampleStream(rate, model_rate, 1, dtype="float32")  # exact if they are equal
-        back = soxr.ResampleStream(model_rate, rate, 1, dtype="float32")
-        given = 0
-        blocks = file.blocks(int(BLOCK_SECONDS * rate), dtype="float32", always_2d=True)
-        for block in chain(blocks, [None]):
-            mono = np.zeros(0, np.float32) if block is None else block.mean(axis=1)
-            if not np.isfinite(mono).all():
-                raise DataError(f"{path} holds NaN or Inf samples: repair or remove the file")
-            mono = there.resample_chunk(mono, last=block is None)
-            ready = enhancer.push(torch.from_numpy(mono))
-            if block is None:
-                ready = torch.cat([ready, enhancer.flush()])
-            out: _Block = back.resample_chunk(ready.numpy(), last=block is None)[: total - given]
-            given += len(out)
-            yield out
-        yield np.zeros(total - given, np.float32)  # rounding of the two rates, a sample or so
+def _enhanced(enhancer: OnlineEnhancer, model_rate: int, file: AudioReader) -> Iterator[Block]:
+    """Yield the enhanced file in blocks [T, C] at its own rate, as many samples as it has."""
+    rate, streams = file.sample_rate, enhancer.batch
+    there = soxr.ResampleStream(rate, model_rate, streams, dtype="float32")  # exact if equal
+    back = soxr.ResampleStream(model_rate, rate, streams, dtype="float32")
+    given = 0
+    blocks = file.blocks(int(BLOCK_SECONDS * rate), mono=streams < file.channels)
+    for block in chain(blocks, [None]):
+        samples = np.zeros((0, streams), np.float32) if block is None else block
+        samples = there.resample_chunk(samples, last=block is None)
+        ready = enhancer.push(torch.from_numpy(np.ascontiguousarray(samples.T)))
+        if block is None:
+            ready = torch.cat([ready, enhancer.flush().reshape(streams, -1)], dim=1)
+        out = back.resample_chunk(np.ascontiguousarray(ready.numpy().T), last=block is None)
+        out = out[: file.position - given]
+        given += len(out)
+        yield out
+    # Rounding of the two rates, a sample or so.
+    yield np.zeros((file.position - given, streams), np.float32)
+
+
+def _names(paths: Sequence[Path]) -> str:
+    more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
+    return ", ".join(map(str, paths[:_NAMED])) + more

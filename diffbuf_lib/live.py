@@ -5,6 +5,7 @@ On the way it is measured whether this machine keeps up.
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -18,48 +19,73 @@ import soundfile
 import torch
 from torch import Tensor
 
-from diffbuf_lib.data.audio import read_info
+from diffbuf_lib.data.audio import audio_output, refuse_same_file
+from diffbuf_lib.data.reader import AudioReader
+from diffbuf_lib.data.riff import WavHeader, read_wav_header
 from diffbuf_lib.errors import ConfigError, DataError, MissingExtraError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.streaming import OnlineEnhancer
 
 PIPE = Path("-")
+# How files begin that would be noise if they were taken for raw samples.
+_NO_PCM = {b"fLaC": "FLAC", b"OggS": "Ogg", b"FORM": "AIFF", b"ID3": "MP3",
+           b"caff": "CAF", b".snd": "AU", b"riff": "Wave64"}  # fmt: skip
 
 
 def stream_path(
-    enhancer: OnlineEnhancer, source: Path, output: Path, *, realtime: bool = False
+    enhancer: OnlineEnhancer,
+    source: Path,
+    output: Path,
+    *,
+    realtime: bool = False,
+    rate: int | None = None,
+    channels: int = 1,
+    repair: bool = False,
 ) -> LiveReport:
     """Enhance a file or pipe, hop by hop.
 
     Args:
         enhancer: of one stream.
-        source: a file of the model's sample rate, its channels averaged to mono; `-` for raw
-            s16le mono PCM of that rate on stdin.
+        source: a file of the model's sample rate, its channels averaged to mono; `-` for a WAV or
+            raw s16le PCM on stdin.
         output: .wav, written as 32-bit float, or .flac; `-` for raw s16le on stdout.
         realtime: feed a file at its own pace. A pipe sets its own.
+        rate: Hz, of raw PCM; None for the model's.
+        channels: of raw PCM, interleaved.
+        repair: take NaN and Inf in a file as zeros instead of refusing it.
 
     Raises:
-        DataError: a file that cannot be read or written, or of another sample rate.
+        DataError: a file that cannot be read or written, or of another sample rate; an output that
+            is the input.
     """
     cfg = enhancer.model.cfg.audio
     hop = cfg.stft.hop_length
     with ExitStack() as opened:
+        file = None
         if source == PIPE:
-            hops = read_pcm(sys.stdin.buffer, hop)
+            found, hops = read_pipe(sys.stdin.buffer, hop, rate or cfg.sample_rate, channels)
         else:
-            if (rate := read_info(source).sample_rate) != cfg.sample_rate:
-                raise DataError(
-                    f"{source} is at {rate} Hz and the model at {cfg.sample_rate} Hz: a live "
-                    "stream is not resampled; diffbuf enhance takes any rate"
-                )
-            hops = _file_hops(opened.enter_context(soundfile.SoundFile(source)), hop)
+            file = opened.enter_context(AudioReader(source, repair=repair))
+            found = file.sample_rate
+            hops = (torch.from_numpy(block[:, 0]) for block in file.blocks(hop, mono=True))
+        if found != cfg.sample_rate:
+            raise DataError(
+                f"{'stdin' if file is None else source} is at {found} Hz and the model at "
+                f"{cfg.sample_rate} Hz: a live stream is not resampled; diffbuf enhance takes any "
+                "rate"
+            )
         sink: Callable[[Tensor], object]
         if output == PIPE:
             sink = lambda samples: write_pcm(sys.stdout.buffer, samples)  # noqa: E731
         else:
-            file = opened.enter_context(_opened(output, cfg.sample_rate))
-            sink = lambda samples: file.write(samples.numpy())  # noqa: E731
-        return run_live(enhancer, hops, sink, realtime=realtime and source != PIPE)
+            if source != PIPE:
+                refuse_same_file(source, output)
+            out = opened.enter_context(audio_output(output, cfg.sample_rate, 1, atomic=False))
+            sink = lambda samples: out.write(samples.numpy())  # noqa: E731
+        report = run_live(enhancer, hops, sink, realtime=realtime and source != PIPE)
+        if file is not None:
+            file.warn()
+    return report
 
 
 def run_microphone(enhancer: OnlineEnhancer) -> LiveReport:
@@ -225,12 +251,53 @@ def latency_report(
     return make_report(enhancer, times[warm:], missed=0, realtime=False)
 
 
-def read_pcm(stream: BinaryIO, hop: int) -> Iterator[Tensor]:
-    """Yield raw s16le mono samples of a pipe as [hop] float32, full scale 1, as they arrive."""
-    while data := stream.read(2 * hop):
-        whole = len(data) // 2 * 2  # a pipe that was cut may end within a sample
-        if whole:
-            yield torch.frombuffer(bytearray(data[:whole]), dtype=torch.int16) / 32768
+def read_pipe(
+    stream: BinaryIO, hop: int, rate: int, channels: int = 1
+) -> tuple[int, Iterator[Tensor]]:
+    """Find out what comes from a pipe: a WAV, or else raw s16le PCM.
+
+    Args:
+        stream: the pipe.
+        hop: samples of a piece.
+        rate: Hz, if it is raw.
+        channels: interleaved, if it is raw.
+
+    Returns:
+        Its rate, Hz; and pieces [hop] float32, full scale 1, channels averaged, as they arrive.
+
+    Raises:
+        DataError: another format, or a codec that is no PCM.
+    """
+    head = b""
+    while len(head) < 12 and (more := stream.read(12 - len(head))):
+        head += more
+    if head[:4] in (b"RIFF", b"RF64") and head[8:] == b"WAVE":
+        header, head = read_wav_header(stream), b""
+        return header.sample_rate, _pieces(stream, head, hop, header)
+    for magic, name in _NO_PCM.items():
+        if head.startswith(magic):
+            raise DataError(f"stdin is {name}: send WAV, as with ffmpeg -i pipe: -f wav pipe:")
+    header = WavHeader("PCM_16", rate, channels, 2 * channels, None)
+    return rate, _pieces(stream, head, hop, header)
+
+
+def _pieces(stream: BinaryIO, head: bytes, hop: int, header: WavHeader) -> Iterator[Tensor]:
+    """Decode what `header` describes, beginning with `head`, which was read already."""
+    left = header.num_bytes
+    while True:
+        wanted = hop * header.frame_bytes - len(head)
+        data = head + stream.read(wanted if left is None else min(wanted, left))
+        left = None if left is None else left - len(data)
+        head = b""
+        whole = len(data) // header.frame_bytes * header.frame_bytes  # a pipe may be cut anywhere
+        if not whole:
+            return
+        samples, _ = soundfile.read(
+            io.BytesIO(data[:whole]), dtype="float32", always_2d=True, format="RAW",
+            endian="LITTLE", subtype=header.subtype, samplerate=header.sample_rate,
+            channels=header.channels,
+        )  # fmt: skip
+        yield torch.from_numpy(samples.mean(axis=1))
 
 
 def write_pcm(stream: BinaryIO, samples: Tensor) -> None:
@@ -238,30 +305,3 @@ def write_pcm(stream: BinaryIO, samples: Tensor) -> None:
     pcm = (samples * 32768).round().clamp(-32768, 32767).to(torch.int16)
     stream.write(pcm.numpy().tobytes())
     stream.flush()
-
-
-def output_format(path: Path) -> dict[str, str]:
-    """Return soundfile's arguments for a .wav of 32-bit floats (nothing is clipped) or a .flac.
-
-    Raises:
-        DataError: a name in anything else.
-    """
-    formats = {".wav": ("WAV", "FLOAT"), ".flac": ("FLAC", "PCM_24")}
-    if path.suffix.lower() not in formats:
-        raise DataError(f"{path}: give the output a name in .wav or .flac (stream: - for stdout)")
-    kind, subtype = formats[path.suffix.lower()]
-    return {"format": kind, "subtype": subtype}
-
-
-def _file_hops(file: soundfile.SoundFile, hop: int) -> Iterator[Tensor]:
-    for block in file.blocks(hop, dtype="float32", always_2d=True):
-        yield torch.from_numpy(block.mean(axis=1))
-
-
-def _opened(path: Path, rate: int) -> soundfile.SoundFile:
-    arguments = output_format(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return soundfile.SoundFile(path, "w", rate, 1, **arguments)
-    except (OSError, soundfile.LibsndfileError) as error:
-        raise DataError(f"{path} cannot be written: {error}") from error

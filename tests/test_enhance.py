@@ -1,13 +1,18 @@
 """Files in, files out: any rate, any length, memory that does not grow, nothing half-written."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import soundfile
 import torch
+from scipy.io import wavfile
 
 from diffbuf_lib import OnlineEnhancer, enhance
-from diffbuf_lib.data import DNLMDataset
-from diffbuf_lib.enhance import enhance_file, enhance_path
+from diffbuf_lib.data import DNLMDataset, audio, read_info, riff
+from diffbuf_lib.enhance import FilesFailedError, enhance_file, enhance_path
 from diffbuf_lib.errors import DataError
 from diffbuf_lib.evaluation import evaluate, summary
 from tests.conftest import make_model
@@ -86,6 +91,166 @@ def test_a_bad_file_leaves_no_half_output_and_keeps_the_old_one(model, tmp_path)
         enhance_file(model, tmp_path / "none.wav", tmp_path / "out.wav")
     with pytest.raises(DataError, match=r"\.wav or \.flac"):
         enhance_file(model, tmp_path / "in.wav", tmp_path / "out.mp3")
+
+
+@pytest.mark.law
+def test_a_folder_goes_on_after_bad_files_and_a_rerun_after_what_is_done(model, tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    (source / "a").mkdir(parents=True)
+    for name in ("a/1.wav", "2.mp3", "2.wav", "3.OGG", "4.aiff"):
+        kind = {".mp3": "MP3", ".OGG": "OGG", ".aiff": "AIFF"}.get(name[-4:], "WAV")
+        soundfile.write(source / name, np.zeros(800), 16000, format=kind)
+    (source / "a" / "0.wav").write_bytes(b"no audio")
+    (source / "5.m4a").write_bytes(b"")
+    done = []
+    with (
+        pytest.warns(UserWarning, match=r"left out.*5\.m4a.*ffmpeg -i"),
+        pytest.raises(FilesFailedError, match=r"^1 of 6 files.*\n.*a/0\.wav cannot be read"),
+    ):
+        done.extend(out for _, out in enhance_path(model, source, out))
+    names = {"a/1.wav", "2.wav", "2.mp3.wav", "3.wav", "4.wav"}
+    assert {path.relative_to(out).as_posix() for path in done} == names
+    assert {path for path in out.rglob("*") if path.is_file()} == set(done)
+    write(source / "a" / "0.wav", 0.05)
+    (source / "5.m4a").unlink()
+    before = {path: path.stat().st_mtime_ns for path in done}
+    with pytest.warns(UserWarning, match="5 of 6 outputs are there"):
+        again = list(enhance_path(model, source, out))
+    assert [target for _, target in again] == [out / "a" / "0.wav"]
+    assert before == {path: path.stat().st_mtime_ns for path in done}
+    assert len(list(enhance_path(model, source, out, overwrite=True))) == 6
+
+
+@pytest.mark.law
+def test_outputs_are_of_the_umasks_mode_and_links_stay_links(model, tmp_path):
+    write(tmp_path / "in.wav", 0.05)
+    (tmp_path / "link.wav").symlink_to(tmp_path / "real.wav")
+    before = os.umask(0o027)
+    try:
+        enhance_file(model, tmp_path / "in.wav", tmp_path / "link.wav")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "link.wav").is_symlink()
+    assert (tmp_path / "real.wav").stat().st_mode & 0o777 == 0o640
+    assert soundfile.info(tmp_path / "real.wav").frames == 800
+
+
+@pytest.mark.law
+def test_nothing_is_overwritten_unasked_and_the_input_never(model, tmp_path):
+    write(tmp_path / "in.wav", 0.05)
+    content = (tmp_path / "in.wav").read_bytes()
+    (tmp_path / "soft.wav").symlink_to("in.wav")
+    (tmp_path / "hard.wav").hardlink_to(tmp_path / "in.wav")
+    for name in ("in.wav", "soft.wav", "hard.wav", "../" + tmp_path.name + "/in.wav"):
+        for overwrite in (False, True):
+            with pytest.raises(DataError, match=r"is the input"):
+                list(enhance_path(model, tmp_path / "in.wav", tmp_path / name, overwrite=overwrite))
+    assert (tmp_path / "in.wav").read_bytes() == content
+    (tmp_path / "out.wav").write_bytes(b"old")
+    with pytest.raises(DataError, match="--overwrite"):
+        list(enhance_path(model, tmp_path / "in.wav", tmp_path / "out.wav"))
+    assert (tmp_path / "out.wav").read_bytes() == b"old"
+    list(enhance_path(model, tmp_path / "in.wav", tmp_path / "out.wav", overwrite=True))
+    assert soundfile.info(tmp_path / "out.wav").frames == 800
+
+
+@pytest.mark.law
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_a_wav_that_outgrows_its_sizes_becomes_rf64(model, tmp_path, monkeypatch, channels):
+    write(tmp_path / "in.wav", 0.05, channels=channels)
+    enhance_file(model, tmp_path / "in.wav", tmp_path / "small.wav", channels="keep")
+    monkeypatch.setattr(riff, "LARGEST_RIFF", 1000)
+    enhance_file(model, tmp_path / "in.wav", tmp_path / "large.wav", channels="keep")
+    small, large = (tmp_path / f"{name}.wav" for name in ("small", "large"))
+    assert soundfile.info(large).format == "RF64"
+    assert soundfile.info(small).format == ("WAV" if channels < 3 else "WAVEX")
+    assert large.stat().st_size == small.stat().st_size
+    assert int.from_bytes(small.read_bytes()[4:8], "little") == small.stat().st_size - 8
+    assert np.array_equal(soundfile.read(small)[0], soundfile.read(large)[0])
+    assert np.array_equal(wavfile.read(small)[1], soundfile.read(small, dtype="float32")[0])
+
+
+@pytest.mark.law
+@pytest.mark.slow
+def test_a_wav_beyond_four_gigabytes_has_its_length(tmp_path):
+    """Sparse: silence that is written takes no network, and is taken back at once."""
+    with audio.audio_output(tmp_path / "a.wav", 48000, 1) as file:
+        block = np.zeros(1 << 24, np.float32)
+        for _ in range(65):
+            file.write(block)
+    assert read_info(tmp_path / "a.wav").frames == 65 << 24
+    (tmp_path / "a.wav").unlink()
+
+
+@pytest.mark.law
+@pytest.mark.parametrize("rate", [8000, 16000])
+def test_channels_are_kept_each_by_itself(perfect_model, tmp_path, rate):
+    t = np.arange(rate // 2) / rate
+    wave = 0.3 * np.stack([np.sin(2 * np.pi * f * t) for f in (200, 300, 500)], axis=1)
+    soundfile.write(tmp_path / "in.wav", wave, rate, "FLOAT")
+    enhance_file(perfect_model, tmp_path / "in.wav", tmp_path / "out.wav", channels="keep")
+    out, _ = soundfile.read(tmp_path / "out.wav")
+    assert out.shape == wave.shape
+    middle = slice(len(wave) // 5, -len(wave) // 5)
+    assert np.abs(out[middle] - wave[middle]).max() < 0.01
+
+
+def test_channels_that_cancel_are_told(perfect_model, tmp_path):
+    wave = 0.1 * np.random.default_rng(0).standard_normal(1600)
+    soundfile.write(tmp_path / "in.wav", np.stack([wave, -wave], 1), 16000, "FLOAT")
+    with pytest.warns(UserWarning, match=r"in\.wav: its channels cancel.*--channels keep"):
+        enhance_file(perfect_model, tmp_path / "in.wav", tmp_path / "out.wav")
+
+
+@pytest.mark.law
+def test_repair_takes_what_is_no_number_as_zero(perfect_model, tmp_path):
+    wave = write(tmp_path / "in.wav").astype(np.float32)
+    spoiled = wave.copy()
+    spoiled[[5, 700, 701]] = np.nan, np.inf, -np.inf
+    soundfile.write(tmp_path / "bad.wav", spoiled, 16000, "FLOAT")
+    with pytest.warns(UserWarning, match=r"bad\.wav: 3 NaN or Inf"):
+        enhance_file(perfect_model, tmp_path / "bad.wav", tmp_path / "out.wav", repair=True)
+    wave[[5, 700, 701]] = 0
+    soundfile.write(tmp_path / "zeros.wav", wave, 16000, "FLOAT")
+    enhance_file(perfect_model, tmp_path / "zeros.wav", tmp_path / "expected.wav")
+    out, expected = (soundfile.read(tmp_path / f"{name}.wav")[0] for name in ("out", "expected"))
+    assert np.array_equal(out, expected)
+
+
+@pytest.mark.law
+def test_a_kill_leaves_no_visible_half_file(tmp_path):
+    """The process dies while it writes, as kill -9 does it."""
+    script = f"""
+import os, pathlib
+from diffbuf_lib.data.audio import audio_output
+import numpy as np
+with audio_output(pathlib.Path({str(tmp_path / "out.wav")!r}), 16000, 1) as file:
+    file.write(np.zeros(100000, np.float32))
+    os._exit(9)
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=100).returncode == 9
+    assert all(name.startswith(".") for name in os.listdir(tmp_path))
+
+
+def test_names_that_no_terminal_can_show_are_printed(model, tmp_path):
+    """A name in Latin-1 and one in Japanese, on a terminal that knows ASCII."""
+    model.save_pretrained(tmp_path / "model")
+    source = os.fsencode(tmp_path / "in")
+    os.mkdir(source)
+    for name in (b"caf\xe9.wav", "日本.wav".encode(), b"bad\xff.wav"):
+        with open(source + b"/" + name, "wb") as file:
+            if not name.startswith(b"bad"):
+                soundfile.write(file, np.zeros(400), 16000, format="WAV")
+    done = subprocess.run(
+        [sys.executable, "-c", "from diffbuf_lib.cli import main; main()", "enhance",
+         str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--model", str(tmp_path / "model")],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert b"caf\\udce9.wav" in done.stdout
+    assert b"bad\\udcff.wav is empty" in done.stderr
+    assert b"Traceback" not in done.stderr
+    assert len(os.listdir(tmp_path / "out")) == 2
 
 
 @pytest.fixture

@@ -1,7 +1,10 @@
 """The live report on a fake clock, and streams through files and pipes."""
 
+import io
 import subprocess
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -173,3 +176,93 @@ def test_a_pipe_through_the_command_line(tiny_cfg, tmp_path):
     np.testing.assert_allclose(out, expected.clamp(-32768, 32767).numpy(), atol=1)
     assert b"real-time factor" in done.stderr
     assert b"missed deadlines" in done.stderr
+
+
+def through_a_pipe(model, content, monkeypatch, tmp_path, **more):
+    """Stream bytes on stdin to a file; return its samples."""
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content)))
+    stream_path(OnlineEnhancer(model), Path("-"), tmp_path / "out.wav", **more)
+    return soundfile.read(tmp_path / "out.wav", dtype="float32")[0]
+
+
+@pytest.mark.law
+@pytest.mark.parametrize(
+    ("kind", "subtype", "sizes"),
+    [("WAV", "PCM_16", None), ("WAV", "PCM_16", 0), ("WAV", "FLOAT", 0xFFFFFFFF),
+     ("WAV", "PCM_U8", None), ("WAV", "PCM_24", None), ("WAVEX", "PCM_32", None),
+     ("WAV", "ULAW", None), ("RF64", "PCM_16", None)],
+)  # fmt: skip
+def test_a_wav_in_a_pipe_is_the_wav_in_a_file(
+    tiny_cfg, monkeypatch, tmp_path, kind, subtype, sizes
+):
+    model = make_model(tiny_cfg)
+    wave = 0.1 * np.random.default_rng(0).standard_normal((1003, 2))
+    soundfile.write(tmp_path / "in.wav", wave, 16000, subtype, format=kind)
+    stream_path(OnlineEnhancer(model), tmp_path / "in.wav", tmp_path / "expected.wav")
+    content = (tmp_path / "in.wav").read_bytes()
+    if sizes is None:
+        content += b"LIST" + (400).to_bytes(4, "little") + bytes(400)  # is no sound
+    else:
+        at = content.index(b"data") + 4
+        sizes = sizes.to_bytes(4, "little")
+        content = content[:4] + sizes + content[8:at] + sizes + content[at + 4 :]
+    out = through_a_pipe(model, content, monkeypatch, tmp_path)
+    expected, _ = soundfile.read(tmp_path / "expected.wav", dtype="float32")
+    assert len(out) == 1003
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+@pytest.mark.law
+def test_a_raw_pipe_of_several_channels_is_averaged(tiny_cfg, monkeypatch, tmp_path):
+    model = make_model(tiny_cfg)
+    pcm = 2 * np.random.default_rng(0).integers(-1500, 1500, (1003, 2)).astype("<i2")
+    args = monkeypatch, tmp_path
+    out = through_a_pipe(model, pcm.tobytes(), *args, channels=2, rate=16000)
+    mono = through_a_pipe(model, (pcm.sum(1) // 2).astype("<i2").tobytes(), *args)
+    assert len(out) == 1003
+    np.testing.assert_allclose(out, mono, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "message"),
+    [(bytes(99), {"rate": 8000}, "8000 Hz and the model at 16000"),
+     (b"fLaC" + bytes(99), {}, "FLAC"),
+     (b"RIFF\0\0\0\0WAVEfmt ", {}, "ends before"), (b"ID3" + bytes(99), {}, "ffmpeg")],
+)  # fmt: skip
+def test_pipes_that_are_no_pcm_of_the_models_rate_are_refused(
+    tiny_cfg, monkeypatch, tmp_path, content, more, message
+):
+    with pytest.raises(DataError, match=message):
+        through_a_pipe(make_model(tiny_cfg), content, monkeypatch, tmp_path, **more)
+    assert not (tmp_path / "out.wav").exists()
+
+
+@pytest.mark.law
+def test_a_stream_never_writes_into_its_input(tiny_cfg, tmp_path):
+    soundfile.write(tmp_path / "in.wav", np.zeros(100), 16000)
+    content = (tmp_path / "in.wav").read_bytes()
+    (tmp_path / "soft.wav").symlink_to("in.wav")
+    (tmp_path / "hard.wav").hardlink_to(tmp_path / "in.wav")
+    enhancer = OnlineEnhancer(make_model(tiny_cfg))
+    for name in ("in.wav", "soft.wav", "hard.wav"):
+        for source, output in (("in.wav", name), (name, "in.wav")):
+            with pytest.raises(DataError, match="is the input"):
+                stream_path(enhancer, tmp_path / source, tmp_path / output)
+    assert (tmp_path / "in.wav").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("kind", "subtype", "cut"),
+    [("WAV", "GSM610", 0), ("FLAC", "PCM_16", 0), ("FLAC", "PCM_16", 9000), ("OGG", "OPUS", 0)],
+)
+def test_files_that_cannot_be_sought_or_are_cut_are_streamed(
+    tiny_cfg, tmp_path, kind, subtype, cut
+):
+    wave = 0.1 * np.random.default_rng(0).standard_normal(16000)
+    path = tmp_path / "in.bin"
+    soundfile.write(path, wave, 16000, subtype, format=kind)
+    if cut:
+        path.write_bytes(path.read_bytes()[:cut])
+    with pytest.warns(UserWarning, match="only 4096 of 16000") if cut else nullcontext():
+        stream_path(OnlineEnhancer(make_model(tiny_cfg)), path, tmp_path / "out.wav")
+    assert soundfile.info(tmp_path / "out.wav").frames == (4096 if cut else 16000)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import os
-import struct
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ import soxr
 import torch
 from torch import Tensor
 
+from diffbuf_lib.data.reader import AudioReader, reason
+from diffbuf_lib.data.riff import make_plain_wav
 from diffbuf_lib.errors import DataError
 
 EXTENSIONS = (".wav", ".flac")
@@ -26,8 +29,7 @@ _PCM: dict[str, tuple[type[np.signedinteger], int, int]] = {
     "PCM_16": (np.int16, 16, 0),
     "PCM_24": (np.int32, 24, 8),
 }
-# A RIFF size from here on is a placeholder of a program that wrote to a pipe, not a length.
-_RIFF_SIZE_UNKNOWN = 0x7FFFF000
+_ENDLESS = 1 << 62  # samples: more than any file has
 
 
 @dataclass(frozen=True)
@@ -40,18 +42,36 @@ class AudioInfo:
     frames: int
 
 
-def read_info(path: str | Path) -> AudioInfo:
-    """Read the header of a .wav or .flac file, without its samples.
+def read_info(path: str | Path, *, decode: bool = False) -> AudioInfo:
+    """Read the header of an audio file; its samples only where it does not tell their number.
+
+    Args:
+        path: the file.
+        decode: count the samples that can be decoded, and warn where the header promises others.
 
     Raises:
-        DataError: the file is missing, empty, no audio, or shorter than its header says.
+        DataError: the file is missing, empty, no audio, or (without `decode`) shorter than its
+            header says.
     """
-    with _open(Path(path)) as file:
-        return AudioInfo(Path(path), file.samplerate, file.channels, file.frames)
+    path = Path(path)
+    with AudioReader(path) as file:
+        frames = file.frames
+        if frames is None or (decode and not file.is_counted):
+            state = path.stat()
+            frames, is_cut, complaints = _decoded(path, state.st_size, state.st_mtime_ns)
+        else:
+            is_cut, file.position = file.is_cut, frames
+            complaints = file.complaints()
+        if decode:
+            for line in complaints:
+                warnings.warn(line, stacklevel=2)
+        elif is_cut:
+            raise DataError(f"{path} is cut short ({complaints[0]}): fetch or make it again")
+        return AudioInfo(path, file.sample_rate, file.channels, frames)
 
 
 def read_audio(path: str | Path, start: int = 0, frames: int | None = None) -> tuple[Tensor, int]:
-    """Read samples from a .wav or .flac file; only the requested part is decoded.
+    """Read samples of an audio file; of .wav and .flac only the requested part is decoded.
 
     Args:
         path: the file.
@@ -66,29 +86,24 @@ def read_audio(path: str | Path, start: int = 0, frames: int | None = None) -> t
             it holds NaN or Inf.
     """
     path = Path(path)
-    with _open(path) as file:
-        wanted = file.frames - start if frames is None else frames
-        if start < 0 or wanted < 1 or start + wanted > file.frames:
+    with AudioReader(path) as file:
+        known = file.frames
+        wanted = frames if frames is not None else 1 if known is None else known - start
+        if start < 0 or wanted < 1 or (known is not None and start + wanted > known):
             raise DataError(
-                f"{path} has {file.frames} samples, so samples {start} to {start + wanted} cannot "
-                "be read: make the file again, or ask for a part that it has"
+                f"{path} has {known or 'fewer'} samples, so samples {start} to {start + wanted} "
+                "cannot be read: make the file again, or ask for a part that it has"
             )
-        try:
-            file.seek(start)
-            samples = file.read(wanted, dtype="float32", always_2d=True)  # [T, C]
-        except (soundfile.SoundFileError, OSError, MemoryError, ValueError) as error:
-            # MemoryError: a header that promises terabytes
+        file.seek(start)
+        to_the_end = frames is None and known is None
+        samples = file.read(_ENDLESS if to_the_end else wanted)  # [T, C]
+        if len(samples) < wanted or (frames is None and file.is_cut):
+            promised = wanted if frames is not None else (file.promised or wanted) - start
             raise DataError(
-                f"{path} is damaged or cut short ({_reason(error)}): fetch or make it again"
-            ) from error
-        rate = file.samplerate
-    if len(samples) != wanted:
-        raise DataError(
-            f"{path} is cut short: {len(samples)} of {wanted} samples from sample {start} could "
-            "be decoded: fetch or make it again"
-        )
-    if bad := int(np.count_nonzero(~np.isfinite(samples))):
-        raise DataError(f"{path} holds {bad} NaN or Inf samples: make the file again")
+                f"{path} is cut short: {len(samples)} of {promised} samples from sample {start} "
+                "could be decoded: fetch or make it again"
+            )
+        rate = file.sample_rate
     return torch.from_numpy(np.ascontiguousarray(samples.T)), rate  # [C, T]
 
 
@@ -124,10 +139,64 @@ def write_audio(path: str | Path, wave: Tensor, sample_rate: int, subtype: str =
         soundfile.write(content, values, sample_rate, subtype=subtype, format=kind)
     except (soundfile.SoundFileError, ValueError) as error:
         raise DataError(
-            f"{path} cannot be written as {subtype} at {sample_rate} Hz ({_reason(error)}): "
+            f"{path} cannot be written as {subtype} at {sample_rate} Hz ({reason(error)}): "
             "take PCM_16, or a .wav file"
         ) from error
     write_bytes(path, content.getvalue(), sync=False)
+
+
+@contextmanager
+def audio_output(
+    path: Path, sample_rate: int, channels: int, *, atomic: bool = True
+) -> Iterator[soundfile.SoundFile]:
+    """Open a .wav of 32-bit floats, so that nothing is clipped, or a .flac of 24 bit to write to.
+
+    A .wav that outgrows the sizes of its format becomes RF64.
+
+    Args:
+        path: the file; its folder is made.
+        sample_rate: Hz.
+        channels: how many.
+        atomic: as with `atomic_file`; else the file is there and grows.
+
+    Raises:
+        DataError: another file name, or it cannot be written.
+    """
+    kind, subtype = output_format(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path, sync=False) if atomic else nullcontext(path) as target:
+            target.open("wb").close()  # of the umask's mode
+            try:
+                with soundfile.SoundFile(
+                    os.fsencode(target), "w", sample_rate, channels, subtype, format=kind
+                ) as file:
+                    yield file
+            finally:
+                if kind == "RF64":
+                    make_plain_wav(target, channels)
+    except (OSError, soundfile.SoundFileError) as error:
+        raise DataError(
+            f"{path} cannot be written ({reason(error)}): free disk space or choose another folder"
+        ) from error
+
+
+def output_format(path: Path) -> tuple[str, str]:
+    """Return format and subtype, as soundfile calls them, of an output.
+
+    Raises:
+        DataError: a name in neither .wav nor .flac.
+    """
+    formats = {".wav": ("RF64", "FLOAT"), ".flac": ("FLAC", "PCM_24")}
+    if path.suffix.lower() not in formats:
+        raise DataError(f"{path}: give the output a name in .wav or .flac (stream: - for stdout)")
+    return formats[path.suffix.lower()]
+
+
+def refuse_same_file(source: Path, output: Path) -> None:
+    """Raise DataError for an output that is the input itself, also through links."""
+    if output.exists() and source.exists() and output.samefile(source):
+        raise DataError(f"the output {output} is the input {source}: give it another name")
 
 
 def write_bytes(path: str | Path, content: bytes, *, sync: bool = True) -> None:
@@ -141,7 +210,7 @@ def write_bytes(path: str | Path, content: bytes, *, sync: bool = True) -> None:
             temporary.write_bytes(content)
     except OSError as error:
         raise DataError(
-            f"{path} cannot be written ({_reason(error)}): free disk space or choose another folder"
+            f"{path} cannot be written ({reason(error)}): free disk space or choose another folder"
         ) from error
 
 
@@ -149,7 +218,8 @@ def write_bytes(path: str | Path, content: bytes, *, sync: bool = True) -> None:
 def atomic_file(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
     """Give a temporary path beside `path` to write to; at the end it takes the place of `path`.
 
-    Whenever the process stops, `path` is the old file or the whole new one.
+    Whenever the process stops, `path` is the old file or the whole new one. A link stays one: the
+    file that it leads to is written.
 
     Args:
         path: the file; its folder must exist.
@@ -158,8 +228,8 @@ def atomic_file(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
     Raises:
         OSError: the system's; the temporary file is gone and `path` is as before.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
         if sync:
@@ -203,13 +273,14 @@ def check_rate(info: AudioInfo, expected: int) -> None:
     if info.sample_rate != expected:
         raise DataError(
             f"{info.path} has a sample rate of {info.sample_rate} Hz but audio.sample_rate is "
-            f"{expected}: resample the data with `diffbuf data build`, or set "
+            f"{expected}: copy the data with `diffbuf data resample IN OUT "
+            f"--rate {expected}`, or set "
             f"audio.sample_rate={info.sample_rate}"
         )
 
 
-def list_audio(folder: str | Path) -> list[Path]:
-    """List the .wav and .flac files at any depth below a folder, sorted by path.
+def list_audio(folder: str | Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[Path]:
+    """List the .wav and .flac files (or others) at any depth below a folder, sorted by path.
 
     Links to folders are followed (once each); names that begin with a dot are left out.
 
@@ -228,45 +299,41 @@ def list_audio(folder: str | Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        audio = (name for name in names if name.lower().endswith(EXTENSIONS))
+        audio = (name for name in names if name.lower().endswith(extensions))
         found += [Path(here, name) for name in audio if not name.startswith(".")]
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _open(path: Path) -> soundfile.SoundFile:
-    """Open an audio file that holds samples and is as long as its header says."""
-    try:
-        size = path.stat().st_size
-        if not path.is_file():
-            raise DataError(f"{path} is not a file: check the path")
-        if size == 0:
-            raise DataError(f"{path} is empty (0 bytes): fetch or make it again")
-        _check_not_cut(path, size)
-        file = soundfile.SoundFile(path)
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist: check the path") from None
-    except (soundfile.SoundFileError, OSError) as error:
-        raise DataError(
-            f"{path} cannot be read as audio ({_reason(error)}): fetch or make it again"
-        ) from error
-    if file.frames < 1:
-        file.close()
-        raise DataError(f"{path} has no samples: remove it, or make it again")
-    return file
+def text_of(path: Path) -> str:
+    """Return a path as text for any file or page: bytes that are no UTF-8 as hexadecimals."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
 
-def _check_not_cut(path: Path, size: int) -> None:
-    """Compare a wav file's size with its header: libsndfile quietly reads what is there."""
-    with path.open("rb") as file:
-        head = file.read(8)
-    if len(head) < 8 or head[:4] != b"RIFF":
-        return
-    (declared,) = struct.unpack("<I", head[4:])
-    # The last chunk's padding byte may be counted but absent, hence one byte of grace.
-    if 0 < declared < _RIFF_SIZE_UNKNOWN and declared + 8 > size + 1:
-        raise DataError(
-            f"{path} is cut short: {size} of {declared + 8} bytes are there: fetch or make it again"
-        )
+def output_names(
+    root: Path, files: Sequence[Path], kept: tuple[str, ...] = EXTENSIONS
+) -> list[Path]:
+    """Return names below `root`, .wav instead of all but `kept` extensions; no two are equal."""
+    names = [path.relative_to(root) for path in files]
+    given = {name for name in names if name.suffix.lower() in kept}
+    outputs = []
+    for name in names:
+        output = name
+        if name.suffix.lower() not in kept:
+            short = name.with_suffix(".wav")
+            output = short if short not in given else name.with_name(f"{name.name}.wav")
+            given.add(output)
+        outputs.append(output)
+    return outputs
+
+
+@lru_cache(maxsize=1 << 16)
+def _decoded(path: Path, size: int, changed: int) -> tuple[int, bool, list[str]]:
+    """Decode a file of that size and time: return its samples, whether it is cut, complaints."""
+    with AudioReader(path, repair=True) as file:
+        for _ in file.blocks(1 << 16):
+            pass
+        file.repaired = 0
+        return file.position, file.is_cut, file.complaints()
 
 
 def _to_pcm(path: Path, samples: npt.NDArray[np.float64], subtype: str) -> npt.NDArray[np.integer]:
@@ -291,9 +358,3 @@ def wait_for_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _reason(error: Exception) -> str:
-    """Return what went wrong on one line, without the path that libsndfile repeats."""
-    text = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
-    return " ".join(str(text).split()).rstrip(".")

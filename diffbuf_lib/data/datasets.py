@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ def open_dataset(
         training=training,
         seed=cfg.training.seed,
         leading_zeros=cfg.leading_zero_samples,
+        pair_tolerance=cfg.data.pair_tolerance,
         **layout.options(cfg),
     )
 
@@ -89,6 +91,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         training: bool = True,  # crop at random; else from the start, without leading zeros
         seed: int = 0,  # of everything drawn (training.seed)
         leading_zeros: int = 0,  # zero samples put before each file in training
+        pair_tolerance: int = 400,  # samples by which a pair's lengths may differ
     ) -> None:
         if chunk_size < 1:
             raise DataError(f"chunk_size {chunk_size} is below 1 sample: raise audio.chunk_size")
@@ -97,6 +100,8 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         self.root, self.chunk_size, self.sample_rate = Path(root), chunk_size, sample_rate
         self.training, self.seed = training, seed
         self.leading_zeros = leading_zeros if training else 0
+        self.pair_tolerance = pair_tolerance
+        self._trimmed = False  # whether it was said that pairs are
         # In shared memory, so that worker processes which outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._lengths: dict[int, int] = {}  # samples of the items whose headers have been checked
@@ -160,14 +165,27 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         for what, ours, theirs, fix in (
             ("Hz", mix.sample_rate, target.sample_rate, "resample one of them"),
             ("channels", mix.channels, target.channels, "bring both to one number of channels"),
-            ("samples", mix.frames, target.frames, "cut both to the same length"),
-        ):
-            if ours != theirs:
+            ("samples", mix.frames, target.frames, "cut both to the same length, or raise "
+             "data.pair_tolerance"),
+        ):  # fmt: skip
+            if ours != theirs and not (what == "samples" and self._may_trim(mix, target)):
                 raise DataError(
                     f"{mix.path} has {ours} {what} but {target.path} has {theirs}: {fix}"
                 )
         check_rate(mix, self.sample_rate)
-        return mix.frames
+        return min(mix.frames, target.frames)
+
+    def _may_trim(self, mix: AudioInfo, target: AudioInfo) -> bool:
+        """Return whether two lengths are almost equal, as encoders leave them; say so once."""
+        almost = abs(mix.frames - target.frames) <= self.pair_tolerance
+        if almost and not self._trimmed:
+            self._trimmed = True
+            warnings.warn(
+                f"{mix.path} has {mix.frames} samples and {target.path} {target.frames}: such "
+                f"pairs are trimmed to the shorter (data.pair_tolerance is {self.pair_tolerance})",
+                stacklevel=2,
+            )
+        return almost
 
     def _nothing_found(self) -> DataError:
         """Explain why a folder does not fit this layout, and what would."""
@@ -195,7 +213,8 @@ class DNLMDataset(ClipDataset):
 
 
 def _stem(folder: Path, stem: str) -> Path:
-    found = [path for x in audio.EXTENSIONS if (path := folder / f"{stem}{x}").is_file()]
+    wanted = {f"{stem}{extension}" for extension in audio.EXTENSIONS}
+    found = sorted(path for path in folder.iterdir() if path.name.lower() in wanted)
     if len(found) > 1:
         names = " and ".join(path.name for path in found)
         raise DataError(f"{folder} has both {names}: remove one of them")
@@ -215,7 +234,10 @@ class PairedFolderDataset(ClipDataset):
 
     def _find(self) -> Sequence[tuple[Path, ...]]:
         clean, noisy = (
-            {path.relative_to(folder).as_posix(): path for path in list_audio(folder)}
+            {
+                path.relative_to(folder).with_suffix(path.suffix.lower()).as_posix(): path
+                for path in list_audio(folder)
+            }
             for folder in (self.root / "clean", self.root / "noisy")
         )
         for ours, theirs, missing in ((clean, noisy, "noisy"), (noisy, clean, "clean")):

@@ -104,6 +104,8 @@ def _read_clip(dataset: Any, index: int, name: str) -> ClipFacts:
     target, residual = wave, None
     if len(files) == 2:
         mix, target = (_read_whole(path) for path in files)
+        length = min(mix.shape[-1], target.shape[-1])  # data.pair_tolerance
+        mix, target = mix[..., :length], target[..., :length]
     if isinstance(dataset, DNLMDataset):
         beside = (files[0].with_name(f"noise{extension}") for extension in EXTENSIONS)
         noise = next((_read_whole(path) for path in beside if path.is_file()), None)

@@ -38,7 +38,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffbuf_lib.data import ClipDataset, DNLMDataset, open_dataset, read_audio, read_info
-from diffbuf_lib.data.audio import write_bytes
+from diffbuf_lib.data.audio import text_of, write_bytes
 from diffbuf_lib.errors import CheckpointError, ConfigError, DataError
 from diffbuf_lib.evaluation.baselines import NOISY, OURS, make_baselines
 from diffbuf_lib.evaluation.bootstrap import summarise
@@ -113,7 +113,8 @@ class Evaluator:
         self.names = [self._name(files[0]) for files in items]
         self.lengths = [dataset.chunk_size] * len(items)  # samples
         if longest is not None:
-            frames = (dataset.check_pair(*map(read_info, pair)) for pair in items)
+            pairs = ([read_info(path, decode=True) for path in pair] for pair in items)
+            frames = (dataset.check_pair(*pair) for pair in pairs)
             self.lengths = [min(longest, length) for length in frames]
         self.seconds: dict[str, float] = defaultdict(float)  # by kind of work, so far
 
@@ -169,8 +170,8 @@ class Evaluator:
     def _name(self, noisy: Path) -> str:
         path = noisy.relative_to(self.dataset.root)
         if isinstance(self.dataset, DNLMDataset):
-            return path.parent.as_posix()
-        return Path(*(path.parts[1:] or path.parts)).as_posix()  # without noisy/ or speech/
+            return text_of(path.parent)
+        return text_of(Path(*(path.parts[1:] or path.parts)))  # without noisy/ or speech/
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

@@ -177,7 +177,7 @@ def test_folders_that_do_not_fit_name_what_would(tmp_path, make_dnlm):
 @pytest.mark.parametrize(
     ("length", "channels", "rate", "parts"),
     [
-        (1400, 1, 16000, ("1500 samples", "1400")),
+        (1000, 1, 16000, ("1500 samples", "1000", "data.pair_tolerance")),
         (1500, 2, 16000, ("1 channels", "has 2")),
         (1500, 1, 8000, ("16000 Hz", "has 8000")),
     ],
@@ -304,7 +304,7 @@ def test_mixing_augments_the_speech_and_keeps_the_snr(to_mix, save):
     [
         (4000, 2, 16000, ("1 channels", "has 2")),
         (999, 1, 16000, ("999 samples", "audio.chunk_size")),
-        (4000, 1, 8000, ("8000 Hz", "diffbuf data build")),
+        (4000, 1, 8000, ("8000 Hz", "diffbuf data resample")),
     ],
 )
 def test_mixing_refuses_noise_that_does_not_fit(

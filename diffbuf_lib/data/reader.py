@@ -1,0 +1,368 @@
+"""One reader for every audio file: it counts the samples that are there and doubts the header."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+import shlex
+import struct
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from diffbuf_lib.data.riff import SIZE_UNKNOWN, SUBTYPES, has_more_than_it_says
+from diffbuf_lib.errors import DataError
+
+Block = np.ndarray[Any, np.dtype[np.float32]]
+
+# fmt: off
+READABLE = (
+    ".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".mp3", ".mp2", ".ogg", ".oga", ".opus",
+    ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".voc", ".sph", ".nist",
+)
+"""Ends of the names of what libsndfile reads."""
+CONVERTIBLE = (
+    ".m4a", ".m4b", ".aac", ".mp4", ".wma", ".webm", ".mka", ".mkv", ".mov", ".avi", ".amr", ".ape",
+    ".wv", ".ac3", ".3gp", ".tta", ".dsf",
+)
+"""Ends of the names of sound that it does not read, and ffmpeg does."""
+# fmt: on
+
+# What libsndfile logs of a header that promises more (or other) bytes than the file has.
+_WRONG_SIZE = re.compile(r"^\s*([\w ]+?)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
+_DATA_SIZES = ("data", "SSND", "Data Size", "BODY", "Riff size", "riff")  # those of the samples
+_FORGIVEN_BYTES = 16  # by which writers miscount a size without losing a sample
+_UNREAD = 0x7FC0D1FF  # a NaN that no decoder writes
+_SEEKS_EXACTLY = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC")
+_TAG_BYTES = 128  # of ID3, at an MP3's end
+_DECODED_AT_A_TIME = 4096  # samples
+_RATES = (1000, 1_000_000)  # Hz; what is outside is no sound, but a damaged header
+
+
+class AudioReader:
+    """An audio file, decoded from front to back; close it, or use it in a `with` statement.
+
+    Attributes:
+        path: of the file.
+        sample_rate: Hz.
+        channels: how many.
+        promised: samples that the header promises; None if it says nothing that can be trusted.
+        position: samples that were read.
+
+    Args:
+        path: a file that libsndfile reads.
+        repair: take NaN and Inf as zeros instead of refusing the file.
+
+    Raises:
+        DataError: the file is missing, empty or no audio.
+    """
+
+    def __init__(self, path: str | Path, *, repair: bool = False) -> None:
+        self.path, self.repair = Path(path), repair
+        self._file, self.promised = _open(self.path)
+        self.sample_rate, self.channels = self._file.samplerate, self._file.channels
+        self.position = self.repaired = 0
+        self._problem = ""
+        self._decoded: Block = np.zeros((0, self.channels), np.float32)  # and not yet given out
+        self._power = np.zeros(2)  # of the mono mix; of the channels, as far as they differ
+        self._sizes: dict[str, tuple[int, int]] = {
+            name: (int(said), int(there))
+            for name, said, there in _WRONG_SIZE.findall(self._file.extra_info)
+            if int(said) < SIZE_UNKNOWN
+        }
+        said, there = next((self._sizes[x] for x in _DATA_SIZES if x in self._sizes), (0, 0))
+        self.missing_bytes = max(said - there, 0)
+        if self.promised is not None and there and self.missing_bytes:
+            self.promised = round(self.promised * said / there)
+
+    def __enter__(self) -> AudioReader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    @property
+    def frames(self) -> int | None:
+        """Samples that are there as far as the header and the file's size tell; None if not."""
+        return None if self.promised is None else int(self._file.frames)
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether `frames` follows from the file's size: nothing is compressed."""
+        return self._file.subtype in SUBTYPES.values() and self._file.format != "FLAC"
+
+    def blocks(self, size: int, *, mono: bool = False) -> Iterator[Block]:
+        """Yield the file from here to its end.
+
+        Args:
+            size: samples of a block; all but the last are as long.
+            mono: average the channels.
+
+        Yields:
+            [T, C] float32, full scale 1; [T, 1] if mono.
+
+        Raises:
+            DataError: no sample can be decoded, or the file holds NaN or Inf.
+        """
+        while len(block := self.read(size)):
+            yield self._mix(block) if mono else block
+        if self.position == 0:
+            reason = self._problem or "nothing in it can be decoded"
+            raise DataError(f"{self.path} has no samples ({reason}): fetch or make it again")
+
+    def read(self, frames: int) -> Block:
+        """Read up to so many samples, [T, C] float32; fewer only at the end of what is there."""
+        parts = [self._decoded[:0]]
+        while frames > 0:
+            if not len(self._decoded):
+                self._decoded = self._decode()
+            part, self._decoded = self._decoded[:frames], self._decoded[frames:]
+            if not len(part):
+                break
+            parts.append(part)
+            frames -= len(part)
+            self.position += len(part)
+        return self._checked(np.concatenate(parts))
+
+    def seek(self, start: int) -> None:
+        """Go on from sample `start`: at once where that is exact, else by decoding up to it."""
+        again = start < self.position
+        if start != self.position and self._file.format in _SEEKS_EXACTLY:
+            try:
+                self._file.seek(start)
+                self.position, self._decoded = start, self._decoded[:0]
+            except soundfile.SoundFileError:  # a codec that cannot, or the file is cut before
+                again = True
+        if again and self.position != start:
+            self._file.close()
+            self._file, _ = _open(self.path)
+            self.position, self._problem, self._decoded = 0, "", self._decoded[:0]
+        repair, self.repair = self.repair, True  # what is passed over may hold anything
+        while self.position < start and len(
+            self.read(min(start - self.position, _DECODED_AT_A_TIME))
+        ):
+            pass
+        self.repair = repair
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether samples are missing, as far as is known yet; sizes may be off by some bytes."""
+        return self.missing_bytes > _FORGIVEN_BYTES or bool(self._problem)
+
+    def complaints(self) -> list[str]:
+        """Say, a line each, what was wrong with the file; after the last block."""
+        lines = []
+        promised = self.promised
+        if promised is not None and promised > self.position:
+            lines.append(f"{self.path}: only {self.position} of {promised} samples are there")
+        elif self._problem:
+            lines.append(f"{self.path}: {self.position} samples were read, then: {self._problem}")
+        elif self._sizes:
+            lines.append(
+                f"{self.path}: sizes in its header are wrong; {self.position} samples read"
+            )
+        if self.repaired:
+            lines.append(f"{self.path}: {self.repaired} NaN or Inf values count as zeros")
+        mix, apart = self._power
+        if mix < 0.25 * apart:
+            drop = f"{10 * math.log10(apart / mix):.0f} dB" if mix else "all of it"
+            lines.append(
+                f"{self.path}: its channels cancel, and their mono mix loses {drop}: "
+                "give --channels keep"
+            )
+        return lines
+
+    def warn(self) -> None:
+        """Warn of every complaint."""
+        for line in self.complaints():
+            warnings.warn(line, stacklevel=2)
+
+    def _decode(self) -> Block:
+        """Decode the next samples, always as many, so that no error depends on who reads how many.
+
+        What libsndfile leaves unread after an error is not taken for sound.
+        """
+        block = np.empty((_DECODED_AT_A_TIME, self.channels), np.float32)
+        block.view(np.uint32)[:] = _UNREAD
+        if self._problem:
+            return block[:0]
+        try:
+            count = self._file.buffer_read_into(block, "float32")
+        except (soundfile.SoundFileError, OSError) as error:
+            self._problem = reason(error)
+            unread = np.flatnonzero((block.view(np.uint32) == _UNREAD).all(axis=1))
+            count = int(unread[0]) if len(unread) else len(block)
+        return block[:count]
+
+    def _checked(self, block: Block) -> Block:
+        """Refuse or repair what is no number."""
+        bad = ~np.isfinite(block)
+        if number := int(np.count_nonzero(bad)):
+            if not self.repair:
+                raise DataError(
+                    f"{self.path} holds {number} NaN or Inf samples: make the file again, or take "
+                    "them as zeros with --repair of diffbuf enhance"
+                )
+            self.repaired += number
+            block[bad] = 0
+        return block
+
+    def _mix(self, block: Block) -> Block:
+        """Average the channels, and remember how much of them that leaves."""
+        mono: Block = block.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
+        # Channels that have nothing in common keep this power; 2, so that a stereo file's mono mix
+        # is compared with the mean of its channels.
+        apart = 2 * np.square(block, dtype=np.float64).sum() / self.channels**2
+        self._power += (np.square(mono, dtype=np.float64).sum(), apart)
+        return mono
+
+
+def reason(error: Exception) -> str:
+    """Return what went wrong on one line, without the path that libsndfile repeats."""
+    text = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
+    return " ".join(str(text).split()).rstrip(".")
+
+
+class _SoundFile(soundfile.SoundFile):
+    """A file that is only read onwards.
+
+    After a read, soundfile seeks to where a seekable file is anyway. That costs an MP3 what its
+    next frame needs of the last, and fails at the end of a FLAC of unknown length.
+    """
+
+    def __init__(self, source: bytes | _Disguise) -> None:
+        self._source = source
+        try:
+            super().__init__(source)
+        except soundfile.SoundFileError:
+            self._close_source()
+            raise
+
+    def seekable(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        super().close()
+        self._close_source()
+
+    def _close_source(self) -> None:
+        if isinstance(self._source, _Disguise):
+            self._source.close()
+
+
+class _Disguise(io.FileIO):
+    """A file as libsndfile should see it: with another RIFF size, or larger than it is."""
+
+    def __init__(self, path: Path, *, riff_size: int | None = None, factor: int = 1) -> None:
+        super().__init__(path)
+        self._patch = b"" if riff_size is None else struct.pack("<I", riff_size)
+        self._size = factor * super().seek(0, os.SEEK_END)
+        self._at = 0
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = max((0, self._at, self._size)[whence] + offset, 0)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        super().seek(self._at)
+        count = super().readinto(buffer) or 0
+        if count == 0 and self._size - self._at <= _TAG_BYTES:  # no tag stands at the false end
+            count = len(buffer)
+            buffer[0:count] = bytes(count)
+        for i, value in enumerate(self._patch, 4 - self._at):
+            if 0 <= i < count:
+                buffer[i : i + 1] = bytes([value])
+        self._at += count
+        return count
+
+
+def _open(path: Path) -> tuple[_SoundFile, int | None]:
+    """Open a file, and return how many samples libsndfile counts; None where it guesses."""
+    try:
+        size = path.stat().st_size
+        if not path.is_file():
+            raise DataError(f"{path} is not a file: check the path")
+        if size == 0:
+            raise DataError(f"{path} is empty (0 bytes): fetch or make it again")
+        with path.open("rb") as raw:
+            head = raw.read(12)
+        _refuse_foreign(path, head)
+        file = _SoundFile(os.fsencode(path))
+        if file.format == "MP3" and not _has_frame_count(path):
+            # Its length is guessed from the file's size and the first frame, and nothing is decoded
+            # beyond: of a larger file all of it is.
+            file.close()
+            file = _SoundFile(_Disguise(path, factor=64))
+            return _sensible(path, file), None
+        if file.frames == 0 and head[:4] == b"RIFF" and has_more_than_it_says(path):
+            file.close()
+            file = _SoundFile(_Disguise(path, riff_size=8))  # as libsndfile knows unclosed files
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: check the path") from None
+    except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        hint = (
+            f"convert it with {ffmpeg_line(path)}"
+            if _is_foreign(path)
+            else "fetch or make it again"
+        )
+        raise DataError(f"{path} cannot be read as audio ({reason(error)}): {hint}") from error
+    if file.frames < 1:
+        file.close()
+        raise DataError(f"{path} has no samples: remove it, or make it again")
+    return _sensible(path, file), file.frames if file.frames < 2**62 else None
+
+
+def _sensible(path: Path, file: _SoundFile) -> _SoundFile:
+    """Refuse what only a damaged header says."""
+    if not _RATES[0] <= file.samplerate <= _RATES[1]:
+        file.close()
+        raise DataError(
+            f"{path} has a sample rate of {file.samplerate} Hz, outside {_RATES[0]} to "
+            f"{_RATES[1]}: fetch or make it again"
+        )
+    return file
+
+
+def _is_foreign(path: Path) -> bool:
+    return path.suffix.lower() in CONVERTIBLE
+
+
+def _refuse_foreign(path: Path, head: bytes) -> None:
+    """Refuse AAC, which looks like MP3, and containers by their first bytes."""
+    adts = _is_foreign(path) and len(head) > 1 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0
+    if adts or head[4:8] == b"ftyp" or head[:4] in (b"\x1a\x45\xdf\xa3", b"\x30\x26\xb2\x75"):
+        raise DataError(
+            f"{path} cannot be read as audio (AAC, MP4, WebM or WMA): "
+            f"convert it with {ffmpeg_line(path)}"
+        )
+
+
+def ffmpeg_line(path: Path) -> str:
+    """Return the command that makes a .wav of a file."""
+    wav = path.with_suffix(".wav") if _is_foreign(path) else path.with_name(path.name + ".wav")
+    return f"ffmpeg -i {shlex.quote(str(path))} {shlex.quote(str(wav))}"
+
+
+def _has_frame_count(path: Path) -> bool:
+    """Return whether an MP3 begins with a Xing or Info frame, which says how many follow."""
+    with path.open("rb") as file:
+        head = file.read(10)
+        if head[:3] == b"ID3" and len(head) == 10:
+            size = sum(
+                (byte & 0x7F) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True)
+            )
+            file.seek(10 + size)
+            head = b""
+        head += file.read(2048)
+    return b"Xing" in head[:2048] or b"Info" in head[:2048]

@@ -1,0 +1,95 @@
+"""Headers of WAV files, where libsndfile does not see to them."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from diffbuf_lib.errors import DataError
+
+SUBTYPES = {
+    (1, 8): "PCM_U8", (1, 16): "PCM_16", (1, 24): "PCM_24", (1, 32): "PCM_32",
+    (3, 32): "FLOAT", (3, 64): "DOUBLE", (6, 8): "ALAW", (7, 8): "ULAW",
+}  # fmt: skip
+"""What libsndfile calls the codec of a format tag and a number of bits."""
+SIZE_UNKNOWN = 0x7FFFF000
+"""From here on a size in a header is a placeholder of who wrote to a pipe."""
+LARGEST_RIFF = 0xFFFFFFFF
+"""Bytes that the header of a WAV can count."""
+
+
+class WavHeader(NamedTuple):
+    """What stands before the samples of a WAV: `num_bytes` is None if the sizes do not tell."""
+
+    subtype: str
+    sample_rate: int
+    channels: int
+    frame_bytes: int
+    num_bytes: int | None
+
+
+def read_wav_header(stream: BinaryIO) -> WavHeader:
+    """Read a WAV, of which 12 bytes (RIFF, size, WAVE) are read, up to its first sample.
+
+    Raises:
+        DataError: it has another codec, or ends before its samples.
+    """
+    found, long_size = (0, 0, 0, 0, 0), 0
+    while len(head := stream.read(8)) == 8:
+        name, size = struct.unpack("<4sI", head)
+        if name == b"data":
+            break
+        body = stream.read(min(size + size % 2, 1 << 24))
+        if name == b"fmt " and len(body) >= 16:
+            found = struct.unpack_from("<HHI4xHH", body)
+            if found[0] == 0xFFFE and len(body) >= 26:  # extensible: the tag begins the GUID
+                found = (struct.unpack_from("<H", body, 24)[0], *found[1:])
+        if name == b"ds64" and len(body) >= 16:
+            (long_size,) = struct.unpack_from("<Q", body, 8)  # of RF64
+    else:
+        raise DataError("the WAV ends before its samples: fetch or make it again")
+    tag, channels, rate, frame_bytes, bits = found
+    subtype = SUBTYPES.get((tag, bits))
+    if subtype is None or channels < 1 or frame_bytes != channels * bits // 8:
+        raise DataError(
+            f"a WAV of codec {tag:#06x} with {bits} bits is not read from a pipe: send 16-bit PCM"
+        )
+    known = long_size or (size if size < SIZE_UNKNOWN else 0)
+    return WavHeader(subtype, rate, channels, frame_bytes, known or None)
+
+
+def has_more_than_it_says(path: Path) -> bool:
+    """Return whether samples, and not just another chunk, follow an empty data chunk."""
+    with path.open("rb") as file:
+        file.seek(12)
+        try:
+            header = read_wav_header(file)
+        except DataError:
+            return False
+        rest = file.read(8)
+        size = path.stat().st_size - file.tell()
+    if header.num_bytes is not None or not rest:
+        return False
+    name = rest[:4]
+    is_chunk = len(rest) == 8 and name.isascii() and name.decode("ascii").isprintable()
+    return not (is_chunk and struct.unpack("<I", rest[4:])[0] <= size)
+
+
+def make_plain_wav(path: Path, channels: int) -> None:
+    """Make a RF64 file one that every program reads, if its sizes allow that."""
+    with path.open("r+b") as file:
+        head = bytearray(file.read(512))
+        if len(head) < 80 or head[:4] != b"RF64":
+            return
+        riff_size, data_size = struct.unpack_from("<QQ", head, 20)
+        if riff_size > LARGEST_RIFF:
+            return
+        struct.pack_into("<4sI4s4s", head, 0, b"RIFF", riff_size, b"WAVE", b"JUNK")
+        fmt = head.index(b"fmt ")
+        if channels <= 2:  # what the long form says beside is which loudspeaker is whose
+            struct.pack_into("<IH", head, fmt + 4, 16, 3)
+            struct.pack_into("<4sI", head, fmt + 24, b"JUNK", 16)
+        struct.pack_into("<I", head, head.index(b"data", fmt) + 4, data_size)
+        file.seek(0)
+        file.write(head)
