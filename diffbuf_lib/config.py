@@ -190,6 +190,12 @@ class PreprocessingConfig(Section):
     """What happens between the STFT and the network."""
 
     magnitude_compression: CompressionConfig = CompressionConfig()
+    level_seconds: float | None = Field(
+        1.0,
+        gt=0,
+        description="s, time constant of the running level that every frame is divided by; null: "
+        "frames keep the level of the recording",
+    )
 
 
 class ModelConfig(Section):
@@ -439,7 +445,7 @@ class TrainingConfig(Section):
             if getattr(self, key) and not self.predicts_data:
                 raise ValueError(
                     f"{key} {getattr(self, key)} needs an x0_hat to train on, and loss is "
-                    f"{self.loss}: set training.loss to data_prediction, or leave training.{key} out"
+                    f"{self.loss}: set training.loss to data_prediction, or leave out training.{key}"
                 )
         if self.metric_for_scheduler not in (*self.metrics, "loss"):
             raise ValueError(

@@ -29,6 +29,7 @@ from diffbuf_lib.diffusion.buffer import (
     perturb,
     uniform,
 )
+from diffbuf_lib.diffusion.level import RunningLevel
 from diffbuf_lib.diffusion.losses import LossInputs, abs2, error_level
 from diffbuf_lib.diffusion.sampler import BufferSampler
 from diffbuf_lib.diffusion.sde import make_sde, over_frequency
@@ -42,12 +43,18 @@ from diffbuf_lib.trace import Draws, Trace
 # Without `from __future__ import annotations`: the hub's mixin needs the type of __init__'s cfg.
 
 
+def _saved_config(tree: dict[str, Any]) -> Config:
+    """Read the config of saved weights; those of the first version know no running level."""
+    preprocessing = {"level_seconds": None, **tree.get("preprocessing", {})}
+    return build_config({**tree, "preprocessing": preprocessing})
+
+
 class DiffusionBufferModel(
     nn.Module,
     PyTorchModelHubMixin,
     library_name="diffbuf",
     tags=["speech-enhancement", "diffusion"],
-    coders={Config: (Config.to_dict, build_config)},
+    coders={Config: (Config.to_dict, _saved_config)},
 ):
     """The Diffusion Buffer (Lay, Makarov, Gerkmann 2025) of one config.
 
@@ -66,6 +73,10 @@ class DiffusionBufferModel(
         self.framing = Spectral.from_config(
             cfg.audio.stft.model_copy(update={"center": True}),
             cfg.preprocessing.magnitude_compression,
+        )
+        seconds = cfg.preprocessing.level_seconds
+        self.level = (
+            None if seconds is None else RunningLevel(seconds, cfg.audio.sample_rate, self.spectral)
         )
         self.sde = make_sde(cfg.sde)
         self.network = make_network(cfg.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -143,7 +154,7 @@ class DiffusionBufferModel(
                 "one [B, C, T] (mono and stereo do not mix)"
             )
         draws = self.draw(mix, generator) if draws is None else draws
-        Y, S = self.spectral(_mono(mix)), self.spectral(_mono(target))
+        Y, S, level = self._spectra(mix, target)
         t, z, Kb = draws.t, draws.z, draws.t.shape[-1]
         sigma = self.sde.std(t)
         x0, first_loss = self._what_is_perturbed(Y, S, draws)
@@ -169,7 +180,17 @@ class DiffusionBufferModel(
             loss_map=loss_map,
             loss=loss if first_loss is None else (loss + first_loss) / 2,
             draws=draws,
+            level=level,
         )
+
+    def _spectra(self, mix: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return Y and S [B, F, K], and the level [B, K] that both were divided by, if any."""
+        Y, S = self.spectral(_mono(mix)), self.spectral(_mono(target))
+        if self.level is None:
+            return Y, S, None
+        level = self.level.of_whole(Y)
+        scale = self.level.scale(level).unsqueeze(1)
+        return Y / scale, S / scale, level
 
     def draw(self, mix: Tensor, generator: Generators = None) -> Draws:
         """Draw all that is random in the training of a batch.
@@ -332,6 +353,7 @@ class DiffusionBufferModel(
             predicts_data=self.predicts_data,
             delay=delay,
             start_memory=start_memory,
+            level=self.level,
         )
 
     @torch.inference_mode()

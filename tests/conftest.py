@@ -10,6 +10,7 @@ torch.set_num_threads(1)
 TINY = {
     "audio": {"chunk_size": 1600, "stft": {"n_fft": 62, "win_length": 62, "hop_length": 32}},
     "model": {"name": "conv", "base_channels": 4, "num_layers": 1},
+    "preprocessing": {"level_seconds": None},
     "diffusion_buffer": {"buffer_size": 4, "num_frames": 10},
     "training": {"use_amp": False, "num_workers": 0, "batch_size": 2, "loss": "weighted_score"},
 }
