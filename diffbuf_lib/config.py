@@ -445,7 +445,7 @@ class TrainingConfig(Section):
             if getattr(self, key) and not self.predicts_data:
                 raise ValueError(
                     f"{key} {getattr(self, key)} needs an x0_hat to train on, and loss is "
-                    f"{self.loss}: set training.loss to data_prediction, or leave out training.{key}"
+                    f"{self.loss}: set training.loss to data_prediction, or leave {key} out"
                 )
         if self.metric_for_scheduler not in (*self.metrics, "loss"):
             raise ValueError(
