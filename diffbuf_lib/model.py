@@ -365,7 +365,8 @@ class DiffusionBufferModel(
         Sample for sample what `OnlineEnhancer` puts out for the same noise.
 
         Args:
-            mix: [B, C, T] float32, full scale 1; channels are averaged to mono, as in training.
+            mix: [B, C, T] floating point, full scale 1; channels are averaged to mono, as in
+                training.
             generator: of the diffusion noise; None for the global state.
             delay: d, 1 to B frames, of a data-prediction model; None for B.
 
@@ -376,7 +377,7 @@ class DiffusionBufferModel(
             ShapeError: not [B, C, T], or empty.
             ConfigError: a delay that this model cannot have.
         """
-        mono = _mono(mix)
+        mono = _mono(mix).to(next(self.parameters()).dtype)
         length, hop = mono.shape[-1], self.framing.hop_length
         # To a whole number of hops: else the last samples lie under the flank of one window, and
         # the overlap-add would divide a modified spectrum by almost nothing.
