@@ -202,6 +202,12 @@ class PreprocessingConfig(Section):
     """What happens between the STFT and the network."""
 
     magnitude_compression: CompressionConfig = CompressionConfig()
+    level_seconds: float | None = key(
+        None,
+        "s, time constant of the running level that every frame is divided by, so that how loud a "
+        "recording is does not matter; null: frames keep their level",
+        gt=0,
+    )
 
 
 class ModelConfig(Section):

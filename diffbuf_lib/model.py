@@ -29,6 +29,7 @@ from diffbuf_lib.diffusion.buffer import (
     perturb,
     uniform,
 )
+from diffbuf_lib.diffusion.level import RunningLevel
 from diffbuf_lib.diffusion.losses import LossInputs, abs2, error_level
 from diffbuf_lib.diffusion.sampler import BufferSampler
 from diffbuf_lib.diffusion.sde import make_sde, over_frequency
@@ -62,6 +63,10 @@ class DiffusionBufferModel(
         self.framing = Spectral.from_config(
             cfg.audio.stft.model_copy(update={"center": True}),
             cfg.preprocessing.magnitude_compression,
+        )
+        seconds = cfg.preprocessing.level_seconds
+        self.level = (
+            None if seconds is None else RunningLevel(seconds, cfg.audio.sample_rate, self.spectral)
         )
         self.sde = make_sde(cfg.sde)
         self.network = make_network(cfg.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -125,7 +130,7 @@ class DiffusionBufferModel(
                 "one [B, C, T] (mono and stereo do not mix)"
             )
         draws = self.draw(mix, generator) if draws is None else draws
-        Y, S = self.spectral(_mono(mix)), self.spectral(_mono(target))
+        Y, S, level = self._spectra(mix, target)
         t, z, Kb = draws.t, draws.z, draws.t.shape[-1]
         sigma = self.sde.std(t)
         x0, first_loss = self._what_is_perturbed(Y, S, draws)
@@ -151,7 +156,17 @@ class DiffusionBufferModel(
             loss_map=loss_map,
             loss=loss if first_loss is None else (loss + first_loss) / 2,
             draws=draws,
+            level=level,
         )
+
+    def _spectra(self, mix: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return Y and S [B, F, K], and the level [B, K] that both were divided by, if any."""
+        Y, S = self.spectral(_mono(mix)), self.spectral(_mono(target))
+        if self.level is None:
+            return Y, S, None
+        level = self.level.of_whole(Y)
+        scale = self.level.scale(level).unsqueeze(1)
+        return Y / scale, S / scale, level
 
     def draw(self, mix: Tensor, generator: Generators = None) -> Draws:
         """Draw all that is random in the training of a batch of mix's shape, type and device.
@@ -304,6 +319,7 @@ class DiffusionBufferModel(
             predicts_data=self.predicts_data,
             delay=delay,
             start_memory=start_memory,
+            level=self.level,
         )
 
     @torch.inference_mode()
@@ -315,7 +331,8 @@ class DiffusionBufferModel(
         Sample for sample what `OnlineEnhancer` puts out for the same noise.
 
         Args:
-            mix: [B, C, T] float32, full scale 1; channels are averaged to mono, as in training.
+            mix: [B, C, T] floating point, full scale 1; channels are averaged to mono, as in
+                training.
             generator: of the diffusion noise; None for the global state.
             delay: d, 1 to B frames, of a data-prediction model; None for B.
 
@@ -326,7 +343,7 @@ class DiffusionBufferModel(
             ShapeError: not [B, C, T], or empty.
             ConfigError: a delay that this model cannot have.
         """
-        mono = _mono(mix)
+        mono = _mono(mix).to(next(self.parameters()).dtype)
         length, hop = mono.shape[-1], self.framing.hop_length
         # To a whole number of hops: else the last samples lie under the flank of one window, and
         # the overlap-add would divide a modified spectrum by almost nothing.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +28,7 @@ class StreamState:
     taken: int  # samples that were pushed
     given: int  # samples that came out
     to_drop: int  # output samples before the first input sample, still to be left out
+    bad: int = 0  # pushed samples that were NaN or Inf, and counted as zeros
 
     @property
     def num_bytes(self) -> int:
@@ -74,13 +78,22 @@ class OnlineEnhancer:
     def latency_samples(self) -> int:
         """Samples to push before the first one comes out: d - 1 hops and the frames over it.
 
-        Sample 0 is whole when the last frame that covers it has left the buffer. A sample can wait
-        up to one hop longer than this, since output comes a hop at a time.
+        Sample 0 is whole when the last frame that covers it has left the buffer. Others wait
+        longer: see `worst_latency_samples`.
         """
         n_fft, hop = self.spectral.n_fft, self.spectral.hop_length
         first_frame = n_fft - n_fft // 2  # the rest of it is silence before sample 0
         last_frame = n_fft // 2 // hop  # over sample 0, counted from 0
         return first_frame + (last_frame + self.sampler.delay - 1) * hop
+
+    @property
+    def worst_latency_samples(self) -> int:
+        """Samples from one that is pushed to the push that brings it out, at most.
+
+        n_fft + (d - 1) hop: a sample just after a frame's end waits for the next frame, which is
+        n_fft long, and for d - 1 hops of the buffer.
+        """
+        return self.spectral.n_fft + (self.sampler.delay - 1) * self.spectral.hop_length
 
     def reset(self) -> None:
         """Forget the stream, and start the noise from the seed again."""
@@ -98,36 +111,69 @@ class OnlineEnhancer:
             given=0,
             to_drop=past,
         )
+        self._as_given: Callable[[Tensor], Any] = lambda rows: rows[0] if len(rows) == 1 else rows
 
-    def push(self, samples: Tensor) -> Tensor:
+    def push(self, samples: Any) -> Any:
         """Take in samples and give out those that are ready.
 
+        A sample that is NaN or Inf counts as zero and is counted in `state.bad`: one of them would
+        silence the stream for good. After an exception the stream begins anew.
+
         Args:
-            samples: [T], or [batch, T], of any length, full scale 1.
+            samples: tensor or numpy array, [T], [1, T] or [batch, T], of any length; floating
+                point of full scale 1, int16 or int32 of their own full scale.
 
         Returns:
-            [T'] or [batch, T'], on the input's device; T' may be 0.
+            What is ready, of the same kind, type and axes, T' samples long; T' may be 0.
 
         Raises:
-            ShapeError: not [T] or [batch, T].
+            ShapeError: not of these shapes or types.
         """
-        rows = samples.unsqueeze(0) if samples.ndim == 1 else samples
-        if rows.ndim != 2 or rows.shape[0] != self.batch:
+        rows, self._as_given = self._rows(samples)
+        self.state.taken += rows.shape[-1]
+        try:
+            return self._as_given(self._advance(rows))
+        except BaseException:
+            self.reset()
+            raise
+
+    def _rows(self, samples: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        """Return samples as [batch, T] of the model's type, and what makes of rows their kind."""
+        tensor = torch.from_numpy(samples) if isinstance(samples, np.ndarray) else samples
+        full = {torch.int16: 2.0**15, torch.int32: 2.0**31}
+        known = isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.dtype in full)
+        if not known or tensor.ndim not in (1, 2):
+            kind = f"{list(samples.shape)} {samples.dtype}" if hasattr(samples, "dtype") else ""
+            raise ShapeError(
+                f"push takes a tensor or array of floats, int16 or int32, [T] or [{self.batch}, "
+                f"T], not {kind or type(samples).__name__}"
+            )
+        rows = tensor.unsqueeze(0) if tensor.ndim == 1 else tensor
+        if rows.shape[0] != self.batch:
             raise ShapeError(
                 f"push takes [T] or [{self.batch}, T] samples, not {list(samples.shape)}: "
                 "average the channels, or give OnlineEnhancer batch=..."
             )
-        self.state.taken += rows.shape[-1]
-        ready = self._advance(rows.to(self.device, self.sampler.t.dtype))
-        out = ready.to(samples.device, samples.dtype)
-        return out[0] if samples.ndim == 1 else out
+        scale = full.get(tensor.dtype)
+        rows = rows.to(self.device, self.sampler.t.dtype) / (scale or 1.0)
+        bad = ~rows.isfinite()
+        self.state.bad += int(bad.sum())
 
-    def flush(self) -> Tensor:
+        def as_given(out: Tensor) -> Any:
+            if scale is not None:  # float64: float32 cannot hold the largest int32
+                out = (out.double() * scale).round().clamp(-scale, scale - 1)
+            out = out.to(tensor.device, tensor.dtype)
+            out = out[0] if tensor.ndim == 1 else out
+            return out.numpy() if isinstance(samples, np.ndarray) else out
+
+        return rows.masked_fill(bad, 0.0), as_given
+
+    def flush(self) -> Any:
         """End the stream: give out what is still inside, and reset.
 
         Returns:
-            [T'] (or [batch, T'] with several streams), so that the whole output is as long as
-            the whole input.
+            T' samples of the kind that was pushed last, so that the whole output is as long as the
+            whole input.
         """
         state = self.state
         missing = state.taken - state.given
@@ -139,9 +185,9 @@ class OnlineEnhancer:
         ready = [self._advance(silence)]
         while state.given < state.taken:
             ready.append(self._advance(silence[:, :hop]))
-        out = torch.cat(ready, dim=-1)[:, :missing]
+        out = self._as_given(torch.cat(ready, dim=-1)[:, :missing])
         self.reset()
-        return out[0] if self.batch == 1 else out
+        return out
 
     @torch.inference_mode()
     def _advance(self, rows: Tensor) -> Tensor:

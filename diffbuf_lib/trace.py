@@ -62,6 +62,8 @@ class Trace:
         loss: scalar, the mean of loss_map; with training.own_estimate the mean of that and of
             what the call before, on frames that have just entered, lost.
         draws: all that was random: `trace(mix, target, draws=trace.draws)` gives this trace again.
+        level: [B, K], the running level that Y and S are divided by, RMS in full scale; None with
+            preprocessing.level_seconds null.
     """
 
     mix: Tensor
@@ -78,6 +80,7 @@ class Trace:
     loss_map: Tensor
     loss: Tensor
     draws: Draws
+    level: Tensor | None = None
 
     def stages(self) -> dict[str, Tensor]:
         """Return every stage by name, in the order in which they are made."""

@@ -318,6 +318,7 @@ def test_float64_runs_throughout(tiny_cfg):
     assert trace.V.dtype == torch.complex128
     assert trace.loss.dtype == torch.float64
     assert model.enhance(mix).dtype == torch.float64
+    assert make_model(tiny_cfg).enhance(mix).dtype == torch.float64
 
 
 @pytest.mark.law

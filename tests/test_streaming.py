@@ -1,5 +1,6 @@
 """A stream is the whole signal, however it is cut, and knows no future."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -106,6 +107,76 @@ def test_streams_side_by_side(tiny_cfg, network):
     assert out.shape == signals.shape
     with pytest.raises(ShapeError, match=r"\[3, T\]"):
         OnlineEnhancer(model, batch=3).push(signals[:2])
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda x: x.double(), torch.float64),
+        (lambda x: x[None], torch.float32),
+        (lambda x: (x * 2**15).short(), torch.int16),
+        (lambda x: x.numpy(), np.float32),
+        (lambda x: x[None].double().numpy(), np.float64),
+        (lambda x: (x.double() * 2**31).int().numpy(), np.int32),
+    ],
+)
+def test_push_takes_what_people_have_and_gives_its_kind_back(tiny_cfg, make, kind):
+    cfg = tiny_cfg.override("training.loss=data_prediction", "model.x0_output=mask")
+    model, signal = make_model(cfg), 0.1 * torch.randn(700, generator=seeded())
+    plain = run(OnlineEnhancer(model), signal, [])
+    enhancer, given = OnlineEnhancer(model), make(signal)
+    pieces = [enhancer.push(given[..., :300]), enhancer.push(given[..., 300:]), enhancer.flush()]
+    assert all(type(p) is type(given) and p.dtype == kind and p.ndim == given.ndim for p in pieces)
+    out = torch.cat([torch.as_tensor(p) for p in pieces], dim=-1).double()
+    assert out.shape == given.shape
+    scale = {torch.int16: 2**15, np.int32: 2**31}.get(kind, 1)
+    torch.testing.assert_close(out.flatten() / scale, plain.double(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "samples", [[0.1, 0.2], torch.ones(3, dtype=torch.bool), np.float32(1), torch.zeros(1, 1, 4)]
+)
+def test_push_refuses_anything_else_in_one_line(tiny_cfg, samples):
+    with pytest.raises(ShapeError, match="push takes"):
+        OnlineEnhancer(make_model(tiny_cfg)).push(samples)
+
+
+@pytest.mark.parametrize("network", [(), BLOCK_CAUSAL])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_sample_counts_as_zero_and_is_counted(tiny_cfg, network, bad):
+    model = make_model(tiny_cfg.override(*network))
+    signal = 0.1 * torch.randn(1500, generator=seeded())
+    zeroed = signal.clone()
+    zeroed[200:203] = 0
+    signal[200:203] = bad
+    enhancer = OnlineEnhancer(model)
+    out = [enhancer.push(signal)]
+    assert enhancer.state.bad == 3
+    out.append(enhancer.flush())
+    assert torch.equal(torch.cat(out), run(OnlineEnhancer(model), zeroed, []))
+
+
+def test_after_an_error_a_stream_begins_anew(tiny_cfg, monkeypatch):
+    model, signal = make_model(tiny_cfg), torch.randn(500)
+    enhancer = OnlineEnhancer(model)
+    with monkeypatch.context() as patched:
+        patched.setattr(enhancer.sampler, "denoise", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            enhancer.push(signal)
+    assert torch.equal(run(enhancer, signal, []), run(OnlineEnhancer(model), signal, []))
+
+
+@pytest.mark.parametrize("delay", [1, 3, 4])
+@pytest.mark.parametrize(("n_fft", "hop"), [(62, 32), (64, 16), (63, 10)])
+def test_no_sample_waits_longer_than_the_worst_latency_and_one_does(tiny_cfg, n_fft, hop, delay):
+    stft = f"audio.stft={{n_fft: {n_fft}, win_length: {n_fft}, hop_length: {hop}}}"
+    model = make_model(tiny_cfg.override(stft, "training.loss=data_prediction"))
+    enhancer, given, waits = OnlineEnhancer(model, delay=delay), 0, []
+    for pushed in range(1, 600):
+        for _ in range(enhancer.push(torch.randn(1)).numel()):
+            waits.append(pushed - given)
+            given += 1
+    assert max(waits) == enhancer.worst_latency_samples == n_fft + (delay - 1) * hop
 
 
 def test_nothing_pushed_nothing_out(tiny_cfg):

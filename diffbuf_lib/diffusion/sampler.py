@@ -19,6 +19,7 @@ from diffbuf_lib.diffusion.buffer import (
     renoise_step,
     reverse_step,
 )
+from diffbuf_lib.diffusion.level import RunningLevel
 from diffbuf_lib.diffusion.sde import SDE
 from diffbuf_lib.errors import ConfigError
 
@@ -48,11 +49,14 @@ class BufferState:
     Y: Tensor  # [B, F, K] complex, noisy
     memory: Any = None  # what a streaming network keeps of all earlier frames
     pushed: int = 0  # frames taken in so far
+    level: Tensor | None = None  # [B, 2], the sums of the running level, if there is one
+    scales: Tensor | None = None  # [B, 1, Kb], what the buffer's frames were divided by
 
     @property
     def num_bytes(self) -> int:
         """Memory of the state, bytes."""
-        own = self.V.nbytes + self.Y.nbytes
+        tensors = (self.V, self.Y, self.level, self.scales)
+        own = sum(tensor.nbytes for tensor in tensors if tensor is not None)
         return own + (self.memory.num_bytes if self.memory is not None else 0)
 
 
@@ -68,6 +72,7 @@ class BufferSampler:
         delay: d, which frame of the buffer is put out, 1 (the newest) to Kb (the oldest, None).
         start_memory: of a streaming network: (F, times [B, Kb]) -> its memory. K then has no
             meaning, since all the past counts. None: K frames are computed for each new one.
+        level: what frames are divided by as they enter, and multiplied by as they leave.
 
     Raises:
         ConfigError: a delay outside [1, Kb], or below Kb without data prediction.
@@ -83,6 +88,7 @@ class BufferSampler:
         predicts_data: bool = False,
         delay: int | None = None,
         start_memory: Callable[[int, Tensor], Any] | None = None,
+        level: RunningLevel | None = None,
     ) -> None:
         Kb = t.shape[0]
         delay = Kb if delay is None else delay
@@ -93,7 +99,7 @@ class BufferSampler:
                 f"delay {delay} below buffer_size {Kb} needs a model trained with training.loss "
                 "data_prediction: a score model's estimate is ready when it leaves the buffer"
             )
-        self.denoise, self.sde, self.t = denoise, sde, t
+        self.denoise, self.sde, self.t, self.level = denoise, sde, t, level
         self.predicts_data, self.delay, self.start_memory = predicts_data, delay, start_memory
         self.num_frames = num_frames if start_memory is None else 1 + Kb
         # A stream's times never change: what follows from them is computed once.
@@ -120,7 +126,11 @@ class BufferSampler:
         memory = None
         if self.start_memory is not None:
             memory = self.start_memory(num_bins, self.t.expand(batch, -1))
-        return BufferState(V=V, Y=torch.zeros_like(V), memory=memory)
+        state = BufferState(V=V, Y=torch.zeros_like(V), memory=memory)
+        if self.level is not None:
+            state.level = self.level.start(batch, V.real)
+            state.scales = V.real.new_ones(batch, 1, Kb)
+        return state
 
     def step(self, state: BufferState, R: Tensor, generator: Generators = None) -> Tensor:
         """Take in one noisy frame and put out one clean frame.
@@ -134,6 +144,7 @@ class BufferSampler:
             [B, F] complex: the estimate of the frame that came `delay - 1` frames before.
         """
         Kb = self.t.shape[0]
+        R = self._levelled(state, R)
         z = complex_normal((*R.shape, Kb + 1), generator, R.device, R.dtype)
         entering = R + self.std[-1] * z[..., -1]
         state.V = torch.cat([state.V[..., 1:], entering.unsqueeze(-1)], dim=-1)
@@ -154,4 +165,15 @@ class BufferSampler:
             moved = reverse_step(x, y, score, self.t, z[..., :-1], self.sde)
             out = moved[..., 0]
         state.V[..., -Kb:] = moved
+        if state.scales is not None:
+            out = out * state.scales[..., Kb - self.delay]
         return out
+
+    def _levelled(self, state: BufferState, R: Tensor) -> Tensor:
+        """Divide a new frame by the running level, and remember by what."""
+        if self.level is None or state.level is None or state.scales is None:
+            return R
+        state.level, level = self.level.step(state.level, R)
+        scale = self.level.scale(level)[:, None]  # [B, 1]
+        state.scales = torch.cat([state.scales[..., 1:], scale.unsqueeze(-1)], dim=-1)
+        return R / scale

@@ -1,0 +1,92 @@
+"""The running level: causal, the same in a stream as in the whole, and deaf to a gain."""
+
+import pytest
+import torch
+
+from diffbuf_lib import OnlineEnhancer
+from diffbuf_lib.config import build_config
+from diffbuf_lib.diffusion.level import FLOOR, RunningLevel
+from diffbuf_lib.diffusion.spectral import Spectral
+from tests.conftest import TINY, make_model, seeded
+
+pytestmark = pytest.mark.law
+ON = "preprocessing.level_seconds=0.05"
+BLOCK_CAUSAL = ("model.name=block_causal", "model.channel_multipliers=[1, 2]")
+
+
+def noise(samples, seed=0):
+    return 0.1 * torch.randn(1, samples, generator=seeded(seed), dtype=torch.float64)
+
+
+def level_of(wave, seconds=0.5):
+    spectral = Spectral().double()
+    return RunningLevel(seconds, 16000, spectral).of_whole(spectral(wave))
+
+
+def test_of_steady_noise_it_is_the_rms():
+    level = level_of(noise(64000))
+    torch.testing.assert_close(
+        level[0, 100:], torch.full_like(level[0, 100:], 0.1), rtol=0.1, atol=0
+    )
+
+
+def test_a_gain_scales_every_level_from_the_first_frame_on():
+    wave = noise(16000)
+    torch.testing.assert_close(level_of(0.003 * wave), 0.003 * level_of(wave))
+
+
+def test_no_level_depends_on_a_later_sample():
+    wave = noise(16000)
+    later = wave.clone()
+    later[:, 8000:] *= 100
+    same = (level_of(wave) == level_of(later))[0]
+    assert same[: (8000 - 255) // 256].all()
+    assert not same[8255 // 256 + 1 :].any()
+
+
+def test_silence_before_and_within_changes_nothing():
+    wave = noise(16128)
+    quiet = torch.nn.functional.pad(wave, (256 * 7, 0))
+    torch.testing.assert_close(level_of(quiet)[:, 9:], level_of(wave)[:, 2:])
+    assert (level_of(torch.zeros(1, 4000, dtype=torch.float64)) == FLOOR).all()
+
+
+@pytest.mark.parametrize("network", [(), BLOCK_CAUSAL])
+@pytest.mark.parametrize("cuts", [(), (1, 2, 333), (640,)])
+def test_a_stream_is_the_whole_under_it(network, cuts):
+    model = make_model(build_config(TINY, [ON, *network])).double()
+    wave = noise(900)[0] * torch.linspace(0, 1, 900) ** 2
+    enhancer, start, out = OnlineEnhancer(model, seed=4), 0, []
+    for cut in (*cuts, 900):
+        out.append(enhancer.push(wave[start:cut]))
+        start = cut
+    out.append(enhancer.flush())
+    whole = model.enhance(wave[None, None], seeded(4))[0, 0]
+    torch.testing.assert_close(torch.cat(out), whole, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("loss", ["weighted_score", "data_prediction"])
+@pytest.mark.parametrize("gain", [0.003, 30.0])
+def test_the_level_of_the_input_does_not_matter(loss, gain):
+    model = make_model(build_config(TINY, [ON, f"training.loss={loss}"])).double()
+    wave = noise(1600)[None]
+    enhanced = model.enhance(wave, seeded(1))
+    torch.testing.assert_close(model.enhance(gain * wave, seeded(1)), gain * enhanced)
+    target = noise(1600, 5)[None]
+    one, other = (model.trace(g * wave, g * target, seeded(2)) for g in (1, gain))
+    torch.testing.assert_close(one.V, other.V)
+    torch.testing.assert_close(one.loss, other.loss)
+    torch.testing.assert_close(gain * one.level, other.level)
+
+
+def test_trace_and_stream_have_the_same_level():
+    """Of a clip after leading zeros, as training has it."""
+    cfg = build_config(TINY, [ON])
+    model = make_model(cfg).double()
+    wave = torch.nn.functional.pad(noise(1600), (9 * 32, 0))[None]
+    trace = model.trace(wave, wave, seeded())
+    sampler = model.sampler()
+    state = sampler.start(1, 32, seeded(), torch.complex128)
+    for k, R in enumerate(model.spectral(wave[0]).unbind(-1)):
+        sampler.step(state, R, seeded())
+        torch.testing.assert_close(state.Y[..., -1], trace.Y[..., k])
