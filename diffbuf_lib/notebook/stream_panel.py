@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from diffbuf_lib.errors import ShapeError
-from diffbuf_lib.figures import stream_course
+from diffbuf_lib.figures.progress import stream_course
 from diffbuf_lib.live import LiveHop, LiveReport, live_hops, make_report
 from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.notebook.panels import label, slider_look
-from diffbuf_lib.notebook.worker import WorkerPanel
+from diffbuf_lib.notebook.panels import WorkerPanel, label, slider_look
 from diffbuf_lib.streaming import OnlineEnhancer
 
 _LABELS_EVERY = 0.25  # s
@@ -30,7 +29,7 @@ class StreamPanel(WorkerPanel[LiveHop]):
     """`OnlineEnhancer` on a recording, hop by hop in real time, with Start and Stop.
 
     While the stream runs, only numbers and level meters move: a picture takes as long to draw as
-    many hops last, and would make them late. It is drawn when the stream has ended.
+    many hops last, and would make them late.
 
     Args:
         model: any.
@@ -40,8 +39,6 @@ class StreamPanel(WorkerPanel[LiveHop]):
 
     Attributes:
         delay: slider, of a data-prediction model: frames from a sample to its output, 1 to B.
-        output: [T'] of what has come out; as long as what went in when the stream has ended.
-        report: of the hops so far.
 
     Raises:
         ShapeError: wave is not [T], or is empty.
@@ -61,18 +58,15 @@ class StreamPanel(WorkerPanel[LiveHop]):
         self._stream: list[OnlineEnhancer] = []  # the one of now
         self._labelled = 0.0
         self._begin()
-        super().__init__(
-            partial(_feed, self._stream, wave, realtime),
-            _BUTTONS,
-            [self.delay],
-            [widgets.HBox(list(self.meters.values())), self.status],
-            "what went into a stream, what came out, and the time of every hop",
-        )
+        rows = [widgets.HBox(list(self.meters.values())), self.status]
+        description = "what went into a stream, what came out, and the time of every hop"
+        feed = partial(_feed, self._stream, wave, realtime)
+        super().__init__(feed, _BUTTONS, [self.delay], rows, description)
         self._show()
 
     @property
     def output(self) -> Tensor:
-        """What has come out so far, [T']."""
+        """What has come out so far, [T']; at the end as long as what went in."""
         return torch.cat([*(hop.ready for hop in self._hops), self._rest])
 
     @property
@@ -87,16 +81,13 @@ class StreamPanel(WorkerPanel[LiveHop]):
         if not self.worker.busy:
             self.worker.join()  # a stream that has just ended is still being flushed
             self._begin()
-            self.worker.start()
-            self._show()
+            super().start()
 
     def _begin(self) -> None:
         delay = self.delay.value if self.model.predicts_data else None
         self._stream[:] = [OnlineEnhancer(self.model, seed=self.seed, delay=delay)]
         self._hops: list[LiveHop] = []
         self._rest = self.wave.new_zeros(0)
-
-    # In the thread.
 
     def _receive(self, hop: LiveHop) -> None:
         self._hops.append(hop)
@@ -109,8 +100,6 @@ class StreamPanel(WorkerPanel[LiveHop]):
         if self.worker.state in ("stopped", "finished"):
             self._rest = self._stream[0].flush()
         self._show()
-
-    # In either.
 
     def _show(self) -> None:
         busy = self.worker.busy
@@ -140,22 +129,17 @@ class StreamPanel(WorkerPanel[LiveHop]):
 def _feed(
     stream: list[OnlineEnhancer], wave: Tensor, realtime: bool
 ) -> Generator[LiveHop, None, None]:
-    """Open the generator of a worker, which must not hold the panel."""
     (enhancer,) = stream
     hops = wave.split(enhancer.model.cfg.audio.stft.hop_length)
     return live_hops(enhancer, hops, realtime=realtime)
 
 
 def _meter(name: str) -> widgets.FloatProgress:
-    layout = widgets.Layout(width="310px")
-    return widgets.FloatProgress(
-        value=_QUIETEST, min=_QUIETEST, max=0.0, description=f"{name} (dB)", layout=layout
-    )
+    look = {"description": f"{name} (dB)", "layout": widgets.Layout(width="310px")}
+    return widgets.FloatProgress(value=_QUIETEST, min=_QUIETEST, max=0.0, **look)
 
 
 def _level(wave: Tensor) -> float:
     """Return the level of a piece [T] in dB re full scale, as far as the meter reaches."""
-    if not len(wave):
-        return _QUIETEST
-    level = 10 * torch.log10(wave.square().mean() + 1e-12)
-    return float(level.clamp(_QUIETEST, 0.0).nan_to_num(0.0))
+    level = 10 * torch.log10(wave.square().mean() + 1e-12)  # NaN of an empty one
+    return float(level.clamp(_QUIETEST, 0.0).nan_to_num(_QUIETEST))

@@ -14,10 +14,9 @@ import ipywidgets as widgets
 import torch
 
 from diffbuf_lib.config import Config
-from diffbuf_lib.figures import training_progress
+from diffbuf_lib.figures.progress import training_progress
 from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.notebook.panels import label
-from diffbuf_lib.notebook.worker import WorkerPanel
+from diffbuf_lib.notebook.panels import WorkerPanel, label
 from diffbuf_lib.training import StepRecord, load_weights, train
 from diffbuf_lib.training.checkpoint import apply_weights
 from diffbuf_lib.training.feed import ClipSource
@@ -25,7 +24,6 @@ from diffbuf_lib.training.folder import ResultsFolder, read_history
 
 _PICTURE_EVERY = 0.25  # s, at least
 _PICTURE_SHARE = 0.2  # of the thread's time that may go into pictures
-_LABEL_EVERY = 0.1  # s
 _BUTTONS = {
     "start": ("play", "begin the run, or go on from its last checkpoint"),
     "pause": ("pause", "stop after this step and keep everything in memory"),
@@ -60,9 +58,6 @@ class TrainingPanel(WorkerPanel[StepRecord]):
         records: a `StepRecord` of every step, of earlier sessions too.
         model: the averaged weights of the last validation; those of the start before it.
         folder: the run's files.
-
-    Raises:
-        DataError: the clip that is shown cannot be read.
     """
 
     def __init__(
@@ -76,7 +71,10 @@ class TrainingPanel(WorkerPanel[StepRecord]):
         device: str = "auto",
     ) -> None:
         self.cfg, self.folder = cfg, ResultsFolder(results_path)
-        _take_over(self.folder.path.resolve(), self)
+        path = self.folder.path.resolve()
+        if path in _panels:  # two runs cannot share a folder
+            _panels[path].close()
+        _panels[path] = self
         if fresh:
             remove_run(results_path)
         self.records = _read_records(self.folder)
@@ -85,15 +83,12 @@ class TrainingPanel(WorkerPanel[StepRecord]):
         self.clip_step: int | None = None
         self.model = DiffusionBufferModel(cfg).eval()
         self.step_label, self.status = label("step", "260px"), label("status", "600px")
-        self._drawn, self._labelled, self._cost = 0.0, 0.0, 0.0
-        super().__init__(
-            partial(_open_run, cfg, train_set, valid_set, self.folder, device),
-            _BUTTONS,
-            [],
-            [widgets.HBox([self.step_label, self.status])],
-            "loss, validation scores and a validation clip of a training run",
-        )
-        self._turned()
+        self._drawn, self._cost = 0.0, 0.0
+        run = partial(_open_run, cfg, train_set, valid_set, self.folder, device)
+        labels = widgets.HBox([self.step_label, self.status])
+        description = "loss, validation scores and a validation clip of a training run"
+        super().__init__(run, _BUTTONS, [], [labels], description)
+        self._show()
 
     @property
     def running(self) -> bool:
@@ -110,11 +105,6 @@ class TrainingPanel(WorkerPanel[StepRecord]):
         """Optimizer steps made so far, in earlier sessions too."""
         return self.records[-1].step if self.records else 0
 
-    def start(self) -> None:
-        """Begin the run, or go on from its last checkpoint; a paused run resumes."""
-        super().start()
-        self._turned()
-
     def pause(self) -> None:
         """Stop making steps; returns when the current step has ended."""
         self.worker.ask(pause=True)
@@ -130,22 +120,15 @@ class TrainingPanel(WorkerPanel[StepRecord]):
         """Write a checkpoint and go on from it; a run that is not going on has one already."""
         if self.worker.busy:
             self.worker.ask(reopen=True)
-            self.worker.wait_for(lambda: not self.worker.reopening)
+            self.worker.wait_for(lambda: not self.worker.wishes["reopen"])
 
     def wait(self, timeout: float | None = None, *, step: int | None = None) -> bool:
-        """Wait for a step, or for the end of the run.
+        """Wait for a step or the end of the run, at most `timeout` s.
 
-        Ctrl-C (the toolbar's interrupt) pauses the run.
-
-        Args:
-            timeout: s; None: as long as it takes.
-            step: come back when so many steps are made; None: when the run has ended.
+        Ctrl-C (the toolbar's interrupt) pauses the run. What the thread raised is raised, once.
 
         Returns:
             Whether it came to that; not when the time is over or the run is paused.
-
-        Raises:
-            Exception: what the thread raised, once.
         """
 
         def there() -> bool:
@@ -168,19 +151,14 @@ class TrainingPanel(WorkerPanel[StepRecord]):
         for widget in (self.box, self.image, self.step_label, self.status, *self.buttons.values()):
             widget.close()
 
-    # In the thread, but for the first picture.
-
     def _receive(self, record: StepRecord) -> None:
         while self.records and self.records[-1].step >= record.step:
             self.records.pop()  # steps after the checkpoint that the run went on from
         self.records.append(record)
         if record.valid is not None:
             self._enhance_clip(record.step)
-        now = time.monotonic()
-        if now - self._drawn > max(_PICTURE_EVERY, self._cost / _PICTURE_SHARE):
-            self._turned()
-        elif now - self._labelled > _LABEL_EVERY:
-            self._write_labels()
+        if time.monotonic() - self._drawn > max(_PICTURE_EVERY, self._cost / _PICTURE_SHARE):
+            self._show()
 
     def _enhance_clip(self, step: int) -> None:
         """Enhance the clip with the weights that were validated: a checkpoint has just been made.
@@ -193,39 +171,27 @@ class TrainingPanel(WorkerPanel[StepRecord]):
         self.clip = {"mix": self.clip["mix"], "estimate": estimate, "target": self.clip["target"]}
         self.clip_step = step
 
-    def _turned(self) -> None:
+    def _show(self) -> None:
         started = time.monotonic()
-        self._write_labels()
-        possible = {
-            "start": not self.worker.busy, "pause": self.running, "resume": self.paused,
-        }  # fmt: skip
+        last = self.records[-1] if self.records else None
+        self.step_label.value = f"step {self.steps}" + (f", epoch {last.epoch}" if last else "")
+        state, error = self.worker.state, self.worker.error
+        text = f"{f', loss {last.loss:.4g}' if last else ''}{_HINTS.get(state, '')}"
+        if error is not None:
+            text = f": {' '.join(str(error).split()) or type(error).__name__}"
+        self.status.value = state + text
+        ready, busy = {"pause": self.running, "resume": self.paused}, self.worker.busy
         for name, button in self.buttons.items():
-            button.disabled = not possible.get(name, self.worker.busy)
-        lines = [record.to_dict() for record in self.records]
-        metric = self.cfg.training.metric_for_scheduler
-        audio, step = self.cfg.audio, self.clip_step
+            button.disabled = busy if name == "start" else not ready.get(name, busy)
+        lines, audio = [record.to_dict() for record in self.records], self.cfg.audio
+        metric, step = self.cfg.training.metric_for_scheduler, self.clip_step
         self.draw(training_progress(lines, self.clip, audio, metric=metric, clip_step=step))
         self._drawn = time.monotonic()
         self._cost = self._drawn - started
 
-    def _write_labels(self) -> None:
-        self._labelled = time.monotonic()
-        last = self.records[-1] if self.records else None
-        self.step_label.value = f"step {self.steps}" + (f", epoch {last.epoch}" if last else "")
-        state, error = self.worker.state, self.worker.error
-        if error is not None:
-            self.status.value = f"{state}: {' '.join(str(error).split()) or type(error).__name__}"
-        else:
-            loss = f", loss {last.loss:.4g}" if last else ""
-            self.status.value = f"{state}{loss}{_HINTS.get(state, '')}"
-
 
 def remove_run(results_path: str | Path) -> None:
-    """Remove the files of a run, and nothing else that may be in its folder.
-
-    Args:
-        results_path: the run's folder; it may be missing, and no run may go on there.
-    """
+    """Remove the files of a run, which may be missing, and nothing else from its folder."""
     folder = ResultsFolder(results_path)
     capsules = folder.path.glob("capsule_*")
     for path in (folder.last.parent, folder.model, folder.tensorboard, *capsules):
@@ -256,11 +222,3 @@ def _read_records(folder: ResultsFolder) -> list[StepRecord]:
         elif line["step"] in records:
             records[line["step"]]["valid"] = line["valid"]
     return [StepRecord(**fields) for fields in records.values()]
-
-
-def _take_over(path: Path, panel: TrainingPanel) -> None:
-    """Make a panel the one of its folder: two runs cannot share it."""
-    before = _panels.get(path)
-    if before is not None:
-        before.close()
-    _panels[path] = panel

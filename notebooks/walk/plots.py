@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,23 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from diffbuf_lib import figures
 from diffbuf_lib.config import AudioConfig, Config
 from diffbuf_lib.diffusion.sde import SDE
-from diffbuf_lib.figures.progress import draw_hops, mark_float16
-from diffbuf_lib.figures.spectrogram import COLOUR_MAP, DPI, WIDTH, decibels, draw_level, to_numpy
+from diffbuf_lib.figures import (
+    COLOUR_MAP,
+    COMPRESSED_RANGE,
+    DPI,
+    RED,
+    WIDTH,
+    add_colour_bar,
+    decibels,
+    draw_level,
+    draw_spectra,
+    scale_of,
+    stack,
+    to_numpy,
+)
+from diffbuf_lib.figures.progress import UNITS, draw_hops, draw_points, draw_smoothed, split_history
 from diffbuf_lib.live import LiveReport
 from diffbuf_lib.trace import Trace
 from diffbuf_lib.training.folder import ResultsFolder, read_history
@@ -27,11 +40,13 @@ if TYPE_CHECKING:
     from diffbuf_lib.diagnostics.statistics import ScoreStatistics
     from diffbuf_lib.diagnostics.watch import GradientStatistics
     from walk.listening import DelayScore
-    from walk.scaling import ReadingCost, StepCost
+    from walk.scaling import StepCost
 
 _LEVELS = [float(level) for level in range(-100, 1, 2)]  # dB
 _GAINS = {"si_sdr": "SI-SDR gain (dB)", "pesq": "PESQ gain", "estoi": "ESTOI gain"}
 _ROW = 0.19  # inches
+_FLOAT16_MAX = torch.finfo(torch.float16).max  # 65504
+_ENDS = (0.001, 0.999)  # at t = 0, and for BBED at t = 1, sigma is 0 and 1 / sigma infinite
 
 
 def waveforms(waves: Mapping[str, Tensor], sample_rate: int) -> Figure:
@@ -127,14 +142,50 @@ def frame_counts(cfg: Config) -> Figure:
     return figure
 
 
-def noise_along_buffer(sigma: Tensor, measured: Tensor) -> Figure:
-    """Draw the noise in every frame of the buffer [Kb] beside the sigma it should have."""
-    frames = np.arange(1, sigma.shape[-1] + 1)
-    figure, axes = _one(2.8, "frame of the buffer (1 leaves next, B has just come)", "noise RMS")
-    axes.plot(frames, to_numpy(sigma), label="sigma(t), the formula")
-    axes.plot(frames, to_numpy(measured), "o", label="measured in V")
-    axes.set_ylim(0, None)
-    axes.legend(frameon=False)
+def refused(Y: Tensor, message: str, audio: AudioConfig) -> Figure:
+    """Draw a spectrum [F, K] alone, and above it why no buffer fits it."""
+    figure, panels = stack(1, 3.0)
+    image = draw_spectra(panels, {"": Y}, audio.sample_rate, audio.stft, COMPRESSED_RANGE)
+    add_colour_bar(image, panels)
+    panels[0].set_title(message, loc="left", fontsize=9, color=RED, wrap=True)
+    return figure
+
+
+def noise_schedule(sdes: Mapping[str, SDE], t_eps: float, t_max: float) -> Figure:
+    """Draw sigma, the weight of Y in the mean, g and 1 / sigma over diffusion time.
+
+    What lies outside of t_eps to t_max, the times of the buffer, is grey.
+    """
+    figure = _figure(5.4)
+    panels = list(figure.subplots(2, 2, sharex=True).flat)
+    first, last = _ENDS
+    small = torch.logspace(math.log10(min(first, t_eps)), math.log10(last), 100)
+    t = torch.cat([small, torch.linspace(first, last, 600)])  # since much happens near 0
+    t = t.double().sort().values
+    nothing, one = torch.zeros_like(t), torch.ones_like(t)
+    for (name, sde), style in zip(sdes.items(), itertools.cycle(("-", "--", "-.", ":"))):
+        sigma = sde.std(t)
+        drawn = (sigma, sde.mean(nothing, one, t), sde.diffusion(t), 1 / sigma)
+        for axes, values in zip(panels, drawn, strict=True):
+            axes.plot(to_numpy(t), to_numpy(values), label=name, linestyle=style)
+    titles = (
+        "sigma(t): noise in X_t",
+        "weight of Y in the mean (of S: the rest)",
+        "g(t): noise added at t",
+        "1 / sigma(t): size of score targets",
+    )
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set(xlim=(0, 1), xlabel="diffusion time t")
+        for low, high in ((0.0, t_eps), (t_max, 1.0)):
+            axes.axvspan(low, high, color="0.5", alpha=0.18, linewidth=0)
+        axes.grid(alpha=0.3)
+    for axes in panels[:3]:
+        axes.set_ylim(bottom=0)
+    panels[3].set_yscale("log")
+    _mark_float16(panels[3], 0.97)
+    if len(sdes) > 1:
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=4)
     return figure
 
 
@@ -146,7 +197,7 @@ def score_limits(sdes: Mapping[str, SDE], t_eps: float) -> Figure:
         target = 1 / sde.std(t)
         axes.loglog(t, target, color=f"C{index}", label=f"1 / sigma, {name}")
         axes.loglog(t, target**2, "--", color=f"C{index}", label=f"1 / sigma^2, {name}")
-    mark_float16(axes, 0.25)
+    _mark_float16(axes, 0.25)
     axes.axvline(t_eps, color="0.3", linestyle=":", label=f"t_eps = {t_eps:g}")
     axes.set_ylim(0.5, 1e10)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -257,15 +308,22 @@ def compare_gradients(gradients: Mapping[str, GradientStatistics]) -> Figure:
     return figure
 
 
-def compare_runs(
-    runs: Mapping[str, str | Path | Iterable[Mapping[str, Any]]], *, metric: str = "si_sdr"
-) -> Figure:
-    """Lay runs, each a results folder or lines, over one another: loss and validation score."""
-    lines = {
-        name: read_history(ResultsFolder(run).history) if isinstance(run, str | Path) else run
-        for name, run in runs.items()
-    }
-    return figures.compare_runs(lines, metric=metric)
+def compare_runs(runs: Mapping[str, Path], *, metric: str = "si_sdr") -> Figure:
+    """Lay runs, each a results folder, over one another: smoothed loss and validation score."""
+    figure = _figure(3.2)
+    left, right = figure.subplots(1, 2, sharex=True)
+    losses: list[float | None] = []
+    for index, (name, folder) in enumerate(runs.items()):
+        steps, valid = split_history(read_history(ResultsFolder(folder).history))
+        losses += [line["loss"] for line in steps]
+        draw_smoothed(left, steps, label=name, color=f"C{index}")
+        draw_points(right, valid, metric, label=name, color=f"C{index}")
+    left.set(title="training loss, smoothed", xlabel="step", ylabel="loss", yscale=scale_of(losses))
+    right.set(title="validation", xlabel="step", ylabel=UNITS.get(metric, metric))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    right.legend(frameon=False, fontsize=9)
+    return figure
 
 
 def delay_quality(scores: Sequence[DelayScore], metrics: Sequence[str]) -> Figure:
@@ -361,24 +419,6 @@ def step_costs(costs: Sequence[StepCost]) -> Figure:
     return figure
 
 
-def reading_costs(costs: Sequence[ReadingCost], needed: float) -> Figure:
-    """Draw how fast clips are read beside what training needs, and how long the first takes."""
-    figure = _figure(2.8)
-    speed, start = figure.subplots(1, 2)
-    workers = [str(cost.workers) for cost in costs]
-    speed.bar(workers, [cost.clips_per_second for cost in costs], width=0.6)
-    speed.axhline(needed, color="C3", linestyle="--", label="training needs")
-    speed.legend(frameon=False, fontsize=9)
-    speed.margins(y=0.25)
-    speed.set_ylabel("clips read per second")
-    start.bar(workers, [1000 * cost.start_seconds for cost in costs], width=0.6)
-    start.set_ylabel("time to the first batch (ms)")
-    for axes in (speed, start):
-        axes.set_xlabel("reading processes (training.num_workers)")
-        axes.grid(alpha=0.3, axis="y")
-    return figure
-
-
 def _figure(height: float) -> Figure:
     return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
 
@@ -390,6 +430,14 @@ def _one(height: float, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
     return figure, axes
+
+
+def _mark_float16(axes: Axes, right: float) -> None:
+    """Draw float16's largest number, with its name ending at a share of the axes' width."""
+    axes.axhline(_FLOAT16_MAX, color=RED, linewidth=1.2)
+    place = axes.get_yaxis_transform()
+    look: dict[str, Any] = {"ha": "right", "va": "top", "color": RED, "size": 8}
+    axes.text(right, _FLOAT16_MAX / 1.3, "float16 ends: 65504", transform=place, **look)
 
 
 def _places(rows: Sequence[Any]) -> tuple[np.ndarray, float]:
