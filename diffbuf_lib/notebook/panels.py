@@ -76,25 +76,43 @@ class Panel:
         self.box.panel = self  # what is on the page stays alive, with or without a name
 
 
-class Worker(Generic[Item]):
-    """Takes items from a generator in a daemon thread; meets requests between two items.
+class WorkerPanel(Panel, Generic[Item]):
+    """A panel over a generator that runs in a daemon thread; requests are met between two items.
 
-    All three functions are called in the thread: `make` opens the generator, `receive` takes an
-    item, `changed` shows a new state.
+    Subclasses open the generator, take its items and show where it stands, all in the thread.
+
+    Args:
+        buttons: icon and tooltip by name: start, stop, and maybe pause, resume, save.
+        beside: widgets in the row of the buttons.
+        below: rows between the buttons and the picture.
+        description: of the picture.
     """
 
     def __init__(
         self,
-        make: Callable[[], Generator[Item, None, None]],
-        receive: Callable[[Item], None],
-        changed: Callable[[], None],
+        buttons: Mapping[str, tuple[str, str]],
+        beside: Sequence[widgets.Widget],
+        below: Sequence[widgets.Widget],
+        description: str,
     ) -> None:
-        self._make, self._receive, self._changed = make, receive, changed
-        self._thread: threading.Thread | None = None
-        self._told = True  # whether `changed` has been called since the state changed
-        self.wishes = dict(_NOTHING)  # what was asked for and is not withdrawn or done
+        self.buttons = {name: _button(name, *look) for name, look in buttons.items()}
+        super().__init__([widgets.HBox([*self.buttons.values(), *beside]), *below], description)
         self.state: State = "ready"
-        self.error: BaseException | None = None  # until `raise_error` has raised it again
+        self.error: BaseException | None = None  # until `wait_for` has raised it again
+        self._wishes = dict(_NOTHING)  # what was asked for and is not withdrawn or done
+        self._shown = True  # whether the state has been, since it changed
+        self._thread: threading.Thread | None = None
+        for button in self.buttons.values():
+            button.on_click(self._pressed)
+
+    def _open(self) -> Generator[Item, None, None]:
+        raise NotImplementedError
+
+    def _receive(self, item: Item) -> None:
+        raise NotImplementedError
+
+    def _show(self) -> None:
+        raise NotImplementedError
 
     @property
     def busy(self) -> bool:
@@ -104,60 +122,77 @@ class Worker(Generic[Item]):
     @property
     def resting(self) -> bool:
         """Whether it is paused, has said so, and stays so until somebody asks for something."""
-        return self.state == "paused" and self._told and self.wishes == _ONLY_PAUSE
+        return self.state == "paused" and self._shown and self._wishes == _ONLY_PAUSE
 
     def start(self) -> None:
-        """Open the generator and go on with it; a paused worker resumes, a running one runs on."""
-        if self.busy and not self.wishes["stop"]:
+        """Open the generator, or go on after a pause."""
+        if self.busy and not self._wishes["stop"]:
             self.ask(pause=False)
-            return
-        self.join()
-        self.ask(**_NOTHING)
-        self.error, self.state = None, "running"
-        self._thread = threading.Thread(target=self._run, name="diffbuf-worker", daemon=True)
-        _alive.add(self)
-        self._thread.start()
+        else:
+            self.join()
+            self.ask(**_NOTHING)
+            self.error, self.state = None, "running"
+            self._thread = threading.Thread(target=self._run, name="diffbuf-worker", daemon=True)
+            _panels.add(self)
+            self._thread.start()
+        self._show()
+
+    def stop(self) -> None:
+        """End, and raise what the thread raised."""
+        self.ask(stop=True)
+        self.wait()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end, at most `timeout` s; raise what the thread raised, once."""
+        return self.wait_for(lambda: not self.busy, timeout)
 
     def ask(self, **wishes: bool) -> None:
         """Ask for something without waiting: pause, stop, or reopen (close, open the next)."""
-        self.wishes.update(wishes)
+        self._wishes.update(wishes)
 
     def wait_for(self, reached: Callable[[], bool], timeout: float | None = None) -> bool:
-        """Wait, at most `timeout` s, until something holds or the thread has ended."""
+        """Wait as `wait` does, until something holds or the thread has ended."""
         end = math.inf if timeout is None else time.monotonic() + timeout
         while not reached() and self.busy and time.monotonic() < end:
             time.sleep(_POLL)
+        if not self.busy:
+            self.join()
+            error, self.error = self.error, None
+            if error is not None:
+                raise error
+        self.keep_still()
         return reached()
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait until the thread has ended, or for a time in s."""
-        if self._thread is not None and self._thread is not threading.current_thread():
+        """Wait until the thread has ended, or for a time in s; raises nothing."""
+        if self._thread is not None:
             self._thread.join(timeout)
 
-    def raise_error(self) -> None:
-        """Wait for the thread's end, and raise what it raised, once."""
-        self.join()
-        error, self.error = self.error, None
-        if error is not None:
-            raise error
+    def _pressed(self, button: widgets.Button) -> None:
+        """Do what a button says, without waiting: the kernel stays free."""
+        name = button.description.lower()
+        if name == "start":
+            self.start()
+        else:
+            self.ask(**_REQUESTS[name])
 
     # In the thread.
 
     def _run(self) -> None:
         try:
             end: State = "stopped" if self._take_all() else "finished"
-        except BaseException as error:  # nothing may be lost: `raise_error` raises it again
+        except BaseException as error:  # nothing may be lost: `wait_for` raises it again
             self.error, end = error, "failed"
         self._turn(end)
 
     def _take_all(self) -> bool:
         """Take items until there are none or a stop is asked for; return whether it was."""
-        items = self._make()
+        items = self._open()
         try:
             while not self._wait_while_paused():
-                if self.wishes["reopen"]:
+                if self._wishes["reopen"]:
                     items.close()
-                    items = self._make()
+                    items = self._open()
                     self.ask(reopen=False)
                     self._turn(self.state)
                 elif (item := next(items, None)) is None:
@@ -170,93 +205,21 @@ class Worker(Generic[Item]):
 
     def _wait_while_paused(self) -> bool:
         """Wait as long as asked to; return whether to stop."""
-        while self.wishes == _ONLY_PAUSE:
+        while self._wishes == _ONLY_PAUSE:
             if self.state != "paused":
                 self._turn("paused")
             time.sleep(_POLL)
-        if self.state == "paused" and not self.wishes["pause"]:
+        if self.state == "paused" and not self._wishes["pause"]:
             self._turn("running")
-        return self.wishes["stop"]
+        return self._wishes["stop"]
 
     def _turn(self, state: State) -> None:
-        self._told, self.state = False, state
+        self._shown, self.state = False, state
         try:
-            self._changed()
+            self._show()
         except Exception as error:  # a picture that cannot be drawn must not cost a checkpoint
             self.error = self.error or error
-        self._told = True
-
-
-class WorkerPanel(Panel, Generic[Item]):
-    """A panel over a worker: subclasses say what its items are and what is shown of them.
-
-    `make` must not hold the panel; `buttons` gives icon and tooltip by name: start, stop, and maybe
-    pause, resume, save; `beside` and `below` are widgets next to them.
-    """
-
-    def __init__(
-        self,
-        make: Callable[[], Generator[Item, None, None]],
-        buttons: Mapping[str, tuple[str, str]],
-        beside: Sequence[widgets.Widget],
-        below: Sequence[widgets.Widget],
-        description: str,
-    ) -> None:
-        self.buttons = {name: _button(name, *look) for name, look in buttons.items()}
-        super().__init__([widgets.HBox([*self.buttons.values(), *beside]), *below], description)
-        self.worker = Worker(make, weakly(self._receive), weakly(self._turned))
-        weakref.finalize(self, self.worker.ask, stop=True)  # else its thread would outlive it
-        for button in self.buttons.values():
-            button.on_click(weakly(self._pressed))
-
-    def start(self) -> None:
-        """Begin, or go on with what is there."""
-        self.worker.start()
-        self._show()
-
-    def stop(self) -> None:
-        """End, and raise what the thread raised."""
-        self.worker.ask(stop=True)
-        self.wait()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the end, at most `timeout` s; raise what the thread raised, once."""
-        ended = self.worker.wait_for(lambda: not self.worker.busy, timeout)
-        if ended:
-            self.worker.raise_error()
-            self.keep_still()
-        return ended
-
-    def _pressed(self, button: widgets.Button) -> None:
-        """Do what a button says, without waiting: the kernel stays free."""
-        name = button.description.lower()
-        if name == "start":
-            self.start()
-        else:
-            self.worker.ask(**_REQUESTS[name])
-
-    def _receive(self, item: Item) -> None:
-        """Take an item; in the thread."""
-        raise NotImplementedError
-
-    def _turned(self) -> None:
-        """Show a new state; in the thread."""
-        self._show()
-
-    def _show(self) -> None:
-        raise NotImplementedError
-
-
-def weakly(method: Callable[..., None]) -> Callable[..., None]:
-    """Return a callback that does not keep its object alive, and does nothing once it is gone."""
-    reference = weakref.WeakMethod(method)
-
-    def call(*arguments: Any) -> None:
-        bound = reference()
-        if bound is not None:
-            bound(*arguments)
-
-    return call
+        self._shown = True
 
 
 def slider_look(description: str, width: int = 310) -> dict[str, Any]:
@@ -283,14 +246,14 @@ def _button(name: str, icon: str, tooltip: str) -> widgets.Button:
     return button
 
 
-_alive: weakref.WeakSet[Worker[Any]] = weakref.WeakSet()
+_panels: weakref.WeakSet[WorkerPanel[Any]] = weakref.WeakSet()
 
 
 @atexit.register
 def _stop_all() -> None:
     """Let the threads save their checkpoints before Python ends."""
-    workers = list(_alive)
-    for worker in workers:
-        worker.ask(stop=True)
-    for worker in workers:
-        worker.join(_FAREWELL)
+    panels = list(_panels)
+    for panel in panels:
+        panel.ask(stop=True)
+    for panel in panels:
+        panel.join(_FAREWELL)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator
-from functools import partial
 
 import ipywidgets as widgets
 import torch
@@ -55,13 +54,11 @@ class StreamPanel(WorkerPanel[LiveHop]):
         self.delay = widgets.IntSlider(B, lowest, B, **slider_look("delay (frames)"))
         self.meters = {name: _meter(name) for name in ("in", "out")}
         self.status = label("status", "100%")
-        self._stream: list[OnlineEnhancer] = []  # the one of now
         self._labelled = 0.0
         self._begin()
         rows = [widgets.HBox(list(self.meters.values())), self.status]
         description = "what went into a stream, what came out, and the time of every hop"
-        feed = partial(_feed, self._stream, wave, realtime)
-        super().__init__(feed, _BUTTONS, [self.delay], rows, description)
+        super().__init__(_BUTTONS, [self.delay], rows, description)
         self._show()
 
     @property
@@ -74,20 +71,24 @@ class StreamPanel(WorkerPanel[LiveHop]):
         """How the stream has kept up so far."""
         hops = list(self._hops)
         late = sum(hop.late for hop in hops)
-        return make_report(self._stream[0], (hop.milliseconds for hop in hops), late, self.realtime)
+        return make_report(self._enhancer, (hop.milliseconds for hop in hops), late, self.realtime)
 
     def start(self) -> None:
         """Begin the stream, from the beginning."""
-        if not self.worker.busy:
-            self.worker.join()  # a stream that has just ended is still being flushed
+        if not self.busy:
+            self.join()  # a stream that has just ended is still being flushed
             self._begin()
             super().start()
 
     def _begin(self) -> None:
         delay = self.delay.value if self.model.predicts_data else None
-        self._stream[:] = [OnlineEnhancer(self.model, seed=self.seed, delay=delay)]
+        self._enhancer = OnlineEnhancer(self.model, seed=self.seed, delay=delay)
         self._hops: list[LiveHop] = []
         self._rest = self.wave.new_zeros(0)
+
+    def _open(self) -> Generator[LiveHop, None, None]:
+        hops = self.wave.split(self.model.cfg.audio.stft.hop_length)
+        return live_hops(self._enhancer, hops, realtime=self.realtime)
 
     def _receive(self, hop: LiveHop) -> None:
         self._hops.append(hop)
@@ -96,13 +97,13 @@ class StreamPanel(WorkerPanel[LiveHop]):
             self._labelled = now
             self._write_labels()
 
-    def _turned(self) -> None:
-        if self.worker.state in ("stopped", "finished"):
-            self._rest = self._stream[0].flush()
-        self._show()
+    def _take_all(self) -> bool:
+        stopped = super()._take_all()
+        self._rest = self._enhancer.flush()
+        return stopped
 
     def _show(self) -> None:
-        busy = self.worker.busy
+        busy = self.busy
         self.buttons["start"].disabled = self.delay.disabled = busy
         self.buttons["stop"].disabled = not busy
         self._write_labels()
@@ -124,14 +125,6 @@ class StreamPanel(WorkerPanel[LiveHop]):
                 f"{report.hop_ms:.0f} ms, {report.missed} hops late"
             )
         self.status.value = text
-
-
-def _feed(
-    stream: list[OnlineEnhancer], wave: Tensor, realtime: bool
-) -> Generator[LiveHop, None, None]:
-    (enhancer,) = stream
-    hops = wave.split(enhancer.model.cfg.audio.stft.hop_length)
-    return live_hops(enhancer, hops, realtime=realtime)
 
 
 def _meter(name: str) -> widgets.FloatProgress:

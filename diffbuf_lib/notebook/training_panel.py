@@ -6,7 +6,6 @@ import shutil
 import time
 import weakref
 from collections.abc import Generator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +69,8 @@ class TrainingPanel(WorkerPanel[StepRecord]):
         fresh: bool = False,
         device: str = "auto",
     ) -> None:
-        self.cfg, self.folder = cfg, ResultsFolder(results_path)
+        self.cfg, self.folder, self.device = cfg, ResultsFolder(results_path), device
+        self.train_set, self.valid_set = train_set, valid_set
         path = self.folder.path.resolve()
         if path in _panels:  # two runs cannot share a folder
             _panels[path].close()
@@ -84,21 +84,20 @@ class TrainingPanel(WorkerPanel[StepRecord]):
         self.model = DiffusionBufferModel(cfg).eval()
         self.step_label, self.status = label("step", "260px"), label("status", "600px")
         self._drawn, self._cost = 0.0, 0.0
-        run = partial(_open_run, cfg, train_set, valid_set, self.folder, device)
         labels = widgets.HBox([self.step_label, self.status])
         description = "loss, validation scores and a validation clip of a training run"
-        super().__init__(run, _BUTTONS, [], [labels], description)
+        super().__init__(_BUTTONS, [], [labels], description)
         self._show()
 
     @property
     def running(self) -> bool:
         """Whether steps are being made."""
-        return self.worker.state == "running"
+        return self.state == "running"
 
     @property
     def paused(self) -> bool:
         """Whether the run waits for `resume`."""
-        return self.worker.state == "paused"
+        return self.state == "paused"
 
     @property
     def steps(self) -> int:
@@ -107,20 +106,19 @@ class TrainingPanel(WorkerPanel[StepRecord]):
 
     def pause(self) -> None:
         """Stop making steps; returns when the current step has ended."""
-        self.worker.ask(pause=True)
-        self.worker.wait_for(lambda: self.worker.resting)
-        self.keep_still()
+        self.ask(pause=True)
+        self.wait_for(lambda: self.resting)
 
     def resume(self) -> None:
         """Go on after a pause."""
-        self.worker.ask(pause=False)
-        self.worker.wait_for(lambda: not self.paused)
+        self.ask(pause=False)
+        self.wait_for(lambda: not self.paused)
 
     def save(self) -> None:
         """Write a checkpoint and go on from it; a run that is not going on has one already."""
-        if self.worker.busy:
-            self.worker.ask(reopen=True)
-            self.worker.wait_for(lambda: not self.worker.wishes["reopen"])
+        if self.busy:
+            self.ask(reopen=True)
+            self.wait_for(lambda: not self._wishes["reopen"])
 
     def wait(self, timeout: float | None = None, *, step: int | None = None) -> bool:
         """Wait for a step or the end of the run, at most `timeout` s.
@@ -132,24 +130,27 @@ class TrainingPanel(WorkerPanel[StepRecord]):
         """
 
         def there() -> bool:
-            return not self.worker.busy if step is None else self.steps >= step
+            return not self.busy if step is None else self.steps >= step
 
         try:
-            self.worker.wait_for(lambda: there() or self.worker.resting, timeout)
+            self.wait_for(lambda: there() or self.resting, timeout)
         except KeyboardInterrupt:
-            self.worker.ask(pause=True)
+            self.ask(pause=True)
             raise
-        if not self.worker.busy:
-            self.worker.raise_error()
-        self.keep_still()
         return there()
 
     def close(self) -> None:
         """Stop and remove the widgets from the page."""
-        self.worker.ask(stop=True)
-        self.worker.join()
+        self.ask(stop=True)
+        self.join()
         for widget in (self.box, self.image, self.step_label, self.status, *self.buttons.values()):
             widget.close()
+
+    def _open(self) -> Generator[StepRecord, None, None]:
+        path, resume = self.folder.path, self.folder.last.is_file()
+        return train(
+            self.cfg, self.train_set, self.valid_set, path, resume=resume, device=self.device
+        )
 
     def _receive(self, record: StepRecord) -> None:
         while self.records and self.records[-1].step >= record.step:
@@ -175,12 +176,12 @@ class TrainingPanel(WorkerPanel[StepRecord]):
         started = time.monotonic()
         last = self.records[-1] if self.records else None
         self.step_label.value = f"step {self.steps}" + (f", epoch {last.epoch}" if last else "")
-        state, error = self.worker.state, self.worker.error
+        state, error = self.state, self.error
         text = f"{f', loss {last.loss:.4g}' if last else ''}{_HINTS.get(state, '')}"
         if error is not None:
             text = f": {' '.join(str(error).split()) or type(error).__name__}"
         self.status.value = state + text
-        ready, busy = {"pause": self.running, "resume": self.paused}, self.worker.busy
+        ready, busy = {"pause": self.running, "resume": self.paused}, self.busy
         for name, button in self.buttons.items():
             button.disabled = busy if name == "start" else not ready.get(name, busy)
         lines, audio = [record.to_dict() for record in self.records], self.cfg.audio
@@ -198,18 +199,6 @@ def remove_run(results_path: str | Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     for file in (folder.config, folder.history):
         file.unlink(missing_ok=True)
-
-
-def _open_run(
-    cfg: Config,
-    train_set: ClipSource,
-    valid_set: ClipSource | None,
-    folder: ResultsFolder,
-    device: str,
-) -> Generator[StepRecord, None, None]:
-    """Begin the run of a folder, or go on with it if it has a checkpoint; must not hold a panel."""
-    resume = folder.last.is_file()
-    return train(cfg, train_set, valid_set, folder.path, resume=resume, device=device)
 
 
 def _read_records(folder: ResultsFolder) -> list[StepRecord]:

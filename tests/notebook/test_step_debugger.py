@@ -6,10 +6,10 @@ import io
 import pytest
 import soundfile
 import torch
+from diffbuf_lib.notebook.step_debugger import stage_wave
 
 from diffbuf_lib.config import build_config
 from diffbuf_lib.notebook import StepDebugger
-from diffbuf_lib.notebook.step_debugger import stage_wave
 from diffbuf_lib.training.step import Batch, Engine, make_accelerator
 from tests.conftest import TINY, make_model, seeded
 from tests.training.helpers import same
