@@ -114,7 +114,7 @@ class StepDebugger(Panel):
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.optimizer.step()
         self.trace = trace.detach()
-        self.losses.append(float(trace.loss))
+        self.losses.append(float(self.trace.loss))
 
     def _trace(self) -> Trace:
         """Walk the batch through the model, in training mode, with this step's noise."""

@@ -150,7 +150,9 @@ def test_a_planted_bug_fails_a_check(workspace, monkeypatch, bug, topic):
 @pytest.mark.parametrize(
     "topic",
     [
-        pytest.param(topic, marks=pytest.mark.slow if topic in ("one_step", "scratch", "stream") else ())
+        pytest.param(
+            topic, marks=pytest.mark.slow if topic in ("one_step", "scratch", "stream") else ()
+        )
         for topic in sorted({topic for _, topic in CAUGHT_BY})
     ],
 )

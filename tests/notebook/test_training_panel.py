@@ -230,5 +230,3 @@ def test_a_picture_that_fails_costs_no_checkpoint(make, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         panel.stop()
     assert last(tmp_path / "run")["step"] == panel.steps
-
-
