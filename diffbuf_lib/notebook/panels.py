@@ -80,12 +80,7 @@ class WorkerPanel(Panel, Generic[Item]):
     """A panel over a generator that runs in a daemon thread; requests are met between two items.
 
     Subclasses open the generator, take its items and show where it stands, all in the thread.
-
-    Args:
-        buttons: icon and tooltip by name: start, stop, and maybe pause, resume, save.
-        beside: widgets in the row of the buttons.
-        below: rows between the buttons and the picture.
-        description: of the picture.
+    `buttons` are start, stop, and maybe pause, resume, save, each with icon and tooltip.
     """
 
     def __init__(
@@ -95,15 +90,18 @@ class WorkerPanel(Panel, Generic[Item]):
         below: Sequence[widgets.Widget],
         description: str,
     ) -> None:
-        self.buttons = {name: _button(name, *look) for name, look in buttons.items()}
+        self.buttons: dict[str, widgets.Button] = {}
+        for name, (icon, tooltip) in buttons.items():
+            look = {"icon": icon, "tooltip": tooltip, "layout": widgets.Layout(width="110px")}
+            self.buttons[name] = widgets.Button(description=name.capitalize(), **look)
+            self.buttons[name].add_class(f"diffbuf-{name}")
+            self.buttons[name].on_click(self._pressed)
         super().__init__([widgets.HBox([*self.buttons.values(), *beside]), *below], description)
         self.state: State = "ready"
         self.error: BaseException | None = None  # until `wait_for` has raised it again
         self._wishes = dict(_NOTHING)  # what was asked for and is not withdrawn or done
         self._shown = True  # whether the state has been, since it changed
-        self._thread: threading.Thread | None = None
-        for button in self.buttons.values():
-            button.on_click(self._pressed)
+        self._thread = threading.Thread()
 
     def _open(self) -> Generator[Item, None, None]:
         raise NotImplementedError
@@ -121,7 +119,7 @@ class WorkerPanel(Panel, Generic[Item]):
 
     @property
     def resting(self) -> bool:
-        """Whether it is paused, has said so, and stays so until somebody asks for something."""
+        """Whether it is paused, shows that, and stays so until somebody asks for something."""
         return self.state == "paused" and self._shown and self._wishes == _ONLY_PAUSE
 
     def start(self) -> None:
@@ -165,7 +163,7 @@ class WorkerPanel(Panel, Generic[Item]):
 
     def join(self, timeout: float | None = None) -> None:
         """Wait until the thread has ended, or for a time in s; raises nothing."""
-        if self._thread is not None:
+        if self._thread.ident is not None:
             self._thread.join(timeout)
 
     def _pressed(self, button: widgets.Button) -> None:
@@ -237,13 +235,6 @@ def label(name: str, width: str) -> widgets.Label:
     line = widgets.Label(layout=widgets.Layout(width=width))
     line.add_class(f"diffbuf-{name}")
     return line
-
-
-def _button(name: str, icon: str, tooltip: str) -> widgets.Button:
-    look = {"icon": icon, "tooltip": tooltip, "layout": widgets.Layout(width="110px")}
-    button = widgets.Button(description=name.capitalize(), **look)
-    button.add_class(f"diffbuf-{name}")
-    return button
 
 
 _panels: weakref.WeakSet[WorkerPanel[Any]] = weakref.WeakSet()

@@ -38,20 +38,12 @@ _panels: weakref.WeakValueDictionary[Path, TrainingPanel] = weakref.WeakValueDic
 
 
 class TrainingPanel(WorkerPanel[StepRecord]):
-    """`training.train` with Start, Pause, Resume, Stop and Save.
+    """`training.train` with Start, Pause, Resume, Stop and Save; arguments as there.
 
     The run goes on in a thread, so the kernel stays free; but the global random generators are
     shared, so do not make or train other models while it runs. A stopped run goes on from its
     checkpoint at the next `start`, also in a new panel over the same folder, which takes it over
-    from the panel before.
-
-    Args:
-        cfg: the config.
-        train_set: `[i] -> (mix, target)`, each [C, T] float32, full scale 1.
-        valid_set: the same; None or empty: no validation.
-        results_path: the run's folder.
-        fresh: remove a run that is there, rather than go on with it.
-        device: as in `train`.
+    from the panel before; `fresh` removes it instead.
 
     Attributes:
         records: a `StepRecord` of every step, of earlier sessions too.
@@ -121,12 +113,10 @@ class TrainingPanel(WorkerPanel[StepRecord]):
             self.wait_for(lambda: not self._wishes["reopen"])
 
     def wait(self, timeout: float | None = None, *, step: int | None = None) -> bool:
-        """Wait for a step or the end of the run, at most `timeout` s.
+        """Wait for a step or the end of the run, at most `timeout` s; return whether it came.
 
-        Ctrl-C (the toolbar's interrupt) pauses the run. What the thread raised is raised, once.
-
-        Returns:
-            Whether it came to that; not when the time is over or the run is paused.
+        It does not if the run is paused, as by Ctrl-C (the toolbar's interrupt). What the thread
+        raised is raised, once.
         """
 
         def there() -> bool:
@@ -148,9 +138,8 @@ class TrainingPanel(WorkerPanel[StepRecord]):
 
     def _open(self) -> Generator[StepRecord, None, None]:
         path, resume = self.folder.path, self.folder.last.is_file()
-        return train(
-            self.cfg, self.train_set, self.valid_set, path, resume=resume, device=self.device
-        )
+        clips = self.train_set, self.valid_set
+        return train(self.cfg, *clips, path, resume=resume, device=self.device)
 
     def _receive(self, record: StepRecord) -> None:
         while self.records and self.records[-1].step >= record.step:
@@ -162,10 +151,7 @@ class TrainingPanel(WorkerPanel[StepRecord]):
             self._show()
 
     def _enhance_clip(self, step: int) -> None:
-        """Enhance the clip with the weights that were validated: a checkpoint has just been made.
-
-        Always with the same noise, so that pictures differ by what was learned.
-        """
+        """Enhance the clip with the weights just validated and saved; always with one noise."""
         apply_weights(self.model, load_weights(self.folder.last), self.folder.last)
         noise = torch.Generator().manual_seed(self.cfg.training.seed)
         estimate = self.model.enhance(self.clip["mix"][None, None], noise)[0, 0]
@@ -176,11 +162,10 @@ class TrainingPanel(WorkerPanel[StepRecord]):
         started = time.monotonic()
         last = self.records[-1] if self.records else None
         self.step_label.value = f"step {self.steps}" + (f", epoch {last.epoch}" if last else "")
-        state, error = self.state, self.error
-        text = f"{f', loss {last.loss:.4g}' if last else ''}{_HINTS.get(state, '')}"
-        if error is not None:
-            text = f": {' '.join(str(error).split()) or type(error).__name__}"
-        self.status.value = state + text
+        text = (f", loss {last.loss:.4g}" if last else "") + _HINTS.get(self.state, "")
+        if self.error is not None:
+            text = f": {' '.join(str(self.error).split()) or type(self.error).__name__}"
+        self.status.value = self.state + text
         ready, busy = {"pause": self.running, "resume": self.paused}, self.busy
         for name, button in self.buttons.items():
             button.disabled = busy if name == "start" else not ready.get(name, busy)

@@ -49,18 +49,17 @@ def open_workbench(
 ) -> Workbench:
     """Load a config and open a dataset, making the demo set first if it is the one that is missing.
 
-    From here on a `Figure` that is a cell's last value is shown as a picture. The environment
-    variables DIFFBUF_CONFIG and DIFFBUF_DATA, if set, win over the arguments, so that a notebook
-    runs on other data without being edited.
+    Relative paths start at the project's folder. The environment variables DIFFBUF_CONFIG and
+    DIFFBUF_DATA, if set, win over the arguments, so that a notebook runs on other data without
+    being edited. From here on a `Figure` that is a cell's last value is shown as a picture.
 
     Args:
-        config: a YAML file; relative to the project's folder, as is `data`.
+        config: a YAML file.
         data: a dataset's folder of any layout (`diffbuf_lib.data.LAYOUTS`), with its splits in
             `train/` and `valid/` or without splits.
         overrides: config keys, as in `load_config`.
 
     Raises:
-        ConfigError: a config that cannot be read.
         DataError: a folder that holds no clips in a known layout.
     """
     shell = get_ipython()  # shows figures by itself only if pyplot is imported

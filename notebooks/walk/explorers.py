@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,7 @@ _SMALLEST_EXPONENT = -10  # of t_eps, base 10
 class ClipBrowser(Panel):
     """A slider over the clips of a dataset; of each, spectrograms, players, files and SNR.
 
-    Items are shown as they are: crops of a training set too.
-
-    Attributes:
-        slider: which clip; set `.value` to turn to another.
-        message: files, shape and SNR of the clip that is shown.
+    Set `slider.value` to turn to another; `message` has files, shape and SNR of the one shown.
     """
 
     def __init__(self, dataset: ClipDataset, audio: AudioConfig) -> None:
@@ -79,6 +76,8 @@ class Explorer(Panel):
         messages: what the doctor says about the sliders' positions, or the error.
     """
 
+    _check: Callable[[Config], Iterable[Any]]
+
     def __init__(
         self, cfg: Config, sliders: dict[str, Any], rows: list[widgets.Widget], description: str
     ) -> None:
@@ -100,7 +99,7 @@ class Explorer(Panel):
             self.cfg = None
             lines = [(str(error).removeprefix("the config: "), "error")]
         else:
-            lines = [(each.message, each.severity) for each in self._findings(self.cfg)]
+            lines = [(each.message, each.severity) for each in self._check(self.cfg)]
         self.messages = [line for line, _ in lines]
         self._lines.value = "<br>".join(
             f'<span style="color:{_COLOURS.get(severity, "inherit")}">{html.escape(line)}</span>'
@@ -111,9 +110,6 @@ class Explorer(Panel):
     def _overrides(self, value: dict[str, Any]) -> list[str]:
         raise NotImplementedError
 
-    def _findings(self, cfg: Config) -> list[Any]:
-        raise NotImplementedError
-
     def _draw(self, cfg: Config | None, value: dict[str, Any]) -> None:
         raise NotImplementedError
 
@@ -122,13 +118,10 @@ class BufferExplorer(Explorer):
     """Moves buffer_size, n_fft, hop_length, t_eps and t_max, and shows what becomes of one clip.
 
     The window keeps its share of n_fft. The noise is the same at every position of the sliders, so
-    that only what they change changes.
-
-    Args:
-        cfg: where the sliders start.
-        mix: [C, T] float32, full scale 1; its channels are averaged.
-        target: [C, T] float32, the clean signal at the same moments.
+    that only what they change changes. Of mix and target [C, T], channels are averaged.
     """
+
+    _check = staticmethod(check_frames)
 
     def __init__(self, cfg: Config, mix: Tensor, target: Tensor) -> None:
         cfg = cfg.override(f"audio.chunk_size={mix.shape[-1]}")
@@ -149,9 +142,6 @@ class BufferExplorer(Explorer):
             f"audio.stft.hop_length={value['hop_length']}",
             *(f"diffusion_buffer.{name}={value[name]}" for name in in_buffer),
         ]
-
-    def _findings(self, cfg: Config) -> list[Any]:
-        return list(check_frames(cfg))
 
     def _draw(self, cfg: Config | None, value: dict[str, Any]) -> None:
         if cfg is None:
@@ -175,6 +165,8 @@ class SigmaExplorer(Explorer):
     config: "theta" or "c".
     """
 
+    _check = staticmethod(check_schedule)
+
     def __init__(self, cfg: Config) -> None:
         bbed: Any = cfg.sde.diffusion if cfg.sde.type == "bbed" else BBEDDiffusion()
         self.spelling = widgets.ToggleButtons(
@@ -193,9 +185,6 @@ class SigmaExplorer(Explorer):
         diffusion = f"{{k: {value['k']}, {self.spelling.value}: {value['value']}}}"
         times = [f"diffusion_buffer.{name}={value[name]}" for name in ("t_eps", "t_max")]
         return [f"sde={{type: bbed, diffusion: {diffusion}}}", *times]
-
-    def _findings(self, cfg: Config) -> list[Any]:
-        return list(check_schedule(cfg))
 
     def _draw(self, cfg: Config | None, value: dict[str, Any]) -> None:
         sdes = {"config": make_sde(self.start.sde)}

@@ -25,14 +25,7 @@ def launch_command(
 ) -> list[str]:
     """Return the arguments of a training run; for several processes with torchrun before them.
 
-    Args:
-        config_path: YAML config.
-        results_path: folder of the run.
-        data_path: training clips.
-        valid_path: validation clips.
-        processes: one for each GPU of the machine.
-        overrides: `key.path=value`.
-        flags: more of train.py's arguments, such as --resume.
+    `processes` is one for each GPU of the machine; `flags` are more of train.py's arguments.
     """
     torchrun = ["torchrun", "--standalone", "--nproc_per_node", str(processes)]
     command = [*(torchrun if processes > 1 else ["python"]), "train.py"]

@@ -20,7 +20,7 @@ from diffbuf_lib.trace import format_table
 from diffbuf_lib.training import score_clips
 from diffbuf_lib.training.metrics import check_metrics
 
-METRICS = ("si_sdr", "estoi", "pesq")
+_METRICS = ("si_sdr", "estoi", "pesq")
 _LEAST_SECONDS = 0.5
 
 
@@ -41,10 +41,10 @@ def held_out(bench: Workbench, cfg: Config, seconds: float = 3.0) -> ClipDataset
     return open_dataset(layout, folder, whole, training=False)
 
 
-def usable_metrics(sample_rate: int, names: Sequence[str] = METRICS) -> list[str]:
+def usable_metrics(sample_rate: int) -> list[str]:
     """Return those metrics whose packages are installed and that are defined at a rate in Hz."""
     usable = []
-    for name in names:
+    for name in _METRICS:
         with suppress(ConfigError, MissingExtraError):
             check_metrics([name], sample_rate)
             usable.append(name)

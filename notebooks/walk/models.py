@@ -57,9 +57,6 @@ def find_model(bench: Workbench, name: str | None, folder: Path, *, steps: int =
             trained here.
         folder: where a model trained here goes; emptied first.
         steps: of that training.
-
-    Raises:
-        ConfigError: a folder without a model, or a model of another sample rate than the data's.
     """
     model = None if name is None else _load(bench.root, name)
     source = str(name)

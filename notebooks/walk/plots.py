@@ -15,22 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from diffbuf_lib import figures
 from diffbuf_lib.config import AudioConfig, Config
 from diffbuf_lib.diffusion.sde import SDE
-from diffbuf_lib.figures import (
-    COLOUR_MAP,
-    COMPRESSED_RANGE,
-    DPI,
-    RED,
-    WIDTH,
-    add_colour_bar,
-    decibels,
-    draw_level,
-    draw_spectra,
-    scale_of,
-    stack,
-    to_numpy,
-)
+from diffbuf_lib.figures import DPI, RED, WIDTH, decibels, draw_level, stack, to_numpy
 from diffbuf_lib.figures.progress import UNITS, draw_hops, draw_points, draw_smoothed, split_history
 from diffbuf_lib.live import LiveReport
 from diffbuf_lib.trace import Trace
@@ -44,33 +32,29 @@ if TYPE_CHECKING:
 
 _LEVELS = [float(level) for level in range(-100, 1, 2)]  # dB
 _GAINS = {"si_sdr": "SI-SDR gain (dB)", "pesq": "PESQ gain", "estoi": "ESTOI gain"}
-_ROW = 0.19  # inches
 _FLOAT16_MAX = torch.finfo(torch.float16).max  # 65504
 _ENDS = (0.001, 0.999)  # at t = 0, and for BBED at t = 1, sigma is 0 and 1 / sigma infinite
 
 
 def waveforms(waves: Mapping[str, Tensor], sample_rate: int) -> Figure:
     """Draw signals [T] by title, one below the other, on one time axis and one scale."""
-    figure = _figure(1.3 * len(waves) + 0.5)
-    panels = figure.subplots(len(waves), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    figure, panels = stack(len(waves), 1.3 * len(waves) + 0.5)
     for axes, (name, wave) in zip(panels, waves.items(), strict=True):
-        samples = to_numpy(wave)
-        axes.plot(np.arange(len(samples)) / sample_rate, samples, linewidth=0.6)
+        axes.sharey(panels[0])
+        axes.plot(np.arange(len(wave)) / sample_rate, to_numpy(wave), linewidth=0.6)
         axes.set_title(name, loc="left", fontsize=10)
         axes.grid(alpha=0.3)
-        axes.margins(x=0)
-    panels[-1].set_xlabel("time (s)")
     figure.supylabel("amplitude (full scale 1)", fontsize=10)
     return figure
 
 
-def snr_histogram(snr_db: Sequence[float], bins: int = 20) -> Figure:
+def snr_histogram(snr_db: Sequence[float]) -> Figure:
     """Draw how often each SNR occurs, dB; inf (no noise) and -inf (no speech) are only counted."""
     values = np.asarray(snr_db, dtype=float)
     finite = values[np.isfinite(values)]
     figure, axes = _one(2.8, "SNR of the mixture (dB)", "clips")
     if len(finite):
-        axes.hist(finite, bins=min(bins, max(1, len(finite))), edgecolor="white")
+        axes.hist(finite, bins=min(20, len(finite)), edgecolor="white")
         median = float(np.median(finite))
         axes.axvline(median, color="C1", linestyle="--", label=f"median {median:.1f} dB")
         axes.legend(frameon=False)
@@ -102,21 +86,16 @@ def compression(raw: Tensor, compressed: Tensor, audio: AudioConfig) -> Figure:
 
 def round_trip(wave: Tensor, back: Tensor, sample_rate: int) -> Figure:
     """Draw a signal [T], and the error of the one that came back from its spectrum."""
+    figure, (above, below) = stack(2, 3.6)
     seconds = np.arange(len(wave)) / sample_rate
-    figure = _figure(3.6)
-    above, below = figure.subplots(2, 1, sharex=True)
     above.plot(seconds, to_numpy(wave), linewidth=0.6)
-    above.set_title("there and back", loc="left", fontsize=10)
-    above.set(ylabel="amplitude")
+    above.set(title="there and back", ylabel="amplitude")
     error = np.maximum(to_numpy((back - wave).abs()), 1e-10)
     below.plot(seconds, 20 * np.log10(error), linewidth=0.6, color="C1")
     step = 20 * np.log10(2**-15)
     below.axhline(step, color="0.4", linestyle="--", label="one step of 16-bit audio")
-    below.set(xlabel="time (s)", ylabel="error (dB)", ylim=(-205, 10))
+    below.set(ylabel="error (dB)", ylim=(-205, 10))
     below.legend(frameon=False)
-    for axes in (above, below):
-        axes.grid(alpha=0.3)
-        axes.margins(x=0)
     return figure
 
 
@@ -144,10 +123,8 @@ def frame_counts(cfg: Config) -> Figure:
 
 def refused(Y: Tensor, message: str, audio: AudioConfig) -> Figure:
     """Draw a spectrum [F, K] alone, and above it why no buffer fits it."""
-    figure, panels = stack(1, 3.0)
-    image = draw_spectra(panels, {"": Y}, audio.sample_rate, audio.stft, COMPRESSED_RANGE)
-    add_colour_bar(image, panels)
-    panels[0].set_title(message, loc="left", fontsize=9, color=RED, wrap=True)
+    figure = figures.spectra({"": Y}, audio)
+    figure.axes[0].set_title(message, loc="left", fontsize=9, color=RED, wrap=True)
     return figure
 
 
@@ -215,12 +192,10 @@ def target_histogram(trace: Trace) -> Figure:
     left, right = figure.subplots(1, 2)
     left.hist(target.flatten().numpy(), bins=80)
     left.set(yscale="log", xlabel="|target score|", ylabel="coefficients")
-    left.set_title("what the network is asked for", loc="left", fontsize=10)
     right.hist((sigma * target).flatten().numpy(), bins=80, density=True)
     r = np.linspace(0, 4, 200)
     right.plot(r, 2 * r * np.exp(-(r**2)), color="C1", label="|CN(0, 1)|")
     right.set(xlabel="|sigma · target score|", ylabel="density")
-    right.set_title("the same times sigma", loc="left", fontsize=10)
     right.legend(frameon=False)
     return figure
 
@@ -274,7 +249,7 @@ def correlation_map(statistics: ScoreStatistics) -> Figure:
     figure, axes = _one(3.2, "diffusion time t", "frequency (Hz)")
     low = min(0.0, float(np.nanmin(values, initial=0.0)))
     times, bands = statistics.times, statistics.bands
-    mesh = axes.pcolormesh(times, bands, values.T, cmap=COLOUR_MAP, vmin=low, vmax=1)
+    mesh = axes.pcolormesh(times, bands, values.T, cmap=figures.COLOUR_MAP, vmin=low, vmax=1)
     figure.colorbar(mesh, ax=axes, label="correlation")
     return figure
 
@@ -297,10 +272,10 @@ def compare_gradients(gradients: Mapping[str, GradientStatistics]) -> Figure:
     figure, axes = _one(min(6.0, 1.2 + 0.3 * len(modules)), "gradient norm", "")
     place, height = np.arange(len(modules)), 0.8 / len(gradients)
     for index, (name, each) in enumerate(gradients.items()):
-        offset = (index - (len(gradients) - 1) / 2) * height
-        axes.barh(place + offset, [each[module].norm for module in modules], height, label=name)
+        norms = [each[module].norm for module in modules]
+        axes.barh(place + index * height, norms, height, align="edge", label=name)
     step = -(-len(modules) // 20)  # of many modules, a label for every so many
-    axes.set_yticks(place[::step], [m.removeprefix("network.") for m in modules[::step]])
+    axes.set_yticks(place[::step] + 0.4, [m.removeprefix("network.") for m in modules[::step]])
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.tick_params(labelsize=8)
@@ -318,10 +293,9 @@ def compare_runs(runs: Mapping[str, Path], *, metric: str = "si_sdr") -> Figure:
         losses += [line["loss"] for line in steps]
         draw_smoothed(left, steps, label=name, color=f"C{index}")
         draw_points(right, valid, metric, label=name, color=f"C{index}")
-    left.set(title="training loss, smoothed", xlabel="step", ylabel="loss", yscale=scale_of(losses))
+    scale = figures.scale_of(losses)
+    left.set(title="training loss, smoothed", xlabel="step", ylabel="loss", yscale=scale)
     right.set(title="validation", xlabel="step", ylabel=UNITS.get(metric, metric))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
     right.legend(frameon=False, fontsize=9)
     return figure
 
@@ -335,15 +309,20 @@ def delay_quality(scores: Sequence[DelayScore], metrics: Sequence[str]) -> Figur
     figure = _figure(3.4)
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     trained = max(score.buffer_size for score in scores)
-    early = [score for score in scores if score.buffer_size == trained]
-    short = [score for score in scores if score.delay == score.buffer_size]
+    kinds = {
+        f"B = {trained}, delay d from 1 to B": [s for s in scores if s.buffer_size == trained],
+        "shorter buffers, d = B": [s for s in scores if s.delay == s.buffer_size],
+    }
     for axes, metric in zip(panels, metrics, strict=True):
-        _draw_gains(axes, early, metric, f"B = {trained}, delay d from 1 to B", "C0", "o")
-        _draw_gains(axes, short, metric, "shorter buffers, d = B", "C1", "s")
+        for (label, kind), look in zip(kinds.items(), ("C0o", "C1s"), strict=True):
+            ordered = sorted(kind, key=lambda score: score.latency_ms)
+            latency = [score.latency_ms for score in ordered]
+            axes.plot(latency, [score.mean(metric) for score in ordered], f"{look}-", label=label)
+            gains = np.stack([score.gains[metric].numpy() for score in ordered])  # [settings, n]
+            axes.plot(latency, gains, look, markersize=3, alpha=0.35)
         axes.axhline(0, color="0.4", linewidth=1, linestyle="--")
         axes.set(xlabel="latency (ms)", ylabel=_GAINS.get(metric, metric))
         axes.grid(alpha=0.3)
-        axes.margins(y=0.15)
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, frameon=False, fontsize=9, loc="outside upper left", ncols=2)
     return figure
@@ -354,39 +333,33 @@ def frame_times(report: LiveReport) -> Figure:
     figure = _figure(3)
     course, spread = figure.subplots(1, 2, width_ratios=(2, 1), sharey=True)
     draw_hops(course, report.frame_ms, report.hop_ms)
-    times = np.asarray(report.frame_ms)
-    low, high = max(times.min(), 1e-3), max(times.max(), report.hop_ms)
+    low, high = max(min(report.frame_ms), 1e-3), max(*report.frame_ms, report.hop_ms)
     edges = list(np.geomspace(0.8 * low, 1.2 * high, 40))
-    spread.hist(times, bins=edges, orientation="horizontal")
+    spread.hist(report.frame_ms, bins=edges, orientation="horizontal")
     spread.set(xlabel="hops")
     spread.axhline(report.hop_ms, color="C3", linestyle="--")
-    spread.grid(alpha=0.3)
     figure.legend(*course.get_legend_handles_labels(), frameon=False, loc="outside upper right")
     return figure
 
 
-def largest_values(
-    values: Mapping[str, float], limit: float, limit_name: str, bad: str | None = None
-) -> Figure:
-    """Draw the largest magnitude of every stage or module, in order, on a log scale.
+def largest_values(values: Mapping[str, float], limit: float, limit_name: str, bad: str) -> Figure:
+    """Draw the largest finite magnitude (NaN: none) of every stage or module, on a log scale.
 
     Args:
-        values: name and largest finite magnitude; NaN where nothing was finite.
+        values: in order.
         limit: the largest number of a format.
         limit_name: what the line at the limit is called.
         bad: the row where the first bad value was found.
     """
     known = [value for value in values.values() if math.isfinite(value) and value > 0]
     low, high = min([0.01, *known]) / 2, 10 * max([limit, *known])
-    figure, axes = _one(_ROW * len(values) + 1, "largest magnitude", "")
+    figure, axes = _one(0.19 * len(values) + 1, "largest magnitude", "")
     for row, (name, value) in enumerate(values.items()):
         color, label = ("C3", "first bad value") if name == bad else ("C0", None)
         if value > 0:
-            width = min(value, high) - low
-            axes.barh(row, width, left=low, height=0.7, color=color, label=label)
+            axes.barh(row, value - low, left=low, height=0.7, color=color, label=label)
         else:
-            text = "0" if value == 0 else "no finite value"
-            text = f"{label}: {text}" if label else text
+            text = f"{f'{label}: ' if label else ''}{'0' if value == 0 else 'no finite value'}"
             axes.text(1.1 * low, row, text, va="center", fontsize=8, color=color)
     axes.axvline(limit, color="0.3", linestyle="--", label=limit_name)
     axes.set(xscale="log", xlim=(low, high), ylim=(len(values) - 0.4, -0.6))
@@ -399,22 +372,18 @@ def step_costs(costs: Sequence[StepCost]) -> Figure:
     """Draw time, speed and memory of a training pass against the batch size, by precision."""
     figure = _figure(3)
     panels = figure.subplots(1, 3)
-    for index, precision in enumerate(dict.fromkeys(cost.precision for cost in costs)):
+    for precision in dict.fromkeys(cost.precision for cost in costs):
         own = [cost for cost in costs if cost.precision == precision]
-        drawn = (
-            [1000 * cost.seconds for cost in own],
-            [cost.clips_per_second for cost in own],
-            [cost.saved_bytes / 2**20 for cost in own],
-        )
-        for axes, values in zip(panels, drawn, strict=True):
-            sizes = [cost.batch_size for cost in own]
-            axes.plot(sizes, values, marker="os^"[index % 3], label=precision)
-    names = ("time of a pass (ms)", "clips per second", "kept for backward (MiB)")
-    for axes, name in zip(panels, names, strict=True):
-        axes.set(xlabel="batch size (clips)", ylabel=name)
-        axes.set_xticks(sorted({cost.batch_size for cost in costs}))
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
+        drawn = {
+            "time of a pass (ms)": [1000 * cost.seconds for cost in own],
+            "clips per second": [cost.clips_per_second for cost in own],
+            "kept for backward (MiB)": [cost.saved_bytes / 2**20 for cost in own],
+        }
+        sizes = [cost.batch_size for cost in own]
+        for axes, (name, values) in zip(panels, drawn.items(), strict=True):
+            axes.plot(sizes, values, marker="o", label=precision)
+            axes.set(xlabel="batch size (clips)", ylabel=name, ylim=(0, None), xticks=sizes)
+            axes.grid(alpha=0.3)
     panels[0].legend(frameon=False, fontsize=8)
     return figure
 
@@ -444,17 +413,3 @@ def _places(rows: Sequence[Any]) -> tuple[np.ndarray, float]:
     """Return the middle of every range, and half the width of the narrowest."""
     low, high = (np.array([getattr(row, end) for row in rows]) for end in ("low", "high"))
     return (low + high) / 2, float((high - low).min()) / 2
-
-
-def _draw_gains(
-    axes: Axes, scores: Sequence[DelayScore], metric: str, label: str, color: str, marker: str
-) -> None:
-    if len(scores) < 2:
-        return
-    ordered = sorted(scores, key=lambda score: score.latency_ms)
-    latency = [score.latency_ms for score in ordered]
-    for x, score in zip(latency, ordered, strict=True):
-        gains = score.gains[metric].numpy()
-        axes.plot([x] * len(gains), gains, marker, color=color, markersize=3, alpha=0.35)
-    means = [score.mean(metric) for score in ordered]
-    axes.plot(latency, means, color=color, marker=marker, markersize=5, label=label)

@@ -52,8 +52,8 @@ def step_costs(
     """Measure training passes with the same weights, noise and clips; nothing is updated.
 
     Args:
-        model: on the device where to measure; one that has trained a little, since the last layers
-            of a new one are zero, and so is then everything that precision could change.
+        model: one that has trained a little, since the last layers of a new one are zero, and so is
+            then everything that precision could change.
         clips: are repeated where a batch is larger than the set.
         batch_sizes: what to try.
         precision: float32, or what mixed precision computes in: bfloat16 or float16.
@@ -89,9 +89,7 @@ def run_hours(plan: EpochPlan, epochs: int, seconds_per_step: float) -> float:
     return epochs * plan.steps * seconds_per_step / 3600
 
 
-def plan_of(cfg: Config, clips: int, processes: int = 1) -> EpochPlan:
-    """Return how an epoch of `clips` clips is cut into batches for `processes` processes."""
+def plan_of(cfg: Config, clips: int) -> EpochPlan:
+    """Return how an epoch of so many clips is cut into batches for one process."""
     training = cfg.training
-    return EpochPlan(
-        clips, training.batch_size, training.accumulation_steps, processes, training.seed
-    )
+    return EpochPlan(clips, training.batch_size, training.accumulation_steps, 1, training.seed)

@@ -36,8 +36,8 @@ class StepDebugger(Panel):
         mix: [B, C, T] float32, full scale 1.
         target: [B, C, T] float32, full scale 1.
         lr: learning rate; None for `training.lr`.
-        same_noise: the same diffusion times and noise in every step, so that the loss must fall to
-            almost nothing; else new ones in each step, as in training.
+        same_noise: the same times and noise in every step, so that the loss must fall to almost
+            nothing; else new ones in each step, as in training.
         seed: of the noise, and of dropout.
 
     Attributes:

@@ -6,8 +6,8 @@ import torch
 from diffbuf_lib import OnlineEnhancer
 from diffbuf_lib.config import build_config
 from diffbuf_lib.errors import ShapeError
-from diffbuf_lib.notebook import StreamPanel
 from tests.conftest import TINY, make_model, seeded
+from walk.stream_panel import StreamPanel
 
 
 @pytest.fixture

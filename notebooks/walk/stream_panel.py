@@ -18,29 +18,21 @@ from diffbuf_lib.streaming import OnlineEnhancer
 
 _LABELS_EVERY = 0.25  # s
 _QUIETEST = -60.0  # dB re full scale, where the meters end
-_BUTTONS = {
-    "start": ("play", "feed the recording from its beginning"),
-    "stop": ("stop", "end here"),
-}
+_BUTTONS = {"start": ("play", "feed the recording from its start"), "stop": ("stop", "end here")}
 
 
 class StreamPanel(WorkerPanel[LiveHop]):
     """`OnlineEnhancer` on a recording, hop by hop in real time, with Start and Stop.
 
     While the stream runs, only numbers and level meters move: a picture takes as long to draw as
-    many hops last, and would make them late.
+    many hops last, and would make them late. A data-prediction model can be read early: `delay` is
+    a slider of the frames from a sample to its output, 1 to B.
 
     Args:
         model: any.
         wave: [T], full scale 1, of the model's rate.
         realtime: feed it at its own pace; else as fast as it is taken.
         seed: of the diffusion noise.
-
-    Attributes:
-        delay: slider, of a data-prediction model: frames from a sample to its output, 1 to B.
-
-    Raises:
-        ShapeError: wave is not [T], or is empty.
     """
 
     def __init__(
@@ -70,8 +62,8 @@ class StreamPanel(WorkerPanel[LiveHop]):
     def report(self) -> LiveReport:
         """How the stream has kept up so far."""
         hops = list(self._hops)
-        late = sum(hop.late for hop in hops)
-        return make_report(self._enhancer, (hop.milliseconds for hop in hops), late, self.realtime)
+        times, late = [hop.milliseconds for hop in hops], sum(hop.late for hop in hops)
+        return make_report(self._enhancer, times, late, self.realtime)
 
     def start(self) -> None:
         """Begin the stream, from the beginning."""
