@@ -147,12 +147,13 @@ def test_a_planted_bug_fails_a_check(workspace, monkeypatch, bug, topic):
     assert failure.message, f"{failure.cell} fails without a word"
 
 
+SLOW = ("one_step", "scratch", "stream")
+
+
 @pytest.mark.parametrize(
     "topic",
     [
-        pytest.param(
-            topic, marks=pytest.mark.slow if topic in ("one_step", "scratch", "stream") else ()
-        )
+        pytest.param(topic, marks=pytest.mark.slow if topic in SLOW else ())
         for topic in sorted({topic for _, topic in CAUGHT_BY})
     ],
 )

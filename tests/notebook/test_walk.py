@@ -131,14 +131,6 @@ def test_a_spoilt_clip_is_mono_but_for_one_nan_and_ends_a_run(tmp_path):
     assert spoilt.name(1) in str(error)
 
 
-def test_few_steps_start_anew_or_resume(tmp_path):
-    run, folder = config("training.num_steps=3"), tmp_path / "run"
-    first = [record.loss for record in faults.few_steps(run, Clips(), folder)]
-    assert first == [record.loss for record in faults.few_steps(run, Clips(), folder)]
-    longer = run.override("training.num_steps=5")
-    assert [r.step for r in faults.few_steps(longer, Clips(), folder, resume=True)] == [4, 5]
-
-
 # Models, held-out clips and measures.
 
 
