@@ -100,17 +100,9 @@ def test_every_stage_is_drawn_also_with_nan(trace, tiny_cfg, bad):
         if bad:
             getattr(trace, name).data.flatten()[:1] = math.nan
         assert figures.to_pixels(stages.stage(trace, name, tiny_cfg)).std() > 1
-    hop = tiny_cfg.audio.stft.hop_length / tiny_cfg.audio.sample_rate
-    ends = [stages.stage(trace, name, tiny_cfg).axes[0].get_xlim()[1] for name in ("V", "z")]
-    assert ends == pytest.approx([(trace.V.shape[-1] - 0.5) * hop] * 2), "the buffer ends the clip"
 
 
 # Curves.
-
-
-def test_an_axis_is_logarithmic_where_all_losses_are_positive():
-    assert figures.scale_of([3.0, float("nan"), None, 0.1]) == "log"
-    assert figures.scale_of([0.3, 0.0]) == figures.scale_of([]) == "linear"
 
 
 @pytest.mark.law

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,8 +91,7 @@ def measured_latency(enhancer: OnlineEnhancer, limit: int = 100_000) -> int:
     return pushed
 
 
-@dataclass(frozen=True)
-class DelayScore:
+class DelayScore(NamedTuple):
     """How well a model does with one buffer and one output delay."""
 
     buffer_size: int  # B, frames
@@ -132,25 +131,18 @@ def delay_scores(
     return rows
 
 
-def delay_settings(model: DiffusionBufferModel, count: int = 3) -> list[tuple[int, int]]:
-    """Choose (B, d) pairs from 1 frame to the whole buffer.
-
-    Shorter buffers, read at their end; and, of a data-prediction model, the buffer it was trained
-    with, read earlier.
-    """
+def delay_settings(model: DiffusionBufferModel) -> list[tuple[int, int]]:
+    """Choose (B, d) pairs: the model's own buffer read earlier, shorter ones read at their end."""
     B = model.cfg.diffusion_buffer.buffer_size
     # One frame alone has no schedule: its only time would be t_eps, where no noise is.
-    sizes = sorted({max(2, round(B * (i + 1) / count)) for i in range(count)} | {B})
+    sizes = sorted({max(2, round(B * i / 3)) for i in (1, 2)} | {B})
     delays = sorted({1, *(size for size in sizes if size <= B)}) if model.predicts_data else [B]
     return [(B, d) for d in delays] + [(size, size) for size in sizes if size < B]
 
 
 def with_buffer(model: DiffusionBufferModel, buffer_size: int) -> DiffusionBufferModel:
     """Return the model with another buffer size: the same weights, in evaluation mode."""
-    cfg = model.cfg
-    if buffer_size == cfg.diffusion_buffer.buffer_size:
-        return model
-    device = next(model.parameters()).device
-    other = DiffusionBufferModel(cfg.override(f"diffusion_buffer.buffer_size={buffer_size}"))
+    cfg = model.cfg.override(f"diffusion_buffer.buffer_size={buffer_size}")
+    other = DiffusionBufferModel(cfg).to(next(model.parameters()).device)
     other.load_state_dict(model.state_dict())
-    return other.to(device).eval()
+    return other.eval()

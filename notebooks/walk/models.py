@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import shutil
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from diffbuf_lib.errors import ConfigError, DiffbufError
 from diffbuf_lib.model import DiffusionBufferModel
@@ -30,8 +30,7 @@ _BUFFER = 8  # frames of the small model's buffer
 _EPOCH = 96  # clips, at least: every epoch ends with a checkpoint
 
 
-@dataclass(frozen=True)
-class FoundModel:
+class FoundModel(NamedTuple):
     """A model in evaluation mode, where it comes from, and whether it was trained just now."""
 
     model: DiffusionBufferModel
@@ -51,12 +50,8 @@ class FoundModel:
 def find_model(bench: Workbench, name: str | None, folder: Path, *, steps: int = 200) -> FoundModel:
     """Load a model, or where there is none train a small one; nothing is downloaded.
 
-    Args:
-        bench: for data, sample rate and device.
-        name: a folder that training wrote, a name such as "diffbuf/cpu-demo", or None for a model
-            trained here.
-        folder: where a model trained here goes; emptied first.
-        steps: of that training.
+    `name` is a folder that training wrote, or a name such as "diffbuf/cpu-demo"; with None, or if
+    the name is not on this machine, a model is trained into `folder`, which is emptied first.
     """
     model = None if name is None else _load(bench.root, name)
     source = str(name)

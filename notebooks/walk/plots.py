@@ -345,11 +345,7 @@ def frame_times(report: LiveReport) -> Figure:
 def largest_values(values: Mapping[str, float], limit: float, limit_name: str, bad: str) -> Figure:
     """Draw the largest finite magnitude (NaN: none) of every stage or module, on a log scale.
 
-    Args:
-        values: in order.
-        limit: the largest number of a format.
-        limit_name: what the line at the limit is called.
-        bad: the row where the first bad value was found.
+    `limit` is the largest number of a format; `bad` is the row of the first bad value.
     """
     known = [value for value in values.values() if math.isfinite(value) and value > 0]
     low, high = min([0.01, *known]) / 2, 10 * max([limit, *known])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -24,8 +24,7 @@ _DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16
 _LONGEST = 2.0  # seconds; a step that takes longer is not repeated
 
 
-@dataclass(frozen=True)
-class StepCost:
+class StepCost(NamedTuple):
     """What forward and backward pass of one batch take."""
 
     batch_size: int  # clips
@@ -51,13 +50,8 @@ def step_costs(
 ) -> list[StepCost]:
     """Measure training passes with the same weights, noise and clips; nothing is updated.
 
-    Args:
-        model: one that has trained a little, since the last layers of a new one are zero, and so is
-            then everything that precision could change.
-        clips: are repeated where a batch is larger than the set.
-        batch_sizes: what to try.
-        precision: float32, or what mixed precision computes in: bfloat16 or float16.
-        repeats: of each, after a first one; a slow one is made only once.
+    The model must have trained a little: the last layers of a new one are zero, and so is then
+    everything that precision (float32, bfloat16, float16) could change. A slow pass is made once.
     """
     device = next(model.parameters()).device
     costs = []

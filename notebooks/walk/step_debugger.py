@@ -36,14 +36,8 @@ class StepDebugger(Panel):
         mix: [B, C, T] float32, full scale 1.
         target: [B, C, T] float32, full scale 1.
         lr: learning rate; None for `training.lr`.
-        same_noise: the same times and noise in every step, so that the loss must fall to almost
-            nothing; else new ones in each step, as in training.
-        seed: of the noise, and of dropout.
-
-    Attributes:
-        trace: every stage of the last step, without gradients; of step 0, before any update.
-        gradients: by module, of the last step; None at step 0.
-        losses: of the steps so far, oldest first; the first one is that of step 1.
+        same_noise: in every step, so that the loss must fall to almost nothing.
+        seed: of times, noise and dropout.
     """
 
     def __init__(
@@ -98,8 +92,8 @@ class StepDebugger(Panel):
         return 0 if self.same_noise.value else self.steps
 
     def _begin(self) -> None:
-        self.losses: list[float] = []
-        self.gradients: GradientStatistics | None = None
+        self.losses: list[float] = []  # the first one is that of step 1
+        self.gradients: GradientStatistics | None = None  # of the last step
         with torch.no_grad():
             self.trace = self._trace()
         self._show()

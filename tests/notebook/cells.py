@@ -12,6 +12,7 @@ import nbformat
 from IPython.display import display
 
 ROOT = Path(__file__).resolve().parents[2]
+CONFIG = "configs/debug.yaml"
 DEMO = ROOT / "data" / "DN-LM-demo"
 
 

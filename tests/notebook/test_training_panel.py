@@ -1,6 +1,5 @@
 """The training panel without a browser: the laws of Start, Pause, Resume, Stop and Save."""
 
-import itertools
 import os
 import signal
 import threading
@@ -45,6 +44,12 @@ def threads():
     return [thread for thread in threading.enumerate() if thread.name == "diffbuf-worker"]
 
 
+def run_to(step, panel):
+    panel.start()
+    assert panel.wait(step=step, timeout=PATIENCE)
+    return panel
+
+
 def eventually(what):
     end = time.monotonic() + PATIENCE
     while not what() and time.monotonic() < end:
@@ -67,9 +72,7 @@ def test_a_finished_run_is_that_of_a_plain_loop(make, tmp_path):
 
 @pytest.mark.law
 def test_no_step_is_made_during_a_pause(make):
-    panel = make()
-    panel.start()
-    assert panel.wait(step=3, timeout=PATIENCE)
+    panel = run_to(3, make())
     panel.pause()
     assert not panel.wait(), "a paused run has no end to wait for"
     before = panel.steps
@@ -106,9 +109,7 @@ def test_pausing_saving_stopping_and_resuming_change_nothing(make, tmp_path):
 
 @pytest.mark.law
 def test_stop_leaves_a_checkpoint_that_a_new_panel_goes_on_from(make, tmp_path):
-    panel = make()
-    panel.start()
-    panel.wait(step=4, timeout=PATIENCE)
+    panel = run_to(4, make())
     panel.stop()
     stopped_at = panel.steps
     assert last(tmp_path / "run")["step"] == stopped_at
@@ -116,9 +117,7 @@ def test_stop_leaves_a_checkpoint_that_a_new_panel_goes_on_from(make, tmp_path):
 
     other = make()
     assert [r.step for r in other.records] == list(range(1, stopped_at + 1))
-    other.start()
-    assert other.wait(step=stopped_at + 1, timeout=PATIENCE)
-    other.stop()
+    run_to(stopped_at + 1, other).stop()
     assert [r.step for r in other.records] == list(range(1, other.steps + 1))
 
 
@@ -156,27 +155,21 @@ def test_what_the_thread_raises_is_raised_by_wait_once(make):
 
 
 def test_fresh_removes_the_run_and_nothing_else(make, tmp_path):
-    panel = make()
-    panel.start()
-    panel.wait(step=4, timeout=PATIENCE)
+    run_to(4, make())
     note = tmp_path / "run" / "note.txt"
     note.write_text("mine")
     remove_run(tmp_path / "nothing")
     fresh = make(fresh=True)
     assert fresh.steps == 0
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["note.txt"]
-    fresh.start()
-    assert fresh.wait(step=1, timeout=PATIENCE)
+    run_to(1, fresh)
 
 
 def test_a_second_panel_takes_the_folder_over(make):
-    first = make()
-    first.start()
-    first.wait(step=1, timeout=PATIENCE)
+    run_to(1, make())
     second = make()
     assert not threads()
-    second.start()
-    assert second.wait(step=second.steps + 1, timeout=PATIENCE)
+    run_to(second.steps + 1, second)
 
 
 def test_the_clip_is_enhanced_after_each_validation_and_with_the_same_noise(make):
@@ -194,23 +187,9 @@ def test_the_clip_is_enhanced_after_each_validation_and_with_the_same_noise(make
         assert torch.equal(weight, averaged[f"module.{name}"])
 
 
-def test_at_most_four_pictures_a_second(make, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(TrainingPanel, "draw", lambda panel, figure: drawn.append(time.monotonic()))
-    panel = make(train_set=Clips(1000))
-    panel.start()
-    panel.wait(timeout=1.5)
-    live = drawn[2:]  # the panel's own and the one of the start come before the first step
-    panel.stop()
-    assert live
-    assert all(b - a > 0.24 for a, b in itertools.pairwise(live))
-
-
 def test_an_interrupt_ends_the_wait_and_pauses_the_run(make):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
-    panel = make()
-    panel.start()
-    panel.wait(step=1, timeout=PATIENCE)
+    panel = run_to(1, make())
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     try:
@@ -223,9 +202,7 @@ def test_an_interrupt_ends_the_wait_and_pauses_the_run(make):
 
 
 def test_a_picture_that_fails_costs_no_checkpoint(make, tmp_path, monkeypatch):
-    panel = make()
-    panel.start()
-    panel.wait(step=2, timeout=PATIENCE)
+    panel = run_to(2, make())
     monkeypatch.setattr(TrainingPanel, "draw", lambda panel, figure: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         panel.stop()

@@ -16,10 +16,10 @@ from diffbuf_lib.notebook import open_workbench
 from diffbuf_lib.training import load_checkpoint
 from diffbuf_lib.training.folder import ResultsFolder
 from tests.conftest import TINY, make_model, seeded
+from tests.notebook.cells import CONFIG
 from tests.notebook.folders import make_paired_folder
 from tests.training.helpers import Clips, config
 from walk import faults, launch, listening, models, oracle, scaling
-from walk.clips import FirstClips
 
 SDES = [
     ["sde.type=bbed"],
@@ -43,17 +43,11 @@ def batch(size=2):
 
 
 @pytest.fixture
-def bench(tmp_path, monkeypatch):
-    """A workbench on two-second pairs, with a project folder of its own."""
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "tiny.yaml").write_text(
-        "audio: {chunk_size: 4000}\ndiffusion_buffer: {buffer_size: 4}\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    for name in ("DIFFBUF_DATA", "DIFFBUF_CONFIG"):
-        monkeypatch.delenv(name, raising=False)
-    data = make_paired_folder(tmp_path / "own", train=4, valid=2)
-    return open_workbench("configs/tiny.yaml", data)
+def bench(project):
+    """A workbench on two-second pairs."""
+    data = make_paired_folder(project / "own", train=4, valid=2)
+    small = ("audio.chunk_size=4000", "diffusion_buffer.buffer_size=4")
+    return open_workbench(CONFIG, data, small)
 
 
 # The oracle.
@@ -100,20 +94,6 @@ def test_the_oracle_notices_what_is_wrong(tiny_cfg, override):
 
 
 # Clips and faults.
-
-
-@pytest.mark.parametrize("count", [3, 12])
-def test_first_clips_are_a_part_of_a_dataset_or_a_small_one_repeated(count):
-    clips = Clips(5)
-    first = FirstClips(clips, count)
-    assert len(first) == count
-    assert first.name(count - 1) == clips.name((count - 1) % 5)
-    torch.testing.assert_close(first[count - 1][0], clips[(count - 1) % 5][0])
-    first.set_epoch(4)
-    assert clips.epoch == 4
-    with pytest.raises(IndexError):
-        first[count]
-    assert len(FirstClips(Clips(0), count)) == 0
 
 
 def test_a_spoilt_clip_is_mono_but_for_one_nan_and_ends_a_run(tmp_path):
@@ -226,9 +206,7 @@ def test_step_costs_are_losses_of_the_batches_and_change_nothing():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     (mixed,) = scaling.step_costs(model, Clips(), [1], precision="bfloat16", repeats=0)
     assert mixed.loss != one.loss
-    assert mixed.loss == pytest.approx(one.loss, rel=0.02)
     assert mixed.saved_bytes < one.saved_bytes
-    assert len(scaling.cost_table([one, nine, mixed]).splitlines()) == 4
 
 
 def test_torchrun_and_train_understand_a_command():

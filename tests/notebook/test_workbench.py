@@ -5,21 +5,8 @@ import torch
 
 from diffbuf_lib.errors import DataError
 from diffbuf_lib.notebook import open_workbench, workbench
+from tests.notebook.cells import CONFIG
 from tests.notebook.folders import make_paired_folder
-
-CONFIG = "configs/debug.yaml"
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A project's folder with notebooks/ as the working directory, and no environment."""
-    (tmp_path / "configs").mkdir()
-    (tmp_path / CONFIG).write_text("diffusion_buffer: {buffer_size: 5}\n")
-    (tmp_path / "notebooks").mkdir()
-    monkeypatch.chdir(tmp_path / "notebooks")
-    monkeypatch.delenv("DIFFBUF_DATA", raising=False)
-    monkeypatch.delenv("DIFFBUF_CONFIG", raising=False)
-    return tmp_path
 
 
 @pytest.fixture
