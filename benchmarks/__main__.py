@@ -6,6 +6,7 @@ several repetitions counts.
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import resource
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,9 +46,12 @@ class Row:
 
 def main() -> None:
     """Measure, print, write."""
-    rows = [*bench_data(), *bench_perturb(), *bench_networks(), *bench_enhance()]
-    rows += [Row(*row) for row in streaming.measure(best)]
-    rows += [Row(*measurement) for measurement in bench_diagnostics()]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("areas", nargs="*", help=f"of {', '.join(AREAS)}; without, all")
+    areas = parser.parse_args().areas or list(AREAS)
+    if unknown := set(areas) - set(AREAS):
+        parser.error(f"{', '.join(unknown)}: the areas are {', '.join(AREAS)}")
+    rows = [row for area in areas for row in AREAS[area]()]
     rows.append(Row("peak memory of this process", _peak_gib(), "GiB"))
     machine = describe_machine()
     width = max(len(row.name) for row in rows)
@@ -65,8 +70,6 @@ def bench_data() -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         generator = torch.Generator().manual_seed(0)
-        import numpy as np
-
         rng = np.random.default_rng(0)
         for speaker in range(2):
             wave = 0.3 * torch.randn(1, 16000 * 8, generator=generator).clamp(-3, 3)
@@ -174,6 +177,16 @@ def best(function: Callable[[], Any], repeats: int) -> float:
         function()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+AREAS: dict[str, Callable[[], list[Row]]] = {
+    "data": bench_data,
+    "perturb": bench_perturb,
+    "networks": bench_networks,
+    "enhance": bench_enhance,
+    "streaming": lambda: [Row(*row) for row in streaming.measure(best)],
+    "diagnostics": lambda: [Row(*row) for row in bench_diagnostics()],
+}
 
 
 def describe_machine() -> dict[str, str]:

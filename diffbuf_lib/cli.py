@@ -6,7 +6,6 @@ come at once.
 
 from __future__ import annotations
 
-import difflib
 import faulthandler
 import sys
 import warnings
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 import tyro
 
 from diffbuf_lib.commands import COMMANDS, Train
-from diffbuf_lib.errors import ConfigError, DiffbufError
+from diffbuf_lib.errors import DiffbufError
 
 Command = TypeVar("Command")
 
@@ -35,7 +34,7 @@ def train_main() -> None:
 def run(command: Callable[[], Any]) -> None:
     """Run a command; errors of ours are one line and exit status 2, Ctrl-C is 130."""
     faulthandler.enable()
-    warnings.showwarning = _show_warning
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         command()
     except DiffbufError as error:
@@ -49,16 +48,7 @@ def run(command: Callable[[], Any]) -> None:
 
 
 def parse(command: type[Command], args: Sequence[str], prog: str) -> Command:
-    """Read the flags of a command without running it.
-
-    Args:
-        command: a class of `commands`.
-        args: what follows its name. `--set a=1 b=2` is read as `--set a=1 --set b=2`.
-        prog: what usage and errors call it.
-
-    Raises:
-        SystemExit: --help (status 0) or a wrong flag (status 2), after printing.
-    """
+    """Return a command that has read its flags; `--set a=1 b=2` is `--set a=1 --set b=2`."""
     spread: list[str] = []
     setting = False
     for part in args:
@@ -74,30 +64,9 @@ def _dispatch(args: list[str]) -> None:
     """Find the command that `args` begin with, and run it."""
     words = 2 if args[:1] == ["data"] else 1  # `diffbuf data build`
     name = " ".join(args[:words]).replace("_", "-")
-    if name in COMMANDS:
-        parse(COMMANDS[name], args[words:], f"diffbuf {name}")()
+    if name not in COMMANDS and {"-h", "--help"} & set(args[:words]):
+        print("usage: diffbuf COMMAND ...; diffbuf COMMAND --help describes its flags\n")
+        for entry in COMMANDS:
+            print(f"  {entry.name:14}  {entry.target.__doc__.splitlines()[0]}")
         return
-    known = [known for known in COMMANDS if words == 1 or known.startswith("data ")]
-    if {"-h", "--help"} & set(args[:words]):
-        print(_overview(known))
-        return
-    if name in ("", "data"):
-        raise ConfigError(f"give a command: diffbuf {', diffbuf '.join(known)}")
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(known)}"
-    raise ConfigError(f"command {name!r} is unknown: {hint}")
-
-
-def _overview(known: Sequence[str]) -> str:
-    lines = ["usage: diffbuf COMMAND ...; diffbuf COMMAND --help describes its flags", ""]
-    for name in known:
-        first, *_ = (COMMANDS[name].__doc__ or "").splitlines()
-        lines.append(f"  {name:14}  {first}")
-    return "\n".join(lines)
-
-
-def _show_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int,
-    file: Any = None, line: str | None = None,
-) -> None:  # fmt: skip
-    print(f"warning: {message}", file=sys.stderr)
+    parse(COMMANDS[name].load(), args[words:], f"diffbuf {name}")()

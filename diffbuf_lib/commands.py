@@ -5,23 +5,27 @@ A command imports what it needs when it runs: its help needs no torch.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
 import tempfile
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, dataclass_transform
 
+from tqdm import tqdm
 from tyro.conf import Positional, UseAppendAction, arg
 
 from diffbuf_lib.config import Config, describe_keys, load_config
 from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.pretrained import DEFAULT as DEFAULT_MODEL
+from diffbuf_lib.registry import Registry
 
-COMMANDS: dict[str, type[Command]] = {}
+say = tqdm.write  # above a progress bar
+COMMANDS = Registry("command")
 Overrides = Annotated[
     UseAppendAction[tuple[str, ...]],
     arg(name="set", metavar="KEY.PATH=VALUE", help="change config keys: --set a.b=1 c.d=2"),
@@ -35,11 +39,15 @@ class Command:
     def __init_subclass__(cls, name: str = "") -> None:
         dataclass(frozen=True, kw_only=True)(cls)
         if name:
-            COMMANDS[name] = cls
+            COMMANDS.add(name, cls)
 
     def __call__(self) -> None:
         """Do it."""
         raise NotImplementedError
+
+    def flags(self, *without: str) -> dict[str, Any]:
+        """Return the flags by name, but some."""
+        return {name: value for name, value in vars(self).items() if name not in without}
 
 
 class Train(Command, name="train"):
@@ -49,7 +57,7 @@ class Train(Command, name="train"):
     results_path: Path  # folder for checkpoints, logs and the model
     data_path: Path  # training data
     valid_path: Path | None = None  # validation data; without it nothing is validated
-    model_type: str = "diffusion_buffer"  # the only one
+    model_type: Literal["diffusion_buffer"] = "diffusion_buffer"  # the only one
     dataset_type: int = 1  # 1 sample_*/{mixture,vocals}.wav; 2 clean/, noisy/; 3 speech/, noise/
     device_ids: tuple[int, ...] = (0,)  # one GPU; for several start with torchrun; or the CPU
     num_workers: int | None = None  # processes that read files (training.num_workers)
@@ -80,18 +88,18 @@ class Train(Command, name="train"):
             cfg = self._with_batch_size(cfg, train_set, device)
         main_process = os.environ.get("RANK", "0") == "0"  # torchrun numbers its processes
         if main_process and not self.skip_doctor:
-            _consult_doctor(cfg, train_set, valid_set, device, self.results_path)
+            self._ask_doctor(cfg, train_set, valid_set, device=device)
         watched = main_process and (self.log_shapes or self.log_stats > 0)
-        model, recorder = self._recorded(cfg) if watched else (None, None)
+        model = self._recorded(cfg) if watched else None
         records = train(
             cfg, train_set, valid_set, self.results_path, resume=self.resume, model=model,
             start_check_point=self.start_check_point, device=device, progress=True,
         )  # fmt: skip
         try:
-            with closing(records), closing(recorder) if recorder else nullcontext():
+            with closing(records), closing(model) if model else nullcontext():
                 for record in records:
-                    if recorder:
-                        recorder.step(record.step)
+                    if model:
+                        model.report(record.step)
                     if record.valid:
                         say(f"step {record.step}  epoch {record.epoch}  {_scores(record.valid)}")
         except KeyboardInterrupt:
@@ -101,24 +109,14 @@ class Train(Command, name="train"):
 
     def _config(self) -> Config:
         """Return the config with the flags in it; `--set` has the last word."""
-        if self.model_type != "diffusion_buffer":
-            raise ConfigError(
-                f"--model_type {self.model_type} is unknown: diffusion_buffer is the only one"
-            )
         if (count := len(self.device_ids)) > 1:
             raise ConfigError(
                 f"--device_ids names {count} GPUs, and one process drives one: start "
                 f"torchrun --nproc_per_node {count} train.py ... without --device_ids"
             )
-        flags = {
-            "num_workers": self.num_workers,
-            "metrics": list(self.metrics) if self.metrics else None,
-            "metric_for_scheduler": self.metric_for_scheduler,
-            "seed": self.seed,
-            "num_steps": self.max_steps,
-            "on_nonfinite": self.on_nonfinite,
-        }
-        given = [f"training.{key}={value}" for key, value in flags.items() if value is not None]
+        keys = ("num_workers", "metrics", "metric_for_scheduler", "seed", "on_nonfinite")
+        flags = {key: getattr(self, key) for key in keys} | {"num_steps": self.max_steps}
+        given = [f"training.{k}={json.dumps(v)}" for k, v in flags.items() if v is not None]
         return load_config(self.config_path, [*given, *self.overrides])
 
     def _with_batch_size(self, cfg: Config, train_set: Any, device: str) -> Config:
@@ -128,40 +126,33 @@ class Train(Command, name="train"):
         begun_with = self.results_path / "config.yaml"
         if self.resume and begun_with.is_file():
             size = load_config(begun_with).training.batch_size
-            say(f"batch_size {size}, which the resumed run began with")
         else:
             size = find_batch_size(cfg, train_set, device)
-            say(f"batch_size {size} fits (training.batch_size was {cfg.training.batch_size})")
+        say(f"batch_size {size} (training.batch_size was {cfg.training.batch_size})")
         return cfg.override(f"training.batch_size={size}")
 
-    def _recorded(self, cfg: Config) -> tuple[Any, Any]:
-        """Return a model that shows its batches to a recorder, and that recorder."""
-        from diffbuf_lib.diagnostics.watch import RecordingModel, StageRecorder
+    def _ask_doctor(self, *examined: Any, device: str) -> None:
+        """Print warnings and errors, a line each; stop on an error."""
+        from diffbuf_lib.diagnostics import examine, has_error
+
+        findings = examine(*examined, device=device, results_path=self.results_path)
+        for finding in findings:
+            if finding.severity in ("error", "warning"):
+                print(f"doctor: {finding.line()}", file=sys.stderr)
+        if has_error(findings):
+            print("doctor: not started; --skip_doctor starts all the same", file=sys.stderr)
+            sys.exit(1)
+
+    def _recorded(self, cfg: Config) -> Any:
+        """Return a model that tells about its batches."""
+        from diffbuf_lib.diagnostics.watch import RecordingModel
 
         board = self.results_path / "tensorboard" / "stats"
-        recorder = StageRecorder(
-            cfg, say, shapes=self.log_shapes, every=self.log_stats, board=board, resumed=self.resume
-        )
-        return RecordingModel(cfg, recorder), recorder
+        return RecordingModel(cfg, say, shapes=self.log_shapes, every=self.log_stats, board=board)
 
 
 def _scores(valid: dict[str, float]) -> str:
     return "  ".join(f"{k} {v:.3f}" for k, v in valid.items() if not k.endswith("_clips"))
-
-
-def _consult_doctor(
-    cfg: Config, train_set: Any, valid_set: Any, device: str, results_path: Path
-) -> None:
-    """Print warnings and errors, a line each; stop on an error."""
-    from diffbuf_lib.diagnostics.doctor import examine, has_error
-
-    findings = examine(cfg, train_set, valid_set, device=device, results_path=results_path)
-    for finding in findings:
-        if finding.severity in ("error", "warning"):
-            print(f"doctor: {finding.line()}", file=sys.stderr)
-    if has_error(findings):
-        print("doctor: not started; --skip_doctor starts all the same", file=sys.stderr)
-        sys.exit(1)
 
 
 class Doctor(Command, name="doctor"):
@@ -177,13 +168,10 @@ class Doctor(Command, name="doctor"):
     overrides: Overrides = ()
 
     def __call__(self) -> None:
-        from diffbuf_lib.diagnostics.doctor import examine_paths, has_error
+        from diffbuf_lib.diagnostics import examine_paths, has_error
         from diffbuf_lib.diagnostics.findings import render, to_json
 
-        findings = examine_paths(
-            self.config_path, self.data_path, self.valid_path, dataset_type=self.dataset_type,
-            overrides=self.overrides, device=self.device, results_path=self.results_path,
-        )  # fmt: skip
+        findings = examine_paths(**self.flags("json"))
         if self.json:
             print(to_json(findings))
         else:
@@ -285,15 +273,12 @@ class Scoring(Command):
     batch_size: int = 8  # clips enhanced at a time
     device: str = "auto"  # auto, cpu or cuda
 
-    def job(self, **more: Any) -> Any:
-        """Return what is to be evaluated, with what only one of the two knows."""
+    def job(self, *without: str, **more: Any) -> Any:
+        """Return what is to be evaluated: the flags, but some, and more."""
         from diffbuf_lib.evaluation import Job
 
-        return Job(
-            data_path=str(self.data_path), dataset_type=self.dataset_type, seconds=self.seconds,
-            limit=self.limit, seed=self.seed, batch_size=self.batch_size, device=self.device,
-            **more,
-        )  # fmt: skip
+        flags = self.flags("data_path", "results_path", "processes", *without)
+        return Job(data_path=str(self.data_path), **flags, **more)
 
 
 class Evaluate(Scoring, name="evaluate"):
@@ -311,13 +296,11 @@ class Evaluate(Scoring, name="evaluate"):
         from diffbuf_lib.evaluation.page import gains_table, overview, times
         from diffbuf_lib.trace import format_table
 
-        job = self.job(
-            model=self.model, metrics=self.metrics, baselines=self.baselines, delay=self.delay
-        )
-        page = self.results_path is not None
-        with ExitStack() as opened:
-            folder = self.results_path or opened.enter_context(tempfile.TemporaryDirectory())
-            found = evaluate_folder(job, folder, processes=self.processes, page=page, progress=True)
+        with tempfile.TemporaryDirectory() as temporary:
+            found = evaluate_folder(
+                self.job(), self.results_path or temporary, processes=self.processes,
+                page=self.results_path is not None, progress=True,
+            )  # fmt: skip
         print(overview(found.summary))
         if len(found.summary["bands"]) > 2:
             metric = next(iter(found.summary["bands"]["all"]["columns"]))
@@ -360,8 +343,9 @@ class Sweep(Scoring, name="sweep"):
         from diffbuf_lib.evaluation.sweep import overview, run_sweep
 
         points = run_sweep(
-            self.models, self.job(model=self.models[0], metrics=self.metrics), self.results_path,
-            vary=self.vary, values=self.values, processes=self.processes, progress=True, say=say,
+            self.models, self.job("models", "vary", "values", model=self.models[0]),
+            self.results_path, vary=self.vary, values=self.values, processes=self.processes,
+            progress=True, say=say,
         )  # fmt: skip
         print(overview(points))
         print(self.results_path / "sweep.png")
@@ -392,10 +376,9 @@ class DemoModel(Command, name="demo-model"):
 
     def __call__(self) -> None:
         root = Path(__file__).parents[1]
-        if not (root / "recipes" / "cpu_demo" / "pretraining.py").is_file():
+        if not (root / "recipes" / "cpu_demo").is_dir():
             raise ConfigError(
-                "diffbuf demo-model needs recipes/cpu_demo of the repository, which is not "
-                "installed with the package: run it from a checkout, after pip install -e ."
+                "demo-model needs recipes/cpu_demo, which only a checkout has: pip install -e ."
             )
         cfg = load_config(self.config_path, self.overrides)
         sys.path.insert(0, str(root))
@@ -414,10 +397,7 @@ class DataDemo(Command, name="data demo"):
     def __call__(self) -> None:
         from diffbuf_lib.data import build_demo
 
-        built = build_demo(
-            self.out_path, train=self.train, valid=self.valid, seed=self.seed, progress=True
-        )
-        print(built)
+        print(build_demo(self.out_path, **self.flags("out_path"), progress=True))
 
 
 class DataBuild(Command, name="data build"):
@@ -441,26 +421,23 @@ class DataBuild(Command, name="data build"):
     def __call__(self) -> None:
         from diffbuf_lib.data import build_dnlm
 
+        options = self.flags("speech_path", "noise_path", "out_path")
         built = build_dnlm(
-            self.speech_path, self.noise_path, self.out_path, train=self.train, valid=self.valid,
-            seconds=self.seconds, sample_rate=self.sample_rate, snr=self.snr,
-            distance=self.distance, seed=self.seed, processes=self.processes, progress=True,
-        )  # fmt: skip
+            self.speech_path, self.noise_path, self.out_path, **options, progress=True
+        )
         print(built)
 
 
 class DataDownload(Command, name="data download"):
     """Download a speech corpus; needs the internet."""
 
-    name: Positional[str] = "librispeech"  # the only one
+    name: Positional[Literal["librispeech"]] = "librispeech"  # the only one
     out_path: Path = Path("data/LibriSpeech")  # folder to make
     subset: str = "train-clean-100"  # or dev-clean, test-clean, train-clean-360, ...
 
     def __call__(self) -> None:
         from diffbuf_lib.data import download_librispeech
 
-        if self.name != "librispeech":
-            raise ConfigError(f"corpus {self.name!r} is unknown: librispeech is the only one")
         print(download_librispeech(self.out_path, self.subset))
 
 
@@ -476,10 +453,3 @@ class PrintConfig(Command, name="config"):
             return
         for key, default, description in describe_keys():
             print(f"{key} = {default}\n    {description}")
-
-
-def say(line: str) -> None:
-    """Print a line above a progress bar."""
-    from tqdm import tqdm
-
-    tqdm.write(line)

@@ -19,11 +19,11 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
-    field_validator,
     model_validator,
 )
 
@@ -107,9 +107,24 @@ class Section(BaseModel):
     )
 
 
-def _chosen(choices: Registry) -> Any:
-    """Return a type for a key whose value is a name in a registry."""
-    return Annotated[str, AfterValidator(lambda name: choices[name].name)]
+def key(default: Any, description: str, **limits: Any) -> Any:
+    """Return a config key: its default, its unit and meaning, and pydantic's limits."""
+    return Field(default, description=description, **limits)
+
+
+def _names(choices: Registry) -> AfterValidator:
+    """Return what checks a name in a registry."""
+    return AfterValidator(lambda name: choices[name].name)
+
+
+def _own_keys(choices: Registry, by: str, path: str) -> BeforeValidator:
+    """Return what checks the own keys, at `path`, of what the key `by` beside them chooses."""
+
+    def check(value: Any, info: ValidationInfo) -> Any:
+        name = info.data.get(by)  # None if it was refused
+        return value if name is None else _options(choices, name, value, path)
+
+    return BeforeValidator(check)
 
 
 def _options(choices: Registry, name: str, given: Any, path: str) -> Section:
@@ -136,13 +151,11 @@ class NoOptions(Section):
 class STFTConfig(Section):
     """The short-time Fourier transform."""
 
-    n_fft: int = Field(510, ge=2, description="FFT length in samples; n_fft // 2 + 1 bins")
-    win_length: int = Field(510, ge=2, description="window length in samples, at most n_fft")
-    hop_length: int = Field(256, ge=1, description="samples from one frame to the next")
-    window: Literal["hann", "hamming", "sqrt_hann"] = Field("hann", description="periodic window")
-    center: bool = Field(
-        True, description="frame k is centred on sample k * hop (else it starts there)"
-    )
+    n_fft: int = key(510, "FFT length in samples; n_fft // 2 + 1 bins", ge=2)
+    win_length: int = key(510, "window length in samples, at most n_fft", ge=2)
+    hop_length: int = key(256, "samples from one frame to the next", ge=1)
+    window: Literal["hann", "hamming", "sqrt_hann"] = key("hann", "periodic window")
+    center: bool = key(True, "frame k is centred on sample k * hop (else it starts there)")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -168,8 +181,8 @@ class STFTConfig(Section):
 class AudioConfig(Section):
     """What the wav files are."""
 
-    sample_rate: int = Field(16000, ge=1000, description="Hz; files of another rate are refused")
-    chunk_size: int = Field(16000, ge=1, description="samples of one training clip")
+    sample_rate: int = key(16000, "Hz; files of another rate are refused", ge=1000)
+    chunk_size: int = key(16000, "samples of one training clip", ge=1)
     stft: STFTConfig = STFTConfig()
 
     @property
@@ -181,8 +194,8 @@ class AudioConfig(Section):
 class CompressionConfig(Section):
     """Magnitude compression c -> beta |c|^alpha e^{i angle c}."""
 
-    alpha: float = Field(0.5, gt=0, le=1, description="exponent of the magnitude")
-    beta: float = Field(0.15, gt=0, description="factor on the compressed magnitude")
+    alpha: float = key(0.5, "exponent of the magnitude", gt=0, le=1)
+    beta: float = key(0.15, "factor on the compressed magnitude", gt=0)
 
 
 class PreprocessingConfig(Section):
@@ -194,56 +207,47 @@ class PreprocessingConfig(Section):
 class ModelConfig(Section):
     """The network."""
 
-    name: _chosen(registry.NETWORKS) = Field(  # type: ignore[valid-type]
-        "ncsnpp", description="which network; block_causal is the one for streams"
+    name: Annotated[str, _names(registry.NETWORKS)] = key(
+        "ncsnpp", "which network; block_causal is the one for streams"
     )
-    base_channels: int = Field(96, ge=4, multiple_of=4, description="channels of the first level")
-    channel_multipliers: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (1, 2, 2, 2), min_length=1, description="not conv: base_channels times this, one a level"
+    base_channels: int = key(96, "channels of the first level", ge=4, multiple_of=4)
+    channel_multipliers: tuple[Annotated[int, Field(ge=1)], ...] = key(
+        (1, 2, 2, 2), "not conv: base_channels times this, one a level", min_length=1
     )
-    num_res_blocks: int = Field(
-        1, ge=1, description="not conv: residual blocks a level, going down"
-    )
-    num_layers: int = Field(4, ge=1, description="conv: hidden 3x3 convolutions")
-    dropout: float = Field(0.0, ge=0, lt=1, description="probability")
-    data_scale: float | None = Field(
+    num_res_blocks: int = key(1, "not conv: residual blocks a level, going down", ge=1)
+    num_layers: int = key(4, "conv: hidden 3x3 convolutions", ge=1)
+    dropout: float = key(0.0, "probability", ge=0, lt=1)
+    data_scale: float | None = key(
         None,
+        "size of the compressed spectra, by which V and Y are divided for the network (V with "
+        "sigma(t) added, in squares); null: they are not divided",
         gt=0,
-        description="size of the compressed spectra, by which V and Y are divided for the network "
-        "(V with sigma(t) added, in squares); null: they are not divided",
     )
-    output_scale: Literal["sigma", "time", "none"] = Field(
-        "sigma", description="the network's output is divided by sigma(t), by t, or by 1"
+    output_scale: Literal["sigma", "time", "none"] = key(
+        "sigma", "the network's output is divided by sigma(t), by t, or by 1"
     )
-    x0_output: Literal["spectrum", "mask"] = Field(
-        "spectrum", description="data prediction: the output is x0_hat, or M in (1 + M) Y"
+    x0_output: Literal["spectrum", "mask"] = key(
+        "spectrum", "data prediction: the output is x0_hat, or M in (1 + M) Y"
     )
-    options: Any = Field(
-        {}, validate_default=True, description="keys of a network from outside this package"
+    options: Annotated[Any, _own_keys(registry.NETWORKS, "name", "model.options")] = key(
+        {}, "keys of a network from outside this package"
     )
-
-    @field_validator("options", mode="before")
-    @classmethod
-    def _check_options(cls, value: Any, info: ValidationInfo) -> Section:
-        name = info.data.get("name", "conv")
-        return _options(registry.NETWORKS, name, value, "model.options")
 
 
 class DiffusionBufferConfig(Section):
     """The buffer: the last B frames, at rising diffusion times."""
 
-    buffer_size: int = Field(20, description="B, frames; the output delay is B - 1 hops")
-    num_frames: int | None = Field(
-        None, description="K, frames that the network sees online; null: those of chunk_size"
+    buffer_size: int = key(20, "B, frames; the output delay is B - 1 hops")
+    num_frames: int | None = key(
+        None, "K, frames that the network sees online; null: those of chunk_size"
     )
-    t_eps: float = Field(0.03, gt=0, lt=1, description="smallest diffusion time of the buffer")
-    t_max: float = Field(0.8, gt=0, le=1, description="largest diffusion time of the buffer")
-    time_sampling: Literal["random", "linspace"] = Field(
-        "random", description="how training draws the times; inference always takes linspace"
+    t_eps: float = key(0.03, "smallest diffusion time of the buffer", gt=0, lt=1)
+    t_max: float = key(0.8, "largest diffusion time of the buffer", gt=0, le=1)
+    time_sampling: Literal["random", "linspace"] = key(
+        "random", "how training draws the times; inference always takes linspace"
     )
-    leading_zeros: bool = Field(
-        True,
-        description="put K - 1 zero frames before a training clip, so that training sees starts",
+    leading_zeros: bool = key(
+        True, "put K - 1 zero frames before a training clip, so that training sees starts"
     )
 
     @model_validator(mode="after")
@@ -259,11 +263,9 @@ class DiffusionBufferConfig(Section):
 class BBEDDiffusion(Section):
     """g(t) = c k^t, with c given as itself or as sqrt(theta): never both."""
 
-    k: float = Field(2.6, ge=1e-3, le=1e3, description="base of the diffusion coefficient")
-    c: float | None = Field(
-        None, gt=0, le=1e3, description="factor of the diffusion coefficient (paper)"
-    )
-    theta: float | None = Field(None, gt=0, le=1e6, description="c squared (authors' code)")
+    k: float = key(2.6, "base of the diffusion coefficient", ge=0.001, le=1000.0)
+    c: float | None = key(None, "factor of the diffusion coefficient (paper)", gt=0, le=1000.0)
+    theta: float | None = key(None, "c squared (authors' code)", gt=0, le=1000000.0)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -280,9 +282,9 @@ class BBEDDiffusion(Section):
 class OUVEDiffusion(Section):
     """g(t) = sigma_min (sigma_max / sigma_min)^t sqrt(2 ln(sigma_max / sigma_min))."""
 
-    gamma: float = Field(1.5, gt=0, description="stiffness of the drift towards Y")
-    sigma_min: float = Field(0.05, gt=0, description="smallest noise scale")
-    sigma_max: float = Field(0.5, gt=0, description="largest noise scale")
+    gamma: float = key(1.5, "stiffness of the drift towards Y", gt=0)
+    sigma_min: float = key(0.05, "smallest noise scale", gt=0)
+    sigma_max: float = key(0.5, "largest noise scale", gt=0)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -301,32 +303,25 @@ registry.SDES.add("ouve", "diffbuf_lib.diffusion.sde:OUVE", options=OUVEDiffusio
 class SDEConfig(Section):
     """The stochastic differential equation between clean and noisy."""
 
-    type: _chosen(registry.SDES) = Field(  # type: ignore[valid-type]
-        "bbed", description="which SDE: bbed (Brownian bridge) or ouve (Ornstein-Uhlenbeck)"
+    type: Annotated[str, _names(registry.SDES)] = key(
+        "bbed", "which SDE: bbed (Brownian bridge) or ouve (Ornstein-Uhlenbeck)"
     )
-    diffusion: Any = Field({}, description="the SDE's own keys")
-
-    @field_validator("diffusion", mode="before")
-    @classmethod
-    def _check_diffusion(cls, value: Any, info: ValidationInfo) -> Section:
-        return _options(registry.SDES, info.data.get("type", "bbed"), value, "sde.diffusion")
+    diffusion: Annotated[Any, _own_keys(registry.SDES, "type", "sde.diffusion")] = key(
+        {}, "the SDE's own keys"
+    )
 
 
 class DataConfig(Section):
     """Pairs that are mixed while training (dataset_type 3)."""
 
-    snr_min: float = Field(-30.0, ge=-100, le=100, description="dB, smallest drawn SNR")
-    snr_max: float = Field(0.0, ge=-100, le=100, description="dB, largest drawn SNR")
-    distance_min: float = Field(5.0, ge=0.01, le=1e4, description="m, nearest talker")
-    distance_max: float = Field(20.0, ge=0.01, le=1e4, description="m, farthest talker")
-    speed: float = Field(
-        0.0, ge=0, le=0.5, description="largest drawn change of the speech's speed and pitch"
-    )
-    tilt: float = Field(
-        0.0, ge=0, le=12, description="dB per octave, largest drawn spectral tilt of the speech"
-    )
-    room_probability: float = Field(
-        0.0, ge=0, le=1, description="share of clips whose speech goes through a room of rooms/"
+    snr_min: float = key(-30.0, "dB, smallest drawn SNR", ge=-100, le=100)
+    snr_max: float = key(0.0, "dB, largest drawn SNR", ge=-100, le=100)
+    distance_min: float = key(5.0, "m, nearest talker", ge=0.01, le=10000.0)
+    distance_max: float = key(20.0, "m, farthest talker", ge=0.01, le=10000.0)
+    speed: float = key(0.0, "largest drawn change of the speech's speed and pitch", ge=0, le=0.5)
+    tilt: float = key(0.0, "dB per octave, largest drawn spectral tilt of the speech", ge=0, le=12)
+    room_probability: float = key(
+        0.0, "share of clips whose speech goes through a room of rooms/", ge=0, le=1
     )
 
     @model_validator(mode="after")
@@ -343,87 +338,76 @@ class DataConfig(Section):
 class TrainingConfig(Section):
     """The training run."""
 
-    loss: _chosen(registry.LOSSES) = Field(  # type: ignore[valid-type]
-        "score", description="see diffbuf_lib.diffusion.losses"
-    )
-    own_estimate: float = Field(
+    loss: Annotated[str, _names(registry.LOSSES)] = key("score", "see diffbuf_lib.diffusion.losses")
+    own_estimate: float = key(
         0.0,
+        "data_prediction: share of clips whose V is made of the network's own first estimate, as "
+        "online, instead of the clean signal; costs a second call",
         ge=0,
         le=1,
-        description="data_prediction: share of clips whose V is made of the network's own first "
-        "estimate, as online, instead of the clean signal; costs a second call",
     )
-    from_noisy: bool = Field(
+    from_noisy: bool = key(
         False,
-        description="data_prediction: V is made of Y alone, so that nothing of S is in it: a "
-        "first stage in which the network learns to denoise, at half the cost of own_estimate",
+        "data_prediction: V is made of Y alone, so that nothing of S is in it: a first stage in "
+        "which the network learns to denoise, at half the cost of own_estimate",
     )
-    snr_weight: float = Field(
+    snr_weight: float = key(
         0.0,
+        "data_prediction: adds this times the error of the linear spectrum in dB re the clean "
+        "clip, its negative SNR: compressed, strong tones count little",
         ge=0,
-        description="data_prediction: adds this times the error of the linear spectrum in dB re "
-        "the clean clip, its negative SNR: compressed, strong tones count little",
     )
-    optimizer: _chosen(registry.OPTIMIZERS) = Field(  # type: ignore[valid-type]
-        "adam", description="torch.optim; muon: see diffbuf_lib.training.optimizer"
+    optimizer: Annotated[str, _names(registry.OPTIMIZERS)] = key(
+        "adam", "torch.optim; muon: see diffbuf_lib.training.optimizer"
     )
-    optimizer_options: Any = Field({}, description="keys of an optimizer from outside this package")
-    lr: float = Field(1e-4, gt=0, description="learning rate")
-    lr_schedule: Literal["plateau", "linear"] = Field(
+    optimizer_options: Annotated[
+        Any, _own_keys(registry.OPTIMIZERS, "optimizer", "training.optimizer_options")
+    ] = key({}, "keys of an optimizer from outside this package")
+    lr: float = key(0.0001, "learning rate", gt=0)
+    lr_schedule: Literal["plateau", "linear"] = key(
         "plateau",
-        description="plateau: falls when validation gains nothing; linear: to zero over the last "
-        "70 % of the run",
+        "plateau: falls when validation gains nothing; linear: to zero over the last 70 % of the "
+        "run",
     )
-    warmup_steps: int = Field(0, ge=0, description="linear: steps in which lr rises")
-    weight_decay: float = Field(0.0, ge=0, description="of the optimizer")
-    batch_size: int = Field(32, ge=1, description="clips a step and process")
-    accumulation_steps: int = Field(1, ge=1, description="batches whose gradients make one step")
-    num_epochs: int = Field(250, ge=1, description="epochs at most")
-    num_steps: int | None = Field(None, ge=1, description="optimizer steps at most; null: no limit")
-    grad_clip: float | None = Field(None, gt=0, description="largest gradient norm; null: no limit")
-    ema_momentum: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights")
-    use_amp: bool = Field(
-        True, description="mixed precision; off on a CPU unless amp_dtype is bf16"
+    warmup_steps: int = key(0, "linear: steps in which lr rises", ge=0)
+    weight_decay: float = key(0.0, "of the optimizer", ge=0)
+    batch_size: int = key(32, "clips a step and process", ge=1)
+    accumulation_steps: int = key(1, "batches whose gradients make one step", ge=1)
+    num_epochs: int = key(250, "epochs at most", ge=1)
+    num_steps: int | None = key(None, "optimizer steps at most; null: no limit", ge=1)
+    grad_clip: float | None = key(None, "largest gradient norm; null: no limit", gt=0)
+    ema_momentum: float = key(0.999, "decay of the averaged weights", ge=0, lt=1)
+    use_amp: bool = key(True, "mixed precision; off on a CPU unless amp_dtype is bf16")
+    amp_dtype: Literal["fp16", "bf16"] = key("fp16", "fp16 has a gradient scaler")
+    seed: int = key(0, "of weights, crops, diffusion times and noise", ge=0)
+    deterministic: bool = key(False, "torch.use_deterministic_algorithms")
+    num_workers: int = key(4, "processes that read files", ge=0)
+    on_nonfinite: Literal["stop", "skip"] = key(
+        "stop", "a NaN or Inf loss or gradient ends the run, or its batch is left out"
     )
-    amp_dtype: Literal["fp16", "bf16"] = Field("fp16", description="fp16 has a gradient scaler")
-    seed: int = Field(0, ge=0, description="of weights, crops, diffusion times and noise")
-    deterministic: bool = Field(False, description="torch.use_deterministic_algorithms")
-    num_workers: int = Field(4, ge=0, description="processes that read files")
-    on_nonfinite: Literal["stop", "skip"] = Field(
-        "stop", description="a NaN or Inf loss or gradient ends the run, or its batch is left out"
-    )
-    max_skipped: int = Field(
-        10, ge=0, description="batches that on_nonfinite=skip leaves out of a run at most"
-    )
+    max_skipped: int = key(10, "batches that on_nonfinite=skip leaves out of a run at most", ge=0)
 
-    metrics: tuple[_chosen(registry.METRICS), ...] = Field(  # type: ignore[valid-type]
-        ("si_sdr",), min_length=1, description="scores of the enhanced validation clips"
+    metrics: tuple[Annotated[str, _names(registry.METRICS)], ...] = key(
+        ("si_sdr",), "scores of the enhanced validation clips", min_length=1
     )
-    metric_for_scheduler: str = Field(
+    metric_for_scheduler: str = key(
         "si_sdr",
-        description="what lowers the learning rate, stops early and picks the best: loss, or one "
-        "of metrics",
+        "what lowers the learning rate, stops early and picks the best: loss, or one of metrics",
     )
-    patience: int = Field(10, ge=0, description="validations without gain before lr is lowered")
-    reduce_factor: float = Field(0.5, gt=0, lt=1, description="lr is multiplied by this")
-    early_stopping: int | None = Field(
-        None, ge=1, description="validations without gain before the run ends; null: never"
+    patience: int = key(10, "validations without gain before lr is lowered", ge=0)
+    reduce_factor: float = key(0.5, "lr is multiplied by this", gt=0, lt=1)
+    early_stopping: int | None = key(
+        None, "validations without gain before the run ends; null: never", ge=1
     )
-    valid_every: int = Field(1, ge=1, description="epochs from one validation to the next")
-    valid_clips: int = Field(16, ge=1, description="clips enhanced and scored a validation")
-    checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints in an epoch")
-    log_every: int = Field(10, ge=1, description="steps between TensorBoard points")
+    valid_every: int = key(1, "epochs from one validation to the next", ge=1)
+    valid_clips: int = key(16, "clips enhanced and scored a validation", ge=1)
+    checkpoint_every: int = key(500, "steps between checkpoints in an epoch", ge=1)
+    log_every: int = key(10, "steps between TensorBoard points", ge=1)
 
     @property
     def predicts_data(self) -> bool:
         """Whether the loss takes the network's output for x0_hat rather than for a score."""
         return bool(registry.LOSSES[self.loss].facts.get("predicts") == "data")
-
-    @field_validator("optimizer_options", mode="before")
-    @classmethod
-    def _check_optimizer_options(cls, value: Any, info: ValidationInfo) -> Section:
-        name = info.data.get("optimizer", "adam")
-        return _options(registry.OPTIMIZERS, name, value, "training.optimizer_options")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -449,8 +433,8 @@ class TrainingConfig(Section):
 class Config(Section):
     """One experiment."""
 
-    plugins: tuple[str, ...] = Field(
-        (), description="modules to import first: they register networks, losses, ... of your own"
+    plugins: tuple[str, ...] = key(
+        (), "modules to import first: they register networks, losses, ... of your own"
     )
     audio: AudioConfig = AudioConfig()
     preprocessing: PreprocessingConfig = PreprocessingConfig()

@@ -67,9 +67,6 @@ def run_microphone(enhancer: OnlineEnhancer) -> LiveReport:
 
     Hops that the sound card lost because they were not fetched in time count as missed.
 
-    Args:
-        enhancer: of one stream.
-
     Raises:
         MissingExtraError: the sounddevice package is not installed.
         ConfigError: no sound card, or one that does not take the model's rate.
@@ -110,8 +107,6 @@ def run_live(
     sink: Callable[[Tensor], object],
     *,
     realtime: bool = False,
-    clock: Callable[[], float] = time.perf_counter,
-    sleep: Callable[[float], object] = time.sleep,
 ) -> LiveReport:
     """Feed a stream hop by hop, and measure. Ctrl-C ends it as the end of the input does.
 
@@ -120,12 +115,10 @@ def run_live(
         hops: [T] each, hop_length samples; the last may be shorter.
         sink: is given what comes out, [T'], the end of the stream included.
         realtime: wait for each hop; not for sources that set the pace themselves.
-        clock: seconds, rising.
-        sleep: waits for that many seconds.
     """
     times, missed = [], 0
     with suppress(KeyboardInterrupt):
-        for hop in live_hops(enhancer, hops, realtime=realtime, clock=clock, sleep=sleep):
+        for hop in live_hops(enhancer, hops, realtime=realtime):
             sink(hop.ready)
             times.append(hop.milliseconds)
             missed += hop.late
@@ -133,13 +126,16 @@ def run_live(
     return make_report(enhancer, times, missed, realtime)
 
 
+class LiveHop(NamedTuple):
+    """What became of one hop."""
+
+    ready: Tensor  # [T'] samples that came out
+    milliseconds: float  # that it took
+    late: bool  # whether it was not ready when the next one was due
+
+
 def live_hops(
-    enhancer: OnlineEnhancer,
-    hops: Iterable[Tensor],
-    *,
-    realtime: bool = False,
-    clock: Callable[[], float] = time.perf_counter,
-    sleep: Callable[[float], object] = time.sleep,
+    enhancer: OnlineEnhancer, hops: Iterable[Tensor], *, realtime: bool = False
 ) -> Generator[LiveHop, None, None]:
     """Feed a stream hop by hop; arguments as in `run_live`. The end is the caller's to flush.
 
@@ -149,30 +145,16 @@ def live_hops(
     """
     cfg = enhancer.model.cfg.audio
     hop_seconds = cfg.stft.hop_length / cfg.sample_rate
-    start = clock()
+    start = time.perf_counter()
     for index, hop in enumerate(hops):
         arrival = start + (index + 1) * hop_seconds
-        if realtime and (wait := arrival - clock()) > 0:
-            sleep(wait)
-        begun = clock()
+        if realtime and (wait := arrival - time.perf_counter()) > 0:
+            time.sleep(wait)
+        begun = time.perf_counter()
         ready = enhancer.push(hop)
-        ended = clock()
+        ended = time.perf_counter()
         late = ended > (arrival if realtime else begun) + hop_seconds
         yield LiveHop(ready, 1e3 * (ended - begun), late)
-
-
-class LiveHop(NamedTuple):
-    """What became of one hop.
-
-    Attributes:
-        ready: [T'] samples that came out.
-        milliseconds: that it took.
-        late: whether it was not ready when the next one was due.
-    """
-
-    ready: Tensor
-    milliseconds: float
-    late: bool
 
 
 def make_report(
@@ -186,26 +168,22 @@ def make_report(
         missed=missed,
         latency_ms=1e3 * enhancer.latency_samples / cfg.sample_rate,
         realtime=realtime,
+        state_bytes=enhancer.state.num_bytes,
+        weight_bytes=sum(p.nbytes for p in enhancer.model.parameters()),
     )
 
 
 @dataclass(frozen=True)
 class LiveReport:
-    """How a stream kept up. Times are those of one hop: analysis, network, synthesis.
+    """How a stream kept up. Times are those of one hop: analysis, network, synthesis."""
 
-    Attributes:
-        hop_ms: time that one hop of audio lasts, ms: the limit.
-        frame_ms: time that each hop took, ms.
-        missed: hops that were not ready when the next one was due. They are late, never dropped.
-        latency_ms: algorithmic latency, ms: samples to be pushed before the first comes out.
-        realtime: whether the input was fed at its own pace.
-    """
-
-    hop_ms: float
-    frame_ms: tuple[float, ...]
-    missed: int
-    latency_ms: float
-    realtime: bool
+    hop_ms: float  # time that one hop of audio lasts: the limit
+    frame_ms: tuple[float, ...]  # time that each hop took
+    missed: int  # hops that were not ready when the next one was due: late, never dropped
+    latency_ms: float  # algorithmic: samples to be pushed before the first comes out
+    realtime: bool  # whether the input was fed at its own pace
+    state_bytes: int = 0  # memory of the stream
+    weight_bytes: int = 0  # memory of the model, shared by all streams
 
     @property
     def real_time_factor(self) -> float:
@@ -213,10 +191,8 @@ class LiveReport:
         return self.quantile(0.5) / self.hop_ms
 
     def quantile(self, q: float) -> float:
-        """The time that a share `q` of the hops does not exceed, ms (nearest rank)."""
-        if not self.frame_ms:
-            return 0.0
-        ordered = sorted(self.frame_ms)
+        """Return the time that a share `q` of the hops does not exceed, ms (nearest rank)."""
+        ordered = sorted(self.frame_ms) or [0.0]
         return ordered[min(int(q * len(ordered)), len(ordered) - 1)]
 
     def __str__(self) -> str:
@@ -231,40 +207,22 @@ class LiveReport:
         )
 
 
-@dataclass(frozen=True)
-class LatencyReport(LiveReport):
-    """What a stream of one model costs on this machine.
-
-    Attributes:
-        state_bytes: memory of one stream.
-        weight_bytes: memory of the model, shared by all streams.
-    """
-
-    state_bytes: int
-    weight_bytes: int
-
-
 def latency_report(
     model: DiffusionBufferModel, delay: int | None = None, hops: int = 50
-) -> LatencyReport:
-    """Measure one stream of noise on this machine.
+) -> LiveReport:
+    """Measure one stream of noise on this machine: `hops` of it, after B that are not timed.
 
     Args:
         model: any; on the device where it is.
         delay: d, 1 to B frames, of a data-prediction model; None for B.
-        hops: how many are timed, after B that are not.
+        hops: how many are timed.
     """
     enhancer = OnlineEnhancer(model, delay=delay)
     warm = model.cfg.diffusion_buffer.buffer_size
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(warm + hops, model.cfg.audio.stft.hop_length, generator=generator)
     times = [hop.milliseconds for hop in live_hops(enhancer, 0.1 * noise)]
-    live = make_report(enhancer, times[warm:], missed=0, realtime=False)
-    return LatencyReport(
-        **vars(live),
-        state_bytes=enhancer.state.num_bytes,
-        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
-    )
+    return make_report(enhancer, times[warm:], missed=0, realtime=False)
 
 
 def read_pcm(stream: BinaryIO, hop: int) -> Iterator[Tensor]:

@@ -49,11 +49,7 @@ class DiffusionBufferModel(
     tags=["speech-enhancement", "diffusion"],
     coders={Config: (Config.to_dict, build_config)},
 ):
-    """The Diffusion Buffer (Lay, Makarov, Gerkmann 2025) of one config.
-
-    Args:
-        cfg: which network, SDE, buffer, spectrum and loss.
-    """
+    """The Diffusion Buffer (Lay, Makarov, Gerkmann 2025) of one config."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -73,13 +69,12 @@ class DiffusionBufferModel(
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
-        """Load a model: from a folder, by a bundled name, or by one on the Hugging Face hub.
+        """Load a model, with the options of `huggingface_hub.PyTorchModelHubMixin`.
 
         Args:
-            pretrained_model_name_or_path: a folder that `save_pretrained` wrote; `diffbuf/NAME`,
-                found without a network where the package has weights of that name, such as
-                diffbuf/cpu-demo; or a repository on the hub.
-            options: of `huggingface_hub.PyTorchModelHubMixin.from_pretrained`.
+            pretrained_model_name_or_path: a folder that `save_pretrained` wrote; diffbuf/NAME,
+                such as diffbuf/cpu-demo, which comes with the package; or a name on the hub.
+            options: such as revision.
         """
         name = pretrained_model_name_or_path
         bundled = pretrained.FOLDER / str(name).removeprefix("diffbuf/")
@@ -100,20 +95,7 @@ class DiffusionBufferModel(
         generator: Generators = None,
         draws: Draws | None = None,
     ) -> Tensor:
-        """Return the training loss, or without `target` the enhanced signal.
-
-        Args:
-            mix: [B, C, T] float32, full scale 1.
-            target: [B, C, T] float32, the clean signal at the same moments.
-            generator: where the randomness comes from: one, or one for each example.
-            draws: the randomness itself; see `trace`.
-
-        Returns:
-            A scalar loss, or [B, C, T] as from `enhance`.
-
-        Raises:
-            ShapeError: as in `trace`.
-        """
+        """Return `trace(...).loss`, a scalar, or without `target` `enhance(mix)`, [B, C, T]."""
         if target is None:
             return self.enhance(mix, generator)
         return self.trace(mix, target, generator, draws).loss
@@ -172,11 +154,7 @@ class DiffusionBufferModel(
         )
 
     def draw(self, mix: Tensor, generator: Generators = None) -> Draws:
-        """Draw all that is random in the training of a batch.
-
-        Args:
-            mix: [B, C, T]; only its shape, type and device count.
-            generator: one, or one for each example; None for the global state.
+        """Draw all that is random in the training of a batch of mix's shape, type and device.
 
         Raises:
             ShapeError: not [B, C, T], or a signal with fewer STFT frames than the buffer has.
@@ -285,13 +263,7 @@ class DiffusionBufferModel(
         return x.contiguous(memory_format=torch.channels_last)
 
     def start_memory(self, num_bins: int, t: Tensor, **options: Any) -> Any:
-        """Begin streams with a network that remembers its history.
-
-        Args:
-            num_bins: F.
-            t: [B, Kb], the diffusion times of every step.
-            options: compiled and precision, of `StreamingNetwork.start`.
-        """
+        """Begin streams with a network that remembers: `StreamingNetwork.start`."""
         with evaluating(self):
             return self.network.start(num_bins, t, **options)
 

@@ -50,18 +50,11 @@ class Entry:
 
 
 class Registry:
-    """Choices by name.
+    """Choices by name; `key` is the config key or flag that chooses, for error messages."""
 
-    Args:
-        key: the config key or flag that chooses, for error messages.
-        builtin: "module:attribute" of each name.
-    """
-
-    def __init__(self, key: str, builtin: Mapping[str | int, str] | None = None) -> None:
+    def __init__(self, key: str) -> None:
         self.key = key
         self._entries: dict[str | int, Entry] = {}
-        for name, target in (builtin or {}).items():
-            self.add(name, target)
 
     def add(self, name: str | int, target: Any, *, options: Any = None, **facts: Any) -> None:
         """Add a choice, or replace the one of that name (a notebook cell runs more than once)."""
@@ -91,11 +84,7 @@ class Registry:
         return iter(self._entries.values())
 
     def __getitem__(self, name: str | int) -> Entry:
-        """Return the entry of a name.
-
-        Raises:
-            ConfigError: no such name; it has the names that there are.
-        """
+        """Return the entry of a name; ConfigError with the names there are, if none has it."""
         if name in self._entries:
             return self._entries[name]
         names = [str(known) for known in self._entries]
@@ -132,17 +121,14 @@ BASELINES = Registry("--baselines")
 """() -> what `diffbuf evaluate` compares with: see `diffbuf_lib.evaluation.baselines.Baseline`."""
 
 for _name in ("score", "weighted_score", "data_prediction"):
-    LOSSES.add(
-        _name,
-        f"diffbuf_lib.diffusion.losses:{_name}",
-        predicts="data" if _name == "data_prediction" else "score",
-    )
-for _name, _target in {
-    "conv": "diffbuf_lib.networks.conv:ConvNet.from_config",
-    "ncsnpp": "diffbuf_lib.networks.ncsnpp:NCSNpp.from_config",
-    "block_causal": "diffbuf_lib.networks.block_causal:BlockCausal.from_config",
-}.items():
-    NETWORKS.add(_name, _target)
+    _predicts = "data" if _name == "data_prediction" else "score"
+    LOSSES.add(_name, f"diffbuf_lib.diffusion.losses:{_name}", predicts=_predicts)
+for _name, _class in (
+    ("conv", "ConvNet"),
+    ("ncsnpp", "NCSNpp"),
+    ("block_causal", "BlockCausal"),
+):
+    NETWORKS.add(_name, f"diffbuf_lib.networks.{_name}:{_class}.from_config")
 for _name, _target, _states in (
     ("adam", "torch.optim:Adam", 2),
     ("adamw", "torch.optim:AdamW", 2),
@@ -151,24 +137,18 @@ for _name, _target, _states in (
     ("muon", "diffbuf_lib.training.optimizer:Muon", 1),
 ):
     OPTIMIZERS.add(_name, _target, states=_states)
-for _name, _label, _unit, _package, _seconds in (
-    ("si_sdr", "SI-SDR", "dB", "", 0.0),
-    ("sdr", "SDR", "dB", "", 0.0),
-    ("pesq", "PESQ", "1 to 4.6", "pesq", 0.25),
-    ("estoi", "ESTOI", "0 to 1", "pystoi", 0.4),
+for _name, _label, _unit, _facts in (
+    ("si_sdr", "SI-SDR", "dB", {}),
+    ("sdr", "SDR", "dB", {}),
+    ("pesq", "PESQ", "1 to 4.6", {"package": "pesq", "shortest": 0.25}),
+    ("estoi", "ESTOI", "0 to 1", {"package": "pystoi", "shortest": 0.4}),
 ):
-    METRICS.add(
-        _name,
-        f"diffbuf_lib.training.metrics:{_name}",
-        label=_label,
-        unit=_unit,
-        package=_package,
-        needs_target=True,
-        speech=_unit != "dB",
-        shortest=_seconds,
-        sample_rates=(8000, 16000) if _name == "pesq" else (),
-        lower_is_better=False,
-    )
+    _speech: dict[str, Any] = {
+        "speech": bool(_facts),
+        "sample_rates": (8000, 16000) if _name == "pesq" else (),
+    }
+    _target = f"diffbuf_lib.training.metrics:{_name}"
+    METRICS.add(_name, _target, label=_label, unit=_unit, needs_target=True, **_speech, **_facts)
 for _name, _label, _package in (
     ("distillmos", "DistillMOS", "distillmos"),
     ("dnsmos_ovrl", "DNSMOS overall", "speechmos"),
@@ -176,21 +156,12 @@ for _name, _label, _package in (
     ("dnsmos_bak", "DNSMOS background", "speechmos"),
     ("dnsmos_p808", "DNSMOS P.808", "speechmos"),
 ):
-    METRICS.add(
-        _name,
-        f"diffbuf_lib.evaluation.scores:{_name}",
-        label=_label,
-        unit="1 to 5",
-        package=_package,
-        needs_target=False,
-        speech=True,
-        shortest=0.25,
-        sample_rates=(16000,),
-        lower_is_better=False,
-    )
-for _name, _target in {
-    "noisereduce": "SpectralGate",
-    "noisereduce_nonstationary": "SpectralGate.nonstationary",
-    "deepfilternet": "DeepFilterNet",
-}.items():
+    _speech = {"speech": True, "shortest": 0.25, "sample_rates": (16000,)}
+    _target = f"diffbuf_lib.evaluation.scores:{_name}"
+    METRICS.add(_name, _target, label=_label, unit="1 to 5", package=_package, **_speech)
+for _name, _target in (
+    ("noisereduce", "SpectralGate"),
+    ("noisereduce_nonstationary", "SpectralGate.nonstationary"),
+    ("deepfilternet", "DeepFilterNet"),
+):
     BASELINES.add(_name, f"diffbuf_lib.evaluation.baselines:{_target}")

@@ -16,25 +16,15 @@ from diffbuf_lib.networks import Precision
 
 @dataclass
 class StreamState:
-    """All that a stream remembers between two pushes.
+    """All that a stream remembers between two pushes."""
 
-    Attributes:
-        waiting: [B, n] samples that no frame has used up yet.
-        buffer: the diffusion buffer and its history.
-        overlap: [B, n_fft] sum of the windowed output frames that still overlap the next one.
-        envelope: [n_fft] sum of their squared windows.
-        taken: samples that were pushed.
-        given: samples that came out.
-        to_drop: output samples before the first input sample, still to be left out.
-    """
-
-    waiting: Tensor
-    buffer: BufferState
-    overlap: Tensor
-    envelope: Tensor
-    taken: int
-    given: int
-    to_drop: int
+    waiting: Tensor  # [B, n] samples that no frame has used up yet
+    buffer: BufferState  # the diffusion buffer and its history
+    overlap: Tensor  # [B, n_fft] sum of the windowed output frames that overlap the next one
+    envelope: Tensor  # [n_fft] sum of their squared windows
+    taken: int  # samples that were pushed
+    given: int  # samples that came out
+    to_drop: int  # output samples before the first input sample, still to be left out
 
     @property
     def num_bytes(self) -> int:

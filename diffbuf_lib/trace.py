@@ -96,33 +96,19 @@ class Trace:
 
 @dataclass(frozen=True)
 class StageSummary:
-    """The numbers of one tensor; of a complex one, those of its magnitudes.
-
-    Attributes:
-        name: of the stage.
-        shape: of the tensor.
-        dtype: as torch prints it, without "torch.".
-        device: as torch prints it.
-        min: smallest finite value; NaN if there is none, as for max, mean and std.
-        max: largest finite value.
-        mean: of the finite values.
-        std: of the finite values, over their number (not one less).
-        zeros: share of elements that are zero, 0 to 1.
-        nan: elements that are NaN (of a complex number: in either part).
-        inf: other elements that are infinite.
-    """
+    """The numbers of one tensor; of a complex one, those of its magnitudes."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: str
+    dtype: str  # without "torch."
     device: str
-    min: float
+    min: float  # of the finite values, as max, mean and std; NaN if there is none
     max: float
     mean: float
-    std: float
-    zeros: float
-    nan: int
-    inf: int
+    std: float  # over their number, not one less
+    zeros: float  # share of elements that are zero, 0 to 1
+    nan: int  # elements that are NaN (of a complex number: in either part)
+    inf: int  # other elements that are infinite
 
     @property
     def finite(self) -> bool:
@@ -174,35 +160,19 @@ class Summary:
 
 
 def summarise(tensors: Mapping[str, Tensor]) -> Summary:
-    """Summarise named tensors of any shape, type and device; they are neither kept nor changed.
-
-    Args:
-        tensors: name and tensor of every row.
-    """
+    """Summarise named tensors of any shape, type and device; they are neither kept nor changed."""
+    rows = []
     with torch.no_grad():
-        flat = {name: _values(tensor) for name, tensor in tensors.items()}
-        numbers = _fetch({name: _numbers(values) for name, values in flat.items()})
-        rows = []
-        for name, tensor in tensors.items():
-            low, high, mean, std, nonzero = numbers[name]
+        flat = [_values(tensor) for tensor in tensors.values()]
+        for (name, tensor), values, row in zip(tensors.items(), flat, _fetch(flat), strict=True):
+            low, high, mean, std, nonzero = row
             nan = inf = 0
             if tensor.numel() and not math.isfinite(low + high + std):
-                nan, inf, (low, high, mean, std, nonzero) = _finite_only(tensor, flat[name])
-            rows.append(
-                StageSummary(
-                    name=name,
-                    shape=tuple(tensor.shape),
-                    dtype=str(tensor.dtype).removeprefix("torch."),
-                    device=str(tensor.device),
-                    min=low,
-                    max=high,
-                    mean=mean,
-                    std=std,
-                    zeros=1 - nonzero / tensor.numel() if tensor.numel() else 0.0,
-                    nan=nan,
-                    inf=inf,
-                )
-            )
+                nan, inf, (low, high, mean, std, nonzero) = _finite_only(tensor, values)
+            zeros = 1 - nonzero / tensor.numel() if tensor.numel() else 0.0
+            shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+            numbers = (low, high, mean, std, zeros, nan, inf)
+            rows.append(StageSummary(name, shape, dtype, str(tensor.device), *numbers))
     return Summary(tuple(rows))
 
 
@@ -266,13 +236,12 @@ def _finite_only(tensor: Tensor, values: Tensor) -> tuple[int, int, list[float]]
     return int(is_nan.sum()), int(is_inf.sum()), [*numbers[:4], float(nonzero)]
 
 
-def _fetch(numbers: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """Copy small tensors to the CPU, with one copy a device and type."""
-    groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
-    for name, tensor in numbers.items():
-        groups.setdefault((tensor.device, tensor.dtype), []).append(name)
-    fetched: dict[str, list[float]] = {}
-    for names in groups.values():
-        rows = torch.stack([numbers[name] for name in names]).tolist()
-        fetched.update(zip(names, rows, strict=True))
-    return fetched
+def _fetch(flat: list[Tensor]) -> list[list[float]]:
+    """Return the `_numbers` of each tensor; they travel from a device to the CPU in one copy."""
+    numbers = [_numbers(values) for values in flat]
+    if not numbers:
+        return []
+    double = any(row.dtype == torch.float64 for row in numbers)
+    dtype, device = torch.float64 if double else torch.float32, numbers[0].device
+    rows: list[list[float]] = torch.stack([row.to(device, dtype) for row in numbers]).tolist()
+    return rows

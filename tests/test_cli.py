@@ -21,7 +21,7 @@ SMALL = [
 NO_TORCH = """
 import sys
 from diffbuf_lib import cli, commands
-helped = ["", "data", "demo_model", *commands.COMMANDS]
+helped = ["", "data", "demo_model", *commands.COMMANDS.names()]
 calls = [([*name.split(), "--help"], 0) for name in helped]
 calls += [(["config"], 0), (["config", "configs/debug.yaml"], 0)]
 calls += [(["train", "--wrong", "1"], 2), (["nonsense"], 2)]
@@ -42,16 +42,15 @@ def data(tmp_path_factory):
     """Two small DN-LM splits and the same as clean/noisy folders."""
     root = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
-    for split, count in (("train", 4), ("valid", 1)):
-        for i in range(count):
-            clean, noise = 0.1 * rng.standard_normal((2, 16000))
-            folder = root / split / f"sample_{i:05}"
-            folder.mkdir(parents=True)
-            soundfile.write(folder / "vocals.wav", clean, 16000)
-            soundfile.write(folder / "mixture.wav", clean + noise, 16000)
-            for name, wave in (("clean", clean), ("noisy", clean + noise)):
-                (root / f"pairs-{split}" / name).mkdir(parents=True, exist_ok=True)
-                soundfile.write(root / f"pairs-{split}" / name / f"{i}.wav", wave, 16000)
+    for split, i in [*(("train", i) for i in range(4)), ("valid", 0)]:
+        clean, noise = 0.1 * rng.standard_normal((2, 16000))
+        sample, pairs = root / split / f"sample_{i:05}", root / f"pairs-{split}"
+        for path, wave in (
+            (sample / "vocals.wav", clean), (sample / "mixture.wav", clean + noise),
+            (pairs / "clean" / f"{i}.wav", clean), (pairs / "noisy" / f"{i}.wav", clean + noise),
+        ):  # fmt: skip
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, wave, 16000)
     return root
 
 
@@ -84,7 +83,6 @@ def test_the_command_trains_and_warns_once_about_the_cpu(trained):
     warned = [line for line in done.stderr.splitlines() if "warning" in line]
     assert len(warned) == 1, done.stderr
     assert "CPU" in warned[0]
-    assert "4 training clips, 1 validation clips" in done.stdout
     assert "si_sdr" in done.stdout
     for name in ("config.yaml", "history.jsonl", "checkpoints/last.pt", "model/config.json"):
         assert (results / name).is_file(), name
@@ -94,8 +92,7 @@ def test_a_second_start_asks_for_resume_and_resume_goes_on(trained, data):
     results, _ = trained
     again = run(the_command(data, results, "--max_steps", "3", "--seed", "1"))
     assert again.returncode == 2
-    assert again.stderr.splitlines()[-1].startswith("error: ")
-    assert "--resume" in again.stderr
+    assert "--resume" in again.stderr.splitlines()[-1]
     more = run(the_command(data, results, "--max_steps", "4", "--seed", "1", "--resume"))
     assert more.returncode == 0, more.stderr
     steps = [line for line in (results / "history.jsonl").read_text().splitlines() if "lr" in line]
@@ -105,11 +102,9 @@ def test_a_second_start_asks_for_resume_and_resume_goes_on(trained, data):
 def test_enhance_and_evaluate_with_what_was_trained(trained, data, tmp_path, monkeypatch, capsys):
     model = trained[0] / "model"
     noisy = data / "valid" / "sample_00000" / "mixture.wav"
-    status, out, err = call(
-        monkeypatch, capsys, "enhance", noisy, "-o", tmp_path / "clean.wav", "--model", model
-    )
-    assert (status, err) == (0, "")
-    assert str(tmp_path / "clean.wav") in out
+    clean = tmp_path / "clean.wav"
+    status, out, err = call(monkeypatch, capsys, "enhance", noisy, "-o", clean, "--model", model)
+    assert (status, out, err) == (0, f"{clean}\n", "")
     assert soundfile.info(tmp_path / "clean.wav").frames == 16000
 
     status, out, _ = call(
@@ -119,7 +114,6 @@ def test_enhance_and_evaluate_with_what_was_trained(trained, data, tmp_path, mon
     )  # fmt: skip
     assert status == 0
     assert "ESTOI" in out
-    assert "1 clips" in out
     assert len((tmp_path / "e" / "scores.csv").read_text().splitlines()) == 3
 
 
@@ -170,33 +164,23 @@ def test_demo_model_needs_a_checkout(monkeypatch, capsys, tmp_path):
     [
         (["train", "--config_path", "none.yaml"], "none.yaml does not exist"),
         (["train", "--set", "training.lrr=1"], "did you mean training.lr?"),
-        (["train", "--model_type", "unet"], "--model_type unet is unknown"),
-        (["train", "--dataset_type", "4"], "--dataset_type 4"),
+        (["train", "--dataset_type", "4"], "--dataset_type = 4"),
         (["train", "--dataset_type", "2"], "--dataset_type 1"),
         (["train", "--device_ids", "0", "1"], "torchrun --nproc_per_node 2"),
         (["train", "--metrics", "mos"], "training.metrics"),
-        (["train", "--data_path", "nowhere"], "nowhere"),
         (["enhance", "a.wav", "-o", "b.wav", "--model", "nowhere"], "no trained model"),
-        ([], "diffbuf data demo"),
+        ([], "data demo"),
         (["trian"], "did you mean train?"),
-        (["data"], "diffbuf data demo"),
         (["data", "biuld"], "did you mean data build?"),
-        (["data", "download", "timit"], "librispeech is the only one"),
-        (["config", "configs/debug.yaml", "--set", "x"], "not of the form key.path=value"),
+        (["config", "configs/debug.yaml", "--set", "x"], "key.path=value"),
     ],
 )
 def test_errors_are_one_line_with_status_2(args, message, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     if args[:1] == ["train"]:
-        defaults = {
-            "--config_path": "configs/debug.yaml",
-            "--results_path": tmp_path / "r",
-            "--data_path": data / "train",
-        }
-        args = [*args, *(x for key, v in defaults.items() if key not in args for x in (key, v))]
+        args = [*args, "--results_path", tmp_path / "r", "--data_path", data / "train"]
+        args += [] if "--config_path" in args else ["--config_path", "configs/debug.yaml"]
     status, _, err = call(monkeypatch, capsys, *args)
-    assert status == 2
-    (line,) = [line for line in err.splitlines() if line]
-    assert line.startswith("error: ")
-    assert message in line
+    assert (status, err[:7], err.count("\n")) == (2, "error: ", 1)
+    assert message in err
     assert not (tmp_path / "r").exists()

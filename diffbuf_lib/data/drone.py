@@ -1,14 +1,9 @@
 """Drone ego-noise, synthesised from rotor physics.
 
-A rotor of B blades at n rev/s is a periodic source. Steady loads on its blades sound at the
-blade-passing frequency B n and its multiples (Gutin's theory of 1936); an unequal blade or a bent
-shaft adds the multiples of n in between. Vortices shed along the blade add broadband noise whose
-peak follows a Strouhal law, f = 0.2 V / d, and which the turning blades modulate. Both are dipole
-sources, whose pressure grows as the third power of speed (Curle 1955; Ffowcs Williams and Hawkings
-1969). That small rotors really sound like that, tones and a broad hump of a few kHz of similar
-level, is measured in Sinibaldi and Marino, "Experimental analysis on the noise of propellers for
-small UAV", Applied Acoustics 74(1), 2013. A controller steers every rotor for itself, so their
-speeds wander and beat.
+Steady loads on B blades at n rev/s sound at multiples of B n (Gutin 1936), imbalance at those of n.
+Vortices shed along the blade add noise whose peak follows Strouhal's f = 0.2 V / d. Both are
+dipoles: pressure grows as the third power of speed (Curle 1955; Ffowcs Williams and Hawkings 1969).
+Small rotors measured: Sinibaldi and Marino, Applied Acoustics 74(1), 2013.
 """
 
 from __future__ import annotations
@@ -32,8 +27,9 @@ _ROTOR_INERTIA = 0.04  # s, time constant of a small rotor's speed
 _DYNAMIC_RANGE = 80.0  # dB below the first harmonic at which harmonics end
 _MOST_HARMONICS = 200
 _SHAFT_ORDERS = 12  # multiples of the shaft rate that imbalance can be heard in
-
+_POSITIVE = ("rotors", "blades", "rotor_speed", "radius", "thickness", "pole_pairs")
 _Array = npt.NDArray[np.float64]
+_Rng = np.random.Generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +57,9 @@ class DroneParameters:
 
     def __post_init__(self) -> None:
         """Refuse what no drone is."""
-        speeds = ("rotors", "blades", "rotor_speed", "wander_time", "manoeuvre_time")
-        for name in (*speeds, "radius", "thickness", "vortex_sharpness", "pole_pairs"):
-            if not getattr(self, name) > 0:
-                raise DataError(f"DroneParameters.{name} {getattr(self, name)} is not above 0")
-        for name in ("am_depth", "vortex_am_depth"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise DataError(f"DroneParameters.{name} {getattr(self, name)} is not in 0..1")
+        for name, value in vars(self).items():
+            if name in _POSITIVE and not value > 0:
+                raise DataError(f"{name} {value} of DroneParameters is not above 0: raise it")
 
     @property
     def vortex_peak(self) -> float:
@@ -77,10 +69,7 @@ class DroneParameters:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Self:
-        """Draw a drone, from small and nervous to large and slow, most with four rotors.
-
-        Its blade-passing frequency lies between 90 and 450 Hz.
-        """
+        """Draw a drone, most with four rotors; blade-passing frequency 90 to 450 Hz."""
         blades = int(rng.choice([2, 3], p=[0.75, 0.25]))
         radius = float(np.exp(rng.uniform(np.log(0.06), np.log(0.2))))
         # Small rotors turn faster: tip speeds of small drones are about 40 to 80 m/s.
@@ -110,25 +99,14 @@ class DroneParameters:
 def synthesise(
     parameters: DroneParameters, samples: int, sample_rate: int, rng: np.random.Generator
 ) -> Tensor:
-    """Synthesise the noise of one drone.
-
-    Args:
-        parameters: of the drone.
-        samples: length of the result, at least 1.
-        sample_rate: Hz. No tone above half of it is made, so nothing aliases.
-        rng: where randomness comes from: the same state gives the same samples.
-
-    Returns:
-        [1, T] float32, peak 1.
+    """Synthesise the noise of one drone: [1, samples] float32, peak 1; nothing aliases.
 
     Raises:
-        DataError: fewer than 1 sample, or a sample rate below 1000 Hz; raise it.
+        DataError: fewer than 1 sample, or a sample_rate below 1000 Hz.
     """
     if samples < 1 or sample_rate < 1000:
-        raise DataError(
-            f"cannot synthesise {samples} samples at {sample_rate} Hz: ask for at least 1 sample "
-            "at 1000 Hz or more"
-        )
+        got = f"{samples} samples at {sample_rate} Hz"
+        raise DataError(f"cannot synthesise {got}: ask for at least 1 sample at 1000 Hz")
     p = parameters
     speeds = _rotor_speeds(p, samples, sample_rate, rng)  # [rotors, T]
     tones, vortex, whine = np.zeros((3, samples))
@@ -148,18 +126,16 @@ def synthesise(
     return torch.from_numpy((noise / np.abs(noise).max()).astype(np.float32))[None]
 
 
-def _rotor_speeds(
-    p: DroneParameters, samples: int, sample_rate: int, rng: np.random.Generator
-) -> _Array:
+def _rotor_speeds(p: DroneParameters, samples: int, rate: int, rng: _Rng) -> _Array:
     """Return each rotor's speed over time, [rotors, T] rev/s."""
-    points = 2 + math.ceil(samples / sample_rate * _CONTROL_RATE)
+    points = 2 + math.ceil(samples / rate * _CONTROL_RATE)
     together = p.manoeuvre * _wander(1, points, p.manoeuvre_time, rng)
     alone = p.wander * _wander(p.rotors, points, p.wander_time, rng)
     offset = p.speed_spread * rng.normal(size=(p.rotors, 1))
     # No rotor stops or doubles its speed in flight, whatever the draw.
     relative = np.clip(1 + offset + together + alone, 0.6, 1.6)
     control = np.arange(points) / _CONTROL_RATE
-    time = np.arange(samples) / sample_rate
+    time = np.arange(samples) / rate
     return p.rotor_speed * np.stack([np.interp(time, control, row) for row in relative])
 
 
@@ -175,11 +151,8 @@ def _wander(rows: int, points: int, correlation_time: float, rng: np.random.Gene
     return np.asarray(smooth[:, warm_up:] / math.sqrt(variance))
 
 
-def _tones(
-    p: DroneParameters, shaft: _Array, highest: float, sample_rate: int, rng: np.random.Generator
-) -> _Array:
-    """Return one rotor's blade-passing harmonics and shaft-rate tones, [T]."""
-    nyquist_order = sample_rate / 2 / highest - 1  # less 1: modulation puts a sideband above
+def _tones(p: DroneParameters, shaft: _Array, highest: float, rate: int, rng: _Rng) -> _Array:
+    nyquist_order = rate / 2 / highest - 1  # less 1: modulation puts a sideband above
     audible = 2 ** (_DYNAMIC_RANGE / p.harmonic_slope) if p.harmonic_slope > 0 else math.inf
     count = max(0, int(min(nyquist_order / p.blades, audible, _MOST_HARMONICS)))
     order = np.arange(1, count + 1)
@@ -194,25 +167,18 @@ def _tones(
 
 
 def _harmonics(angle: _Array, gain: _Array, rng: np.random.Generator) -> _Array:
-    """Return sum_h gain[h - 1] cos(h angle + phase_h), [T], with drawn phases.
-
-    A polynomial in z = e^{i angle}, by Horner's rule: one exponential for all harmonics.
-    """
+    """Return sum_h gain[h - 1] cos(h angle + phase_h), [T], with drawn phases."""
     phase = rng.uniform(0, 2 * np.pi, len(gain))
     z = np.exp(1j * angle)
-    total = np.zeros_like(z)
+    total = np.zeros_like(z)  # a polynomial in z by Horner's rule: one exponential for all
     for coefficient in (gain * np.exp(1j * phase))[::-1]:
         total += coefficient
         total *= z
     return np.asarray(total.real)
 
 
-def _vortex(
-    p: DroneParameters, shaft: _Array, sample_rate: int, rng: np.random.Generator
-) -> _Array:
-    """Return one rotor's broadband noise, [T]: a hump in frequency, beating with the blades."""
-    samples = len(shaft)
-    frequency = np.fft.rfftfreq(samples, 1 / sample_rate)
+def _vortex(p: DroneParameters, shaft: _Array, rate: int, rng: _Rng) -> _Array:
+    samples, frequency = len(shaft), np.fft.rfftfreq(len(shaft), 1 / rate)
     x = frequency / (p.vortex_peak * 2 ** rng.normal(0, 0.1))
     hump = (2 * x / (1 + x * x)) ** p.vortex_sharpness  # amplitude: 1 at x = 1, 0 at 0 Hz
     # Turbulence that the rotor swallows: weaker, and falling by 3 dB per octave above 100 Hz.
@@ -223,17 +189,13 @@ def _vortex(
     return np.asarray(modulation * noise)
 
 
-def _whine(
-    p: DroneParameters, shaft: _Array, highest: float, sample_rate: int, rng: np.random.Generator
-) -> _Array:
-    """Return the first two harmonics of one motor's commutation, [T]; none above Nyquist."""
+def _whine(p: DroneParameters, shaft: _Array, highest: float, rate: int, rng: _Rng) -> _Array:
     order = COMMUTATION_STEPS * p.pole_pairs
-    count = min(2, int(sample_rate / 2 / (order * highest)))
+    count = min(2, int(rate / 2 / (order * highest)))
     return _harmonics(order * shaft, np.array([1.0, 0.4])[:count], rng)
 
 
 def _gain(level: float | _Array) -> _Array:
-    """Return the amplitude factor of a level in dB."""
     return np.asarray(10 ** (np.asarray(level) / 20))
 
 

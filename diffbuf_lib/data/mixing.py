@@ -1,6 +1,6 @@
-"""One noisy mixture from speech and noise, and what the speech may go through before.
+"""One noisy mixture, and what the speech may go through before.
 
-Source of the recipe: Liu et al., "Edge-Deployed Band-Split Rotary Position Encoding Transformer
+Liu et al., "Edge-Deployed Band-Split Rotary Position Encoding Transformer
 for Ultra-Low SNR UAV Speech Enhancement", Drones 9(6):386, 2025.
 """
 
@@ -13,14 +13,12 @@ import torch
 import torchaudio.functional as AF
 from torch import Tensor
 
-from diffbuf_lib.data.audio import resample
 from diffbuf_lib.errors import DataError
 
 # Below full scale by 4 steps of 16-bit PCM: rounding target and noise never clips their sum.
 PEAK_LIMIT = 1 - 4 / 32768
 # A peak below about 3 steps of 16-bit PCM is dither or digital silence, not a signal.
 SILENCE_PEAK = 1e-4
-_PIVOT = 1000.0  # Hz, where a tilt changes nothing
 
 
 class Mixture(NamedTuple):
@@ -39,18 +37,11 @@ def mix_pair(
     speech_distance: float,
     noise_distance: float = 0.5,
 ) -> Mixture:
-    """Mix speech with noise as DN-LM does.
+    """Mix speech and noise, [C, T] float32 of any scale, as DN-LM does.
 
-    Both are peak-normalised and attenuated by 1 / distance; then the noise is scaled until the
+    Both are peak-normalised and attenuated by 1 / distance (m); then the noise is scaled until the
     input SNR is `snr_db`; then, if anything exceeds full scale, all three take one factor. The SNR
     is set last, so `noise_distance` cannot be heard: it is here because the recipe names it.
-
-    Args:
-        speech: [C, T] float32, any scale.
-        noise: [C, T] float32, any scale.
-        snr_db: 10 log10 of speech power over noise power in the mixture, dB.
-        speech_distance: from the talker to the microphone, m.
-        noise_distance: from the rotors to the microphone, m.
 
     Raises:
         DataError: shapes differ, speech or noise is silent (take another excerpt), or a distance
@@ -108,38 +99,20 @@ def snr(target: Tensor, noise: Tensor) -> float:
     return 10 * math.log10(powers[0] / powers[1])
 
 
-def change_speed(wave: Tensor, length: int) -> Tensor:
-    """Play a wave [C, T] faster or slower, and so higher or lower, until it is [C, length]."""
-    return resample(wave, wave.shape[1], length)
-
-
 def tilt_spectrum(wave: Tensor, sample_rate: int, db_per_octave: float) -> Tensor:
-    """Let the spectrum rise or fall around 1 kHz, as another microphone or a coat would.
+    """Let the spectrum of a wave [C, T] rise or fall around 1 kHz; the power stays the same.
 
-    Below 100 Hz and above 8 kHz the gain stays what it is there; the power stays the same.
-
-    Args:
-        wave: [C, T] float32.
-        sample_rate: Hz.
-        db_per_octave: positive for brighter.
+    Below 100 Hz and above 8 kHz the gain stays what it is there.
     """
     spectrum = torch.fft.rfft(wave)
     frequency = torch.fft.rfftfreq(wave.shape[-1], 1 / sample_rate).clamp(100, 8000)
-    gain = 10 ** (db_per_octave / 20 * torch.log2(frequency / _PIVOT))
+    gain = 10 ** (db_per_octave / 20 * torch.log2(frequency / 1000))
     tilted = torch.fft.irfft(spectrum * gain, n=wave.shape[-1])
     power, before = tilted.square().mean(), wave.square().mean()
     return tilted * torch.sqrt(before / power) if power > 0 else tilted
 
 
 def reverberate(wave: Tensor, response: Tensor) -> Tensor:
-    """Convolve with a room's impulse response, its direct sound at sample 0.
-
-    Args:
-        wave: [C, T] float32.
-        response: [N] float32.
-
-    Returns:
-        [C, T] float32, aligned with wave; the tail after its end is cut.
-    """
+    """Convolve [C, T] with a room's impulse response [N], direct sound at sample 0; no tail."""
     wet = AF.fftconvolve(wave, response.expand(wave.shape[0], -1))
     return wet[:, : wave.shape[-1]]

@@ -1,4 +1,4 @@
-"""The doctor's look at a dataset: can its files be read, do they fit the config, is it speech.
+"""The doctor's look at data: can the files be read, do they fit the config, is it speech.
 
 `audit` measures a sample of the files themselves, not of the crops that training draws from them;
 `check_data` judges what it found.
@@ -11,7 +11,8 @@ import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -20,10 +21,10 @@ import torch
 from torch import Tensor
 
 from diffbuf_lib.config import Config
-from diffbuf_lib.data.audio import EXTENSIONS, AudioInfo, read_audio, read_info
-from diffbuf_lib.data.datasets import ClipDataset, MixingDataset
+from diffbuf_lib.data.audio import EXTENSIONS, read_audio, read_info
+from diffbuf_lib.data.datasets import ClipDataset, DNLMDataset, MixingDataset
 from diffbuf_lib.data.mixing import SILENCE_PEAK
-from diffbuf_lib.diagnostics.findings import Finding, from_error, judge
+from diffbuf_lib.diagnostics.findings import Finding, Severity, from_error, judge
 from diffbuf_lib.diffusion.sde import make_sde
 from diffbuf_lib.diffusion.spectral import Spectral
 from diffbuf_lib.errors import DataError
@@ -44,51 +45,30 @@ class WaveFacts(NamedTuple):
     peak: float  # largest magnitude
     rms: float  # root mean square
     dc: float  # mean, of the channel where it is largest in magnitude
+    offset: float  # magnitude of dc over rms; 0 of silence
     clipped: float  # share of samples at full scale or above, 0 to 1
     nonfinite: int  # samples that are NaN or Inf
-
-    @property
-    def offset(self) -> float:
-        """Magnitude of dc over the RMS; 0 of silence."""
-        return 0.0 if self.silent else abs(self.dc) / self.rms
-
-    @property
-    def silent(self) -> bool:
-        """Whether no sample stands out of 16-bit rounding."""
-        return self.peak < SILENCE_PEAK
+    silent: bool  # no sample stands out of 16-bit rounding
 
 
 class ClipFacts(NamedTuple):
-    """What one item of a dataset is; powers in dB, None where they cannot be told."""
+    """What one item of a dataset is."""
 
     name: str  # files of the item
-    infos: tuple[AudioInfo, ...]  # headers of its files
+    frames: int | None  # samples of its first file; None of a clip that is not of files
     mix: WaveFacts
     target: WaveFacts
-    snr_db: float | None  # target over mix - target
+    snr_db: float  # target over mix - target
     residual_db: float | None  # mix - target - noise over target, where there is a noise.wav
     wave: Tensor  # [C, T] float32, the target as training would read it
 
 
-class BrokenClip(NamedTuple):
-    """An item that cannot be read, and why."""
-
-    name: str
-    error: DataError
-
-
-@dataclass(frozen=True)
-class Audit:
+class Audit(NamedTuple):
     """A sample of a dataset of `size` clips."""
 
     size: int
-    readable: list[ClipFacts] = field(default_factory=list)
-    broken: list[BrokenClip] = field(default_factory=list)
-
-    @property
-    def clips(self) -> list[ClipFacts | BrokenClip]:
-        """All that was looked at."""
-        return [*self.readable, *self.broken]
+    clips: list[ClipFacts]
+    broken: dict[str, DataError]  # by name, why a clip cannot be read
 
 
 def audit(dataset: Any, limit: int = 64, seconds: float = 2.0) -> Audit:
@@ -99,171 +79,187 @@ def audit(dataset: Any, limit: int = 64, seconds: float = 2.0) -> Audit:
         limit: clips to look at, at most.
         seconds: wall time after which no further clip is begun.
     """
-    facts, deadline = Audit(len(dataset)), time.monotonic() + seconds
+    facts, deadline = Audit(len(dataset), [], {}), time.monotonic() + seconds
     count = min(facts.size, limit)
     # Every eighth comes first, so that a sample cut short still spans the set.
     for i in (i for start in range(8) for i in range(start, count, 8)):
-        if facts.clips and time.monotonic() > deadline:
+        if (facts.clips or facts.broken) and time.monotonic() > deadline:
             break
-        found = _look(dataset, i * facts.size // count)
-        if isinstance(found, BrokenClip):
-            facts.broken.append(found)
-        else:
-            facts.readable.append(found)
+        index = i * facts.size // count
+        name = dataset.name(index) if hasattr(dataset, "name") else f"clip {index}"
+        try:
+            facts.clips.append(_read_clip(dataset, index, name))
+        except DataError as error:
+            facts.broken[name] = error
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            facts.broken[name] = DataError(f"{name}: {type(error).__name__}: {reason}")
     return facts
+
+
+def _read_clip(dataset: Any, index: int, name: str) -> ClipFacts:
+    files: Sequence[Path] = dataset.items[index] if isinstance(dataset, ClipDataset) else ()
+    frames = read_info(files[0]).frames if files else None
+    mix, wave = dataset[index]  # finds what does not match within the pair
+    target, residual = wave, None
+    if len(files) == 2:
+        mix, target = (_read_whole(path) for path in files)
+    if isinstance(dataset, DNLMDataset):
+        beside = (files[0].with_name(f"noise{extension}") for extension in EXTENSIONS)
+        noise = next((_read_whole(path) for path in beside if path.is_file()), None)
+        if noise is not None and noise.shape == mix.shape:
+            residual = _ratio_db(mix - target - noise, target)
+    snr = _ratio_db(target, mix - target)
+    return ClipFacts(name, frames, measure(mix), measure(target), snr, residual, wave)
+
+
+def _read_whole(path: Path) -> Tensor:
+    """Read a file, or of a very long one the beginning."""
+    info = read_info(path)
+    return read_audio(path, 0, min(info.frames, _LONGEST * info.sample_rate))[0]
+
+
+def _ratio_db(wave: Tensor, other: Tensor) -> float:
+    """Return the power of one wave over that of another, dB; of silence over silence -inf."""
+    ratio = wave.double().square().mean() / other.double().square().mean()
+    return float(10 * ratio.nan_to_num(0.0, posinf=math.inf).log10())
+
+
+def measure(wave: Tensor) -> WaveFacts:
+    """Measure a signal [C, T], full scale 1."""
+    clean = wave.double().nan_to_num(0.0, 0.0, 0.0)
+    peak, rms = float(clean.abs().max()), float(clean.square().mean().sqrt())
+    dc, silent = max(clean.mean(dim=-1).tolist(), key=abs), peak < SILENCE_PEAK
+    offset = 0.0 if silent else abs(dc) / rms
+    clipped = float((clean.abs() >= _FULL_SCALE).double().mean())
+    return WaveFacts(peak, rms, dc, offset, clipped, int((~wave.isfinite()).sum()), silent)
 
 
 def shared_targets(first: Any, second: Any, seconds: float = 2.0) -> list[tuple[str, str]]:
     """Return the pairs of clips, one of each set, whose target files hold the same bytes.
 
-    Args:
-        first: a `ClipDataset`, such as the training set; of any other kind nothing is known.
-        second: another.
-        seconds: wall time after which the rest is left out.
+    Only of `ClipDataset`s anything is known; what takes longer than `seconds` is left out.
     """
+
+    def targets(dataset: Any) -> list[Path]:
+        return [files[-1] for files in dataset.items] if isinstance(dataset, ClipDataset) else []
+
     heads: dict[Any, list[Path]] = defaultdict(list)
-    for path in _target_files(second):
+    for path in targets(second):
         heads[_head(path)].append(path)
-    pairs: list[tuple[str, str]] = []
     deadline = time.monotonic() + seconds
-    for path in _target_files(first):
-        for other in heads.get(_head(path), ()):
-            if time.monotonic() > deadline:
-                return pairs
-            if filecmp.cmp(path, other, shallow=False):
-                pairs.append((str(path), str(other)))
-    return pairs
+    return [
+        (str(path), str(other))
+        for path in takewhile(lambda _: time.monotonic() < deadline, targets(first))
+        for other in heads.get(_head(path), ())
+        if filecmp.cmp(path, other, shallow=False)
+    ]
 
 
-def measure(wave: Tensor) -> WaveFacts:
-    """Measure a signal [C, T], full scale 1."""
-    finite = wave.isfinite()
-    clean = wave.where(finite, torch.zeros_like(wave)).double()
-    return WaveFacts(
-        peak=float(clean.abs().max()),
-        rms=float(clean.square().mean().sqrt()),
-        dc=max(clean.mean(dim=-1).tolist(), key=abs),
-        clipped=float((clean.abs() >= _FULL_SCALE).double().mean()),
-        nonfinite=int((~finite).sum()),
-    )
+def _head(path: Path) -> tuple[int, bytes]:
+    """Return size and some bytes from the middle of a file, where speech is."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size // 2 - _HEAD // 2))
+            return size, file.read(_HEAD)
+    except OSError:
+        return -1, bytes(path)  # like no other file
 
 
 def check_data(cfg: Config, dataset: Any, valid_set: Any = None) -> Iterator[Finding]:
     """Look at a sample of the training and of the validation clips."""
     facts = audit(dataset)
     if not facts.size:
-        yield judge("data.size", 0, 1, error=True)
+        yield judge("data.size", 0, 1, bad=True)
         return
     yield from _check_set(cfg, facts, "data")
     if facts.size < cfg.training.batch_size:
-        yield judge("data.batches", facts.size, cfg.training.batch_size, warning=True)
-    yield from _check_levels(cfg, facts.readable, isinstance(dataset, MixingDataset))
+        yield judge("data.batches", facts.size, cfg.training.batch_size, bad=True)
+    snrs = [clip.snr_db for clip in facts.clips if abs(clip.snr_db) < 200]
+    if snrs:
+        value = {"min": min(snrs), "median": median(snrs), "max": max(snrs)}
+        check = "data.snr/mixing" if isinstance(dataset, MixingDataset) else "data.snr"
+        yield judge(check, value, _SNR, bad=not _SNR[0] <= value["median"] <= _SNR[1])
+    yield from _check_level(cfg, facts.clips)
     if valid_set is None:
         return
     if not len(valid_set):
-        yield judge("valid.size", 0, 1, warning=True)
+        yield judge("valid.size", 0, 1, bad=True)
         return
     yield from _check_set(cfg, audit(valid_set, limit=24, seconds=1.0), "valid")
     pairs = shared_targets(dataset, valid_set)
     both = len({other for _, other in pairs})
     names = f": {pairs[0][1]} = {pairs[0][0]}" if pairs else ""
-    yield judge("valid.duplicates", both, 0, warning=both > 0, count=len(valid_set), names=names)
+    yield judge("valid.duplicates", both, 0, bad=both > 0, count=len(valid_set), names=names)
 
 
-def _check_set(cfg: Config, facts: Audit, split: str) -> Iterator[Finding]:
-    """Judge one set; `split` is "data" or "valid", the first part of the findings' names."""
-    kinds: dict[str, list[BrokenClip]] = defaultdict(list)
-    for broken in facts.broken:
-        kinds[str(broken.error).rpartition(": ")[2]].append(broken)
-    for same in kinds.values():  # of each kind the first clip is quoted
-        why = "training stops when it comes to this clip"
-        finding = from_error(same[0].error, f"{split}.files", why)
-        more = f" (and {len(same) - 1} more of {len(facts.clips)})" if len(same) > 1 else ""
-        names = [clip.name for clip in same]
-        yield replace(finding, message=finding.message + more, value=names)
-    clips = facts.readable
-    if not clips:
-        return
-    shapes = " and ".join(sorted({str(list(clip.wave.shape)) for clip in clips}))
-    yield judge(f"{split}.shape", shapes, seen=len(facts.clips), size=facts.size)
-    yield from _check_format(cfg, clips, split)
-    for rule in _RULES:
-        numbers = [(clip, number) for clip in clips if (number := rule.number(clip)) is not None]
-        if not numbers:
-            continue
-        bad = [clip for clip, number in numbers if number > rule.limit]
-        yield judge(
-            f"{split}.{rule.name}",
-            max(number for _, number in numbers),
-            rule.limit,
-            error=bool(bad) and len(bad) >= rule.error_from * len(numbers),
-            warning=bool(bad),
-            bad=len(bad),
-            count=len(numbers),
-            names=_names(bad),
-        )
-
-
-class _Rule(NamedTuple):
-    """A number of a clip and its limit; `error_from` this share of clips on it is an error."""
-
-    name: str
-    number: Callable[[ClipFacts], float | None]  # None where the rule does not apply
-    limit: float
-    error_from: float
-
-
-_RULES = (
-    _Rule("silence", lambda clip: float(clip.target.silent), 0, 0.5),
-    _Rule("nonfinite", lambda clip: max(clip.mix.nonfinite, clip.target.nonfinite), 0, 0),
-    _Rule("clipping", lambda clip: max(clip.mix.clipped, clip.target.clipped), 1e-3, math.inf),
-    _Rule("dc", lambda clip: max(clip.mix.offset, clip.target.offset), 0.1, math.inf),
+# Check, a number of a clip (None where it does not apply), its limit, and the share of clips above
+# it from which on that is an error.
+_RULES: tuple[tuple[str, Callable[[ClipFacts], float | None], float, float], ...] = (
+    ("silence", lambda clip: float(clip.target.silent), 0, 0.5),
+    ("nonfinite", lambda clip: max(clip.mix.nonfinite, clip.target.nonfinite), 0, 0),
+    ("clipping", lambda clip: max(clip.mix.clipped, clip.target.clipped), 1e-3, math.inf),
+    ("dc", lambda clip: max(clip.mix.offset, clip.target.offset), 0.1, math.inf),
     # 16-bit rounding of three files stays far below -20 dB
-    _Rule("mixture", lambda c: None if c.target.silent else c.residual_db, -20.0, 0.5),
-    _Rule("noise", lambda clip: clip.snr_db, 100.0, 0.5),
+    ("mixture", lambda clip: None if clip.target.silent else clip.residual_db, -20.0, 0.5),
+    ("noise", lambda clip: clip.snr_db, 100.0, 0.5),
 )
 
 
+def _check_set(cfg: Config, sample: Audit, split: str) -> Iterator[Finding]:
+    """Judge one set; `split` is "data" or "valid", the first part of the findings' names."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for name, error in sample.broken.items():
+        kinds[str(error).rpartition(": ")[2]].append(name)
+    looked_at = len(sample.clips) + len(sample.broken)
+    for names in kinds.values():  # of each kind the first clip is quoted
+        why = f"training stops at such a clip ({len(names)} of the {looked_at} looked at)"
+        yield replace(from_error(sample.broken[names[0]], f"{split}.files", why), value=names)
+    if not sample.clips:
+        return
+    shapes = " and ".join(sorted({str(list(clip.wave.shape)) for clip in sample.clips}))
+    yield judge(f"{split}.shape", shapes, seen=looked_at, size=sample.size)
+    yield from _check_format(cfg, sample.clips, split)
+    for check, number_of, limit, error_from in _RULES:
+        numbers = [(n, clip) for clip in sample.clips if (n := number_of(clip)) is not None]
+        if not numbers:
+            continue
+        over = [clip for number, clip in numbers if number > limit]
+        severe: Severity = "error" if len(over) >= error_from * len(numbers) else "warning"
+        facts: dict[str, Any] = {"over": len(over), "count": len(numbers), "names": _names(over)}
+        value = max(number for number, _ in numbers)
+        yield judge(f"{split}.{check}", value, limit, bool(over) and severe, **facts)
+
+
+def _names(clips: Sequence[ClipFacts]) -> str:
+    return f": {', '.join(clip.name for clip in clips[:_NAMED])}" if clips else ""
+
+
 def _check_format(cfg: Config, clips: Sequence[ClipFacts], split: str) -> Iterator[Finding]:
-    """Judge channels, sample rate, and how much of the clips is zeros after short files."""
+    """Judge channels, and how much of the clips is zeros after short files."""
     counts = Counter(clip.wave.shape[0] for clip in clips)
     if len(counts) > 1 and cfg.training.batch_size > 1:
         found = " and ".join(f"{n} of {count}" for count, n in sorted(counts.items()))
-        odd = [clip for clip in clips if clip.wave.shape[0] == min(counts, key=counts.__getitem__)]
-        yield judge(
-            f"{split}.channels", dict(counts), 1, error=True, found=found, names=_names(odd)
-        )
+        odd = [clip for clip in clips if clip.wave.shape[0] == counts.most_common()[-1][0]]
+        check = f"{split}.channels"
+        yield judge(check, dict(counts), 1, True, found=found, names=_names(odd))
     elif max(counts) > 1:
-        yield judge(f"{split}.channels/many", max(counts), info=True)
-    rate, chunk = cfg.audio.sample_rate, cfg.audio.chunk_size
-    if {info.sample_rate for clip in clips for info in clip.infos} == {rate}:
-        yield judge(f"{split}.sample_rate", rate, rate)
-    lengths = [clip.infos[0].frames for clip in clips if clip.infos]
+        yield judge(f"{split}.channels/many", max(counts))
+    lengths = [clip.frames for clip in clips if clip.frames is not None]
     if lengths:
+        chunk, middle = cfg.audio.chunk_size, int(median(lengths))
         padding = fmean(max(0, chunk - length) / chunk for length in lengths)
-        yield judge(
-            f"{split}.padding",
-            padding,
-            _PADDING,
-            warning=padding > _PADDING,
-            shortest=min(lengths),
-            longest=max(lengths),
-            middle=int(median(lengths)),
-            chunk=chunk,
-        )
+        facts = {"shortest": min(lengths), "longest": max(lengths), "middle": middle, "cfg": cfg}
+        yield judge(f"{split}.padding", padding, _PADDING, padding > _PADDING, **facts)
 
 
-def _check_levels(cfg: Config, clips: Sequence[ClipFacts], mixing: bool) -> Iterator[Finding]:
-    """Judge the training set's SNR, and its spectrum beside the noise that diffusion adds to it.
+def _check_level(cfg: Config, clips: Sequence[ClipFacts]) -> Iterator[Finding]:
+    """Judge the spectrum beside the noise that diffusion adds to it.
 
     DN-LM attenuates speech by 1 / distance and then scales the mixture to full scale, so that |S|
     can lie far below sigma: what the score has to tell apart is then mostly the model's own noise.
     """
-    snrs = [c.snr_db for c in clips if c.snr_db is not None and abs(c.snr_db) < 200]
-    if snrs:
-        value = {"min": min(snrs), "median": median(snrs), "max": max(snrs)}
-        unusual = not _SNR[0] <= value["median"] <= _SNR[1]
-        yield judge("data.snr/mixing" if mixing else "data.snr", value, _SNR, warning=unusual)
     compression, buffer = cfg.preprocessing.magnitude_compression, cfg.diffusion_buffer
     waves = [clip.wave.mean(dim=0) for clip in clips if not clip.target.silent]
     waves = [w for w in waves if w.shape == waves[0].shape and w.isfinite().all() and w.any()]
@@ -276,82 +272,7 @@ def _check_levels(cfg: Config, clips: Sequence[ClipFacts], mixing: bool) -> Iter
     sounding = (power > 0).sum(dim=1).clamp_min(1)  # [N]: frames of zero padding do not count
     level = median((power.sum(dim=1) / sounding).sqrt().tolist())
     ratio = level / sigma
-    yield judge(
-        "data.level",
-        ratio,
-        _LEVEL,
-        warning=not _LEVEL[0] <= ratio < _LEVEL[1],
-        level=level,
-        sigma=sigma,
-        beta=float(f"{compression.beta * _GOOD_LEVEL / ratio:.2g}"),
-    )
-
-
-def _names(clips: Sequence[ClipFacts]) -> str:
-    """Return a colon and the names of the first clips, and count the others."""
-    named = ", ".join(clip.name for clip in clips[:_NAMED])
-    more = f" and {len(clips) - _NAMED} more" if len(clips) > _NAMED else ""
-    return f": {named}{more}" if clips else ""
-
-
-def _look(dataset: Any, index: int) -> ClipFacts | BrokenClip:
-    """Read and measure one item."""
-    name = dataset.name(index) if hasattr(dataset, "name") else f"clip {index}"
-    try:
-        files: Sequence[Path] = dataset.items[index] if isinstance(dataset, ClipDataset) else ()
-        infos = tuple(read_info(path) for path in files)
-        mix, wave = dataset[index]  # finds what does not match within the pair
-        target = wave
-        if len(files) == 2:
-            mix, target = (_whole(info) for info in infos)
-        noise = _noise(files, infos)
-    except DataError as error:
-        return BrokenClip(name, error)
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        return BrokenClip(name, DataError(f"{name}: {type(error).__name__}: {reason}"))
-    same = mix.shape == target.shape
-    residual = None
-    if noise is not None and same and noise.shape == mix.shape:
-        residual = _ratio_db(mix - target - noise, target)
-    snr = _ratio_db(target, mix - target) if same else None
-    return ClipFacts(name, infos, measure(mix), measure(target), snr, residual, wave)
-
-
-def _whole(info: AudioInfo) -> Tensor:
-    """Read a file, or of a very long one the beginning."""
-    return read_audio(info.path, 0, min(info.frames, _LONGEST * info.sample_rate))[0]
-
-
-def _noise(files: Sequence[Path], infos: Sequence[AudioInfo]) -> Tensor | None:
-    """Return what lies beside a DN-LM mixture as noise.wav (or .flac), if it does."""
-    if len(files) == 2 and files[0].stem == "mixture":
-        for path in (files[0].with_name(f"noise{extension}") for extension in EXTENSIONS):
-            if path.is_file():
-                info = read_info(path)
-                return _whole(info) if info.frames == infos[0].frames else None
-    return None
-
-
-def _ratio_db(wave: Tensor, other: Tensor) -> float:
-    """Return 10 log10 of the power of one wave over that of another; inf over silence."""
-    power, divisor = (float(w.double().square().mean()) for w in (wave, other))
-    if power <= 0:
-        return -math.inf
-    return math.inf if divisor <= 0 else 10 * (math.log10(power) - math.log10(divisor))
-
-
-def _target_files(dataset: Any) -> list[Path]:
-    """Return the target (or speech) file of every item."""
-    return [files[-1] for files in dataset.items] if isinstance(dataset, ClipDataset) else []
-
-
-def _head(path: Path) -> tuple[int, bytes]:
-    """Return size and some bytes from the middle of a file, where speech is."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            file.seek(max(0, size // 2 - _HEAD // 2))
-            return size, file.read(_HEAD)
-    except OSError:
-        return -1, bytes(path)  # like no other file
+    low, high = _LEVEL
+    beta = float(f"{compression.beta * _GOOD_LEVEL / ratio:.2g}")
+    bad = not low <= ratio < high
+    yield judge("data.level", ratio, _LEVEL, bad=bad, level=level, sigma=sigma, beta=beta)

@@ -1,21 +1,18 @@
-"""Where a model is wrong: by diffusion time and by frequency.
-
-A loss is one number; these tell which times and bands it is made of, and whether the score has the
-right size and direction there.
-"""
+"""Where a model is wrong, by diffusion time and frequency, and where its gradients are large."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
+from itertools import islice, pairwise
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffbuf_lib.model import DiffusionBufferModel, evaluating
-from diffbuf_lib.trace import Trace, format_table
+from diffbuf_lib.trace import format_table
 
 
 @dataclass(frozen=True)
@@ -33,43 +30,16 @@ class ScoreRow:
 
 @dataclass(frozen=True)
 class ScoreStatistics:
-    """Sums over a grid of times and bands, from which every mean follows.
+    """Rows for N ranges of diffusion time and M frequency bands; prints as two tables."""
 
-    Attributes:
-        times: [N + 1] edges of the bins of diffusion time.
-        bands: [M + 1] edges of the frequency bands, Hz.
-        sums: [5, N, M] float64: count, |target|^2, |score|^2, Re(score conj target), loss.
-    """
-
-    times: tuple[float, ...]
-    bands: tuple[float, ...]
-    sums: Tensor
-
-    @property
-    def by_time(self) -> list[ScoreRow]:
-        """A row for every bin of diffusion time."""
-        return _rows(self.times, self.sums.sum(dim=2))
-
-    @property
-    def by_band(self) -> list[ScoreRow]:
-        """A row for every frequency band."""
-        return _rows(self.bands, self.sums.sum(dim=1))
-
-    @property
-    def grid(self) -> list[list[ScoreRow]]:
-        """A list for every bin of time with a row for every band (low and high are Hz)."""
-        return [_rows(self.bands, self.sums[:, i]) for i in range(self.sums.shape[1])]
+    times: list[float]  # N + 1 edges
+    bands: list[float]  # M + 1 edges, Hz
+    by_time: list[ScoreRow]
+    by_band: list[ScoreRow]
+    grid: list[list[ScoreRow]]  # for every time a row for every band (low and high are Hz)
 
     def __str__(self) -> str:
-        tables = []
-        for name, digits, rows in (("t", 3, self.by_time), ("Hz", 0, self.by_band)):
-            table = [[name, "count", "target RMS", "score RMS", "loss", "correlation"]]
-            for row in rows:
-                span = f"{row.low:.{digits}f}-{row.high:.{digits}f}"
-                means = [f"{mean:.4g}" for mean in (row.target_rms, row.score_rms, row.loss)]
-                table.append([span, str(row.count), *means, f"{row.correlation:.3f}"])
-            tables.append(format_table(table))
-        return "\n\n".join(tables)
+        return f"{_table(ScoreRow, self.by_time)}\n\n{_table(ScoreRow, self.by_band)}"
 
 
 def score_statistics(
@@ -101,43 +71,90 @@ def score_statistics(
     bands = min(bands, num_bins)
     edges = torch.linspace(buffer.t_eps, buffer.t_max, time_bins + 1, device=device)
     band = torch.arange(num_bins, device=device) * bands // num_bins  # [F]
-    sums = torch.zeros(5, time_bins, bands, dtype=torch.float64)
+    flat_sums = torch.zeros(5, time_bins * bands, dtype=torch.float64, device=device)
     with torch.no_grad(), evaluating(model):
         for mix, target in islice(loader, batches):
             trace = model.trace(mix.to(device), target.to(device), generator)
-            sums += _sums(trace, edges, band, time_bins, bands).cpu()
+            score, wanted, loss = trace.score, trace.target_score, trace.loss_map  # [B, F, Kb]
+            products = [wanted.abs().square(), score.abs().square(), (score * wanted.conj()).real]
+            values = torch.stack([torch.ones_like(loss), *products, loss]).double()
+            when = torch.bucketize(trace.t, edges[1:-1].contiguous(), right=True)  # [B, Kb]
+            cell = when.unsqueeze(1) * bands + band[:, None]  # [B, F, Kb]
+            flat_sums.index_add_(1, cell.flatten(), values.flatten(1))
     first = [int((band < i).sum()) for i in range(bands + 1)]
     hertz = [min(i * audio.sample_rate / audio.stft.n_fft, audio.sample_rate / 2) for i in first]
-    return ScoreStatistics(tuple(edges.tolist()), tuple(hertz), sums)
+    times, sums = edges.tolist(), flat_sums.view(5, time_bins, bands).cpu()
+    by_time, by_band = _score_rows(times, sums.sum(dim=2)), _score_rows(hertz, sums.sum(dim=1))
+    grid = [_score_rows(hertz, each) for each in sums.unbind(1)]
+    return ScoreStatistics(times, hertz, by_time, by_band, grid)
 
 
-def _sums(trace: Trace, edges: Tensor, band: Tensor, time_bins: int, bands: int) -> Tensor:
-    """Return [5, N, M]: every coefficient's numbers added to its time's and its band's."""
-    score, target, loss = trace.score, trace.target_score, trace.loss_map  # [B, F, Kb]
-    product = (score * target.conj()).real
-    values = [torch.ones_like(loss), target.abs().square(), score.abs().square(), product, loss]
-    when = torch.bucketize(trace.t, edges[1:-1].contiguous(), right=True)  # [B, Kb]
-    cell = when.unsqueeze(1) * bands + band[:, None]  # [B, F, Kb]
-    sums = edges.new_zeros(5, time_bins * bands, dtype=torch.float64)
-    sums.index_add_(1, cell.flatten(), torch.stack(values).double().flatten(1))
-    return sums.view(5, time_bins, bands)
-
-
-def _rows(edges: tuple[float, ...], sums: Tensor) -> list[ScoreRow]:
+def _score_rows(edges: Sequence[float], sums: Tensor) -> list[ScoreRow]:
+    """Make a row of each column of [5, N]: count, |target|^2, |score|^2, their product, loss."""
     rows = []
-    for i, (count, target, score, product, loss) in enumerate(sums.T.tolist()):
-        means = [total / count if count else math.nan for total in (target, score, loss)]
-        target_rms, score_rms = (math.sqrt(mean) for mean in means[:2])
-        size = math.sqrt(target * score)
-        rows.append(
-            ScoreRow(
-                low=edges[i],
-                high=edges[i + 1],
-                count=int(count),
-                target_rms=target_rms,
-                score_rms=score_rms,
-                loss=means[2],
-                correlation=product / size if size else math.nan,
-            )
-        )
+    for span, column in zip(pairwise(edges), sums.T.tolist(), strict=True):
+        number, target, score, product, loss = column
+        count, size = number or math.nan, math.sqrt(target * score) or math.nan
+        rms = math.sqrt(target / count), math.sqrt(score / count)
+        rows.append(ScoreRow(*span, int(number), *rms, loss / count, product / size))
     return rows
+
+
+@dataclass(frozen=True)
+class GradientRow:
+    """Gradients of one module's own parameters, without those of the modules inside it."""
+
+    module: str
+    parameters: int  # numbers that have a gradient
+    missing: int  # numbers that have none: the loss does not depend on them
+    norm: float
+    max: float  # largest magnitude
+    zeros: float  # share, 0 to 1
+    nonfinite: int  # elements that are NaN or Inf
+    weight_norm: float  # of the parameters themselves
+
+
+class GradientStatistics(list[GradientRow]):
+    """A row for every module that owns parameters; prints as a table."""
+
+    @property
+    def norm(self) -> float:
+        """Norm of all gradients together."""
+        return math.hypot(*(row.norm for row in self))
+
+    def __str__(self) -> str:
+        return _table(GradientRow, self)
+
+
+@torch.no_grad()
+def gradient_statistics(model: nn.Module) -> GradientStatistics:
+    """Measure, module by module, the gradients that the last backward pass left.
+
+    Call this after `backward` and before `zero_grad`.
+    """
+    rows, empty = GradientStatistics(), torch.zeros(0)
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        if not own:
+            continue
+        flat = torch.cat([p.grad.float().flatten() for p in own if p.grad is not None] or [empty])
+        row = GradientRow(
+            module=name or type(model).__name__,
+            parameters=flat.numel(),
+            missing=sum(p.numel() for p in own) - flat.numel(),
+            norm=float(flat.norm()),
+            max=float(flat.norm(torch.inf)) if flat.numel() else 0.0,
+            zeros=int((flat == 0).sum()) / max(1, flat.numel()),
+            nonfinite=int((~flat.isfinite()).sum()),
+            weight_norm=float(nn.utils.get_total_norm(own)),
+        )
+        rows.append(row)
+    return rows
+
+
+def _table(kind: Any, rows: Iterable[Any]) -> str:
+    cells = (
+        [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in astuple(row)]
+        for row in rows
+    )
+    return format_table([[field.name for field in fields(kind)], *cells])

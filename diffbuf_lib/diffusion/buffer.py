@@ -55,13 +55,10 @@ def draw_times(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Draw the diffusion times of a training batch.
+    """Draw the diffusion times of a training batch, [batch, B], rising along the buffer.
 
     "random": t_1 = t_eps and the other B - 1 uniform on [t_eps, t_max], sorted; "linspace": what
     inference uses.
-
-    Returns:
-        [batch, B], rising along the buffer.
     """
     if cfg.time_sampling == "linspace":
         return inference_times(cfg, device, dtype).expand(batch, -1)
@@ -105,7 +102,7 @@ def complex_normal(
     Args:
         shape: [B, ...]; a sequence of generators needs one for each of the B examples.
         generator: see `Generators`.
-        device: where to draw; a generator must live there.
+        device: where to draw and where the generators live.
         dtype: complex.
     """
     return _draw(torch.randn, shape, generator, device, dtype)

@@ -40,19 +40,14 @@ class Denoise(Protocol):
 class BufferState:
     """All that one stream remembers of spectra, in the open.
 
-    Attributes:
-        V: [B, F, K] complex, the network's perturbed input; its last Kb frames are the buffer.
-            With a streaming network it holds 1 + Kb frames, whatever K is.
-        Y: [B, F, K] complex, the noisy frames of the same K moments as V: conditioning on any
-            other window would be misaligned, or leak the future.
-        memory: what a streaming network keeps of all earlier frames; else None.
-        pushed: frames taken in so far.
+    V and Y are of the same K moments: conditioning on any other window would be misaligned, or
+    leak the future. With a streaming network K is 1 + Kb.
     """
 
-    V: Tensor
-    Y: Tensor
-    memory: Any = None
-    pushed: int = 0
+    V: Tensor  # [B, F, K] complex, perturbed; the last Kb frames are the buffer
+    Y: Tensor  # [B, F, K] complex, noisy
+    memory: Any = None  # what a streaming network keeps of all earlier frames
+    pushed: int = 0  # frames taken in so far
 
     @property
     def num_bytes(self) -> int:

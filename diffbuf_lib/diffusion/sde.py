@@ -18,10 +18,10 @@ from diffbuf_lib.registry import SDES
 
 
 class SDE(Protocol):
-    """What the buffer needs of an SDE."""
+    """What the buffer needs of an SDE; x0, x and y [B, F, Kb] complex, t [B, Kb]."""
 
     def mean(self, x0: Tensor, y: Tensor, t: Tensor) -> Tensor:
-        """E[X_t | x0, y]; x0 and y [B, F, Kb] complex, t [B, Kb]."""
+        """E[X_t | x0, y]."""
 
     def std(self, t: Tensor) -> Tensor:
         """sigma(t), of t's shape: X_t = mean + sigma z with z ~ CN(0, 1)."""
@@ -33,7 +33,7 @@ class SDE(Protocol):
         """g(t), of t's shape."""
 
     def denoised(self, xt: Tensor, y: Tensor, t: Tensor) -> Tensor:
-        """The x0 whose mean at t is xt: `mean` solved for x0."""
+        """The x0 whose mean at t is xt."""
 
 
 def make_sde(cfg: SDEConfig) -> SDE:

@@ -251,11 +251,7 @@ def _magnitudes(x: Tensor) -> Tensor:
 class ResBlock(nn.Module):
     """Norm, SiLU, convolution, norm shifted and scaled by time, SiLU, convolution, plus the input.
 
-    Args:
-        channels: channels of input and output.
-        time_channels: channels of the time embedding.
-        dilation: frames from one tap of the convolutions to the next.
-        dropout: probability.
+    The convolutions' taps are `dilation` frames apart.
     """
 
     def __init__(self, channels: int, time_channels: int, dilation: int, dropout: float) -> None:

@@ -133,13 +133,7 @@ class NCSNpp(nn.Module):
 
 
 class DownStage(nn.Module):
-    """One level on the way down: residual blocks, then to half the bins and frames.
-
-    Args:
-        blocks: residual blocks at this level.
-        shrink: the block that halves; None at the coarsest level.
-        width: channels of what leaves the level.
-    """
+    """One level on the way down: residual blocks, then half the bins and frames, if `shrink`."""
 
     def __init__(self, blocks: list[ResBlock], shrink: ResBlock | None, width: int) -> None:
         super().__init__()
@@ -162,13 +156,7 @@ class DownStage(nn.Module):
 
 
 class UpStage(nn.Module):
-    """One level on the way up: blocks with skips, a term of the output, then to double the size.
-
-    Args:
-        blocks: residual blocks at this level, one for each skip.
-        grow: the block that doubles; None at the finest level.
-        width: channels of the blocks' output.
-    """
+    """One level on the way up: blocks with skips, a term of the output, then twice the size."""
 
     def __init__(self, blocks: list[ResBlock], grow: ResBlock | None, width: int) -> None:
         super().__init__()
@@ -192,16 +180,9 @@ class UpStage(nn.Module):
 class ResBlock(nn.Module):
     """Norm, SiLU, convolution, plus time, norm, SiLU, convolution, plus the input, over sqrt 2.
 
-    The residual block of BigGAN in Song et al. 2021: resampling comes after the first activation
-    and on the shortcut.
-
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        time_channels: channels of the time embedding.
-        time_stride: frames of the input clip to one frame of the output.
-        resample: "down", "up" or nothing.
-        dropout: probability.
+    The residual block of BigGAN in Song et al. 2021: resampling ("down", "up" or nothing) comes
+    after the first activation and on the shortcut. A frame of the output is `time_stride` of the
+    clip's.
     """
 
     def __init__(

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import nn
 
+from diffbuf_lib.data.audio import atomic_file
 from diffbuf_lib.errors import CheckpointError
 
 FORMAT = 1
@@ -36,7 +36,7 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
         CheckpointError: it cannot be written (disk full, no permission). An older file at `path`
             is still there and whole.
     """
-    with atomic_file(Path(path)) as file:
+    with replaced_file(Path(path)) as file:
         torch.save({"format": FORMAT, **state}, file)
 
 
@@ -148,36 +148,19 @@ def apply_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source:
     model.load_state_dict(dict(weights))
 
 
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path` that takes its place once it is safely on the disk.
+@contextmanager
+def replaced_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that takes the place of `path` once it is safely on the disk.
 
     Raises:
-        CheckpointError: it cannot be written; the temporary file is gone, `path` is as before.
+        CheckpointError: it cannot be written; `path` is as before.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with atomic_file(path) as temporary, open(temporary, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns some OSErrors into these
         raise unwritable(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Put a folder's entries on the disk: without it a rename can be lost with the power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def unwritable(path: Path, error: Exception) -> CheckpointError:

@@ -26,9 +26,9 @@ from torch import Tensor
 
 import diffbuf_lib
 from diffbuf_lib.config import Config
+from diffbuf_lib.data.audio import wait_for_disk
 from diffbuf_lib.errors import DiffbufError, NonFiniteError, OutOfMemoryError
 from diffbuf_lib.trace import to_plain
-from diffbuf_lib.training.checkpoint import sync_folder
 from diffbuf_lib.training.feed import Batch, ClipSource, EpochPlan, Stream, seed_everything
 from diffbuf_lib.training.memory import explain_out_of_memory, is_out_of_memory
 from diffbuf_lib.training.step import Engine, Outcome
@@ -268,7 +268,7 @@ def _write(results: Path, record: dict[str, Any], content: dict[str, Any]) -> Pa
         torch.save(content, temporary / "capsule.pt")
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
-        sync_folder(results)
+        wait_for_disk(results)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     others = [path for path in results.glob("capsule_*") if path != folder]

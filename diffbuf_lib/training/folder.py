@@ -26,10 +26,11 @@ import filelock
 import torch
 
 from diffbuf_lib.config import Config
+from diffbuf_lib.data.audio import wait_for_disk
 from diffbuf_lib.errors import CheckpointError
 from diffbuf_lib.figures import spectrograms, to_pixels
 from diffbuf_lib.trace import to_plain
-from diffbuf_lib.training.checkpoint import atomic_file, load_checkpoint, sync_folder, unwritable
+from diffbuf_lib.training.checkpoint import load_checkpoint, replaced_file, unwritable
 from diffbuf_lib.training.step import StepRecord, Validation
 
 CHANGEABLE = {
@@ -94,7 +95,7 @@ class ResultsFolder:
 
     def write_config(self, cfg: Config) -> None:
         """Write config.yaml."""
-        with atomic_file(self.config) as file:
+        with replaced_file(self.config) as file:
             file.write(cfg.to_yaml().encode())
 
     def truncate_history(self, step: int, *, validated: bool) -> None:
@@ -113,7 +114,7 @@ class ResultsFolder:
             return line["step"] < step or (line["step"] == step and not repeated)
 
         kept = [line for line in read_history(self.history) if stays(line)]
-        with atomic_file(self.history) as file:
+        with replaced_file(self.history) as file:
             file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def export_model(self, model: Any) -> None:
@@ -127,11 +128,11 @@ class ResultsFolder:
             shutil.rmtree(new, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
             model.save_pretrained(new)
-            sync_folder(new)
+            wait_for_disk(new)
             if self.model.exists():
                 self.model.rename(old)
             new.rename(self.model)
-            sync_folder(self.path)
+            wait_for_disk(self.path)
         except OSError as error:
             self.tidy()
             raise unwritable(self.model, error) from error

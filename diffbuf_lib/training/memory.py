@@ -199,9 +199,10 @@ def explain_out_of_memory(error: Exception, cfg: Config, engine: Engine, batch: 
     """
     device, size = engine.accelerator.device, len(batch.mix)
     engine.optimizer.zero_grad()
-    found = re.search(r"[Tt]ried to allocate ([\d.]+) ([KMG]iB|bytes)", str(error))
-    amount = _readable(float(found[1]), found[2]) if found else ""
-    asked = f"{amount} more were asked for" if found else "more was asked for than is there"
+    asked = "more was asked for than is there"
+    if found := re.search(r"[Tt]ried to allocate ([\d.]+) ([KMG]iB|bytes)", str(error)):
+        amount = _readable(float(found[1])) if found[2] == "bytes" else f"{found[1]} {found[2]}"
+        asked = f"{amount} more were asked for"
     free = free_memory(device)
     held = 2 * _size(engine.model.parameters()) + 2 * _size(engine.model.buffers())
     try:
@@ -218,12 +219,12 @@ def explain_out_of_memory(error: Exception, cfg: Config, engine: Engine, batch: 
     )
 
 
-def _readable(count: float, unit: str = "bytes") -> str:
+def _readable(count: float) -> str:
     """Return 5368709120 bytes as "5 GiB"."""
-    units = ("bytes", "KiB", "MiB", "GiB")
-    for larger in units[units.index(unit) + 1 :]:
-        if count >= 1024:
-            count, unit = count / 1024, larger
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
     return f"{count:.3g} {unit}"
 
 

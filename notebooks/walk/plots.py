@@ -25,8 +25,7 @@ from diffbuf_lib.trace import Trace
 from diffbuf_lib.training.folder import ResultsFolder, read_history
 
 if TYPE_CHECKING:
-    from diffbuf_lib.diagnostics.statistics import ScoreStatistics
-    from diffbuf_lib.diagnostics.watch import GradientStatistics
+    from diffbuf_lib.diagnostics.statistics import GradientStatistics, ScoreStatistics
     from walk.listening import DelayScore
     from walk.scaling import StepCost
 
@@ -272,7 +271,7 @@ def compare_gradients(gradients: Mapping[str, GradientStatistics]) -> Figure:
     figure, axes = _one(min(6.0, 1.2 + 0.3 * len(modules)), "gradient norm", "")
     place, height = np.arange(len(modules)), 0.8 / len(gradients)
     for index, (name, each) in enumerate(gradients.items()):
-        norms = [each[module].norm for module in modules]
+        norms = [row.norm for row in each]
         axes.barh(place + index * height, norms, height, align="edge", label=name)
     step = -(-len(modules) // 20)  # of many modules, a label for every so many
     axes.set_yticks(place[::step] + 0.4, [m.removeprefix("network.") for m in modules[::step]])

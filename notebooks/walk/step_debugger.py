@@ -11,7 +11,7 @@ import ipywidgets as widgets
 import torch
 from torch import Tensor
 
-from diffbuf_lib.diagnostics.watch import GradientStatistics, gradient_statistics
+from diffbuf_lib.diagnostics.statistics import GradientStatistics, gradient_statistics
 from diffbuf_lib.figures import player_wav
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.notebook.panels import Panel, label

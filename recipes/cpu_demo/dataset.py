@@ -22,14 +22,13 @@ from torch import Tensor
 
 from diffbuf_lib.data.audio import list_audio, read_audio, read_info, write_audio
 from diffbuf_lib.data.build import (
-    NoiseRegion,
     Sample,
     Split,
     draw_samples,
     make_samples,
     run_parallel,
 )
-from diffbuf_lib.data.demo_set import audio_samples, join_recordings
+from diffbuf_lib.data.demo_set import join_recordings
 from diffbuf_lib.data.drone import DroneParameters, synthesise
 from diffbuf_lib.errors import DataError
 from recipes.cpu_demo.noises import KINDS
@@ -106,7 +105,7 @@ def build_pretraining(
     for number in range(_OTHER_NOISES):
         work.append((_other, (train / "noise", number, seed)))
     run_parallel(_run, work, processes, desc="sources", disable=not progress)
-    join_recordings(audio_samples(), _speech_folder(out, "test_recordings"))
+    join_recordings(_speech_folder(out, "test_recordings"))
     work = [(_babble, (train, number, seed)) for number in range(_BABBLES)]
     work += [(_room, (train / "rooms", number, seed)) for number in range(_ROOMS)]
     run_parallel(_run, work, processes, desc="rooms", disable=not progress)
@@ -134,7 +133,7 @@ def _clips(out: Path, name: str, seed: int) -> Iterator[Sample]:
     noise_dir = _noise_folder(out, "test" if name == "test_recordings" else name)
     speech = [path.relative_to(speech_dir).as_posix() for path in list_audio(speech_dir)]
     noise = [
-        NoiseRegion(path.relative_to(noise_dir).as_posix(), 0, read_info(path).frames)
+        (path.relative_to(noise_dir).as_posix(), 0, read_info(path).frames)
         for path in list_audio(noise_dir)
     ]
     split = Split(

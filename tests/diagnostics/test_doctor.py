@@ -2,22 +2,59 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
 
 from diffbuf_lib import load_config
+from diffbuf_lib.config import build_config
+from diffbuf_lib.data import open_dataset
 from diffbuf_lib.diagnostics import checks_run, examine, examine_paths, has_error
-from diffbuf_lib.diagnostics.checks_run import resolve_device
-from diffbuf_lib.diagnostics.findings import Finding, render, to_json, worst_first
+from diffbuf_lib.diagnostics.checks_data import audit, measure, shared_targets
+from diffbuf_lib.diagnostics.findings import Finding, render
 from diffbuf_lib.registry import OPTIMIZERS
 from tests.conftest import TINY, call, seeded
-from tests.diagnostics.clips import Items, config, make_split, opened, samples, stem, write
 
 PAPER = "sde={type: bbed, diffusion: {c: 0.08}}"  # the c that the paper prints
+
+
+def config(*overrides):
+    return build_config(TINY, overrides)
+
+
+def write(path, wave):
+    """Write [T] or [T, C] as it is, NaN and all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, wave, 16000, subtype="FLOAT")
+
+
+def make_split(root, count=4, seed=0):
+    """Make a split whose clips are white noise (target) in white noise, SNR -6 dB."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        target, noise = 0.05 * rng.standard_normal((2, 1600)) * np.array([[1], [2]])
+        folder = root / f"sample_{i:05}"
+        write(folder / "vocals.wav", target)
+        write(folder / "noise.wav", noise)
+        write(folder / "mixture.wav", target + noise)
+    return root
+
+
+def stem(root, name, clip=1):
+    return root / f"sample_{clip:05}" / f"{name}.wav"
+
+
+def samples(path):
+    return soundfile.read(path)[0]
+
+
+def opened(root, cfg):
+    return open_dataset(1, root, cfg, training=True)
 
 
 @pytest.fixture
@@ -48,7 +85,7 @@ def test_a_good_set_has_no_error_and_no_warning(paths):
 def test_the_doctor_accepts_every_config(path):
     cfg = load_config(path, ["model.base_channels=8", "training.batch_size=1"])
     target, noise = 0.1 * torch.randn(2, 1, cfg.audio.chunk_size, generator=seeded())
-    findings = examine(cfg, Items((target + noise, target)), device="cpu")
+    findings = examine(cfg, [(target + noise, target)], device="cpu")
     assert not has_error(findings), render(findings)
     assert of(findings, "model.step").severity == "ok"
 
@@ -61,39 +98,24 @@ def test_the_doctor_accepts_every_optimizer(paths, optimizer):
     assert of(findings, "model.memory").severity == "ok"
 
 
-@pytest.mark.parametrize(
-    ("override", "key"),
-    [
-        ("diffusion_buffer.buffer_size=99", "diffusion_buffer.buffer_size"),
-        ("diffusion_buffer.t_max=1.0", "diffusion_buffer.t_max"),
-        ("training.lrr=1", "training.lr"),
-        ("sde={type: bbed, diffusion: {c: 0.3, theta: 0.08}}", "sde.diffusion.c"),
-    ],
-)
-def test_a_config_that_cannot_be_opened_is_the_only_finding(paths, override, key):
-    (finding,) = examine_paths(**paths, overrides=[override])
+def test_a_config_that_cannot_be_opened_is_the_only_finding(paths):
+    (finding,) = examine_paths(**paths, overrides=["diffusion_buffer.buffer_size=99"])
     assert (finding.severity, finding.check) == ("error", "config")
-    assert key in finding.fix or finding.config_key == key
+    assert finding.config_key == "diffusion_buffer.buffer_size"
 
 
 @pytest.mark.law
 @pytest.mark.parametrize(
     ("overrides", "check", "key"),
     [
-        (
-            ["sde.type=bbed", "sde.diffusion={c: 1.0e-30}", "training.loss=score"],
-            "schedule.score_target",
-            "sde.diffusion",
-        ),
-        (
-            ["diffusion_buffer.t_eps=1.0e-9", "model.output_scale=none", "training.use_amp=true"],
-            "schedule.score_target",
-            "diffusion_buffer.t_eps",
-        ),
+        (["sde={type: bbed, diffusion: {c: 1.0e-30}}", "training.loss=score"],
+         "schedule.score_target", "sde.diffusion"),
+        (["diffusion_buffer.t_eps=1.0e-9", "model.output_scale=none", "training.use_amp=true"],
+         "schedule.score_target", "diffusion_buffer.t_eps"),
         (["training.batch_size=10000000"], "model.memory", "training.batch_size"),
         (["audio.sample_rate=8000"], "data.files", "audio.sample_rate"),
     ],
-)
+)  # fmt: skip
 def test_a_broken_config_gives_the_right_finding_first_and_its_overrides_mend_it(
     paths, overrides, check, key
 ):
@@ -106,10 +128,11 @@ def test_a_broken_config_gives_the_right_finding_first_and_its_overrides_mend_it
     assert not has_error(mended), render(mended)
 
 
-STEMS = ("vocals", "mixture", "noise")
+def stereo(wave):
+    return np.stack([wave, wave], axis=1)
 
 
-def rewrite(root, change, names=STEMS, clips=(1,)):
+def rewrite(root, change, names=("vocals", "mixture", "noise"), clips=(1,)):
     for path in (stem(root, name, clip) for clip in clips for name in names):
         write(path, change(samples(path)))
 
@@ -118,10 +141,10 @@ def with_nan(root):
     rewrite(root, lambda x: np.where(np.arange(len(x)) // 3 == 33, np.nan, x), ["mixture"])
 
 
-def silent(root):
-    rewrite(root, np.zeros_like, ["vocals"], range(4))
+def without(root, name, other):
+    rewrite(root, np.zeros_like, [name], range(4))
     for clip in range(4):
-        shutil.copy(stem(root, "noise", clip), stem(root, "mixture", clip))
+        shutil.copy(stem(root, other, clip), stem(root, "mixture", clip))
 
 
 def swapped(root):
@@ -137,16 +160,6 @@ def cut_short(root):
     path.write_bytes(path.read_bytes()[:1000])
 
 
-def twice(wave):
-    return np.stack([wave, wave], axis=1)
-
-
-def without_noise(root):
-    rewrite(root, np.zeros_like, ["noise"], range(4))
-    for clip in range(4):
-        shutil.copy(stem(root, "vocals", clip), stem(root, "mixture", clip))
-
-
 def too_loud(root):
     for clip in range(4):
         stem(root, "noise", clip).unlink()
@@ -158,12 +171,16 @@ def too_loud(root):
     ("damage", "check", "says"),
     [
         (with_nan, "data.files", "3 NaN or Inf"),
-        (silent, "data.silence", "4 of 4 targets are silent"),
+        (
+            lambda root: without(root, "vocals", "noise"),
+            "data.silence",
+            "4 of 4 targets are silent",
+        ),
         (swapped, "data.mixture", "not vocals + noise in 4 of 4"),
         (cut_short, "data.files", "cut short"),
-        (lambda root: rewrite(root, twice), "data.channels", "3 of 1 and 1 of 2"),
-        (lambda root: rewrite(root, twice, ["mixture"]), "data.files", "2 channels"),
-        (without_noise, "data.noise", "the same in 4 of 4"),
+        (lambda root: rewrite(root, stereo), "data.channels", "3 of 1 and 1 of 2"),
+        (lambda root: rewrite(root, stereo, ["mixture"]), "data.files", "2 channels"),
+        (lambda r: without(r, "noise", "vocals"), "data.noise", "the same in 4 of 4"),
         (lambda root: rewrite(root, lambda x: x[:1500], ["vocals"]), "data.files", "1500"),
         (too_loud, "model.step", "stage Y"),
         (lambda root: stem(root, "vocals").unlink(), "data.open", "no vocals.wav"),
@@ -251,10 +268,8 @@ def test_frames_of_a_one_second_clip_are_counted_exactly(paths, center, frames):
     assert of(findings, "frames.count").value == frames
     latency = of(findings, "frames.latency")
     assert latency.value == pytest.approx(3 * 16 + 510 / 16)
-    window = of(
-        examine_paths(**paths, overrides=[*small, "diffusion_buffer.num_frames=128"]),
-        "frames.window",
-    )
+    small.append("diffusion_buffer.num_frames=128")
+    window = of(examine_paths(**paths, overrides=small), "frames.window")
     assert window.severity == "warning"
     assert str(127 * 256 + (0 if center else 510)) in window.message
 
@@ -270,105 +285,117 @@ def test_everything_is_left_as_it_was(paths):
 
 def test_a_data_set_in_memory_is_examined_too():
     wave = 0.05 * torch.randn(1, 1600, generator=seeded())
-    findings = examine(config(), Items((3 * wave.flip(-1), wave), (2 * wave.flip(-1), wave)))
-    assert not has_error(findings)
-    bad = wave.clone()
-    bad[0, 5] = torch.inf
-    first = examine(config(), Items((bad, wave)))[0]
-    assert (first.severity, first.check) == ("error", "data.nonfinite")
-    assert examine(config(), Items())[0].check == "data.size"
+    assert not has_error(examine(config(), [(3 * wave.flip(-1), wave)]))
+    bad = wave.where(torch.arange(1600) != 5, torch.inf)
+    assert examine(config(), [(bad, wave)])[0].check == "data.nonfinite"
+    assert examine(config(), [])[0].check == "data.size"
+    assert "clip 0: TypeError" in examine(config(), [None])[0].message
 
 
-def test_mixed_precision_is_tried_and_blamed_only_where_float32_is_finite(paths, monkeypatch):
-    cfg = config("training.use_amp=true", "training.amp_dtype=bf16")
-    dataset = opened(paths["data_path"], cfg)
-    assert of(examine(cfg, dataset), "model.step_amp").severity == "ok"
-    real = checks_run.run_pass
-
-    def overflowing(model, mix, target, precision):
-        outcome = real(model, mix, target, precision)
-        if precision is None:
-            return outcome
-        return checks_run.Pass(torch.inf, torch.nan, 7, 0.1, outcome.saved)
-
-    monkeypatch.setattr(checks_run, "run_pass", overflowing)
-    first = examine(cfg, dataset)[0]
-    assert (first.severity, first.check) == ("error", "model.step_amp")
-    assert first.overrides == ("training.use_amp=false",)
-    assert "in float32 the same clip is finite" in first.message
-    assert not has_error(examine(cfg.override(*first.overrides), dataset))
+def test_mixed_precision_is_tried(paths):
+    findings = examine_paths(**paths, overrides=["training={use_amp: true, amp_dtype: bf16}"])
+    assert of(findings, "model.step_amp").severity == "ok"
 
 
-def test_running_out_of_memory_is_a_finding(paths, monkeypatch):
-    def forward(self, *args, **kwargs):
+def test_what_the_machine_lacks_is_a_finding(paths, monkeypatch):
+    assert examine_paths(**paths, device="tpu")[0].check == "machine.device"
+
+    def trace(self, *args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(checks_run.DiffusionBufferModel, "trace", forward)
-    cfg = config()
-    first = examine(cfg, opened(paths["data_path"], cfg))[0]
+    monkeypatch.setattr(checks_run.DiffusionBufferModel, "trace", trace)
+    first = examine_paths(**paths)[0]
     assert (first.severity, first.check) == ("error", "model.memory")
     assert "20.00 GiB" in first.message
-    assert "model.base_channels" in first.fix
 
 
-def test_devices_are_looked_for_before_they_are_touched(paths, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert {str(resolve_device(d)) for d in ("auto", "cpu", "cuda", "cuda:3")} == {"cpu"}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for device, says in (("cuda:7", "2 GPUs"), ("tpu", "auto, cpu")):
-        findings = examine_paths(**paths, device=device)
-        assert (findings[0].severity, findings[0].check) == ("error", "machine.device")
-        assert says in findings[0].message
-        assert not any(finding.check.startswith("model") for finding in findings)
-
-
-def test_findings_are_sorted_rendered_and_told_as_json():
-    findings = [
-        Finding("ok", "a", "fine"),
-        Finding("error", "b", "broken", value=float("inf"), why="bad", fix="replace it"),
-        Finding("warning", "c", "odd", value={1: (2, float("nan"))}, overrides=("x.y=1",)),
-    ]
-    ordered = worst_first(findings)
-    assert [finding.check for finding in ordered] == ["b", "c", "a"]
-    told = json.loads(to_json(ordered))
-    assert told["ok"] is False
-    assert told["counts"] == {"error": 1, "warning": 1, "info": 0, "ok": 1}
-    assert [each["value"] for each in told["findings"]] == [None, {"1": [2, None]}, None]
-    plain = render(ordered, width=60)
-    assert "\x1b[" not in plain
-    assert "\x1b[31;1merror" in render(ordered, colour=True)
-    assert "fix: replace it" in plain
-    assert "--set x.y=1" in plain
-    assert all(len(line) <= 60 for line in plain.splitlines())
-
-
-def test_the_command_prints_a_table_or_json_and_fails_on_an_error(paths, monkeypatch, capsys):
-    args = ["doctor", *(str(x) for name, path in paths.items() for x in (f"--{name}", path))]
-    status, out, err = call(monkeypatch, capsys, *args)
+def test_training_and_the_command_fail_on_an_error(paths, monkeypatch, capsys, tmp_path):
+    flags = [part for name in paths for part in (f"--{name}", paths[name])]
+    monkeypatch.setenv("COLUMNS", "70")
+    status, out, err = call(monkeypatch, capsys, "doctor", *flags)
     assert (status, err) == (0, "")
-    assert "\x1b[" not in out
     assert out.splitlines()[-1].startswith("0 error, 0 warning")
+    assert max(map(len, out.splitlines())) <= 70
     with_nan(paths["data_path"])
-    status, out, _ = call(monkeypatch, capsys, *args, "--json")
-    assert (status, json.loads(out)["ok"]) == (1, False)
-    assert json.loads(out)["findings"][0]["check"] == "data.files"
-
-
-def test_training_asks_the_doctor_first(paths, monkeypatch, capsys, tmp_path):
+    status, out, _ = call(monkeypatch, capsys, "doctor", *flags, "--json")
+    assert (status, json.loads(out)["findings"][0]["check"]) == (1, "data.files")
     results = tmp_path / "results"
-    args = [
-        "train", "--config_path", paths["config_path"], "--data_path", paths["data_path"],
-        "--results_path", results, "--device_ids", "--max_steps", "1",
-    ]  # fmt: skip
-    with_nan(paths["data_path"])
-    status, _, err = call(monkeypatch, capsys, *args, "--set", PAPER)
+    train = ["train", *flags, "--results_path", results, "--device_ids", "--max_steps", "1"]
+    status, _, err = call(monkeypatch, capsys, *train)
     assert status == 1
-    lines = err.splitlines()
-    assert lines[0].startswith("doctor: error: ")
-    assert "sample_00001" in lines[0]
-    assert [line.startswith("doctor: ") for line in lines] == [True] * 3  # c_theta, and the end
+    assert "sample_00001" in err.splitlines()[0]
     assert not results.exists()
-    status, _, err = call(monkeypatch, capsys, *args, "--skip_doctor", "--set", "training.seed=2")
-    assert "doctor: " not in err
+    call(monkeypatch, capsys, *train, "--skip_doctor", "--set", "training.seed=2")
     assert results.exists()
+
+
+@pytest.mark.law
+def test_facts_of_a_clip_are_those_of_its_files(tmp_path):
+    root = make_split(tmp_path, 3)
+    facts = audit(opened(root, config()))
+    assert facts.size == len(facts.clips) == 3
+    for i, clip in enumerate(sorted(facts.clips, key=lambda clip: clip.name)):
+        mix, target, noise = (samples(stem(root, n, i)) for n in ("mixture", "vocals", "noise"))
+        assert clip.target.rms == pytest.approx(np.sqrt((target**2).mean()))
+        assert clip.mix.peak == pytest.approx(abs(mix).max())
+        assert clip.mix.dc == pytest.approx(mix.mean(), abs=1e-7)
+        expected = 10 * np.log10((target**2).mean() / (noise**2).mean())
+        assert clip.snr_db == pytest.approx(expected, abs=1e-3)
+        assert clip.residual_db < -100
+        assert clip.wave.shape == (1, 1600)
+
+
+@pytest.mark.law
+def test_a_residual_is_found_in_dB(tmp_path):
+    root = make_split(tmp_path, 2)
+    target = samples(stem(root, "vocals", 0))
+    write(stem(root, "mixture", 0), samples(stem(root, "mixture", 0)) + 0.1 * target)
+    by_name = {clip.name: clip for clip in audit(opened(root, config())).clips}
+    (clip,) = [clip for name, clip in by_name.items() if "sample_00000" in name]
+    assert clip.residual_db == pytest.approx(-20, abs=0.01)
+
+
+@pytest.mark.law
+def test_non_finite_and_clipped_samples_are_counted():
+    wave = torch.tensor([[0.5, torch.nan, -1.0, torch.inf], [0.25, 0.25, 0.25, 0.25]])
+    facts = measure(wave)
+    assert facts.nonfinite == 2
+    assert facts.clipped == pytest.approx(1 / 8)
+    assert facts.peak == 1.0
+    assert facts.dc == 0.25
+    assert not facts.silent
+    assert measure(torch.zeros(1, 8)).silent
+
+
+@pytest.mark.law
+def test_a_sample_spans_the_set_and_keeps_to_its_limits(tmp_path):
+    wave = torch.rand(1, 16)
+
+    class Slow(list):
+        def __getitem__(self, index):
+            time.sleep(0.02)
+            return wave, wave
+
+    many = Slow([(wave, wave)] * 1000)
+    facts = audit(many, limit=20)
+    names = sorted(int(clip.name.split()[-1]) for clip in facts.clips)
+    assert names == list(range(0, 1000, 50))
+    short = audit(many, limit=1000, seconds=0.1)
+    assert 1 <= len(short.clips) < 50
+    assert max(int(clip.name.split()[-1]) for clip in short.clips) > 0
+
+
+@pytest.mark.law
+def test_shared_targets_are_found_by_content_not_by_name(tmp_path):
+    cfg = config()
+    train, valid = make_split(tmp_path / "t", 4), make_split(tmp_path / "v", 3, seed=9)
+    assert shared_targets(opened(train, cfg), opened(valid, cfg)) == []
+    # the same size, the same middle, another end: not the same file
+    path = stem(valid, "vocals", 0)
+    content = bytearray(stem(train, "vocals", 0).read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert shared_targets(opened(train, cfg), opened(valid, cfg)) == []
+    shutil.copy(stem(train, "vocals", 3), stem(valid, "vocals", 2))
+    pair = (str(stem(train, "vocals", 3)), str(stem(valid, "vocals", 2)))
+    assert shared_targets(opened(train, cfg), opened(valid, cfg)) == [pair]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,14 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from diffbuf_lib.config import Config, build_config, describe_keys, load_config
-from diffbuf_lib.data import DNLMDataset, build_demo, build_dnlm
 from diffbuf_lib.data.audio import read_audio, read_info
-from diffbuf_lib.diagnostics.capsule import Capsule
 from diffbuf_lib.diffusion.sde import make_sde
 from diffbuf_lib.errors import DataError, DiffbufError
 from diffbuf_lib.training import load_checkpoint, load_weights, save_checkpoint
-from diffbuf_lib.training.folder import ResultsFolder, read_history
-from tests.training.helpers import Clips, config, fit
+from tests.training.helpers import config
 
 SECONDS = 10  # in which any input must be done with
 
@@ -33,27 +29,18 @@ SECONDS = 10  # in which any input must be done with
 def fuzz(fast: int, long: int):
     """Run a hypothesis test on few inputs, and a slow twin of it on many."""
 
-    def decorate(strategy):
-        def wrap(function):
-            def check(count):
-                options = settings(
-                    max_examples=count, deadline=SECONDS * 1000, database=None,
-                    derandomize=count == fast, suppress_health_check=list(HealthCheck),
-                )  # fmt: skip
-                options(given(strategy)(function))()
+    def wrap(check):
+        def test(count):
+            options = settings(
+                max_examples=count, deadline=SECONDS * 1000, database=None,
+                derandomize=count == fast, suppress_health_check=list(HealthCheck),
+            )  # fmt: skip
+            options(check)()
 
-            def test(count):
-                check(count)
+        counts = [fast, pytest.param(long, marks=pytest.mark.slow)]
+        return pytest.mark.timeout(1200)(pytest.mark.parametrize("count", counts)(test))
 
-            return pytest.mark.timeout(1200)(
-                pytest.mark.parametrize(
-                    "count", [fast, pytest.param(long, marks=pytest.mark.slow)]
-                )(test)
-            )
-
-        return wrap
-
-    return decorate
+    return wrap
 
 
 @contextmanager
@@ -92,8 +79,6 @@ def mutated(content: bytes):
     return st.lists(edit, min_size=1, max_size=6).map(apply)
 
 
-# Configs.
-
 KEYS = [key for key, *_ in describe_keys()]
 VALUES = (
     st.none() | st.booleans() | st.integers() | st.integers(-3, 70) | st.floats()
@@ -101,15 +86,16 @@ VALUES = (
     | st.text(max_size=5) | st.lists(st.integers(-1, 4), max_size=4)
     | st.dictionaries(st.text(max_size=5), st.integers(), max_size=2)
 )  # fmt: skip
-TREES = st.recursive(
-    VALUES,
-    lambda node: st.dictionaries(
-        st.sampled_from(["audio", "stft", "model", "sde", "type", "diffusion", "training", "lr"])
-        | st.text(max_size=4) | st.integers(),
-        node, max_size=4,
-    ),
-    max_leaves=12,
+SYNTAX = st.sampled_from(
+    ["a: ", "- ", "{", "[", "&a ", "*a", "!!", "2001-99-99", "\n", "  ", "<<: ", "? ", "0b", "0o9",
+     "1:99", "!!int x", "!!float .", "~"]
 )  # fmt: skip
+FILES = (
+    st.binary(max_size=60)
+    | st.text(max_size=60).map(str.encode)
+    | mutated(yaml.safe_dump(config().to_dict()).encode())
+    | st.lists(SYNTAX, max_size=12).map(lambda parts: "".join(parts).encode())
+)
 
 
 def use(cfg: Config) -> None:
@@ -122,7 +108,8 @@ def use(cfg: Config) -> None:
     make_sde(cfg.sde).std(t)
 
 
-@fuzz(60, 3000)(st.lists(st.tuples(st.sampled_from(KEYS), VALUES), min_size=1, max_size=4))
+@fuzz(60, 3000)
+@given(st.lists(st.tuples(st.sampled_from(KEYS), VALUES), min_size=1, max_size=4))
 def test_config_values(changes):
     with only_our_errors():
         cfg = Config()
@@ -135,23 +122,8 @@ def test_config_values(changes):
         use(cfg)
 
 
-@fuzz(30, 1500)(TREES)
-def test_config_trees(tree):
-    with only_our_errors():
-        if isinstance(tree, dict):
-            use(build_config(tree))
-
-
-@fuzz(40, 2000)(
-    st.binary(max_size=60)
-    | st.text(max_size=60).map(str.encode)
-    | mutated(yaml.safe_dump(config().to_dict()).encode())
-    | st.lists(
-        st.sampled_from(["a: ", "- ", "{", "[", "&a ", "*a", "!!", "2001-99-99", "\n", "  ",
-                         "<<: ", "? ", "0b", "0o9", "1:99", "!!int x", "!!float .", "~"]),
-        max_size=12,
-    ).map(lambda parts: "".join(parts).encode())
-)  # fmt: skip
+@fuzz(40, 2000)
+@given(FILES)
 def test_config_files(content):
     with tempfile.TemporaryDirectory() as folder, only_our_errors():
         path = Path(folder) / "c.yaml"
@@ -174,8 +146,7 @@ def test_config_files_that_were_trouble(tmp_path, text):
         use(load_config(tmp_path / "c.yaml"))
 
 
-@pytest.mark.parametrize("inner", ["{}", "{{{}}}", "[{}]"])
-def test_aliases_that_unfold_without_end_take_no_time(tmp_path, inner):
+def test_aliases_that_unfold_without_end_take_no_time(tmp_path):
     """A billion laughs: ten lines of YAML, ten to the ninth values."""
     lines = ["l0: &l0 [lol, lol]"]
     lines += [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]" for i in range(1, 10)]
@@ -186,9 +157,6 @@ def test_aliases_that_unfold_without_end_take_no_time(tmp_path, inner):
         assert len(str(caught.value)) < 5000
 
 
-# Audio.
-
-
 def audio_bytes(kind: str, subtype: str) -> bytes:
     file = io.BytesIO()
     wave = 0.1 * np.random.default_rng(0).standard_normal((700, 2))
@@ -196,35 +164,20 @@ def audio_bytes(kind: str, subtype: str) -> bytes:
     return file.getvalue()
 
 
-def read_everything(name: str, content: bytes) -> None:
+AUDIO = [audio_bytes("WAV", "PCM_16"), audio_bytes("WAV", "FLOAT"), audio_bytes("FLAC", "PCM_16")]
+
+
+@fuzz(90, 3500)
+@given(st.one_of(*map(mutated, AUDIO), st.binary()))
+def test_audio_bytes(content):
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
-        path.write_bytes(content)
-        with only_our_errors():
-            info = read_info(path)
-            assert info.frames >= 1
-        with only_our_errors():
-            wave, _ = read_audio(path)
-            assert wave.isfinite().all()
-        sample = Path(folder) / "sample_0"
-        sample.mkdir()
-        for stem in ("mixture", "vocals"):
-            (sample / f"{stem}{path.suffix}").write_bytes(content)
-        with only_our_errors():
-            mix, _target = DNLMDataset(folder, 500, sample_rate=16000)[0]
-            assert mix.shape[1] == 500
-
-
-@fuzz(60, 2500)(
-    mutated(audio_bytes("WAV", "PCM_16")) | mutated(audio_bytes("WAV", "FLOAT")) | st.binary()
-)
-def test_wav_bytes(content):
-    read_everything("a.wav", content)
-
-
-@fuzz(30, 1000)(mutated(audio_bytes("FLAC", "PCM_16")))
-def test_flac_bytes(content):
-    read_everything("a.flac", content)
+        for name in ("mixture.wav", "vocals.flac"):  # what is in a file counts, not its name
+            path = Path(folder) / name
+            path.write_bytes(content)
+            with only_our_errors():
+                assert read_info(path).frames >= 1
+            with only_our_errors():
+                assert read_audio(path)[0].isfinite().all()
 
 
 def test_flac_that_promises_a_terabyte(tmp_path):
@@ -236,79 +189,18 @@ def test_flac_that_promises_a_terabyte(tmp_path):
         read_audio(tmp_path / "a.flac")
 
 
-# JSON that an earlier build has left.
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.text(max_size=6),
-    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=6), x, max_size=3),
-    max_leaves=8,
-)  # fmt: skip
-TEXTS = JSON.map(lambda v: json.dumps(v).encode()) | st.binary(max_size=30)
-
-
-@fuzz(20, 500)(TEXTS)
-def test_markers_of_a_build(content):
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        (root / "speech").mkdir()
-        (root / "noise").mkdir()
-        for marker, build in (
-            ("demo.json", lambda: build_demo(root / "out", train=1, valid=1)),
-            ("build.json", lambda: build_dnlm(root / "speech", root / "noise", root / "out")),
-        ):
-            (root / "out").mkdir(exist_ok=True)
-            (root / "out" / marker).write_bytes(content)
-            with only_our_errors():
-                build()
-
-
-@fuzz(20, 500)(st.lists(TEXTS, max_size=4).map(b"\n".join))
-def test_history(content):
-    with tempfile.TemporaryDirectory() as folder:
-        results = ResultsFolder(folder)
-        results.history.write_bytes(content)
-        with only_our_errors():
-            results.truncate_history(3, validated=True)
-            assert all(line["step"] <= 3 for line in read_history(results.history))
-
-
-# Checkpoints and capsules.
-
-
-def _checkpoint_bytes() -> bytes:
+def checkpoint_bytes() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(Path(folder) / "c.pt", {"model": {"w": torch.ones(3)}, "step": 1})
         return (Path(folder) / "c.pt").read_bytes()
 
 
-@fuzz(40, 1000)(mutated(_checkpoint_bytes()))
+@fuzz(40, 1000)
+@given(mutated(checkpoint_bytes()))
 def test_checkpoint_bytes(content):
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "c.pt"
-        path.write_bytes(content)
-        with only_our_errors():
-            load_checkpoint(path)
-        (Path(folder) / "model.safetensors").write_bytes(content)
-        with only_our_errors():
-            load_weights(folder)
-
-
-@pytest.fixture(scope="module")
-def capsule_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("capsule")
-    with only_our_errors():
-        fit(config(), folder, train_set=Clips(bad=range(7)), valid_set=None)
-    return folder / "capsule_1"
-
-
-@pytest.mark.parametrize("count", [15, pytest.param(600, marks=pytest.mark.slow)])
-def test_capsules(capsule_folder, tmp_path, count):
-    rng = np.random.default_rng(count)
-    os.link(capsule_folder / "capsule.json", tmp_path / "capsule.json")
-    for _ in range(count):
-        content = bytearray((capsule_folder / "capsule.pt").read_bytes())
-        for _ in range(rng.integers(1, 4)):
-            content[rng.integers(len(content))] = rng.integers(256)
-        (tmp_path / "capsule.pt").write_bytes(content)
-        with only_our_errors():
-            Capsule.load(tmp_path).replay()
+        for name, load in (("c.pt", load_checkpoint), ("model.safetensors", load_weights)):
+            path = Path(folder) / name
+            path.write_bytes(content)
+            with only_our_errors():
+                load(path if load is load_checkpoint else folder)

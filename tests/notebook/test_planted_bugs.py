@@ -120,6 +120,7 @@ def time_step_of_the_right_neighbour(plant):
     plant(sampler, "reverse_step", reverse_step)
 
 
+SLOW = ("one_step", "scratch", "stream")
 CAUGHT_BY = [
     (hop_off_by_one, "stft"),
     (hop_halved, "stft"),
@@ -147,13 +148,10 @@ def test_a_planted_bug_fails_a_check(workspace, monkeypatch, bug, topic):
     assert failure.message, f"{failure.cell} fails without a word"
 
 
-SLOW = ("one_step", "scratch", "stream")
-
-
 @pytest.mark.parametrize(
     "topic",
     [
-        pytest.param(topic, marks=pytest.mark.slow if topic in SLOW else ())
+        pytest.param(topic, marks=[pytest.mark.slow] * (topic in SLOW))
         for topic in sorted({topic for _, topic in CAUGHT_BY})
     ],
 )

@@ -8,7 +8,8 @@ import soundfile
 import torch
 
 from diffbuf_lib.config import build_config
-from diffbuf_lib.training.step import Batch, Engine, make_accelerator
+from diffbuf_lib.training.feed import Batch
+from diffbuf_lib.training.step import Engine, make_accelerator
 from tests.conftest import TINY, make_model, seeded
 from tests.training.helpers import same
 from walk.step_debugger import StepDebugger, stage_wave
