@@ -293,19 +293,14 @@ class Evaluate(Scoring, name="evaluate"):
 
     def __call__(self) -> None:
         from diffbuf_lib.evaluation import evaluate_folder
-        from diffbuf_lib.evaluation.page import gains_table, overview, times
-        from diffbuf_lib.trace import format_table
+        from diffbuf_lib.evaluation.page import overview
 
         with tempfile.TemporaryDirectory() as temporary:
             found = evaluate_folder(
                 self.job(), self.results_path or temporary, processes=self.processes,
                 page=self.results_path is not None, progress=True,
             )  # fmt: skip
-        print(overview(found.summary))
-        if len(found.summary["bands"]) > 2:
-            metric = next(iter(found.summary["bands"]["all"]["columns"]))
-            print(f"\n{format_table(gains_table(found.summary, metric))}")
-        print(f"\n{times(found.timing)}")
+        print(overview(found.summary, found.timing))
         if self.results_path is not None:
             print(f"\n{self.results_path / 'report.html'}")
 
@@ -319,12 +314,13 @@ class Compare(Command, name="compare"):
     seed: int = 0  # of the bootstrap intervals
 
     def __call__(self) -> None:
-        from diffbuf_lib.evaluation.results import compare_folders, render_differences
+        from diffbuf_lib.evaluation import compare_folders
+        from diffbuf_lib.evaluation.page import differences
 
-        differences = compare_folders(self.a, self.b, method=self.method, seed=self.seed)
+        found = compare_folders(self.a, self.b, method=self.method, seed=self.seed)
         print(f"a: {self.a}\nb: {self.b}")
         print(f"{self.method}; 95 % intervals of the paired difference in brackets")
-        print(render_differences(differences))
+        print(differences(found))
 
 
 class Sweep(Scoring, name="sweep"):

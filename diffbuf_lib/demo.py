@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from diffbuf_lib import figures
 from diffbuf_lib.config import Config
 from diffbuf_lib.data import DNLMDataset, build_demo, open_dataset, write_audio
 from diffbuf_lib.evaluation import evaluate, summary
-from diffbuf_lib.evaluation.page import write_report
+from diffbuf_lib.evaluation.page import write_page
 from diffbuf_lib.model import load_model
 from diffbuf_lib.pretrained import DEFAULT as DEFAULT_MODEL
 from diffbuf_lib.training import train
@@ -16,14 +17,6 @@ from diffbuf_lib.training.folder import ResultsFolder, read_history
 
 TEST_SECONDS = 6
 METRICS = ("si_sdr", "sdr", "pesq", "estoi")
-NOTES = (
-    "Clips, scores and spectrograms below are of {name}, the Diffusion Buffer of {parameters:,} "
-    "parameters that comes with the package. It runs online, with one network call a frame and a "
-    "delay of {hops} hops ({hops_ms:.0f} ms) and the STFT window ({window_ms:.0f} ms).",
-    "Loss curve and config are of a small model of {small:,} parameters that was trained just now "
-    "on {clips} synthetic clips, to show how that goes. It takes the mean SI-SDR of the same clips "
-    "from {noisy:.2f} to {enhanced:.2f} dB. Its sound is in audio/, as *_trained_here.wav.",
-)
 
 
 def run_demo(
@@ -70,21 +63,20 @@ def run_demo(
             write_audio(audio / f"{i}_{name}.wav", wave[None], rate, subtype="FLOAT")
 
     say("4/4  report")
-    stft, hops = model.cfg.audio.stft, model.sampler().delay - 1
-    (own_gain,) = summary(trained, ["si_sdr"])
-    report = results_path / "report.html"
-    facts = {
-        "name": DEFAULT_MODEL,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "hops": hops,
-        "hops_ms": 1000 * hops * stft.hop_length / rate,
-        "window_ms": 1000 * stft.n_fft / rate,
-        "small": sum(p.numel() for p in small.parameters()),
-        "clips": len(train_set),
-        "noisy": own_gain.noisy,
-        "enhanced": own_gain.enhanced,
-    }
-    notes = [note.format(**facts) for note in NOTES]
     history = list(read_history(folder.history))
-    write_report(report, cfg, history, clips, METRICS, title="diffbuf demo", notes=notes)
+    first = next(evaluate(small, valid_set, METRICS[:1], limit=1))
+    course = figures.training_progress(
+        history, {"mix": first.mix, "estimate": first.estimate, "target": first.target},
+        cfg.audio, metric=cfg.training.metrics[0],
+    )  # fmt: skip
+    stft, hops = model.cfg.audio.stft, model.sampler().delay - 1
+    report = results_path / "report.html"
+    write_page(
+        report, "demo", [(f"{number}", clip) for number, clip in enumerate(clips, 1)], METRICS,
+        cfg.audio, means=summary(clips, METRICS), own=summary(trained, ["si_sdr"])[0],
+        course=course, config=cfg.to_yaml(), name=DEFAULT_MODEL, trained_on=len(train_set),
+        parameters=sum(p.numel() for p in model.parameters()),
+        small=sum(p.numel() for p in small.parameters()),
+        hops=hops, hops_ms=1000 * hops * stft.hop_length / rate, window_ms=1000 * stft.n_fft / rate,
+    )  # fmt: skip
     return report

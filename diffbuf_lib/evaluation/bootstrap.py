@@ -1,18 +1,23 @@
-"""Means with bootstrap intervals, gains over the noisy input, and bands of input SNR."""
+"""Means over clips with bootstrap intervals: of one evaluation, and of two compared."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 
+from diffbuf_lib.errors import DataError
+from diffbuf_lib.evaluation.baselines import NOISY, OURS
+from diffbuf_lib.evaluation.scores import Row, ScoredClip, read_scores
+
 LEVEL = 0.95
 RESAMPLES = 2000
 BAND_DB = 5.0
-_AT_ONCE = 1_000_000  # numbers drawn at a time, so that memory does not grow with the clips
+_NAMED = 5  # clips in a message
 
 
 class Interval(NamedTuple):
@@ -23,25 +28,13 @@ class Interval(NamedTuple):
     high: float | None
     clips: int
 
-    def __str__(self) -> str:
-        if self.low is None or self.high is None:
-            return f"{self.mean:.2f}"
-        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
-
 
 def bootstrap(
-    values: Iterable[float], *, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
+    values: Iterable[float], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> Interval | None:
-    """Return the mean of values and its percentile bootstrap interval (Efron 1979).
+    """Return the mean of values and its 95 % percentile bootstrap interval (Efron 1979).
 
-    Args:
-        values: a score a clip, or a difference of two; undefined ones have been left out before.
-        seed: of the resampling; equal values have equal intervals.
-        resamples: how often as many clips are drawn with replacement.
-        level: probability that the interval is to cover the mean.
-
-    Returns:
-        None without values; no ends with a single one.
+    None without values; no ends with a single one. Equal values and seed have equal intervals.
     """
     data = np.asarray(list(values), dtype=np.float64)
     if not len(data):
@@ -53,75 +46,166 @@ def bootstrap(
         (data,),
         np.mean,
         n_resamples=resamples,
-        batch=max(1, _AT_ONCE // len(data)),
-        confidence_level=level,
+        batch=100,  # so that memory does not grow with the resamples
+        confidence_level=LEVEL,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return Interval(mean, round(float(low), 6), round(float(high), 6), len(data))
 
 
-def band(snr: float) -> float:
-    """Return the middle of an SNR's band, dB: 5 dB wide, centred on multiples of 5.
-
-    Sets are often made at -10, -5, 0 dB: a band that began there would split their clips by
-    rounding.
-    """
-    return BAND_DB * math.floor(snr / BAND_DB + 0.5)
-
-
 def group(snrs: Mapping[str, float | None]) -> dict[str, list[str]]:
-    """Sort clips into bands of input SNR, lowest first, after one of all clips.
+    """Sort clips into bands of input SNR (dB; None is in no band) after one of all clips.
 
-    Args:
-        snrs: clip -> input SNR, dB; clips with None are in no band.
+    Bands are centred on multiples of 5 dB: sets are often made at -10, -5, 0 dB, and a band that
+    began there would split their clips by rounding.
     """
     bands: dict[float, list[str]] = {}
     for clip, snr in snrs.items():
         if snr is not None:
-            bands.setdefault(band(snr), []).append(clip)
-    named = {
-        f"{middle - BAND_DB / 2:g} to {middle + BAND_DB / 2:g} dB": bands[middle]
-        for middle in sorted(bands)
-    }
+            bands.setdefault(BAND_DB * math.floor(snr / BAND_DB + 0.5), []).append(clip)
+    half = BAND_DB / 2
+    named = {f"{mid - half:g} to {mid + half:g} dB": bands[mid] for mid in sorted(bands)}
     return {"all": list(snrs), **named}
 
 
-Table = Mapping[str, Mapping[str, float]]
-"""Method -> clip -> score, for the clips where it is defined."""
+def summarise(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, Any]:
+    """Return the content of summary.json: every metric and band of SNR by `compare_methods`."""
+    snrs = {row.clip: row.snr for row in rows}
+    methods = list(dict.fromkeys(row.method for row in rows))
+    bands: dict[str, Any] = {}
+    for name, clips in group(snrs).items():
+        bands[name] = {"clips": len(clips), "columns": {}}
+        for metric in metrics:
+            known = [row for row in rows if metric in row.values]
+            table = {
+                method: {row.clip: row.values[metric] for row in known if row.method == method}
+                for method in methods
+            }
+            found = compare_methods(table, clips)
+            for intervals in found["methods"].values():
+                intervals.update({key: x and x._asdict() for key, x in intervals.items()})
+            bands[name]["columns"][metric] = found
+    return {
+        "clips": len(snrs),
+        "methods": methods,
+        "interval": f"{LEVEL:.0%} percentile bootstrap over clips, {RESAMPLES} resamples",
+        "bands": bands,
+        "undefined": [
+            {"clip": row.clip, "method": row.method, "metric": metric, "reason": reason}
+            for row in rows
+            for metric, reason in row.undefined.items()
+        ],
+    }
 
 
 def compare_methods(
-    table: Table, clips: Sequence[str], *, ours: str, noisy: str, seed: int = 0
+    table: Mapping[str, Mapping[str, float]], clips: Sequence[str]
 ) -> dict[str, Any]:
-    """Compare methods by one metric on the clips for which all of them have a score.
+    """Compare methods by one metric on those of `clips` for which all of them have a score.
 
     Args:
-        table: method -> clip -> score.
+        table: method -> clip -> score; diffbuf and noisy are among the methods.
         clips: of one band.
-        ours: the method whose lead over every other one is wanted.
-        noisy: the method over which every other one's gain is wanted.
-        seed: of the bootstrap.
 
     Returns:
-        clips: how many count; and for each method `mean`, `gain` (over the noisy input) and `lead`
-        (of ours over it, paired clip by clip), as intervals or None.
+        How many clips count; and for each method the intervals of its mean, its gain over the noisy
+        input, and our model's lead over it, paired clip by clip.
     """
     common = [clip for clip in clips if all(clip in scores for scores in table.values())]
 
     def paired(one: str, other: str) -> Interval | None:
         if one == other:
             return None
-        return bootstrap((table[one][clip] - table[other][clip] for clip in common), seed=seed)
+        return bootstrap(table[one][clip] - table[other][clip] for clip in common)
 
     return {
         "clips": len(common),
         "methods": {
             method: {
-                "mean": bootstrap((scores[clip] for clip in common), seed=seed),
-                "gain": paired(method, noisy),
-                "lead": paired(ours, method),
+                "mean": bootstrap(scores[clip] for clip in common),
+                "gain": paired(method, NOISY),
+                "lead": paired(OURS, method),
             }
             for method, scores in table.items()
         },
     }
+
+
+class MeanGain(NamedTuple):
+    """A metric's means over the clips for which it is defined before and after."""
+
+    metric: str
+    noisy: float  # mean of the mixtures; NaN if no clip has a score
+    enhanced: float  # mean of the estimates
+    gain: float  # enhanced - noisy
+    scored: int  # clips that the means are over
+    clips: int  # clips that there were
+
+
+def summary(clips: Sequence[ScoredClip], metrics: Sequence[str]) -> list[MeanGain]:
+    """Average over clips, a row a metric; a clip without a score on either side is left out."""
+    rows = []
+    for metric in metrics:
+        found = [(clip.scores[NOISY].values, clip.scores[OURS].values) for clip in clips]
+        pairs = [(x[metric], y[metric]) for x, y in found if metric in x and metric in y]
+        noisy, enhanced = np.mean(pairs, axis=0).tolist() if pairs else (math.nan, math.nan)
+        rows.append(MeanGain(metric, noisy, enhanced, enhanced - noisy, len(pairs), len(clips)))
+    return rows
+
+
+class Difference(NamedTuple):
+    """How two evaluations differ in one metric on one band of clips."""
+
+    column: str
+    band: str  # of input SNR; "all" for all clips
+    a: float | None  # mean over the clips for which both have a score
+    b: float | None
+    difference: Interval | None  # b - a, paired clip by clip
+    better: float  # share of clips for which b is above a
+    clips: int  # in the band, scored or not
+
+
+def compare_folders(
+    a: str | Path, b: str | Path, *, method: str = OURS, seed: int = 0
+) -> list[Difference]:
+    """Compare one method (noisy, a baseline or diffbuf) in two folders of `diffbuf evaluate`.
+
+    Raises:
+        DataError: no such folder or method, no metric in common, or other clips; the message names
+            clips that differ.
+    """
+    (metrics, one), (metrics_b, other) = (_read(path, method) for path in (a, b))
+    for left, right, path in ((one, other, b), (other, one, a)):
+        if alone := sorted(left.keys() - right.keys()):
+            raise DataError(
+                f"{path} lacks {', '.join(alone[:_NAMED])}: evaluate both on the same clips"
+            )
+    if changed := [clip for clip, row in one.items() if row.checksum != other[clip].checksum]:
+        raise DataError(
+            f"{', '.join(changed[:_NAMED])} are not the same sound in {a} and {b}: evaluate both "
+            "on the same data, with the same --seconds"
+        )
+    common = [metric for metric in metrics if metric in metrics_b]
+    if not common:
+        raise DataError(f"{a} and {b} have no metric in common: evaluate both with the same ones")
+    found = []
+    for metric in common:
+        for band, clips in group({clip: row.snr for clip, row in one.items()}).items():
+            scores = [(one[clip].values, other[clip].values) for clip in clips]
+            pairs = [(x[metric], y[metric]) for x, y in scores if metric in x and metric in y]
+            mean_a, mean_b = np.mean(pairs, axis=0).tolist() if pairs else (None, None)
+            difference = bootstrap((y - x for x, y in pairs), seed=seed)
+            better = sum(y > x for x, y in pairs) / max(len(pairs), 1)
+            row = Difference(metric, band, mean_a, mean_b, difference, better, len(clips))
+            found.append(row)
+    return found
+
+
+def _read(path: str | Path, method: str) -> tuple[list[str], dict[str, Row]]:
+    metrics, rows = read_scores(path)
+    chosen = {row.clip: row for row in rows if row.method == method}
+    if not chosen:
+        known = ", ".join(dict.fromkeys(row.method for row in rows))
+        raise DataError(f"{path} has no method {method!r}: it has {known}")
+    return metrics, chosen

@@ -1,84 +1,62 @@
 """Enhance clips by a model and by what it is compared with, and score them.
 
-`evaluate` scores a model in memory, for a notebook or the demo; `diffbuf evaluate` writes a folder
-(see `results`). Both use `Evaluator`.
+`evaluate` works in memory; `evaluate_folder` writes a folder, and goes on when it was stopped:
+
+    arguments.json   what was asked for; a rerun with other arguments is refused
+    journal.jsonl    a line a batch of clips: what a rerun need not do again
+    scores.csv       a row a clip and method; an undefined score is empty, its reason last
+    summary.json     means, intervals, gains and leads, by SNR band; what has no score, and why
+    timing.json      real-time factors, latencies, and where the time went
+    report.html      all of it, with players and spectrograms of the best, median, worst clip
+
+scores.csv and summary.json are equal to the byte however often the evaluation was stopped.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import math
+import os
+import signal
+import sys
 import time
 import warnings
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter, defaultdict
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from diffbuf_lib.config import Config
 from diffbuf_lib.data import ClipDataset, DNLMDataset, open_dataset, read_audio, read_info
-from diffbuf_lib.errors import DataError
-from diffbuf_lib.evaluation.baselines import NOISY, make_baselines
-from diffbuf_lib.evaluation.scores import Scores, check_scoring, score
-from diffbuf_lib.model import DiffusionBufferModel
+from diffbuf_lib.data.audio import write_bytes
+from diffbuf_lib.errors import CheckpointError, ConfigError, DataError
+from diffbuf_lib.evaluation.baselines import NOISY, OURS, make_baselines
+from diffbuf_lib.evaluation.bootstrap import summarise
+from diffbuf_lib.evaluation.page import write_page
+from diffbuf_lib.evaluation.scores import (
+    Row,
+    ScoredClip,
+    check_scoring,
+    label_of,
+    score,
+    write_scores,
+)
+from diffbuf_lib.live import latency_report
+from diffbuf_lib.model import DiffusionBufferModel, fingerprint, load_model
 from diffbuf_lib.training.feed import Stream, example_generators
-from diffbuf_lib.training.metrics import SILENCE_RMS
+from diffbuf_lib.training.folder import FolderLock
 
-OURS = "diffbuf"
-"""What the evaluated model is called among the methods."""
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One clip, averaged to mono."""
-
-    index: int  # its place in the dataset
-    name: str  # of its file or folder, below the dataset's root
-    mix: Tensor  # [T] float32, full scale 1, the noisy signal
-    target: Tensor  # [T] float32, the clean signal
-
-    @property
-    def snr(self) -> float | None:
-        """10 log10 of the energies of target and mix - target, dB; None if either is silent."""
-        speech, noise = self.target.double(), (self.mix - self.target).double()
-        if min(wave.square().mean().sqrt() for wave in (speech, noise)) < SILENCE_RMS:
-            return None
-        ratio = float(speech.square().sum() / noise.square().sum())
-        return round(10 * math.log10(ratio), 3) if 0 < ratio < math.inf else None
-
-    @property
-    def checksum(self) -> str:
-        """12 hexadecimal digits of its samples: equal clips have equal ones, wherever they lie."""
-        digest = hashlib.sha256(self.mix.contiguous().numpy().tobytes())
-        digest.update(self.target.contiguous().numpy().tobytes())
-        return digest.hexdigest()[:12]
-
-
-@dataclass(frozen=True)
-class ScoredClip(Clip):
-    """A clip as every method left it; the noisy input is a method too."""
-
-    estimates: dict[str, Tensor]  # method -> [T], aligned with mix
-    scores: dict[str, Scores]
-
-    @property
-    def estimate(self) -> Tensor:
-        """[T], what the model made of it."""
-        return self.estimates[OURS]
-
-    @property
-    def noisy(self) -> dict[str, float]:
-        """Every score of mix; NaN where it is undefined."""
-        return {metric: self.scores[NOISY][metric] for metric in self.scores[NOISY].seconds}
-
-    @property
-    def enhanced(self) -> dict[str, float]:
-        """Every score of estimate; NaN where it is undefined."""
-        return {metric: self.scores[OURS][metric] for metric in self.scores[OURS].seconds}
+Batch = tuple[list[Row], dict[str, float]]  # what a batch gave, and seconds by kind of work
 
 
 def evaluate(
@@ -90,134 +68,109 @@ def evaluate(
     seed: int = 0,
     limit: int | None = None,
 ) -> Iterator[ScoredClip]:
-    """Enhance and score clip after clip, in batches.
+    """Enhance and score the clips (at most `limit`) of a dataset that is not opened for training.
 
-    Args:
-        model: any DiffusionBufferModel, on any device.
-        dataset: clips; opened with training=False.
-        metrics: names in `scores.METRICS`.
-        batch_size: clips enhanced at a time; does not change the estimates.
-        seed: of the diffusion noise.
-        limit: only the first clips.
+    Neither batch_size nor the device changes the noise that a clip is enhanced with.
 
     Raises:
         DataError: a clip that cannot be read, or a limit below 1.
         ConfigError, MissingExtraError: a metric that is unknown or unavailable.
     """
-    evaluator = Evaluator(model, Clips(dataset, limit=limit), metrics, seed=seed)
-    indices = evaluator.clips.indices
+    evaluator = Evaluator(model, dataset, metrics, limit=limit, seed=seed)
+    indices = range(len(evaluator.names))
     for start in range(0, len(indices), batch_size):
         yield from evaluator.run(indices[start : start + batch_size])
-
-
-@dataclass(frozen=True)
-class MeanGain:
-    """A metric's means over the clips for which it is defined before and after."""
-
-    metric: str
-    noisy: float  # mean of the mixtures; NaN if no clip has a score
-    enhanced: float  # mean of the estimates
-    scored: int  # clips that the means are over
-    clips: int  # clips that there were
-
-    @property
-    def gain(self) -> float:
-        """Enhanced minus noisy, in the metric's unit."""
-        return self.enhanced - self.noisy
-
-
-def summary(clips: Sequence[ScoredClip], metrics: Sequence[str]) -> list[MeanGain]:
-    """Average over clips, a row a metric; a clip without a score on either side is left out."""
-    rows = []
-    for metric in metrics:
-        pairs = [(clip.noisy[metric], clip.enhanced[metric]) for clip in clips]
-        defined = [pair for pair in pairs if not math.isnan(sum(pair))]
-        means = torch.tensor(defined, dtype=torch.float64).reshape(-1, 2).mean(0)
-        noisy, enhanced = means.tolist()
-        rows.append(MeanGain(metric, noisy, enhanced, len(defined), len(clips)))
-    return rows
 
 
 class Evaluator:
     """Enhances and scores clips. What it finds of a clip does not depend on those beside it.
 
-    Args:
-        model: any DiffusionBufferModel, on any device.
-        clips: what is enhanced.
-        metrics: names in METRICS, or dnsmos.
-        baselines: names in BASELINES, or noisy, which is always there.
-        delay: d, frames, of a data-prediction model; None for B.
-        seed: of the diffusion noise.
-
-    Raises:
-        ConfigError, MissingExtraError: a metric, baseline or delay that is unknown or unavailable.
+    Clips have the dataset's chunk_size, or with `longest` are whole files of so many samples at
+    most.
     """
 
     def __init__(
         self,
         model: DiffusionBufferModel,
-        clips: Clips,
+        dataset: ClipDataset,
         metrics: Sequence[str],
         *,
         baselines: Sequence[str] = (),
+        longest: int | None = None,
+        limit: int | None = None,
         delay: int | None = None,
         seed: int = 0,
     ) -> None:
         model.sampler(delay)  # refuses a delay before any work is done
-        self.metrics = check_scoring(metrics, clips.rate)
-        self.model, self.clips = model, clips
+        if limit is not None and limit < 1:
+            raise DataError(f"--limit {limit} leaves no clip: give 1 or more")
+        self.model, self.dataset, self.whole = model, dataset, longest is not None
+        self.rate, self.delay, self.seed = dataset.sample_rate, delay, seed
+        self.metrics = check_scoring(metrics, self.rate)
         self.baselines = make_baselines(baselines)
-        self.delay, self.seed = delay, seed
-        self.seconds: dict[str, float] = defaultdict(float)
-        """Kind of work (reading, a method, a metric) -> time spent on it so far."""
-
-    @property
-    def methods(self) -> list[str]:
-        """All that is scored, in the order of tables."""
-        return [NOISY, *self.baselines, OURS]
+        self.methods = [NOISY, *self.baselines, OURS]
+        items = dataset.items[:limit]
+        self.names = [self._name(files[0]) for files in items]
+        self.lengths = [dataset.chunk_size] * len(items)  # samples
+        if longest is not None:
+            frames = (dataset.check_pair(*map(read_info, pair)) for pair in items)
+            self.lengths = [min(longest, length) for length in frames]
+        self.seconds: dict[str, float] = defaultdict(float)  # by kind of work, so far
 
     def run(self, indices: Sequence[int]) -> list[ScoredClip]:
-        """Read, enhance and score clips.
-
-        Raises:
-            DataError: a file that cannot be read.
-        """
+        """Read, enhance and score clips; DataError if a file cannot be read."""
         with self._timed("reading"):
-            clips = [self.clips[i] for i in indices]
-        found = dict(self.estimates(clips))
-        scored = []
-        for place, clip in enumerate(clips):
-            estimates = {method: waves[place] for method, waves in found.items()}
-            scores = {method: self._score(clip, wave) for method, wave in estimates.items()}
-            scored.append(ScoredClip(**vars(clip), estimates=estimates, scores=scores))
-        return scored
+            clips = [self.read(i) for i in indices]
+        for method, waves in self.estimates(clips).items():
+            for clip, wave in zip(clips, waves, strict=True):
+                clip.estimates[method] = wave
+                clip.scores[method] = score(wave, clip.target, self.rate, self.metrics)
+                for metric, spent in clip.scores[method].seconds.items():
+                    self.seconds[metric] += spent
+        return clips
 
-    def estimates(self, clips: Sequence[Clip]) -> Iterator[tuple[str, list[Tensor]]]:
-        """Yield every method with its estimates [T], in the order of clips."""
-        yield NOISY, [clip.mix for clip in clips]
+    def read(self, i: int) -> ScoredClip:
+        """Read clip `i`, without estimates and scores."""
+        if self.whole:
+            length = self.lengths[i]
+            mix, target = (read_audio(path, 0, length)[0] for path in self.dataset.items[i])
+        else:
+            mix, target = self.dataset[i]
+        return ScoredClip(i, self.names[i], mix.mean(0), target.mean(0))
+
+    def estimates(self, clips: Sequence[ScoredClip]) -> dict[str, list[Tensor]]:
+        """Return every method's estimates [T], in the order of clips."""
+        found = {NOISY: [clip.mix for clip in clips]}
         for name, baseline in self.baselines.items():
             with self._timed(name), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # another package's, about its own insides
-                found = [baseline(clip.mix, self.clips.rate) for clip in clips]
-            yield name, found
+                found[name] = [baseline(clip.mix, self.rate) for clip in clips]
         with self._timed(OURS):
-            found = self._enhance(clips)
-        yield OURS, found
+            device = next(self.model.parameters()).device
+            keys = [(clip.index,) for clip in clips]  # so the noise is a clip's own in any batch
+            generators = example_generators(keys, self.seed, Stream.VALID, device)
+            # Silence behind a shorter clip is what a stream's end is: it changes no sample before.
+            mix = torch.nn.utils.rnn.pad_sequence(found[NOISY], batch_first=True)  # [B, T]
+            out = self.model.enhance(mix[:, None].to(device), generators, self.delay)[:, 0].cpu()
+            pairs = zip(out, clips, strict=True)
+            found[OURS] = [wave[: len(clip.mix)].clone() for wave, clip in pairs]
+        return found
 
-    def _enhance(self, clips: Sequence[Clip]) -> list[Tensor]:
-        device = next(self.model.parameters()).device
-        generators = clip_generators([clip.index for clip in clips], self.seed, device)
-        # Silence behind a shorter clip is what a stream's end is: it changes no sample before.
-        waves = [clip.mix for clip in clips]
-        mix = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True).unsqueeze(1)  # [B, 1, T]
-        out = self.model.enhance(mix.to(device), generators, self.delay)[:, 0].cpu()
-        return [wave[: len(clip.mix)].clone() for wave, clip in zip(out, clips, strict=True)]
+    def batches(self, clips: int, seconds: float = 100.0) -> list[list[int]]:
+        """Split into batches of like lengths, of so many clips and seconds at most, or one clip."""
+        batches: list[list[int]] = [[]]
+        for i in sorted(range(len(self.names)), key=lambda i: self.lengths[i]):
+            padded = (len(batches[-1]) + 1) * self.lengths[i]  # the newest is the longest
+            if batches[-1] and (len(batches[-1]) == clips or padded > seconds * self.rate):
+                batches.append([])
+            batches[-1].append(i)
+        return batches
 
-    def _score(self, clip: Clip, estimate: Tensor) -> Scores:
-        scores = score(estimate, clip.target, self.clips.rate, self.metrics)
-        for metric, spent in scores.seconds.items():
-            self.seconds[metric] += spent
-        return scores
+    def _name(self, noisy: Path) -> str:
+        path = noisy.relative_to(self.dataset.root)
+        if isinstance(self.dataset, DNLMDataset):
+            return path.parent.as_posix()
+        return Path(*(path.parts[1:] or path.parts)).as_posix()  # without noisy/ or speech/
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -226,106 +179,246 @@ class Evaluator:
         self.seconds[name] += time.perf_counter() - begun
 
 
-class Clips:
-    """A dataset, opened with training=False, read clip by clip.
+@dataclass(frozen=True)
+class Job:
+    """What is to be evaluated, and how: all that another process needs."""
 
-    Args:
-        dataset: gives clips of its chunk size, or with `whole` the names of pairs of files.
-        whole: read whole files, of at most `at_most` samples if that is given.
-        at_most: samples.
-        limit: only the first so many clips.
+    model: str  # folder, run or name, as `load_model` takes it
+    data_path: str
+    dataset_type: int = 1  # as in training
+    metrics: tuple[str, ...] = ("si_sdr", "sdr", "pesq", "estoi")
+    baselines: tuple[str, ...] = (NOISY,)  # noisy is always there
+    seconds: float | None = None  # length of a clip at most; None for the whole clip
+    limit: int | None = None  # only the first so many clips
+    delay: int | None = None  # d of a data-prediction model; None for B
+    seed: int = 0  # of the diffusion noise
+    batch_size: int = 8  # clips enhanced at a time
+    device: str = "auto"
+    overrides: tuple[str, ...] = ()  # keys of the model's config that are changed
 
-    Raises:
-        DataError: limit is not above 0, or a file that cannot be read.
-    """
+    def evaluator(self) -> Evaluator:
+        """Load model, data and baselines; pairs of files are read whole, up to `seconds`.
 
-    def __init__(
-        self,
-        dataset: ClipDataset,
-        *,
-        whole: bool = False,
-        at_most: int | None = None,
-        limit: int | None = None,
-    ) -> None:
-        if limit is not None and limit < 1:
-            raise DataError(f"--limit {limit} leaves no clip: give 1 or more")
-        self.dataset, self.whole, self.rate = dataset, whole, dataset.sample_rate
-        self.indices = range(min(len(dataset), limit or len(dataset)))
-        self.names = [self._name(i) for i in self.indices]
-        self.lengths = [dataset.chunk_size for _ in self.indices]
-        if whole:
-            pairs = (map(read_info, dataset.items[i]) for i in self.indices)
-            frames = [dataset.check_pair(*pair) for pair in pairs]
-            self.lengths = [min(length, at_most or length) for length in frames]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, i: int) -> Clip:
-        """Read clip `i`; DataError if a file cannot be read or the two do not match."""
-        if self.whole:
-            mix, target = (
-                read_audio(path, 0, self.lengths[i])[0] for path in self.dataset.items[i]
-            )
-        else:
-            mix, target = self.dataset[i]
-        return Clip(i, self.names[i], mix.mean(0), target.mean(0))
-
-    def batches(self, clips: int, seconds: float = 100.0) -> list[list[int]]:
-        """Split the clips into batches of like lengths, shortest first.
-
-        Args:
-            clips: in a batch at most.
-            seconds: of audio in a batch at most; a longer clip is a batch of its own.
+        Raises:
+            DiffbufError: one is unknown or unavailable, or `seconds` or `limit` is not above 0.
         """
-        batches: list[list[int]] = [[]]
-        for i in sorted(self.indices, key=lambda i: self.lengths[i]):
-            padded = (len(batches[-1]) + 1) * self.lengths[i]  # the newest is the longest
-            if batches[-1] and (len(batches[-1]) == clips or padded > seconds * self.rate):
-                batches.append([])
-            batches[-1].append(i)
-        return batches
+        model = load_model(self.model, self.device, self.overrides)
+        cfg, longest = model.cfg, sys.maxsize
+        if self.seconds is not None:
+            samples = self.seconds * cfg.audio.sample_rate
+            if not 1 <= samples < math.inf:
+                raise DataError(f"--seconds {self.seconds} is no length of a clip: give above 0")
+            longest = round(samples)
+            # Only audio is read here, so a clip may be shorter than the model's buffer.
+            audio = cfg.audio.model_copy(update={"chunk_size": longest})
+            cfg = cfg.model_copy(update={"audio": audio})
+        dataset = open_dataset(self.dataset_type, self.data_path, cfg, training=False)
+        return Evaluator(
+            model, dataset, self.metrics, baselines=self.baselines, limit=self.limit,
+            longest=longest if self.dataset_type != 3 else None, delay=self.delay, seed=self.seed,
+        )  # fmt: skip
 
-    def _name(self, i: int) -> str:
-        path = self.dataset.items[i][0].relative_to(self.dataset.root)
-        if isinstance(self.dataset, DNLMDataset):
-            return path.parent.as_posix()
-        return Path(*(path.parts[1:] or path.parts)).as_posix()  # without noisy/ or speech/
+
+class Evaluation(NamedTuple):
+    """What an evaluation found."""
+
+    rows: list[Row]  # in the order of clips and methods
+    summary: dict[str, Any]  # the content of summary.json
+    timing: dict[str, Any]  # the content of timing.json
 
 
-def open_clips(
-    dataset_type: int,
-    root: str | Path,
-    cfg: Config,
-    seconds: float | None = None,
-    limit: int | None = None,
-) -> Clips:
-    """Open a dataset folder (as in training) for evaluation: whole files, where they are pairs.
+def evaluate_folder(
+    job: Job,
+    results_path: str | Path,
+    *,
+    processes: int | None = None,
+    page: bool = True,
+    progress: bool = False,
+) -> Evaluation:
+    """Evaluate, and write everything into a results folder; go on if it was begun before.
 
-    Args:
-        dataset_type: 1, 2 or 3. Clips of type 3 are mixed when read: audio.chunk_size long.
-        root: the dataset's folder.
-        cfg: the model's config; its rate is the one that files must have.
-        seconds: length of a clip at most.
-        limit: only the first so many clips.
+    The scores, to the four decimals that are kept, do not depend on the number of processes (None:
+    the cores of this machine). `page` is for report.html, `progress` for a bar on stderr.
 
     Raises:
-        DataError: as in `open_dataset`; or `seconds` or `limit` is not above 0.
+        DiffbufError: as in `Job.evaluator`; a clip that cannot be read; a folder that belongs to
+            another evaluation; or a process was killed.
     """
-    at_most = None
-    if seconds is not None:
-        if not 1 <= seconds * cfg.audio.sample_rate < math.inf:
-            raise DataError(f"--seconds {seconds} is no length of a clip: give seconds above 0")
-        at_most = round(seconds * cfg.audio.sample_rate)
-        # Only audio is read here, so a clip may be shorter than the model's buffer.
-        audio = cfg.audio.model_copy(update={"chunk_size": at_most})
-        cfg = cfg.model_copy(update={"audio": audio})
-    dataset = open_dataset(dataset_type, root, cfg, training=False)
-    return Clips(dataset, whole=dataset_type != 3, at_most=at_most, limit=limit)
+    if processes is not None and processes < 1:
+        raise ConfigError(f"--processes {processes}: give at least 1")
+    evaluator, folder = job.evaluator(), Path(results_path)
+    lock = FolderLock(folder)
+    lock.acquire()
+    try:
+        _check_arguments(job, evaluator, folder)
+        done = _score_rest(job, evaluator, folder, processes or _cores(), progress)
+        every = {(row.clip, row.method): row for rows, _ in done for row in rows}
+        rows = [every[clip, method] for clip in evaluator.names for method in evaluator.methods]
+        summary = summarise(rows, evaluator.metrics)
+        found = Evaluation(rows, summary, _timing(job, evaluator, done))
+        write_scores(folder / "scores.csv", rows, evaluator.metrics)
+        _write_json(folder / "summary.json", found.summary)
+        _write_json(folder / "timing.json", found.timing)
+        if page:
+            write_page(
+                folder / "report.html", "evaluation", _examples(evaluator, rows),
+                evaluator.metrics, evaluator.model.cfg.audio,
+                found=found.summary, timing=found.timing,
+            )  # fmt: skip
+        return found
+    finally:
+        lock.release()
 
 
-def clip_generators(
-    indices: Sequence[int], seed: int, device: torch.device
-) -> list[torch.Generator]:
-    """Return a source of diffusion noise a clip: the same whatever batch the clip is in."""
-    return example_generators([(i,) for i in indices], seed, Stream.VALID, device)
+def _check_arguments(job: Job, evaluator: Evaluator, folder: Path) -> None:
+    """Write all that the scores depend on, or refuse a folder that was begun with other ones.
+
+    Where model and data lie does not matter.
+    """
+    clips = list(zip(evaluator.names, evaluator.lengths, strict=True))
+    listing = "\n".join(f"{name} {length}" for name, length in clips)
+    arguments: dict[str, Any] = {
+        "model": f"with config and weights {fingerprint(evaluator.model)}",
+        "data": f"{len(clips)} clips ({hashlib.sha256(listing.encode()).hexdigest()[:16]})",
+        "metrics": evaluator.metrics,
+        "baselines": list(evaluator.baselines),
+        **{key: getattr(job, key) for key in ("dataset_type", "seconds", "limit", "delay", "seed")},
+    }
+    path = folder / "arguments.json"
+    if not path.exists():
+        _write_json(path, arguments)
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for key, now in arguments.items():
+        if before.get(key) != now:
+            raise CheckpointError(
+                f"results folder {folder} was begun with {key} {before.get(key)!s:.80}, and now it "
+                f"is {now!s:.80}: choose another --results_path, or give the arguments of then"
+            )
+
+
+def _score_rest(
+    job: Job, evaluator: Evaluator, folder: Path, processes: int, progress: bool
+) -> list[Batch]:
+    """Score the clips that the journal lacks; every batch is in it as soon as it is done."""
+    with open(folder / "journal.jsonl", "a+b") as file:
+        file.seek(0)
+        content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]  # without a last line that was cut off
+        file.truncate(len(whole))
+        entries = map(json.loads, whole.splitlines())
+        done = [([Row(*row) for row in rows], seconds) for rows, seconds in entries]
+        known = {row.clip for rows, _ in done for row in rows}
+        batches = evaluator.batches(job.batch_size)
+        left = [b for b in batches if not known.issuperset(evaluator.names[i] for i in b)]
+        total, begin = len(evaluator.names), len(evaluator.names) - sum(map(len, left))
+        bar = tqdm(total=total, initial=begin, unit="clip", desc="evaluate", disable=not progress)
+        with bar, closing(_score_batches(job, evaluator, left, processes)) as scored:
+            for batch in scored:
+                file.write((json.dumps(batch) + "\n").encode())
+                file.flush()
+                os.fsync(file.fileno())
+                done.append(batch)
+                bar.update(len(batch[0]) // len(evaluator.methods))
+    return done
+
+
+def _score_batches(
+    job: Job, evaluator: Evaluator, batches: Sequence[list[int]], processes: int
+) -> Generator[Batch, None, None]:
+    """Yield batches as they are done, in any order; CheckpointError if a process was killed.
+
+    Several processes are fresh ones (spawn: a fork would copy torch's threads in whatever state
+    they are, which rules out tqdm's `process_map`), so a script that calls this needs
+    `if __name__ == "__main__":`.
+    """
+    if processes == 1 or len(batches) < 2:
+        yield from (_score_batch(evaluator, batch) for batch in batches)
+        return
+    pool = ProcessPoolExecutor(
+        min(processes, len(batches)),
+        mp_context=get_context("spawn"),
+        initializer=_start_process,
+        initargs=(max(1, _cores() // processes),),
+    )
+    try:
+        futures = [pool.submit(_score_in_process, job, batch) for batch in batches]
+        for future in as_completed(futures):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise CheckpointError(
+            f"one of {processes} processes was killed, most likely for want of memory: the same "
+            "command goes on where it stopped; give it fewer --processes or a smaller --batch_size"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _score_batch(evaluator: Evaluator, indices: Sequence[int]) -> Batch:
+    evaluator.seconds.clear()
+    rows = []
+    for clip in evaluator.run(indices):
+        seconds = round(len(clip.mix) / evaluator.rate, 4)
+        for method, found in clip.scores.items():
+            about = (clip.name, method, clip.snr, seconds, clip.checksum)
+            rows.append(Row(*about, found.values, found.undefined))
+    return rows, dict(evaluator.seconds)
+
+
+_evaluator_of = functools.cache(Job.evaluator)
+
+
+def _start_process(threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's matter
+    torch.set_num_threads(threads)
+
+
+def _score_in_process(job: Job, indices: list[int]) -> Batch:
+    return _score_batch(_evaluator_of(job), indices)
+
+
+def _timing(job: Job, evaluator: Evaluator, done: Sequence[Batch]) -> dict[str, Any]:
+    """Return real-time factors, latencies, and the seconds spent on each kind of work."""
+    spent: Counter[str] = Counter()
+    for _, seconds in done:
+        spent.update(seconds)
+    audio = sum(evaluator.lengths) / evaluator.rate
+    methods = {
+        name: {"latency_ms": baseline.latency_ms, "real_time_factor": spent[name] / audio}
+        for name, baseline in evaluator.baselines.items()
+    }
+    live = latency_report(evaluator.model, job.delay, hops=30)
+    methods[OURS] = {"latency_ms": live.latency_ms, "real_time_factor": live.real_time_factor}
+    return {
+        "model": job.model,
+        "data": job.data_path,
+        "audio_seconds": audio,
+        "methods": methods,
+        "parameters": sum(p.numel() for p in evaluator.model.parameters()),
+        "seconds": dict(spent),
+    }
+
+
+def _examples(evaluator: Evaluator, rows: Sequence[Row]) -> list[tuple[str, ScoredClip]]:
+    """Return the clips of the largest, median and smallest gain in the first metric."""
+    metric = evaluator.metrics[0]
+    values = {(row.method, row.clip): row.values.get(metric) for row in rows}
+    pairs = ((i, values[NOISY, x], values[OURS, x]) for i, x in enumerate(evaluator.names))
+    gains = sorted((y - x, i) for i, x, y in pairs if x is not None and y is not None)
+    if not gains:
+        return []
+    places = {"Worst": 0, "Median": (len(gains) - 1) // 2, "Best": len(gains) - 1}
+    chosen = {gains[place]: word for word, place in places.items()}  # each clip once
+    clips = evaluator.run([i for _, i in chosen])
+    words = [
+        f"{word}: {gain:+.2f} gain in {label_of(metric)}" for (gain, _), word in chosen.items()
+    ]
+    return list(zip(words, clips, strict=True))[::-1]
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Score one estimate by every metric asked for; a score that is undefined has a reason.
+"""Score an estimate by every metric asked for, with a reason where there is no score; scores.csv.
 
 DistillMOS and DNSMOS estimate what listeners would say and need no clean signal; their packages
 bring the weights. Both rate silence at about 1.9, so silence is refused before they see it.
@@ -7,28 +7,34 @@ bring the weights. Both rate silence at about 1.9, so silence is refused before 
 from __future__ import annotations
 
 import contextlib
+import csv
 import functools
-import importlib.util
+import hashlib
+import io
 import math
-import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffbuf_lib.errors import ConfigError, MissingExtraError
+from diffbuf_lib.data.audio import write_bytes
+from diffbuf_lib.errors import ConfigError, DataError
+from diffbuf_lib.evaluation.baselines import OURS
 from diffbuf_lib.registry import METRICS
-from diffbuf_lib.training.metrics import UndefinedScoreError, check_audible, score_clip
+from diffbuf_lib.training import metrics as basics
+from diffbuf_lib.training.metrics import UndefinedScoreError
 
 SPEECH_RMS = 1e-4
-"""Full scale 1. A target below it (-80 dB, three steps of 16 bits) is rounding noise, no speech;
-PESQ would rate noise against like noise as excellent."""
+"""Full scale 1. A target below it (-80 dB) is rounding noise, which PESQ would rate as good."""
 
 DNSMOS = ("dnsmos_ovrl", "dnsmos_sig", "dnsmos_bak", "dnsmos_p808")
 """What the name `dnsmos` stands for: one network call gives all four."""
+
+_FIXED = ("clip", "method", "snr_db", "seconds", "checksum")
 
 
 @dataclass
@@ -39,19 +45,54 @@ class Scores:
     undefined: dict[str, str] = field(default_factory=dict)  # metric -> why it is not
     seconds: dict[str, float] = field(default_factory=dict)  # metric -> time that it took
 
-    def __getitem__(self, metric: str) -> float:
-        """Return a score, NaN if it is undefined."""
-        return self.values.get(metric, math.nan)
+
+@dataclass(frozen=True)
+class ScoredClip:
+    """A clip, averaged to mono, as every method left it; the noisy input is a method too."""
+
+    index: int  # its place in the dataset
+    name: str  # of its file or folder, below the dataset's root
+    mix: Tensor  # [T] float32, full scale 1, the noisy signal
+    target: Tensor  # [T] float32, the clean signal
+    estimates: dict[str, Tensor] = field(default_factory=dict)  # method -> [T], aligned with mix
+    scores: dict[str, Scores] = field(default_factory=dict)
+
+    @property
+    def estimate(self) -> Tensor:
+        """[T], what the model made of it."""
+        return self.estimates[OURS]
+
+    @property
+    def snr(self) -> float | None:
+        """10 log10 of the energies of target and mix - target, dB; None if either is silent."""
+        powers = [x.double().square().mean().item() for x in (self.target, self.mix - self.target)]
+        if not basics.SILENCE_RMS**2 <= min(powers) <= max(powers) < math.inf:
+            return None
+        return round(10 * math.log10(powers[0] / powers[1]), 3)
+
+    @property
+    def checksum(self) -> str:
+        """12 hexadecimal digits of its samples: equal clips have equal ones, wherever they lie."""
+        samples = torch.cat([self.mix, self.target]).numpy().tobytes()
+        return hashlib.sha256(samples).hexdigest()[:12]
+
+
+class Row(NamedTuple):
+    """One clip as one method left it: a row of scores.csv."""
+
+    clip: str
+    method: str  # noisy, a baseline, or diffbuf
+    snr: float | None  # of the input, dB; None where it is undefined
+    seconds: float
+    checksum: str  # of mix and target
+    values: dict[str, float]
+    undefined: dict[str, str]
 
 
 def score(estimate: Tensor, target: Tensor, rate: int, metrics: Iterable[str]) -> Scores:
-    """Score one estimate.
+    """Score an estimate [T] against the clean target [T], both float32 on the CPU, full scale 1.
 
-    Args:
-        estimate: [T] float32 on the CPU, full scale 1.
-        target: [T] float32 on the CPU, the clean speech.
-        rate: Hz.
-        metrics: as `check_scoring` returned them.
+    The rate is in Hz, the metrics are those that `check_scoring` returned.
     """
     scores = Scores()
     for name in metrics:
@@ -59,7 +100,7 @@ def score(estimate: Tensor, target: Tensor, rate: int, metrics: Iterable[str]) -
         try:
             _check_defined(name, estimate, target, rate)
             # Four decimals are far below what any metric means, and make files easy to compare.
-            scores.values[name] = round(score_clip(name, estimate, target, rate), 4)
+            scores.values[name] = round(basics.score_clip(name, estimate, target, rate), 4)
         except UndefinedScoreError as error:
             reason = str(error).replace(";", ",")  # which separates them in a file
             if "Not enough STFT frames" in reason:
@@ -70,37 +111,66 @@ def score(estimate: Tensor, target: Tensor, rate: int, metrics: Iterable[str]) -
 
 
 def check_scoring(metrics: Sequence[str], rate: int) -> list[str]:
-    """Check, before anything is enhanced, that metrics can be computed at a rate in Hz.
-
-    Returns:
-        Their names, `dnsmos` written out as the four that it stands for.
+    """Check that metrics can be computed at a rate in Hz; return them, dnsmos as four.
 
     Raises:
-        ConfigError: none, an unknown or repeated metric, or a rate that it is not defined for.
-        MissingExtraError: a package is missing; the message has the command that installs it.
+        ConfigError, MissingExtraError: no metric, one that is given twice, or as in
+            `check_metrics`.
     """
     names = [one for name in metrics for one in (DNSMOS if name == "dnsmos" else (name,))]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"--metrics {' '.join(metrics)}: give each metric once, and at least one")
-    for name in names:
-        facts = METRICS[name].facts
-        package, rates = facts.get("package"), facts.get("sample_rates")
-        if package and importlib.util.find_spec(package) is None:
-            raise MissingExtraError(
-                f"metric {name} needs the package {package}: pip install 'diffbuf[metrics]', or "
-                f"take {name} out of --metrics"
-            )
-        if rates and rate not in rates:
-            known = " and ".join(map(str, rates))
-            raise ConfigError(f"{name} is defined at {known} Hz, not at {rate} Hz: take it out")
+    basics.check_metrics(names, rate)
     return names
 
 
 def label_of(metric: str) -> str:
-    """Return what tables and pages call a metric: its name and its unit or range."""
+    """Return what people call a metric, with its unit or range."""
     facts = METRICS[metric].facts if metric in METRICS else {}
     unit = facts.get("unit")
     return facts.get("label", metric) + (f" ({unit})" if unit else "")
+
+
+def write_scores(path: Path, rows: Iterable[Row], metrics: Sequence[str]) -> None:
+    """Write scores.csv: an undefined score is empty, its reason last."""
+    lines = []
+    for row in rows:
+        reasons = "; ".join(f"{metric}: {why}" for metric, why in row.undefined.items())
+        fixed = dict(zip(_FIXED, row, strict=False))
+        lines.append(fixed | dict.fromkeys(metrics) | row.values | {"undefined": reasons})
+    write_csv(path, lines)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows that all have the columns of the first; None is empty."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(path, buffer.getvalue().encode())
+
+
+def read_scores(folder: str | Path) -> tuple[list[str], list[Row]]:
+    """Return the metrics and the rows (without reasons) of a results folder's scores.csv.
+
+    Raises:
+        DataError: there is none.
+    """
+    try:
+        with open(Path(folder) / "scores.csv", encoding="utf-8", newline="") as file:
+            lines = list(csv.DictReader(file))
+    except OSError:
+        raise DataError(
+            f"{folder} has no scores.csv: give a folder that diffbuf evaluate --results_path "
+            "wrote, and let it finish"
+        ) from None
+    metrics = [name for name in lines[0] if name not in (*_FIXED, "undefined")]
+    rows = []
+    for line in lines:
+        numbers = {name: float(line[name]) for name in (*metrics, "snr_db") if line[name]}
+        snr, seconds = numbers.pop("snr_db", None), float(line["seconds"])
+        rows.append(Row(line["clip"], line["method"], snr, seconds, line["checksum"], numbers, {}))
+    return metrics, rows
 
 
 def distillmos(estimate: Tensor, target: Tensor, sample_rate: int) -> float:
@@ -110,15 +180,11 @@ def distillmos(estimate: Tensor, target: Tensor, sample_rate: int) -> float:
 
 
 @functools.lru_cache(maxsize=1)  # four metrics ask for one and the same tensor in turn
-def dnsmos(estimate: Tensor) -> dict[str, float]:
-    """Return DNSMOS, 1 to 5: overall, signal and background of P.835, and P.808's single score.
+def _dnsmos(estimate: Tensor) -> dict[str, float]:
+    """Return DNSMOS, 1 to 5, of [T] at 16 kHz (Reddy, Gopal, Cutler 2021 and 2022).
 
-    Reddy, Gopal, Cutler 2021 and 2022. A clip shorter than 9.01 s is repeated up to it, as the
-    package's authors do.
-
-    Args:
-        estimate: [T] float32 at 16 kHz, not empty; scaled down if its peak is above 1, which DNSMOS
-            refuses.
+    Overall, signal and background of P.835, and P.808's single score. A clip shorter than 9.01 s is
+    repeated up to it, as the package's authors do; peaks above 1, which it refuses, are scaled.
     """
     from speechmos import dnsmos as package
 
@@ -128,7 +194,7 @@ def dnsmos(estimate: Tensor) -> dict[str, float]:
 
 
 def _dnsmos_column(name: str, estimate: Tensor, target: Tensor, sample_rate: int) -> float:
-    return dnsmos(estimate)[name]
+    return _dnsmos(estimate)[name]
 
 
 dnsmos_ovrl, dnsmos_sig, dnsmos_bak, dnsmos_p808 = (
@@ -137,9 +203,7 @@ dnsmos_ovrl, dnsmos_sig, dnsmos_bak, dnsmos_p808 = (
 
 
 def _check_defined(name: str, estimate: Tensor, target: Tensor, rate: int) -> None:
-    """Check what `score_clip` does not: UndefinedScoreError says why there is no score."""
-    check_audible("estimate", estimate)
-    check_audible("target", target)
+    """Raise UndefinedScoreError, with the reason, for what `score_clip` itself does not refuse."""
     facts, seconds = METRICS[name].facts, len(estimate) / rate
     if seconds < (shortest := facts.get("shortest", 0)):
         raise UndefinedScoreError(f"{seconds:.3g} s is too short: {name} needs {shortest} s")
@@ -154,6 +218,5 @@ def _distillmos_model() -> Any:
     """Load the model once a process; the package prints where from, and stdout is not its own."""
     from distillmos import ConvTransformerSQAModel
 
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        model = ConvTransformerSQAModel()
-    return model.eval()
+    with contextlib.redirect_stdout(io.StringIO()):
+        return ConvTransformerSQAModel().eval()

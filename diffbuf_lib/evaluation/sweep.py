@@ -1,20 +1,17 @@
 """Latency against quality: evaluate models at several buffer lengths, delays or diffusion times.
 
-RESULTS/
-  sweep.csv    a row a model, value and metric
-  sweep.png    every metric against latency (against t_max, when that is varied)
-  points/      the results folder of every evaluation; a sweep that is stopped goes on
+sweep.csv    a row a model, value and metric
+sweep.png    every metric against latency (against t_max, when that is varied)
+points/      the results folder of every evaluation; a sweep that is stopped goes on
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -22,11 +19,10 @@ from diffbuf_lib import figures
 from diffbuf_lib.config import Config
 from diffbuf_lib.data.audio import write_bytes
 from diffbuf_lib.errors import ConfigError
-from diffbuf_lib.evaluation.baselines import NOISY
-from diffbuf_lib.evaluation.evaluate import OURS
+from diffbuf_lib.evaluation.baselines import NOISY, OURS
+from diffbuf_lib.evaluation.evaluate import Job, evaluate_folder
 from diffbuf_lib.evaluation.page import Mark, cell, draw_panels
-from diffbuf_lib.evaluation.runner import Evaluation, Job, evaluate_folder
-from diffbuf_lib.evaluation.scores import label_of
+from diffbuf_lib.evaluation.scores import label_of, write_csv
 from diffbuf_lib.model import load_model
 from diffbuf_lib.trace import format_table
 
@@ -35,8 +31,7 @@ BUFFER_SIZES = (5, 10, 20, 30, 60)
 T_MAX = (0.3, 0.5, 0.7, 0.8, 0.9)
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """One model at one setting."""
 
     model: str  # as it was given
@@ -48,8 +43,7 @@ class Point:
     t_max: float
     latency_ms: float  # until the first sample comes out
     real_time_factor: float  # of one stream on this machine
-    scores: dict[str, dict[str, Any]]
-    """Column -> mean and gain of the model and mean of noisy, as in summary.json."""
+    scores: dict[str, dict[str, Any]]  # metric -> mean, gain, noisy (as in summary.json), clips
 
     @property
     def setting(self) -> str:
@@ -79,20 +73,13 @@ def run_sweep(
 ) -> list[Point]:
     """Evaluate every model at every value, and write the table and the figure.
 
-    The weights stay as they are. A data-prediction model gives every delay d from 1 to B by
-    itself; a score model that is run with another B or t_max than it was trained with shows what
-    those weights can do there, not what training for it would give: for that, train one model for
-    each B and give them all with vary="none".
+    The weights stay as they are: a model that is run with another B or t_max than it was trained
+    with shows what they can do there, not what training for it would give (for that, train one
+    model for each B and give them all with vary="none").
 
-    Args:
-        models: folders, runs or names.
-        job: everything but model, delay, overrides and baselines.
-        results_path: folder for all that is written.
-        vary: what; auto is delay for data prediction and buffer_size for scores.
-        values: to try; empty for those of the papers that fit the model.
-        processes: as in `evaluate_folder`.
-        progress: as in `evaluate_folder`.
-        say: told in a line what comes next.
+    `auto` varies the delay of a data-prediction model, else the buffer size; without values, those
+    of the papers that fit are tried. The job says all but model, delay, overrides and baselines;
+    `say` is told in a line what comes next.
 
     Raises:
         DiffbufError: as in `evaluate_folder`; or a value that a model cannot have.
@@ -100,81 +87,40 @@ def run_sweep(
     results_path = Path(results_path)
     settings = [found for model in models for found in _settings(model, job, vary, values)]
     points = []
-    for number, setting in enumerate(settings, 1):
-        say(f"{number}/{len(settings)}  {setting.name}")
-        folder = results_path / "points" / setting.name
-        found = evaluate_folder(
-            setting.job, folder, processes=processes, page=False, progress=progress
-        )
-        points.append(_point(setting, found))
-    write_bytes(results_path / "sweep.csv", _to_csv(points).encode())
-    write_bytes(results_path / "sweep.png", figures.to_png(draw_sweep(points)))
+    for number, (name, varied, cfg, one) in enumerate(settings, 1):
+        say(f"{number}/{len(settings)}  {name}")
+        folder = results_path / "points" / name
+        found = evaluate_folder(one, folder, processes=processes, page=False, progress=progress)
+        buffer, speed = cfg.diffusion_buffer, found.timing["methods"][OURS]
+        scores = {}
+        for metric, table in found.summary["bands"]["all"]["columns"].items():
+            ours, noisy = table["methods"][OURS], table["methods"][NOISY]["mean"]
+            scores[metric] = ours | {"noisy": noisy, "clips": table["clips"]}
+        point = Point(
+            one.model, cfg.training.loss, found.timing["parameters"], varied,
+            buffer.buffer_size, one.delay or buffer.buffer_size, buffer.t_max,
+            speed["latency_ms"], speed["real_time_factor"], scores,
+        )  # fmt: skip
+        points.append(point)
+    write_csv(results_path / "sweep.csv", _csv_rows(points))
+    write_bytes(results_path / "sweep.png", figures.to_png(_draw(points)))
     return points
-
-
-def draw_sweep(points: Sequence[Point]) -> Figure:
-    """Draw every metric against latency, or against t_max where that is varied."""
-    by_time = all(point.varied == "t_max" for point in points)
-    panels: dict[str, dict[str, list[Mark]]] = {column: {} for column in points[0].scores}
-    for point in sorted(points, key=lambda p: p.t_max if by_time else p.latency_ms):
-        for column, curves in panels.items():
-            if mean := point.scores[column]["mean"]:
-                x = point.t_max if by_time else point.latency_ms
-                curves.setdefault(point.curve, []).append(Mark(x, mean, point.setting))
-    figure = draw_panels(panels, "largest diffusion time t_max" if by_time else "latency (ms)")
-    for axes, column in zip(figure.axes, panels, strict=True):
-        if noisy := points[0].scores[column]["noisy"]:
-            axes.axhline(noisy["mean"], color="0.4", linestyle="--", linewidth=1)
-            axes.annotate(
-                NOISY, (0.99, noisy["mean"]), xycoords=("axes fraction", "data"), fontsize=7,
-                xytext=(0, 2), textcoords="offset points", ha="right",
-            )  # fmt: skip
-    return figure
 
 
 def overview(points: Sequence[Point]) -> str:
     """Return the points as a table for a terminal."""
-    columns = list(points[0].scores)
-    rows = [["", "", "latency", "real-time factor", *map(label_of, columns)]]
+    rows = [["", "", "latency", "real-time factor", *map(label_of, points[0].scores)]]
     for point in points:
         speed = [f"{point.latency_ms:.0f} ms", f"{point.real_time_factor:.3f}"]
-        means = [cell(point.scores[column]["mean"]) for column in columns]
+        means = [cell(found["mean"]) for found in point.scores.values()]
         rows.append([point.model, point.setting, *speed, *means])
     return format_table(rows)
 
 
-def _to_csv(points: Sequence[Point]) -> str:
-    """Return a row a point and metric as CSV; empty where no clip has a score."""
-    rows = []
-    for point in points:
-        settings = asdict(point)
-        for column, found in settings.pop("scores").items():
-            mean, gain, noisy = (found[key] or {} for key in ("mean", "gain", "noisy"))
-            rows.append(
-                settings
-                | {"metric": column}
-                | {key: mean.get(key) for key in ("mean", "low", "high")}
-                | {"gain": gain.get("mean"), "noisy": noisy.get("mean"), "clips": found["clips"]}
-            )
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """One evaluation of a sweep."""
-
-    name: str  # of its folder
-    varied: str
-    cfg: Config  # with what is varied
-    job: Job
-
-
-def _settings(model: str, job: Job, vary: Vary, values: Sequence[float]) -> Iterator[_Setting]:
-    """Yield what is to be evaluated of one model; refuses what it cannot do before any work."""
+def _settings(
+    model: str, job: Job, vary: Vary, values: Sequence[float]
+) -> Iterator[tuple[str, str, Config, Job]]:
+    """Yield folder's name, what is varied, config and job; refuses what the model cannot do."""
     loaded = load_model(model, "cpu")
     cfg, B = loaded.cfg, loaded.cfg.diffusion_buffer.buffer_size
     job = replace(job, model=model, delay=None, overrides=(), baselines=())
@@ -182,7 +128,7 @@ def _settings(model: str, job: Job, vary: Vary, values: Sequence[float]) -> Iter
     if vary == "auto":
         vary = "delay" if loaded.predicts_data else "buffer_size"
     if vary == "none":
-        yield _Setting(f"{slug}-as-trained", vary, cfg, job)
+        yield f"{slug}-as-trained", vary, cfg, job
         return
     most = min(cfg.num_frames, cfg.audio.num_frames)
     defaults: dict[str, Sequence[float]] = {
@@ -196,30 +142,40 @@ def _settings(model: str, job: Job, vary: Vary, values: Sequence[float]) -> Iter
             raise ConfigError(f"{vary} {value} is no number of frames: give whole --values")
         if vary == "delay":
             loaded.sampler(int(value))  # refuses what the model cannot have
-            yield _Setting(name, vary, cfg, replace(job, delay=int(value)))
+            yield name, vary, cfg, replace(job, delay=int(value))
         else:
             override = f"diffusion_buffer.{vary}={value if vary == 't_max' else int(value)}"
-            varied = cfg.override(override)
-            yield _Setting(name, vary, varied, replace(job, overrides=(override,)))
+            yield name, vary, cfg.override(override), replace(job, overrides=(override,))
 
 
-def _point(setting: _Setting, found: Evaluation) -> Point:
-    buffer, speed = setting.cfg.diffusion_buffer, found.timing["methods"][OURS]
-    scores = {}
-    for column, table in found.summary["bands"]["all"]["columns"].items():
-        ours, noisy = table["methods"][OURS], table["methods"][NOISY]["mean"]
-        scores[column] = {
-            "mean": ours["mean"], "gain": ours["gain"], "noisy": noisy, "clips": table["clips"]
-        }  # fmt: skip
-    return Point(
-        model=setting.job.model,
-        loss=setting.cfg.training.loss,
-        parameters=found.timing["parameters"],
-        varied=setting.varied,
-        buffer_size=buffer.buffer_size,
-        delay=setting.job.delay or buffer.buffer_size,
-        t_max=buffer.t_max,
-        latency_ms=speed["latency_ms"],
-        real_time_factor=speed["real_time_factor"],
-        scores=scores,
-    )
+def _csv_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """Return a row a point and metric; None where no clip has a score."""
+    rows = []
+    for point in points:
+        settings = point._asdict()
+        for metric, found in settings.pop("scores").items():
+            mean, gain, noisy = (found[key] or {} for key in ("mean", "gain", "noisy"))
+            ends = {key: mean.get(key) for key in ("mean", "low", "high")}
+            beside = {"gain": gain.get("mean"), "noisy": noisy.get("mean")}
+            rows.append({**settings, "metric": metric, **ends, **beside, "clips": found["clips"]})
+    return rows
+
+
+def _draw(points: Sequence[Point]) -> Figure:
+    """Draw every metric against latency, or against t_max where that is varied."""
+    by_time = all(point.varied == "t_max" for point in points)
+    panels: dict[str, dict[str, list[Mark]]] = {metric: {} for metric in points[0].scores}
+    for point in sorted(points, key=lambda p: p.t_max if by_time else p.latency_ms):
+        for metric, curves in panels.items():
+            if mean := point.scores[metric]["mean"]:
+                x = point.t_max if by_time else point.latency_ms
+                curves.setdefault(point.curve, []).append((x, mean, point.setting))
+    figure = draw_panels(panels, "largest diffusion time t_max" if by_time else "latency (ms)")
+    for axes, metric in zip(figure.axes, panels, strict=True):
+        if noisy := points[0].scores[metric]["noisy"]:
+            axes.axhline(noisy["mean"], color="0.4", linestyle="--", linewidth=1)
+            axes.annotate(
+                NOISY, (0.99, noisy["mean"]), xycoords=("axes fraction", "data"), fontsize=7,
+                xytext=(0, 2), textcoords="offset points", ha="right",
+            )  # fmt: skip
+    return figure

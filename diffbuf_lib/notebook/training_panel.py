@@ -17,9 +17,8 @@ from diffbuf_lib.figures.progress import training_progress
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.notebook.panels import WorkerPanel, label
 from diffbuf_lib.training import StepRecord, load_weights, train
-from diffbuf_lib.training.checkpoint import apply_weights
 from diffbuf_lib.training.feed import ClipSource
-from diffbuf_lib.training.folder import ResultsFolder, read_history
+from diffbuf_lib.training.folder import ResultsFolder, apply_weights, read_history
 
 _PICTURE_EVERY = 0.25  # s, at least
 _PICTURE_SHARE = 0.2  # of the thread's time that may go into pictures

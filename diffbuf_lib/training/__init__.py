@@ -1,9 +1,6 @@
-"""Training: a generator of steps, checkpoints that survive a crash, and scores.
+"""Training: `train`, a generator of steps; checkpoints that survive a crash; and scores."""
 
-`train` is the way in. `metrics` scores clips and needs nothing else of this package.
-"""
-
-from diffbuf_lib.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from diffbuf_lib.training.folder import load_checkpoint, load_weights, save_checkpoint
 from diffbuf_lib.training.metrics import mean_scores, score_clips
 from diffbuf_lib.training.run import train
 from diffbuf_lib.training.step import StepRecord

@@ -2,31 +2,26 @@
 
 capsule_<step>/capsule.json   step, epoch, files, error, config and so on, for people and machines
 capsule_<step>/capsule.pt     batches, draws, and the engine's state before the step
-
-`diffbuf_lib.diagnostics.capsule` reads and replays it; to look for the first bad module, and for
-what to change, is its work. Of a run's capsules the first and the two newest are kept: the first
-failure is the most telling one, and a resumed run needs its newest.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 import shutil
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import diffbuf_lib
 from diffbuf_lib.config import Config
-from diffbuf_lib.data.audio import wait_for_disk
+from diffbuf_lib.data.audio import write_bytes
 from diffbuf_lib.errors import DiffbufError, NonFiniteError, OutOfMemoryError
 from diffbuf_lib.trace import to_plain
 from diffbuf_lib.training.feed import Batch, ClipSource, EpochPlan, Stream, seed_everything
@@ -34,11 +29,10 @@ from diffbuf_lib.training.memory import explain_out_of_memory, is_out_of_memory
 from diffbuf_lib.training.step import Engine, Outcome
 
 FORMAT = 2
-_KEPT = 3
+_KEPT = 3  # capsules of a run: the first one tells most, and a resumed run needs its newest
 
 
-@dataclass(frozen=True)
-class Attempt:
+class Attempt(NamedTuple):
     """A step to be made."""
 
     step: int  # counted from 1
@@ -50,8 +44,7 @@ class Attempt:
         return f"step {self.step} (epoch {self.epoch})"
 
 
-@dataclass(frozen=True)
-class BadValue:
+class BadValue(NamedTuple):
     """The first bad value that was found."""
 
     kind: str  # file, weight, stage, sigma, module, gradient or error
@@ -63,31 +56,23 @@ class BadValue:
         return f"{self.kind} {self.name}: {self.detail}"
 
 
+@dataclass(frozen=True)
 class Failures:
-    """Names and saves the failed steps of a run.
+    """Names and saves the failed steps of a run."""
 
-    Args:
-        cfg: the config.
-        results: the results folder, where capsules go.
-        engine: model, optimizer and precision.
-        plan: which clips make up which batch.
-        train_set: names them.
-    """
-
-    def __init__(
-        self, cfg: Config, results: Path, engine: Engine, plan: EpochPlan, train_set: ClipSource
-    ) -> None:
-        self.cfg, self.results, self.engine = cfg, results, engine
-        self.plan, self.train_set = plan, train_set
-        self.rank = engine.accelerator.process_index
+    cfg: Config
+    results: Path  # the results folder, where capsules go
+    engine: Engine
+    plan: EpochPlan
+    train_set: ClipSource
+    rank: int  # of this process
 
     def nonfinite(self, attempt: Attempt, outcome: Outcome) -> NonFiniteError | None:
         """Return the error of a step that was not made, None for one that was.
 
-        With float16 an infinite gradient is how the gradient scaler finds its scale, and no error:
-        the step is skipped and the scale halved. It is one when the scale has fallen below 1,
-        where float16 has no more range to give. All processes return an error; the first of those
-        with a bad loss writes the capsule.
+        With float16 an infinite gradient is how the gradient scaler finds its scale, and no error
+        until the scale has fallen below 1, where float16 has no more range to give. All processes
+        return an error; the first of those with a bad loss writes the capsule.
         """
         bad, scale = ~outcome.losses.isfinite(), self.engine.scale  # [W, R]
         cause = "loss" if bad.any() else "gradient"
@@ -101,9 +86,11 @@ class Failures:
             return None
         culprits = (bad if bad.any() else ~bad).nonzero().tolist()
         files = [f for rank, i in culprits for f in self._files(attempt, attempt.rounds[i], rank)]
+        precision = self.engine.accelerator.mixed_precision.replace("no", "off")
+        precision += "" if outcome.scale is None else f", loss scale {outcome.scale:g}"
         message = (
             f"{attempt}: {what}; batch {', '.join(files)}; lr {self.engine.lr:g}; "
-            f"mixed precision {self._precision(outcome)}"
+            f"mixed precision {precision}"
         )
         if self.rank == culprits[0][0]:
             found = self._first_bad(attempt, cause)
@@ -121,7 +108,9 @@ class Failures:
         capsule = self._save(attempt, error, "error")
         if is_out_of_memory(error):
             traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
-            text = explain_out_of_memory(error, self.cfg, self.engine, attempt.batches[0])
+            self.engine.optimizer.zero_grad()
+            size, device = len(attempt.batches[0].mix), self.engine.accelerator.device
+            text = explain_out_of_memory(self.cfg, device, size, str(error))
             return OutOfMemoryError(f"{attempt}: {text}{capsule}")
         files = ", ".join(f for r in attempt.rounds for f in self._files(attempt, r, self.rank))
         if isinstance(error, DiffbufError):
@@ -133,34 +122,28 @@ class Failures:
         order = self.plan.order(attempt.epoch)
         return [self.train_set.name(order[p]) for p in self.plan.positions(round_, rank)]
 
-    def _precision(self, outcome: Outcome) -> str:
-        precision = self.engine.accelerator.mixed_precision
-        scale = "" if outcome.scale is None else f", loss scale {outcome.scale:g}"
-        return "off" if precision == "no" else f"{precision}{scale}"
-
     def _first_bad(self, attempt: Attempt, cause: str) -> BadValue | None:
-        """Name the first bad value, as far as one more forward pass can tell."""
-        model: Any = self.engine.model
-        rounds = list(enumerate(attempt.batches))
         try:
-            for i, batch in rounds:
-                files = self._files(attempt, attempt.rounds[i], self.rank)
-                if found := bad_file(batch.mix, batch.target, files, i):
-                    return found
-            if found := first_bad("weight", model.state_dict().items()):
-                return found
-            if cause == "gradient":  # the last one is nearest to the loss
-                gradients = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
-                return first_bad("gradient", reversed(gradients))
-            seed_everything(self.cfg.training.seed, Stream.STEP, attempt.step - 1, self.rank)
-            for i, batch in rounds:
-                with torch.no_grad(), self.engine.accelerator.autocast():
-                    trace = model.trace(batch.mix, batch.target, _fresh(batch.generators))
-                if found := bad_stage(trace.stages(), i):
-                    return found
+            return next(self._bad_values(attempt, cause), None)
         except Exception as problem:  # such as a GPU that no longer answers
             return BadValue("error", type(problem).__name__, _reason(problem))
-        return None
+
+    def _bad_values(self, attempt: Attempt, cause: str) -> Iterator[BadValue]:
+        """Yield bad values, as far as one more forward pass can tell."""
+        model: Any = self.engine.model
+        for i, batch in enumerate(attempt.batches):
+            files = self._files(attempt, attempt.rounds[i], self.rank)
+            yield from bad_files(batch.mix, batch.target, files, i)
+        yield from bad_tensors("weight", model.state_dict().items())
+        if cause == "gradient":  # the last one is nearest to the loss
+            gradients = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
+            yield from bad_tensors("gradient", reversed(gradients))
+            return
+        seed_everything(self.cfg.training.seed, Stream.STEP, attempt.step - 1, self.rank)
+        for i, batch in enumerate(attempt.batches):
+            with torch.no_grad(), self.engine.accelerator.autocast():
+                trace = model.trace(batch.mix, batch.target, _fresh(batch))
+            yield from bad_stages(trace.stages(), i)
 
     def _save(
         self,
@@ -172,36 +155,34 @@ class Failures:
     ) -> str:
         """Write the capsule; return what the message says of it. Never fails."""
         engine = self.engine
+        model: Any = engine.model  # a DiffusionBufferModel
         record = {
             "format": FORMAT,
             "step": attempt.step,
             "epoch": attempt.epoch,
             "rank": self.rank,
             "processes": self.plan.processes,
-            "rounds": list(attempt.rounds),
             "files": [self._files(attempt, round_, self.rank) for round_ in attempt.rounds],
             "cause": cause,  # loss or gradient, which is not finite, or error
             "error": {"type": type(error).__name__, "message": str(error)},
             "traceback": "".join(traceback.format_exception(error)).splitlines(),
-            "finding": None if found is None else asdict(found),
+            "finding": None if found is None else found._asdict(),
             "lr": engine.lr,
             "precision": engine.accelerator.mixed_precision,
             "scale": engine.scale if outcome is None else outcome.scale,
-            "seeds": [[g.initial_seed() for g in b.generators] for b in attempt.batches],
             "device": engine.accelerator.device.type,
             "threads": torch.get_num_threads(),
-            "model_class": type(engine.model).__name__,
             "config": self.cfg.to_dict(),
-            "versions": {
-                "diffbuf": diffbuf_lib.__version__,
-                "torch": str(torch.__version__),
-                "python": platform.python_version(),
-                "system": platform.platform(),
-            },
+            "versions": {"diffbuf": diffbuf_lib.__version__, "torch": str(torch.__version__)},
+            "system": platform.platform(),
         }
         try:
+            batches = []
+            for batch in attempt.batches:
+                draws = model.draw(batch.mix, _fresh(batch)).to_dict()
+                batches.append({"mix": batch.mix, "target": batch.target, "draws": draws})
             content = {
-                "batches": [self._batch(batch) for batch in attempt.batches],
+                "batches": batches,
                 "state": engine.state_dict(),
                 "losses": None if outcome is None else outcome.losses[self.rank].tolist(),
                 "grad_norm": None if outcome is None else outcome.grad_norm,
@@ -212,14 +193,9 @@ class Failures:
         command = f"diffbuf replay {shlex.quote(str(folder))}"
         return f". Capsule: {folder}; `{command}` repeats the step"
 
-    def _batch(self, batch: Batch) -> dict[str, Any]:
-        draw = getattr(self.engine.model, "draw", None)  # a model of the user's may have none
-        draws = None if draw is None else draw(batch.mix, _fresh(batch.generators)).to_dict()
-        return {"mix": batch.mix, "target": batch.target, "draws": draws}
 
-
-def bad_file(mix: Tensor, target: Tensor, files: Sequence[str], round_: int) -> BadValue | None:
-    """Name the first file of a batch, mix and target [B, C, T], whose samples are not finite."""
+def bad_files(mix: Tensor, target: Tensor, files: Sequence[str], round_: int) -> Iterator[BadValue]:
+    """Yield the files of a batch, mix and target [B, C, T], whose samples are not all finite."""
     for j, name in enumerate(files):
         for what, wave in (("mix", mix[j]), ("target", target[j])):
             bad = (~wave.isfinite()).nonzero()
@@ -227,50 +203,43 @@ def bad_file(mix: Tensor, target: Tensor, files: Sequence[str], round_: int) -> 
                 channel, sample = bad[0].tolist()
                 where = f"first at sample {sample} of channel {channel}"
                 detail = f"{what} holds {len(bad)} NaN or Inf, {where}: take the file out"
-                return BadValue("file", name, detail, round_)
-    return None
+                yield BadValue("file", name, detail, round_)
 
 
-def bad_stage(stages: Mapping[str, Tensor], round_: int) -> BadValue | None:
-    """Name the first stage of a trace that is not finite, or a sigma that divides by zero."""
+def bad_stages(stages: Mapping[str, Tensor], round_: int) -> Iterator[BadValue]:
+    """Yield the stages of a trace that are not finite, and a sigma that divides by zero."""
     for name, value in stages.items():
-        bad = (value <= 0) | ~(1 / value).isfinite() if name == "sigma" else torch.tensor(False)
-        if bad.any():
-            example, frame = bad.nonzero()[0].tolist()
-            time = f"{stages['t'][example, frame].item():.6g}"
-            detail = (
-                f"sigma is {value[example, frame].item():.4g} at diffusion time {time} (example "
-                f"{example}, buffer frame {frame}); {int(bad.sum())} of {bad.numel()} are unusable"
-            )
-            return BadValue("sigma", f"t={time}", detail, round_)
-        if found := first_bad("stage", [(name, value)], round_):
-            return found
-    return None
+        if name == "sigma":
+            for example, frame in (~(1 / value).isfinite() | (value <= 0)).nonzero().tolist():
+                time, sigma = stages["t"][example, frame].item(), value[example, frame].item()
+                where = f"example {example}, buffer frame {frame}"
+                detail = f"sigma is {sigma:.4g} at diffusion time {time:.6g} ({where})"
+                yield BadValue("sigma", f"t={time:.6g}", detail, round_)
+        yield from bad_tensors("stage", [(name, value)], round_)
 
 
-def first_bad(kind: str, tensors: Iterable[tuple[str, Tensor]], round_: int = 0) -> BadValue | None:
-    """Name the first tensor, of (name, tensor) pairs, that is not finite."""
+def bad_tensors(
+    kind: str, tensors: Iterable[tuple[str, Tensor]], round_: int = 0
+) -> Iterator[BadValue]:
+    """Yield those of some (name, tensor) pairs that are not finite."""
     for name, value in tensors:
         if bad := int((~value.detach().isfinite()).sum()):
-            return BadValue(kind, name, f"{bad} of {value.numel()} are NaN or Inf", round_)
-    return None
+            yield BadValue(kind, name, f"{bad} of {value.numel()} are NaN or Inf", round_)
 
 
 def _write(results: Path, record: dict[str, Any], content: dict[str, Any]) -> Path:
     """Write a capsule, whole or not at all, and remove those between the first and the newest."""
     suffix = f"_rank{record['rank']}" if record["rank"] else ""
     folder = results / f"capsule_{record['step']}{suffix}"
-    temporary = results / f".{folder.name}.{os.getpid()}.tmp"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     try:
-        temporary.mkdir(parents=True)
+        torch.save(content, folder / "capsule.pt")
         text = json.dumps(to_plain(record), indent=1, allow_nan=False)
-        (temporary / "capsule.json").write_text(text, encoding="utf-8")
-        torch.save(content, temporary / "capsule.pt")
+        write_bytes(folder / "capsule.json", text.encode())  # makes it one
+    except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-        wait_for_disk(results)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     others = [path for path in results.glob("capsule_*") if path != folder]
     others.sort(key=lambda path: path.stat().st_mtime_ns)
     for path in others[1 : len(others) + 2 - _KEPT]:
@@ -278,9 +247,9 @@ def _write(results: Path, record: dict[str, Any], content: dict[str, Any]) -> Pa
     return folder
 
 
-def _fresh(generators: Sequence[torch.Generator]) -> list[torch.Generator]:
-    """Return generators as they were before the step."""
-    return [torch.Generator(g.device).manual_seed(g.initial_seed()) for g in generators]
+def _fresh(batch: Batch) -> list[torch.Generator]:
+    """Return a batch's generators as they were before the step."""
+    return [torch.Generator(g.device).manual_seed(g.initial_seed()) for g in batch.generators]
 
 
 def _reason(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""The results folder: what is in it, and when a run may start or go on there.
+"""The results folder: its files, written whole or not at all, and when a run may go on there.
 
 config.yaml           the whole config, defaults filled in
 history.jsonl         one line a step and a validation
@@ -16,45 +16,162 @@ import errno
 import json
 import math
 import os
+import pickle
 import shutil
 import time
+import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import filelock
 import torch
+from torch import Tensor, nn
 
 from diffbuf_lib.config import Config
-from diffbuf_lib.data.audio import wait_for_disk
+from diffbuf_lib.data.audio import atomic_file, wait_for_disk
 from diffbuf_lib.errors import CheckpointError
 from diffbuf_lib.figures import spectrograms, to_pixels
 from diffbuf_lib.trace import to_plain
-from diffbuf_lib.training.checkpoint import load_checkpoint, replaced_file, unwritable
 from diffbuf_lib.training.step import StepRecord, Validation
 
-CHANGEABLE = {
-    "training.num_epochs": "where the run ends does not change the steps before; but see below",
-    "training.num_steps": "as num_epochs",
-    "training.early_stopping": "as num_epochs",
-    "training.num_workers": "clips are keyed by (epoch, index), not by who reads them",
-    "training.log_every": "only what is written down",
-    "training.checkpoint_every": "only what is written down",
-    "training.on_nonfinite": "what happens next time does not change the steps before",
-    "training.max_skipped": "as on_nonfinite",
-    "training.valid_clips": "scores before and after compare less well, but the user decides",
-}
-"""Config keys that a resumed run may change, and why; all others would make it another run."""
+FORMAT = 1
+"""Of a checkpoint; raised when its content changes so that an older library cannot read it."""
+
+KEYS = frozenset(
+    {"format", "version", "config", "step", "epoch", "examples", "processes", "pending", "best"}
+    | {"bad_validations", "bad_batches", "model", "ema", "optimizer", "scheduler", "scaler"}
+)
+"""What a checkpoint holds. No state of random generators: all draws are keyed (see feed.py)."""
 
 _ENDS = ("training.num_epochs", "training.num_steps")  # a linear learning rate goes by them
+CHANGEABLE = {
+    *(*_ENDS, "training.early_stopping", "training.num_workers", "training.log_every"),
+    *("training.checkpoint_every", "training.on_nonfinite", "training.max_skipped"),
+    "training.valid_clips",
+}
+"""Config keys that a resumed run may change: they leave the steps before as they were (with
+valid_clips, scores before and after compare less well)."""
+
+
+def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint, with the names in `KEYS` except "format"; make its folder if needed.
+
+    Raises:
+        CheckpointError: it cannot be written; an older file at `path` is still there and whole.
+    """
+    with _replaced(Path(path)) as file:
+        torch.save({"format": FORMAT, **state}, file)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, without running what is in it.
+
+    Raises:
+        CheckpointError: no such file, cut short or damaged, not a checkpoint of this library, or
+            one that holds more than tensors and plain values.
+    """
+    path = Path(path)
+    state = load_tensors(path, "checkpoint")
+    if not isinstance(state, dict) or not KEYS.issubset(state):
+        raise CheckpointError(
+            f"{path} is not a training checkpoint of diffbuf: take checkpoints/last.pt or best.pt "
+            "of a results folder"
+        )
+    if state["format"] != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {path} has format {state['format']}, written by diffbuf "
+            f"{state['version']}; this library reads format {FORMAT}: install that version"
+        )
+    return state
+
+
+def load_tensors(path: Path, what: str) -> Any:
+    """Read what `torch.save` wrote: tensors and plain values only, onto the CPU.
+
+    Raises:
+        CheckpointError: no such file, a damaged one, or one that would run code; calls it `what`.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{what} {path} does not exist: check the path")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch's reader does not look at checksums
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(damaged)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{what} {path} is refused: it holds more than tensors and plain values, and "
+            "reading it could run code; take a file that diffbuf has written"
+        ) from error
+    except Exception as error:  # whatever the zip and pickle readers meet in damaged bytes
+        raise CheckpointError(
+            f"{what} {path} is damaged or cut short: take another one, such as best.pt "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:80]})"
+        ) from error
+
+
+def load_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read only the averaged weights of a checkpoint, or those of a `save_pretrained` folder.
+
+    Raises:
+        CheckpointError: as in `load_checkpoint`, or a folder without model.safetensors.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        averaged = load_checkpoint(path)["ema"]
+        prefix = "module."  # of the names in torch's AveragedModel
+        own = {name: value for name, value in averaged.items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): value for name, value in own.items()}
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = path / "model.safetensors"
+    if not file.is_file():
+        raise CheckpointError(
+            f"folder {path} holds no model.safetensors: give a checkpoint file or the model/ "
+            "folder of a results folder"
+        )
+    try:
+        return dict(load_file(file))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"weights {file} are damaged: {error}") from error
+
+
+def apply_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """Put weights into a model; CheckpointError names a tensor that does not fit."""
+    try:
+        model.load_state_dict(dict(weights))
+    except RuntimeError as error:  # a line of title, then one for each problem
+        problem = str(error).splitlines()[1].strip().rstrip(".")
+        raise CheckpointError(
+            f"weights of {source} do not fit: {problem}; make `model` equal"
+        ) from error
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that takes the place of `path` once it is safely on the disk."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temporary, open(temporary, "wb") as file:
+            yield file
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns some OSErrors into these
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: Exception) -> CheckpointError:
+    cause = error if isinstance(error, OSError) else error.__context__
+    reason = cause.strerror if isinstance(cause, OSError) else None
+    return CheckpointError(
+        f"{path} cannot be written ({reason or error}): free space or choose another "
+        "--results_path; what was there before is untouched"
+    )
 
 
 class ResultsFolder:
-    """The paths of one run.
-
-    Args:
-        path: the results folder; made if needed.
-    """
+    """The paths of one run."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -64,13 +181,10 @@ class ResultsFolder:
         self.best = self.path / "checkpoints" / "best.pt"
         self.model = self.path / "model"
         self.tensorboard = self.path / "tensorboard"
+        self._new, self._old = self.path / ".model.new", self.path / ".model.old"
 
     def check_fresh(self) -> None:
-        """Check that no run lives here.
-
-        Raises:
-            CheckpointError: one does; it says how to go on or where else to go.
-        """
+        """Raise CheckpointError if a run lives here; it says how to go on or where else to go."""
         for file in (self.config, self.history, self.last):
             if file.exists():
                 raise CheckpointError(
@@ -79,11 +193,7 @@ class ResultsFolder:
                 )
 
     def load_last(self, cfg: Config) -> dict[str, Any]:
-        """Return last.pt, after checking that its run had this config.
-
-        Raises:
-            CheckpointError: nothing to resume, an unreadable file, or another config.
-        """
+        """Return last.pt; CheckpointError if there is none or its run had another config."""
         if not self.last.is_file():
             raise CheckpointError(
                 f"results folder {self.path} holds no checkpoints/last.pt to resume: check "
@@ -95,55 +205,40 @@ class ResultsFolder:
 
     def write_config(self, cfg: Config) -> None:
         """Write config.yaml."""
-        with replaced_file(self.config) as file:
+        with _replaced(self.config) as file:
             file.write(cfg.to_yaml().encode())
 
     def truncate_history(self, step: int, *, validated: bool) -> None:
-        """Drop what the history holds of steps after a checkpoint.
-
-        So the curve of a resumed run is that of one that was never stopped.
-
-        Args:
-            step: of the checkpoint.
-            validated: whether the checkpoint comes after that step's validation; if not, a
-                validation of that very step will be made again.
-        """
+        """Drop what comes after a checkpoint's step, whose validation may still be to come."""
 
         def stays(line: dict[str, Any]) -> bool:
             repeated = "valid" in line and (line["final"] or not validated)
             return line["step"] < step or (line["step"] == step and not repeated)
 
         kept = [line for line in read_history(self.history) if stays(line)]
-        with replaced_file(self.history) as file:
+        with _replaced(self.history) as file:
             file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def export_model(self, model: Any) -> None:
-        """Write model/ through `save_pretrained`: the folder is the old or the new one.
-
-        Raises:
-            CheckpointError: it cannot be written.
-        """
-        new, old = self.path / ".model.new", self.path / ".model.old"
+        """Write model/ through `save_pretrained`: the folder is the old or the new one."""
         try:
-            shutil.rmtree(new, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
-            model.save_pretrained(new)
-            wait_for_disk(new)
+            self.tidy()
+            model.save_pretrained(self._new)
+            wait_for_disk(self._new)
             if self.model.exists():
-                self.model.rename(old)
-            new.rename(self.model)
+                self.model.rename(self._old)
+            self._new.rename(self.model)
             wait_for_disk(self.path)
         except OSError as error:
+            raise _unwritable(self.model, error) from error
+        finally:
             self.tidy()
-            raise unwritable(self.model, error) from error
-        shutil.rmtree(old, ignore_errors=True)
 
     def tidy(self) -> None:
         """Finish what a killed run left half done: temporary files and a half-made swap."""
-        new, old = self.path / ".model.new", self.path / ".model.old"
-        if old.exists() and not self.model.exists():
-            old.rename(self.model)
-        for left in (new, old, *self.path.glob(".capsule_*.tmp")):
+        if self._old.exists() and not self.model.exists():
+            self._old.rename(self.model)
+        for left in (self._new, self._old):
             shutil.rmtree(left, ignore_errors=True)
         for folder in (self.path, self.last.parent):
             for file in folder.glob(".*.tmp"):
@@ -151,23 +246,14 @@ class ResultsFolder:
 
 
 def check_same_config(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
-    """Check that two configs differ at most in the `CHANGEABLE` keys.
-
-    Args:
-        old: nested dictionaries, of the checkpoint.
-        new: nested dictionaries, of the run that wants to go on.
-        path: what the message calls the folder.
-
-    Raises:
-        CheckpointError: they differ; names up to three keys with both values.
-    """
+    """Raise CheckpointError if two nested configs differ in other keys than `CHANGEABLE`."""
     before, after = dict(_flat(old)), dict(_flat(new))
     linear = "linear" in (before.get("training.lr_schedule"), after.get("training.lr_schedule"))
-    fixed = _ENDS if linear else ()
+    changeable = CHANGEABLE.difference(_ENDS if linear else ())
     changed = [
         f"{key} was {str(before.get(key, 'not there'))[:80]}, is {after.get(key, 'not there')}"
         for key in {**before, **after}
-        if (key in fixed or key not in CHANGEABLE) and before.get(key) != after.get(key)
+        if key not in changeable and before.get(key) != after.get(key)
     ]
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -189,12 +275,10 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 def read_history(path: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of a history.jsonl, up to one that was cut off while it was written.
 
-    A line of a step has step, epoch, loss, grad_norm, lr, seconds, skipped; one of a validation
-    has step, epoch, valid and final (made at the end of a run within an epoch). A number that was
-    not finite is None.
+    One of a step is a `StepRecord`; one of a validation has step, epoch, valid and final (made at
+    the end of a run within an epoch). A number that was not finite is None.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         return
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
@@ -212,12 +296,7 @@ def read_history(path: str | Path) -> Iterator[dict[str, Any]]:
 class FolderLock:
     """One run at a time in a results folder, until its process ends, however it ends.
 
-    What counts is the system's lock on the file, not the file: one that a killed run has left
-    behind stops nobody. A forked reader that outlives its run does not hold the lock, since
-    filelock closes the descriptor in forked children.
-
-    Args:
-        folder: the results folder; made if needed.
+    The system's lock counts, not the file: one that a killed run has left behind stops nobody.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -227,20 +306,17 @@ class FolderLock:
         )
 
     def acquire(self) -> None:
-        """Take the lock, or go on without one on a file system that has none.
-
-        Raises:
-            CheckpointError: another process has it, or the folder cannot be written.
-        """
+        """Take the lock, or go on without one on a file system that has none."""
         folder = self.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
-            self.path.write_text(f"{os.getpid()}\n")  # for the message
+            self.path.write_text(f"process {os.getpid()}")  # for the message
         except filelock.Timeout:
+            owner = self.path.read_text() if self.path.is_file() else ""
             raise CheckpointError(
-                f"results folder {folder} is in use by another run ({self._owner()}): wait for "
-                "it, stop it, or choose another --results_path"
+                f"results folder {folder} is in use by another run ({owner or 'process unknown'}): "
+                "wait for it, stop it, or choose another --results_path"
             ) from None
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
@@ -256,38 +332,22 @@ class FolderLock:
             self.path.unlink(missing_ok=True)
             self._lock.release()
 
-    def _owner(self) -> str:
-        try:
-            return f"process {int(self.path.read_text())}"
-        except (OSError, ValueError):
-            return "a process of unknown id"
-
 
 class RunLog:
-    """What the main process writes down: history.jsonl, TensorBoard and a progress bar.
-
-    Args:
-        cfg: the config.
-        folder: where to.
-        step: steps made before; what TensorBoard holds of later ones is dropped.
-        total: steps of the whole run at most, for the bar's remaining time.
-        progress: whether to draw a bar on standard error.
-    """
+    """What the main process writes down: history.jsonl, TensorBoard and a progress bar."""
 
     def __init__(
-        self, cfg: Config, folder: ResultsFolder, *, step: int, total: int, progress: bool
+        self, cfg: Config, folder: ResultsFolder, step: int, total: int, progress: bool
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
         self.cfg, self.history = cfg, folder.history
         self._file = open(self.history, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-        self._board = SummaryWriter(
-            str(folder.tensorboard), purge_step=step + 1 if step else None, max_queue=100
-        )
-        self._bar = tqdm(
-            total=total, initial=step, unit="step", desc="training", disable=not progress
-        )
+        purge = step + 1 if step else None  # points of a run that went further before a resume
+        self._board = SummaryWriter(str(folder.tensorboard), purge_step=purge, max_queue=100)
+        hidden = not progress
+        self._bar = tqdm(desc="training", total=total, initial=step, unit="step", disable=hidden)
         self._last = (step, time.perf_counter())
 
     def step(self, record: StepRecord) -> None:
@@ -299,9 +359,8 @@ class RunLog:
             step, then = self._last
             self._last = (record.step, time.perf_counter())
             rate = (record.step - step) / max(self._last[1] - then, 1e-9)
-            for name in ("loss", "grad_norm", "lr"):
-                self._point(f"train/{name}", line[name], record.step)
-            self._point("train/steps_per_second", rate, record.step)
+            points = {name: line[name] for name in ("loss", "grad_norm", "lr")}
+            self._draw("train", {**points, "steps_per_second": rate}, record.step)
         self._bar.set_postfix(epoch=record.epoch, loss=f"{record.loss:.4g}", refresh=False)
         self._bar.update(record.step - self._bar.n)
 
@@ -309,8 +368,7 @@ class RunLog:
         """Write one validation: its scores, and sound and picture of its first clip."""
         step, rate = record.step, self.cfg.audio.sample_rate
         self._write({"step": step, "epoch": record.epoch, "valid": result.values, "final": final})
-        for name, value in result.values.items():
-            self._point(f"valid/{name}", value, step)
+        self._draw("valid", result.values, step)
         if result.example is not None:
             waves = dict(zip(("mix", "target", "estimate"), result.example, strict=True))
             for name, wave in waves.items():
@@ -330,10 +388,9 @@ class RunLog:
             self._file.write(json.dumps(to_plain(line), allow_nan=False) + "\n")
             self._file.flush()  # a killed process loses nothing that the system has
         except OSError as error:
-            raise CheckpointError(
-                f"{self.history} cannot be written ({error.strerror}): free space, then --resume"
-            ) from error
+            raise _unwritable(self.history, error) from error
 
-    def _point(self, name: str, value: float, step: int) -> None:
-        if math.isfinite(value):  # else TensorBoard prints a warning of its own and draws nothing
-            self._board.add_scalar(name, value, step)
+    def _draw(self, group: str, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            if math.isfinite(value):  # else TensorBoard warns and draws nothing
+                self._board.add_scalar(f"{group}/{name}", value, step)

@@ -27,12 +27,7 @@ class Muon(torch.optim.AdamW):
     that a step moves all directions of a layer alike. A convolution's kernel is the matrix
     [C_out, all else], which `torch.optim.Muon` does not take. Updates are scaled by
     0.2 sqrt(max(rows, columns)), as in Liu et al. 2025 (arXiv 2502.16982): learning rate and
-    weight decay are then of the size that AdamW wants.
-
-    Args:
-        params: parameters, float32.
-        lr: learning rate.
-        weight_decay: decoupled, of all parameters.
+    decoupled weight decay are then of the size that AdamW wants.
     """
 
     def __init__(
@@ -49,11 +44,9 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one step; `closure`, if given, computes the loss and its gradients first."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        """Make one step, as every torch optimizer does."""
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         gradients: list[tuple[Tensor, Tensor]] = []
         for group in self.param_groups:
             if not group["matrices"]:
@@ -83,24 +76,17 @@ class Muon(torch.optim.AdamW):
         p.add_(orthogonalise(matrix).view(p.shape), alpha=-lr * size)
 
 
-def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Bring the singular values of a matrix close to 1 (0.7 to 1.2) and keep its directions.
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """Bring the singular values of a matrix [M, N] close to 1 (0.7 to 1.2) and keep its directions.
 
     A Newton-Schulz iteration in bfloat16: matrix products only. Five steps bring singular values
     there that are above about 2e-3 of the Frobenius norm; smaller ones grow, but stay below 1.
-
-    Args:
-        matrix: [M, N] float32.
-        steps: of the iteration.
-
-    Returns:
-        [M, N] of the matrix's type.
     """
     a, b, c = _NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if tall else matrix).bfloat16()
     x = x / x.norm().clamp_min(1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.T if tall else x).to(matrix.dtype)
@@ -126,11 +112,6 @@ def make_scheduler(
 
     Linear: up over warmup_steps, level until 30 % of the run, then down to zero at its end. It
     counts the steps of the run, also those that changed no weight.
-
-    Args:
-        training: the config.
-        optimizer: whose learning rate moves.
-        total_steps: of the whole run.
     """
     if training.lr_schedule == "linear":
         fall = (1 - _LEVEL) * total_steps

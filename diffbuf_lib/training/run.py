@@ -1,10 +1,7 @@
 """Training as a generator: one `StepRecord` an optimizer step.
 
-A script exhausts it, a notebook takes `next(run)`. Whoever stops asking, by `close()`, Ctrl-C or
-SIGTERM, can go on later with `resume=True` and gets the weights of a run that never stopped.
-
-A run is "whole" between two steps; only then is a checkpoint taken. What a checkpoint holds beside
-the engine is its place: steps made, epoch, next round, and the scores that decide on the rest.
+Whoever stops asking can go on later with `resume=True` and gets the weights of a run that never
+stopped. A run is "whole" between two steps; only then is a checkpoint taken.
 """
 
 from __future__ import annotations
@@ -13,24 +10,41 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 
 import diffbuf_lib
 from diffbuf_lib.config import Config
 from diffbuf_lib.errors import CheckpointError, DataError, NonFiniteError
 from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.training.checkpoint import apply_weights, load_weights, save_checkpoint
 from diffbuf_lib.training.failure import Attempt, Failures
-from diffbuf_lib.training.feed import Batch, ClipSource, EpochPlan, Feed, Stream, seed_everything
-from diffbuf_lib.training.folder import FolderLock, ResultsFolder, RunLog
+from diffbuf_lib.training.feed import (
+    Batch,
+    ClipReader,
+    ClipSource,
+    EpochPlan,
+    Stream,
+    example_generators,
+    seed_everything,
+    stream_seed,
+)
+from diffbuf_lib.training.folder import (
+    FolderLock,
+    ResultsFolder,
+    RunLog,
+    apply_weights,
+    load_weights,
+    save_checkpoint,
+)
 from diffbuf_lib.training.metrics import check_metrics, lower_is_better
 from diffbuf_lib.training.signals import StopRequest, isolated
 from diffbuf_lib.training.step import Engine, Outcome, StepRecord, make_accelerator, validate
+
+_PLACE = ("step", "epoch", "best", "bad_validations", "bad_batches")
 
 
 def train(
@@ -47,10 +61,9 @@ def train(
 ) -> Generator[StepRecord, None, None]:
     """Train, yielding a record after every optimizer step.
 
-    On `close()`, Ctrl-C, SIGTERM or an error between steps it saves a checkpoint and closes its
-    logs. A signal waits for the end of a step and is then raised as KeyboardInterrupt; a second
-    one does not wait, and saves nothing. For a loop whose body can fail,
-    `with contextlib.closing(train(...)) as run:` closes at once.
+    On `close()` (`contextlib.closing`), Ctrl-C, SIGTERM or an error between steps it saves a
+    checkpoint and closes its logs. A signal waits for the end of a step and is then raised as
+    KeyboardInterrupt; a second one does not wait, and saves nothing.
 
     Args:
         cfg: the config.
@@ -64,15 +77,11 @@ def train(
         progress: draw a progress bar on standard error.
         model: a model to train in place; default: a new one, seeded by `training.seed`.
 
-    Yields:
-        One record a step. A step is also one whose update the float16 scaler skipped.
-
     Raises:
-        CheckpointError: the folder holds a run (without `resume`), none or one of another config
-            (with it), weights do not fit, or a file cannot be written.
+        CheckpointError: a run in the folder (with `resume`: none, or one of another config),
+            weights that do not fit, or a file that cannot be written.
         NonFiniteError: the loss or gradient is NaN or infinite; names the files. The checkpoints
-            are from before. With float16, infinite gradients are the scaler's search and no
-            error, until its scale has fallen below 1.
+            are from before. (Infinite gradients in float16: the scaler lowers its scale first.)
         DataError: an empty training set, or a clip that cannot be read; names it.
         MissingExtraError, ConfigError: a metric or device that is unavailable.
     """
@@ -117,19 +126,18 @@ class Run:
         self.lock = FolderLock(self.folder.path)
         self.accelerator = make_accelerator(training, device)
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
-        self.plan = EpochPlan(
-            size=len(train_set),
-            batch_size=training.batch_size,
-            accumulation=training.accumulation_steps,
-            processes=self.processes,
-            seed=training.seed,
-        )
+        size, batch, rounds = len(train_set), training.batch_size, training.accumulation_steps
+        self.plan = EpochPlan(size, batch, rounds, self.processes, training.seed)
+        steps = training.num_epochs * self.plan.steps
+        self.total = min(steps, training.num_steps or steps)  # unless it stops early
         with self._isolated():
             seed_everything(training.seed, Stream.WEIGHTS)
             model = DiffusionBufferModel(cfg) if model is None else model
-            self.engine = Engine(cfg, model, self.accelerator, self._total())
-        self.feed = Feed(self.plan, training, train_set, self.accelerator.device, self.rank)
-        self.failures = Failures(cfg, self.folder.path, self.engine, self.plan, train_set)
+            self.engine = Engine(cfg, model, self.accelerator, self.total)
+        self.reader = ClipReader(train_set, training.num_workers)
+        self.batches: Iterator[tuple[Tensor, Tensor]] | None = None  # the rest of this epoch's
+        path, rank = self.folder.path, self.rank
+        self.failures = Failures(cfg, path, self.engine, self.plan, train_set, rank)
         self.log: RunLog | None = None  # in the main process
 
         self.step = self.epoch = self.round = 0  # steps made; epoch and round of the next one
@@ -200,33 +208,41 @@ class Run:
             record = dataclasses.replace(record, valid=result.values)
             if self.log is not None:
                 self.log.validation(record, result, final=not due)
-            # Where a run is cut off, an extra validation is written down but changes nothing that
-            # a longer run would not have changed: so going on equals never having stopped.
+            # An extra validation, where a run is cut off, decides nothing: so going on equals
+            # never having stopped.
             self.whole = False
             is_best = due and self._judge(result.values)
 
         if epoch_over:
             self.epoch, self.round = self.epoch + 1, 0
-            self.feed.stop()
+            self.batches = None  # ends the processes that read ahead
         self.pending, self.whole, self.saved = None, True, False
         if epoch_over or self.step % training.checkpoint_every == 0 or self._over():
             self._save(is_best=is_best)
         return record
 
     def _next_batch(self, round_: int) -> Batch:
+        seed, device = self.cfg.training.seed, self.accelerator.device
+        if self.batches is None:
+            self.reader.dataset.set_epoch(self.epoch)
+            clips = self.plan.batches(self.epoch, self.rank, start=round_)
+            key = stream_seed(seed, Stream.WORKERS, self.epoch, self.rank)
+            self.batches = self.reader.read(clips, key, pin_memory=device.type == "cuda")
         try:
-            return self.feed.batch(self.epoch, round_)
+            mix, target = (wave.to(device, non_blocking=True) for wave in next(self.batches))
         except DataError:
             if self.stop.requested and self.processes == 1:
                 raise KeyboardInterrupt from None  # the same signal has ended our readers
             raise
+        keys = [(self.epoch, position) for position in self.plan.positions(round_, self.rank)]
+        return Batch(mix, target, example_generators(keys, seed, Stream.EXAMPLE, device))
 
     def _make_step(self, attempt: Attempt) -> Outcome:
         seed_everything(self.cfg.training.seed, Stream.STEP, self.step, self.rank)  # for dropout
         try:
             return self.engine.step(attempt.batches, stop=self.stop.requested)
         except Exception as error:
-            if (death := self.feed.readers.death(error)) is not None:  # told by a signal
+            if (death := self.reader.death(error)) is not None:  # told by a signal
                 raise death from error
             known = self.failures.raised(attempt, error)
             if known is error:
@@ -260,10 +276,8 @@ class Run:
         name = self.cfg.training.metric_for_scheduler
         score = values[name]
         if not math.isfinite(score):
-            warnings.warn(
-                f"no validation clip has a finite {name}: learning rate and early stopping wait",
-                stacklevel=2,
-            )
+            what = f"no validation clip has a finite {name}"
+            warnings.warn(f"{what}: learning rate and early stopping wait", stacklevel=2)
             return False
         self.engine.count_validation(score)
         lower = lower_is_better(name)
@@ -274,11 +288,6 @@ class Run:
         return False
 
     # Where the run stands.
-
-    def _total(self) -> int:
-        """Steps of the whole run, unless it stops early."""
-        steps = self.cfg.training.num_epochs * self.plan.steps
-        return min(steps, self.cfg.training.num_steps or steps)
 
     def _is_last(self, epoch_over: bool) -> bool:
         training = self.cfg.training
@@ -306,7 +315,7 @@ class Run:
             if start_check_point is not None:
                 weights = load_weights(start_check_point)
                 for model in (self.engine.model, self.engine.ema.module):
-                    apply_weights(model, weights, Path(start_check_point))
+                    apply_weights(model, weights, start_check_point)
         self.accelerator.wait_for_everyone()  # all have looked before the first one writes
         if self.accelerator.is_main_process:
             self.folder.tidy()
@@ -315,24 +324,17 @@ class Run:
             self.folder.write_config(self.cfg)
             if not self._over():
                 self.folder.truncate_history(self.step, validated=self.pending is None)
-            self.log = RunLog(
-                self.cfg, self.folder, step=self.step, total=self._total(), progress=progress
-            )
+            self.log = RunLog(self.cfg, self.folder, self.step, self.total, progress)
         self.whole = True
 
     def close(self, *, abandoned: bool) -> None:
-        """Save where the run stands if it is whole, and close the logs.
-
-        A run that its caller abandoned, or that has come to its end, writes model/ too, where no
-        validation has picked a best one.
-        """
-        self.feed.stop()
+        """Save where the run stands if it is whole, model/ too if there is none; close the logs."""
+        self.batches = None
         try:
             if self.whole and self.accelerator.is_main_process:
                 if not self.engine.is_finite():
-                    warnings.warn(
-                        f"weights are not finite: step {self.step} is not saved", stacklevel=2
-                    )
+                    text = f"weights are not finite: step {self.step} is not saved"
+                    warnings.warn(text, stacklevel=2)
                     return
                 if not self.saved:
                     self._write(self.folder.last)
@@ -364,27 +366,20 @@ class Run:
         state: dict[str, Any] = {
             "version": diffbuf_lib.__version__,
             "config": self.cfg.to_dict(),
-            "step": self.step,
-            "epoch": self.epoch,
             "examples": self.round * self.plan.examples_per_round,
             "processes": self.processes,
             "pending": None if self.pending is None else self.pending.to_dict(),
-            "best": self.best,
-            "bad_validations": self.bad_validations,
-            "bad_batches": self.bad_batches,
         }
-        save_checkpoint(path, {**state, **self.engine.state_dict()})
+        place = {name: getattr(self, name) for name in _PLACE}
+        save_checkpoint(path, {**state, **place, **self.engine.state_dict()})
 
     def _load(self, state: dict[str, Any]) -> None:
         if state["processes"] != self.processes:
-            warnings.warn(
-                f"the run had {state['processes']} processes and goes on with {self.processes}: "
-                "its batches change in size",
-                stacklevel=2,
-            )
+            had = f"the run had {state['processes']} processes and goes on with {self.processes}"
+            warnings.warn(f"{had}: its batches change in size", stacklevel=2)
         try:
             self.engine.load_state_dict(state)
-            for name in ("step", "epoch", "best", "bad_validations", "bad_batches"):
+            for name in _PLACE:
                 setattr(self, name, state[name])
             self.pending = None if state["pending"] is None else StepRecord(**state["pending"])
             rounds = -(-state["examples"] // self.plan.examples_per_round)
@@ -393,7 +388,6 @@ class Run:
                 self.epoch, self.round = self.epoch + 1, 0  # a smaller set, or larger rounds
         except Exception as error:  # whatever torch meets in a state that is not its own
             raise CheckpointError(
-                f"checkpoint {self.folder.last} does not fit this model and optimizer "
-                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): take another "
-                "one, such as best.pt"
+                f"checkpoint {self.folder.last} does not fit this model and optimizer: take "
+                f"another one, such as best.pt ({' '.join(str(error).split())[:200]})"
             ) from error

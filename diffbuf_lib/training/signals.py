@@ -1,7 +1,7 @@
 """What a run changes in its process, and only while it runs: seeds, flags and signals.
 
-Between two records the caller's own code runs, in a notebook for hours. It must find the random
-generators and torch's flags as it left them, and must not change the run by drawing from them.
+Between two records the caller's own code runs: it must find the random generators and torch's flags
+as it left them, and must not change the run by drawing from them.
 """
 
 from __future__ import annotations
@@ -21,36 +21,27 @@ import torch
 
 @contextmanager
 def isolated(device: torch.device, *, deterministic: bool) -> Iterator[None]:
-    """Restore the global generators and determinism flags at the end of a block.
+    """Restore the global generators (also of `device`) and determinism flags after a block.
 
-    They belong to the process, not to a thread: while a run in another thread is within a step,
-    code that draws from the global generators disturbs its dropout (never its noise).
-
-    Args:
-        device: whose generator is restored beside the CPU's.
-        deterministic: within the block, torch takes algorithms that give the same bits at every
-            run and raises where an operation has none.
+    With `deterministic`, torch takes algorithms that give the same bits at every run, or raises.
+    All this belongs to the process: another thread's draws disturb a step's dropout, not its noise.
     """
-    flags = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.backends.cudnn.deterministic,
-        torch.backends.cudnn.benchmark,
-    )
+    cudnn = torch.backends.cudnn
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    flags = cudnn.deterministic, cudnn.benchmark
     numpy_state, python_state = np.random.get_state(), random.getstate()
-    devices = [device] if device.type == "cuda" else []
     try:
         if deterministic:
             # cuBLAS reads this when it first runs; without it torch refuses matrix products.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-            torch.backends.cudnn.deterministic = True
-            torch.backends.cudnn.benchmark = False
-        with torch.random.fork_rng(devices=devices):
+            cudnn.deterministic, cudnn.benchmark = True, False
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
-        torch.use_deterministic_algorithms(flags[0], warn_only=flags[1])
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = flags[2:]
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        cudnn.deterministic, cudnn.benchmark = flags
         np.random.set_state(numpy_state)
         random.setstate(python_state)
 
@@ -58,13 +49,9 @@ def isolated(device: torch.device, *, deterministic: bool) -> Iterator[None]:
 class StopRequest:
     """Turns Ctrl-C and SIGTERM into a stop between two steps.
 
-    Within `running()` the first signal only sets `requested`, so that no optimizer step is cut in
-    half; a second one raises KeyboardInterrupt at once. Outside of it, while the caller's code
-    runs, either signal raises KeyboardInterrupt there. Signals can be caught in the main thread
-    only: in another thread this does nothing, and its owner stops by closing the generator.
+    Within `running()` the first signal only sets `requested`; a second one raises KeyboardInterrupt
+    at once, as either does while the caller's code runs. Works in the main thread only.
     """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.requested = False
@@ -81,26 +68,23 @@ class StopRequest:
             self._inside = False
 
     def install(self) -> None:
-        """Put the handlers in place (main thread only)."""
+        """Put the handlers in place."""
         if threading.current_thread() is threading.main_thread():
-            for number in self.SIGNALS:
+            for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._handle)
 
     def restore(self) -> None:
         """Put back the handlers that were there, where they are still ours."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number, previous in self._previous.items():
-            if signal.getsignal(number) == self._handle:
-                signal.signal(number, previous if previous is not None else signal.SIG_DFL)
-        self._previous.clear()
+        if threading.current_thread() is threading.main_thread():
+            for number, previous in self._previous.items():
+                if signal.getsignal(number) == self._handle:
+                    signal.signal(number, previous if previous is not None else signal.SIG_DFL)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        previous = self._previous.get(number)
         if self._inside and not self.requested:
             self.requested = True
-            return
-        previous = self._previous.get(number)
-        if number == signal.SIGINT and callable(previous):
+        elif number == signal.SIGINT and callable(previous):
             previous(number, frame)
         else:
             raise KeyboardInterrupt(signal.Signals(number).name)

@@ -1,16 +1,14 @@
-"""One optimizer step and one validation: the model, and all that changes or scores it.
-
-`Engine.step` is one optimizer step over one or several batches; `state_dict` is all of it.
-"""
+"""One optimizer step and one validation: the model, and all that changes or scores it."""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -24,10 +22,10 @@ from diffbuf_lib.config import Config, TrainingConfig
 from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.training.feed import (
     Batch,
+    ClipReader,
     ClipSource,
     Stream,
     example_generators,
-    read_batches,
     seed_everything,
 )
 from diffbuf_lib.training.metrics import mean_scores, score_clips
@@ -35,23 +33,14 @@ from diffbuf_lib.training.optimizer import make_optimizer, make_scheduler
 from diffbuf_lib.training.signals import StopRequest
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What one optimizer step came to; none was made if losses or, without a scaler, norm are bad.
+class Outcome(NamedTuple):
+    """What a step came to; none was made if losses or, without a scaler, the norm are bad."""
 
-    Args:
-        losses: [W, R] float32 on the CPU: of every process and round.
-        grad_norm: before clipping.
-        skipped: the gradient scaler found an overflow, made no step and lowered its scale.
-        stop: some process was asked to stop.
-        scale: the gradient scaler's factor in this step; None without a scaler.
-    """
-
-    losses: Tensor
-    grad_norm: float
-    skipped: bool
-    stop: bool
-    scale: float | None
+    losses: Tensor  # [W, R] float32 on the CPU: of every process and round
+    grad_norm: float  # before clipping
+    skipped: bool  # the gradient scaler found an overflow, made no step and lowered its scale
+    stop: bool  # some process was asked to stop
+    scale: float | None  # the gradient scaler's factor in this step; None without a scaler
 
     @property
     def loss(self) -> float:
@@ -64,11 +53,9 @@ class StepRecord:
     """One optimizer step.
 
     Args:
-        skipped: float16 only: the gradients overflowed, the weights were left as they were and
-            the gradient scaler lowered its scale. Normal now and then. Also with
-            training.on_nonfinite=skip, for a batch with a loss or gradient that is not finite.
-        valid: on the last record of an epoch with validation, and of a run: "loss", the metrics'
-            means, and `<metric>_clips`, over how many clips; else None.
+        skipped: the weights stayed as they were: in float16 the gradients overflowed, and the
+            scaler lowered its scale, as it does now and then; or training.on_nonfinite=skip.
+        valid: where there was a validation, "loss", the metrics' means, and `<metric>_clips`.
     """
 
     step: int  # counted from 1 over the whole run, resumed or not
@@ -87,21 +74,13 @@ class StepRecord:
 
 
 class Engine:
-    """The model and all that changes it.
-
-    Args:
-        cfg: the config.
-        model: a `DiffusionBufferModel`; it is trained in place.
-        accelerator: device, precision and processes.
-        total_steps: of the whole run, for a learning rate that falls along it.
-    """
+    """The model, trained in place, and all that changes it."""
 
     def __init__(
         self, cfg: Config, model: nn.Module, accelerator: Accelerator, total_steps: int
     ) -> None:
         training = cfg.training
-        self.accelerator = accelerator
-        self.grad_clip = training.grad_clip
+        self.accelerator, self.grad_clip = accelerator, training.grad_clip
         self.model = model.to(accelerator.device)
         # Buffers are copied, not averaged: tables stay exact and counters stay integers.
         self.ema = AveragedModel(
@@ -127,12 +106,10 @@ class Engine:
         return None if scaler is None else float(scaler.get_scale())
 
     def step(self, batches: Sequence[Batch], *, stop: bool = False) -> Outcome:
-        """Make one optimizer step from the mean gradient of some rounds.
+        """Make one optimizer step from the mean gradient of this process's batch of every round.
 
-        Args:
-            batches: this process's batch of every round.
-            stop: whether this process was asked to stop; all learn of it in the one exchange that
-                also collects the losses, so that they stop after the same step.
+        `stop` says whether this process was asked to stop; all learn of it in the one exchange
+        that also collects the losses, so that they stop after the same step.
         """
         accelerator = self.accelerator
         self.model.train()
@@ -149,7 +126,7 @@ class Engine:
         gathered = accelerator.gather(report).view(-1, len(report)).cpu()
         all_losses, stop = gathered[:, :-1], bool(gathered[:, -1].any())
         if not all_losses.isfinite().all():
-            return Outcome(all_losses, float("nan"), False, stop, scale)
+            return Outcome(all_losses, math.nan, False, stop, scale)
         grad_norm, skipped = self._update()
         return Outcome(all_losses, grad_norm, skipped, stop, scale)
 
@@ -214,11 +191,9 @@ def gradient_norm(model: nn.Module) -> Tensor:
 
 
 def resolve_device(name: str, *, fallback: bool = False) -> torch.device:
-    """Return the device that a user's name stands for.
+    """Return the device for auto (CUDA if there is), cpu, cuda or cuda:N.
 
-    Args:
-        name: auto (CUDA if there is), cpu, cuda or cuda:N.
-        fallback: take the CPU where this machine has no CUDA device at all.
+    With `fallback`, the CPU where this machine has no CUDA device at all.
 
     Raises:
         ConfigError: another name, or a GPU that this machine does not have.
@@ -235,15 +210,7 @@ def resolve_device(name: str, *, fallback: bool = False) -> torch.device:
 
 
 def make_accelerator(training: TrainingConfig, device: str) -> Accelerator:
-    """Choose the device and the precision; warn, in one line, where they are not what was asked.
-
-    Args:
-        training: for `use_amp` and `amp_dtype`.
-        device: as for `resolve_device`.
-
-    Raises:
-        ConfigError: as from `resolve_device`.
-    """
+    """Choose the device (see `resolve_device`) and the precision; warn where it is another one."""
     chosen = resolve_device(device, fallback=True)
     on_cpu = chosen.type == "cpu"
     precision = training.amp_dtype if training.use_amp else "no"
@@ -262,22 +229,17 @@ def make_accelerator(training: TrainingConfig, device: str) -> Accelerator:
     return Accelerator(cpu=on_cpu, mixed_precision=precision)
 
 
-@dataclass(frozen=True)
-class Validation:
-    """What a validation came to.
+class Validation(NamedTuple):
+    """What a validation came to."""
 
-    Args:
-        values: "loss", every metric's mean, and `<metric>_clips`: how many clips it is over.
-        example: mix, target and estimate of the first clip, each [T]; None on other processes.
-    """
-
-    values: dict[str, float]
-    example: tuple[Tensor, Tensor, Tensor] | None
+    values: dict[str, float]  # "loss", every metric's mean, and `<metric>_clips`: over how many
+    example: tuple[Tensor, ...] | None  # mix, target, estimate of the first clip, each [T]
 
 
+@torch.no_grad()
 def validate(
     cfg: Config,
-    model: nn.Module,
+    model: Any,
     dataset: ClipSource,
     accelerator: Accelerator,
     stop: StopRequest | None = None,
@@ -287,68 +249,43 @@ def validate(
     Every clip has its own generator, seeded by (seed, clip): the same noise at every validation,
     whatever the batch size or the number of processes.
 
-    Args:
-        cfg: the config.
-        model: the averaged model; is left in eval mode.
-        dataset: the validation set, not empty.
-        accelerator: process i of W takes every W-th clip.
-        stop: is looked at before each batch.
-
     Returns:
-        None when some process was asked to stop.
-
-    Raises:
-        DataError: a clip cannot be read; names it.
+        None when `stop` was requested of some process; the example only in the main process.
     """
     training, device = cfg.training, accelerator.device
     count, processes = min(training.valid_clips, len(dataset)), accelerator.num_processes
     mine = list(range(accelerator.process_index, count, processes))
     batches = [mine[i : i + training.batch_size] for i in range(0, len(mine), training.batch_size)]
     most = math.ceil(count / processes)  # clips of the first process: all exchange as often
-    rounds = math.ceil(most / training.batch_size)
-    reader = read_batches(dataset, batches)
+    reader = ClipReader(dataset).read(batches)
 
     model.eval()
     seed_everything(training.seed, Stream.VALID)
-    results: list[tuple[int, float, dict[str, float]]] = []
+    results: list[tuple[int, dict[str, float]]] = []
     example = None
-    for round_ in range(rounds):
+    for round_ in range(math.ceil(most / training.batch_size)):
         flag = torch.tensor([float(stop is not None and stop.requested)], device=device)
         if accelerator.gather(flag).any():
             return None
         if round_ >= len(batches):
             continue
         mix, target = (wave.to(device) for wave in next(reader))
-        loss, estimate = _run_model(model, mix, target, batches[round_], training.seed)
+        keys = [(clip,) for clip in batches[round_]]
+        generators = example_generators(keys, training.seed, Stream.VALID, device)
+        loss = model(mix, target, generator=generators).item()
+        generators = example_generators(keys, training.seed, Stream.VALID, device)
+        estimate = model.enhance(mix, generator=generators)  # [B, C, T]
         estimate, clean = estimate.mean(1).cpu(), target.mean(1).cpu()  # [B, T]
         scores = score_clips(estimate, clean, cfg.audio.sample_rate, training.metrics)
         for i, clip in enumerate(batches[round_]):
-            results.append((clip, loss, {name: v[i].item() for name, v in scores.items()}))
+            values = {name: score[i].item() for name, score in scores.items()}
+            results.append((clip, {"loss": loss, **values}))
         if round_ == 0 and accelerator.is_main_process:
             example = (mix[0].mean(0).cpu(), clean[0], estimate[0])
     results = gather_object(results) if processes > 1 else results
     results.sort(key=lambda result: result[0])  # by clip, so that sums round alike
-    return Validation(_average(results, training.metrics), example)
-
-
-@torch.no_grad()
-def _run_model(
-    model: nn.Module, mix: Tensor, target: Tensor, clips: list[int], seed: int
-) -> tuple[float, Tensor]:
-    """Return the mean loss and the estimates [B, C, T]."""
-    keys = [(clip,) for clip in clips]
-    generators = example_generators(keys, seed, Stream.VALID, mix.device)
-    loss = model(mix, target, generator=generators).item()
-    generators = example_generators(keys, seed, Stream.VALID, mix.device)
-    return loss, model.enhance(mix, generator=generators)  # type: ignore[operator]
-
-
-def _average(
-    results: list[tuple[int, float, dict[str, float]]], metrics: tuple[str, ...]
-) -> dict[str, float]:
-    values = {"loss": sum(loss for _, loss, _ in results) / len(results)}
-    scores = {name: torch.tensor([by_name[name] for *_, by_name in results]) for name in metrics}
-    for name, score in mean_scores(scores).items():
-        values[name] = score.mean
-        values[f"{name}_clips"] = float(score.scored)
-    return values
+    columns = {name: [values[name] for _, values in results] for name in results[0][1]}
+    means = {"loss": statistics.fmean(columns.pop("loss"))}
+    for name, score in mean_scores({n: torch.tensor(c) for n, c in columns.items()}).items():
+        means |= {name: score.mean, f"{name}_clips": float(score.scored)}
+    return Validation(means, example)

@@ -1,8 +1,11 @@
 import numpy as np
 import pytest
 import soundfile
+import torch
 
-from tests.conftest import make_model
+from diffbuf_lib.config import build_config
+from diffbuf_lib.evaluation import Job, evaluate_folder
+from tests.conftest import TINY, make_model
 
 RATE = 16000
 
@@ -15,6 +18,13 @@ def voice(seconds=1.0, seed=0):
     buzz = sum(np.sin(2 * np.pi * pitch * h * time) / h for h in range(1, 12))
     syllables = 1 + np.sin(2 * np.pi * 4 * time + seed)
     return (0.1 * buzz * syllables + 0.005 * rng.standard_normal(len(time))).astype(np.float32)
+
+
+def noisy_voice(seconds=2.0, level=0.03):
+    """mix, target [T]: the voice with and without white noise."""
+    target = torch.from_numpy(voice(seconds))
+    noise = torch.from_numpy(np.random.default_rng(0).standard_normal(len(target))).float()
+    return target + level * noise, target
 
 
 def write_clip(root, number, target, mix):
@@ -38,10 +48,27 @@ def data(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def model_path(tiny_cfg, tmp_path):
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory):
     """A saved data-prediction model, B = 4, that changes its input."""
-    path = tmp_path / "model"
-    cfg = tiny_cfg.override("training.loss=data_prediction", "model.x0_output=mask")
+    path = tmp_path_factory.mktemp("evaluation") / "model"
+    cfg = build_config(TINY).override("training.loss=data_prediction", "model.x0_output=mask")
     make_model(cfg).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def job(model_path, data):
+    """What is evaluated, in three batches."""
+    return Job(
+        model=str(model_path), data_path=str(data), metrics=("si_sdr", "pesq", "estoi"),
+        batch_size=2, device="cpu",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def finished(job, tmp_path_factory):
+    """Its results folder."""
+    path = tmp_path_factory.mktemp("evaluation") / "results"
+    evaluate_folder(job, path, processes=1, page=False)
     return path

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from diffbuf_lib.evaluation.bootstrap import band, bootstrap, compare_methods, group
+from diffbuf_lib.evaluation.bootstrap import bootstrap, compare_methods, group
 
 
 @pytest.mark.law
@@ -30,17 +30,14 @@ def test_the_interval_agrees_with_the_normal_one():
 def test_few_values():
     assert bootstrap([]) is None
     assert bootstrap([1.5]) == (1.5, None, None, 1)
-    assert bootstrap([2.0, 2.0, 2.0]) == (2.0, 2.0, 2.0, 3)
 
 
 def test_bands_are_centred_on_multiples_of_five():
-    assert [band(snr) for snr in (-10.0004, -9.9996, -7.6, -7.4, 0.0, 2.6)] == [
-        -10, -10, -10, -5, 0, 5,
-    ]  # fmt: skip
-    bands = group({"a": 4.0, "b": -11.0, "c": None, "d": -9.0})
+    bands = group({"a": 4.0, "b": -10.0004, "c": None, "d": -9.9996, "e": -7.4})
     assert bands == {
-        "all": ["a", "b", "c", "d"],
+        "all": ["a", "b", "c", "d", "e"],
         "-12.5 to -7.5 dB": ["b", "d"],
+        "-7.5 to -2.5 dB": ["e"],
         "2.5 to 7.5 dB": ["a"],
     }
 
@@ -52,7 +49,7 @@ def test_methods_are_compared_on_the_clips_that_all_have():
         "gate": {"a": 2.0, "b": 2.0},
         "diffbuf": {"a": 4.0, "b": 6.0, "c": 0.0},
     }
-    found = compare_methods(table, ["a", "b", "c"], ours="diffbuf", noisy="noisy")
+    found = compare_methods(table, ["a", "b", "c"])
     assert found["clips"] == 2
     assert found["methods"]["diffbuf"]["mean"].mean == 5.0
     assert found["methods"]["diffbuf"]["gain"].mean == 3.5

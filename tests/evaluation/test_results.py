@@ -2,29 +2,26 @@
 
 import json
 import os
+import shutil
 import signal
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from diffbuf_lib.data import DNLMDataset, PairedFolderDataset
 from diffbuf_lib.errors import CheckpointError, ConfigError, DataError
-from diffbuf_lib.evaluation import runner
-from diffbuf_lib.evaluation.evaluate import Evaluator, clip_generators, open_clips
-from diffbuf_lib.evaluation.results import EvaluationFolder, compare_folders, read_scores
-from diffbuf_lib.evaluation.runner import Job, evaluate_folder
+from diffbuf_lib.evaluation import compare_folders, evaluate_folder
+from diffbuf_lib.evaluation.evaluate import Evaluator
+from diffbuf_lib.evaluation.scores import read_scores
 from diffbuf_lib.model import load_model
+from diffbuf_lib.training.feed import Stream, example_generators
+from tests.conftest import make_model
 from tests.evaluation.conftest import voice, write_clip
 
 METRICS = ("si_sdr", "pesq", "estoi")
-
-
-@pytest.fixture
-def job(model_path, data):
-    return Job(
-        model=str(model_path), data_path=str(data), metrics=METRICS, batch_size=2, device="cpu"
-    )
 
 
 def run(job, path, **options):
@@ -32,19 +29,21 @@ def run(job, path, **options):
 
 
 def scores_of(path):
-    folder = EvaluationFolder(path)
-    return folder.scores.read_bytes(), folder.summary.read_bytes()
+    return [(path / name).read_bytes() for name in ("scores.csv", "summary.json")]
 
 
 def test_every_clip_and_method_has_a_row_and_undefined_scores_a_reason(job, tmp_path):
-    found = run(replace(job, baselines=("noisy", "noisereduce")), tmp_path / "r")
-    columns, rows = read_scores(tmp_path / "r")
+    found = run(replace(job, baselines=("noisy", "noisereduce")), tmp_path)
+    columns, rows = read_scores(tmp_path)
     assert columns == list(METRICS)
-    assert len(rows) == 6 * 3
-    assert {row.method for row in rows} == {"noisy", "noisereduce", "diffbuf"}
-    for row in rows:
-        assert set(row.values) | set(row.undefined) == set(METRICS)
-        assert not set(row.values) & set(row.undefined)
+    assert [row.values for row in rows] == [row.values for row in found.rows]
+    assert {(row.clip, row.method) for row in found.rows} == {
+        (f"sample_0000{i}", method)
+        for i in range(6)
+        for method in ("noisy", "noisereduce", "diffbuf")
+    }
+    for row in found.rows:
+        assert sorted([*row.values, *row.undefined]) == sorted(METRICS)
     undefined = found.summary["undefined"]
     reasons = {(entry["clip"], entry["metric"]): entry["reason"] for entry in undefined}
     assert "silent" in reasons["sample_00004", "si_sdr"]
@@ -52,16 +51,14 @@ def test_every_clip_and_method_has_a_row_and_undefined_scores_a_reason(job, tmp_
     overall = found.summary["bands"]["all"]["columns"]
     assert overall["pesq"]["clips"] == 4  # neither the silent one nor the short one
     assert overall["si_sdr"]["clips"] == 5
-    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
-    assert summary == found.summary
-    page = (tmp_path / "r" / "report.html").read_text()
+    assert json.loads((tmp_path / "summary.json").read_text()) == found.summary
+    page = (tmp_path / "report.html").read_text()
     assert page.count("<audio") == 3 * 4  # best, median, worst; noisy, noisereduce, ours, clean
 
 
 @pytest.mark.law
-def test_the_noisy_input_scores_what_was_mixed(job, tmp_path):
-    run(job, tmp_path / "r", page=False)
-    _, rows = read_scores(tmp_path / "r")
+def test_the_noisy_input_scores_what_was_mixed(finished):
+    _, rows = read_scores(finished)
     noisy = {row.clip: row for row in rows if row.method == "noisy"}
     # White noise and speech are all but orthogonal: SI-SDR of the mixture is its SNR.
     for clip in ("sample_00000", "sample_00001", "sample_00002"):
@@ -72,29 +69,27 @@ def test_the_noisy_input_scores_what_was_mixed(job, tmp_path):
 
 @pytest.mark.law
 @pytest.mark.parametrize("cut", ["between lines", "within a line", "before the tables"])
-def test_a_stopped_evaluation_goes_on_to_the_same_bytes(job, tmp_path, cut, monkeypatch):
-    run(job, tmp_path / "whole", page=False)
-    run(job, tmp_path / "stopped", page=False)
-    folder = EvaluationFolder(tmp_path / "stopped")
-    lines = folder.journal.read_bytes().splitlines(keepends=True)
+def test_a_stopped_evaluation_goes_on_to_the_same_bytes(job, finished, tmp_path, cut, monkeypatch):
+    shutil.copytree(finished, tmp_path / "stopped")
+    journal = tmp_path / "stopped" / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
     assert len(lines) == 3
     kept = {"between lines": lines[:1], "within a line": [lines[0], lines[1][:-20]]}
-    folder.journal.write_bytes(b"".join(kept.get(cut, lines)))
-    for path in (folder.scores, folder.summary):
-        path.unlink()
+    journal.write_bytes(b"".join(kept.get(cut, lines)))
+    for name in ("scores.csv", "summary.json"):
+        (tmp_path / "stopped" / name).unlink()
     done = []
     original = Evaluator.run
     monkeypatch.setattr(Evaluator, "run", lambda self, i: done.append(i) or original(self, i))
     run(job, tmp_path / "stopped", page=False)
     assert len(done) == (0 if cut == "before the tables" else 2)  # what was done is not done again
-    assert scores_of(tmp_path / "stopped") == scores_of(tmp_path / "whole")
+    assert scores_of(tmp_path / "stopped") == scores_of(finished)
 
 
 @pytest.mark.law
-def test_processes_and_batches_do_not_change_the_numbers(job, tmp_path):
-    run(job, tmp_path / "one", page=False)
+def test_processes_and_batches_do_not_change_the_numbers(job, finished, tmp_path):
     run(replace(job, batch_size=3), tmp_path / "two", processes=2, page=False)
-    assert scores_of(tmp_path / "two") == scores_of(tmp_path / "one")
+    assert scores_of(tmp_path / "two") == scores_of(finished)
 
 
 def test_other_arguments_or_weights_are_refused_and_a_moved_model_is_not(job, tmp_path, model_path):
@@ -104,7 +99,7 @@ def test_other_arguments_or_weights_are_refused_and_a_moved_model_is_not(job, tm
     for change, key in (({"seed": 1}, "seed"), ({"metrics": ("sdr",)}, "metrics")):
         with pytest.raises(CheckpointError, match=key):
             run(replace(job, **change), tmp_path / "r")
-    moved = model_path.rename(tmp_path / "elsewhere")
+    moved = shutil.copytree(model_path, tmp_path / "elsewhere")
     run(replace(job, model=str(moved)), tmp_path / "r", page=False)
     assert scores_of(tmp_path / "r") == before
     model = load_model(moved, "cpu")
@@ -120,7 +115,8 @@ def kill_worker(job, indices):
 
 
 def test_a_killed_process_is_told_and_what_was_scored_stays(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "_score_in_process", kill_worker)
+    home = sys.modules[evaluate_folder.__module__]
+    monkeypatch.setattr(home, "_score_in_process", kill_worker)
     with pytest.raises(CheckpointError, match="--processes"):
         run(job, tmp_path / "r", processes=2, page=False)
     monkeypatch.undo()
@@ -144,45 +140,35 @@ def test_wrong_use_is_refused_before_any_work(job, tmp_path):
 @pytest.mark.law
 def test_estimates_do_not_depend_on_the_company(job):
     worker = job.evaluator()
-    clips = [worker.clips[i] for i in range(4)]
-    together = dict(worker.estimates(clips))["diffbuf"]
+    clips = [worker.read(i) for i in range(4)]
+    together = worker.estimates(clips)["diffbuf"]
     for clip, expected in zip(clips, together, strict=True):
-        alone = dict(worker.estimates([clip]))["diffbuf"][0]
+        alone = worker.estimates([clip])["diffbuf"][0]
         torch.testing.assert_close(alone, expected, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(expected, clip.mix, atol=1e-2)  # the model does something
-
-
-def test_a_shorter_delay_is_another_estimate_with_less_latency(job, tmp_path):
-    one = run(replace(job, delay=1, limit=2), tmp_path / "1", page=False)
-    four = run(replace(job, limit=2), tmp_path / "4", page=False)
-    assert one.rows[1].values["si_sdr"] != four.rows[1].values["si_sdr"]
-    latencies = [e.timing["methods"]["diffbuf"]["latency_ms"] for e in (one, four)]
-    assert latencies[1] - latencies[0] == pytest.approx(3 * 2.0)  # three hops of 32 samples
 
 
 def test_clips_of_every_layout(tiny_cfg, tmp_path):
     for number in range(2):
         target = voice(0.2 + 0.1 * number)
         write_clip(tmp_path / "1", number, target, 2 * target)
-    clips = open_clips(1, tmp_path / "1", tiny_cfg, seconds=0.25)
-    assert clips.names == ["sample_00000", "sample_00001"]
-    assert clips.lengths == [3200, 4000]
+    model, options = make_model(tiny_cfg), {"training": False, "sample_rate": 16000}
+    clips = Evaluator(model, DNLMDataset(tmp_path / "1", 4000, **options), ["sdr"], longest=4000)
+    assert (clips.names, clips.lengths) == (["sample_00000", "sample_00001"], [3200, 4000])
     assert clips.batches(2, seconds=0.3) == [[0], [1]]
     assert clips.batches(2) == [[0, 1]]
-    assert clips[1].checksum != clips[0].checksum
     for folder, name in (("noisy", "mixture"), ("clean", "vocals")):
-        (tmp_path / "2" / folder / "a").mkdir(parents=True)
         source = tmp_path / "1" / "sample_00000" / f"{name}.wav"
-        (tmp_path / "2" / folder / "a" / "x.wav").write_bytes(source.read_bytes())
-    pairs = open_clips(2, tmp_path / "2", tiny_cfg, limit=1)
+        (tmp_path / "2" / folder / "a").mkdir(parents=True)
+        shutil.copy(source, tmp_path / "2" / folder / "a" / "x.wav")
+    pairs = Evaluator(model, PairedFolderDataset(tmp_path / "2", 3200, **options), ["sdr"])
     assert pairs.names == ["a/x.wav"]
-    assert pairs[0].checksum == clips[0].checksum
+    assert pairs.read(0).checksum == clips.read(0).checksum != clips.read(1).checksum
 
 
 @pytest.mark.law
-def test_a_comparison_with_itself_is_zero(job, tmp_path):
-    run(job, tmp_path / "r", page=False)
-    found = compare_folders(tmp_path / "r", tmp_path / "r")
+def test_a_comparison_with_itself_is_zero(finished):
+    found = compare_folders(finished, finished)
     assert {row.column for row in found} == set(METRICS)
     for row in found:
         if row.difference is not None:
@@ -192,12 +178,10 @@ def test_a_comparison_with_itself_is_zero(job, tmp_path):
 
 
 @pytest.mark.law
-def test_a_comparison_is_paired_and_turns_its_sign(job, tmp_path):
-    run(job, tmp_path / "a", page=False)
-    run(replace(job, seed=1, metrics=("estoi", "si_sdr")), tmp_path / "b", page=False)
-    there, back = (compare_folders(tmp_path / x, tmp_path / y) for x, y in (("a", "b"), ("b", "a")))
-    _, a = read_scores(tmp_path / "a")
-    _, b = read_scores(tmp_path / "b")
+def test_a_comparison_is_paired_and_turns_its_sign(job, finished, tmp_path):
+    run(replace(job, seed=1, metrics=("estoi", "si_sdr")), tmp_path, page=False)
+    there, back = compare_folders(finished, tmp_path), compare_folders(tmp_path, finished)
+    (_, a), (_, b) = read_scores(finished), read_scores(tmp_path)
     pairs = [
         y.values["si_sdr"] - x.values["si_sdr"]
         for x, y in zip(a, b, strict=True)
@@ -210,25 +194,21 @@ def test_a_comparison_is_paired_and_turns_its_sign(job, tmp_path):
     assert (row.a, row.b) == pytest.approx((other.b, other.a))
     assert row.difference.clips == 5
     assert row.clips == 6
-    noisy = compare_folders(tmp_path / "a", tmp_path / "b", method="noisy")
+    noisy = compare_folders(finished, tmp_path, method="noisy")
     assert {r.difference.mean for r in noisy if r.difference} == {0.0}
 
 
-def test_a_comparison_of_other_clips_names_them(job, tmp_path):
-    job = replace(job, metrics=("si_sdr",))
-    for name, options in (
-        ("a", {"limit": 3}), ("b", {"limit": 2}), ("c", {"limit": 3, "seconds": 0.9}),
-    ):  # fmt: skip
-        run(replace(job, **options), tmp_path / name, page=False)
-    for a, b, method, message in (
-        ("a", "b", "diffbuf", "b lacks sample_00002"),
-        ("b", "a", "diffbuf", "b lacks sample_00002"),
-        ("a", "c", "diffbuf", "sample_00000, sample_00002"),
-        ("a", ".", "diffbuf", r"scores\.csv"),
-        ("a", "a", "x", "'x'"),
+def test_a_comparison_of_other_clips_names_them(job, finished, tmp_path):
+    run(replace(job, metrics=("si_sdr",), limit=5), tmp_path / "few", page=False)
+    run(replace(job, metrics=("si_sdr",), seconds=0.9), tmp_path / "short", page=False)
+    for other, method, message in (
+        (tmp_path / "few", "diffbuf", "few lacks sample_00005"),
+        (tmp_path / "short", "diffbuf", "sample_00000, sample_00002"),
+        (tmp_path, "diffbuf", r"scores\.csv"),
+        (finished, "x", "'x'"),
     ):
         with pytest.raises(DataError, match=message):
-            compare_folders(tmp_path / a, tmp_path / b, method=method)
+            compare_folders(finished, other, method=method)
 
 
 @pytest.mark.law
@@ -236,6 +216,6 @@ def test_every_seed_and_clip_has_noise_of_its_own():
     drawn = {
         torch.randn(1, generator=generator).item()
         for seed in range(3)
-        for generator in clip_generators(range(3), seed, torch.device("cpu"))
+        for generator in example_generators([(0,), (1,), (2,)], seed, Stream.VALID, "cpu")
     }
     assert len(drawn) == 9

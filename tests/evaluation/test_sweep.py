@@ -1,22 +1,19 @@
 """A sweep is one evaluation a point: its table says what was asked, its figure shows all of it."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 
 from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.evaluation.evaluate import Evaluator
-from diffbuf_lib.evaluation.runner import Job
 from diffbuf_lib.evaluation.sweep import run_sweep
 from tests.conftest import call, make_model
 
 
 @pytest.fixture
-def job(model_path, data):
-    return Job(
-        model=str(model_path), data_path=str(data), metrics=("si_sdr", "estoi"), limit=2,
-        seconds=0.5, device="cpu",
-    )  # fmt: skip
+def short(job):
+    return replace(job, metrics=("si_sdr", "estoi"), limit=2, seconds=0.5)
 
 
 @pytest.fixture
@@ -26,8 +23,8 @@ def score_path(tiny_cfg, tmp_path):
     return path
 
 
-def test_auto_varies_delay_or_buffer(job, model_path, score_path, tmp_path):
-    points = run_sweep([str(model_path), str(score_path)], job, tmp_path / "s", processes=1)
+def test_auto_varies_delay_or_buffer(short, model_path, score_path, tmp_path):
+    points = run_sweep([str(model_path), str(score_path)], short, tmp_path / "s", processes=1)
     assert [(p.varied, p.delay, p.buffer_size) for p in points] == [
         ("delay", 1, 4), ("delay", 4, 4), ("buffer_size", 5, 5), ("buffer_size", 10, 10),
     ]  # fmt: skip
@@ -44,25 +41,19 @@ def test_auto_varies_delay_or_buffer(job, model_path, score_path, tmp_path):
     assert (tmp_path / "s" / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_sweep_goes_on_and_adds_values(job, model_path, tmp_path, monkeypatch):
-    one = run_sweep(
-        [str(model_path)], job, tmp_path / "s", vary="delay", values=[2, 3], processes=1
-    )
+def test_a_sweep_goes_on(short, model_path, tmp_path, monkeypatch):
+    options = {"vary": "delay", "processes": 1}
+    one = run_sweep([str(model_path)], short, tmp_path / "s", values=[2, 3], **options)
     monkeypatch.setattr(Evaluator, "run", lambda *_: pytest.fail("done already"))
-    two = run_sweep(
-        [str(model_path)], job, tmp_path / "s", vary="delay", values=[3, 2], processes=1
-    )
+    two = run_sweep([str(model_path)], short, tmp_path / "s", values=[3, 2], **options)
     assert [p.scores for p in one] == [p.scores for p in reversed(two)]
 
 
-def test_t_max_and_models_as_they_were_trained(job, model_path, score_path, tmp_path):
-    points = run_sweep(
-        [str(model_path)], job, tmp_path / "t", vary="t_max", values=[0.4, 0.7], processes=1
-    )
+def test_t_max_and_models_as_they_were_trained(short, model_path, score_path, tmp_path):
+    models, options = [str(model_path), str(score_path)], {"processes": 1}
+    points = run_sweep(models[:1], short, tmp_path, vary="t_max", values=[0.4, 0.7], **options)
     assert [p.t_max for p in points] == [0.4, 0.7]
-    both = run_sweep(
-        [str(model_path), str(score_path)], job, tmp_path / "n", vary="none", processes=1
-    )
+    both = run_sweep(models, short, tmp_path, vary="none", **options)
     assert [p.loss for p in both] == ["data_prediction", "weighted_score"]
 
 
@@ -75,20 +66,19 @@ def test_t_max_and_models_as_they_were_trained(job, model_path, score_path, tmp_
         ("t_max", [1.0], "t_max 1.0"),
     ],
 )
-def test_values_that_cannot_be_are_refused_first(job, model_path, tmp_path, vary, values, message):
+def test_values_that_cannot_be_are_refused(short, model_path, tmp_path, vary, values, message):
     with pytest.raises(ConfigError, match=message):
-        run_sweep([str(model_path)], job, tmp_path / "s", vary=vary, values=[*values])
+        run_sweep([str(model_path)], short, tmp_path / "s", vary=vary, values=[*values])
     assert not (tmp_path / "s").exists()
 
 
 def test_the_commands(model_path, data, tmp_path, monkeypatch, capsys):
     common = ["--data_path", data, "--processes", 1, "--limit", 3, "--device", "cpu"]
-    model = ["--model", model_path, *common, "--metrics", "si_sdr", "estoi"]
+    model = ["--model", model_path, "--metrics", "si_sdr", "estoi", *common]
+    rival = ["--baselines", "noisy", "noisereduce"]
     for name, seed in (("a", 0), ("b", 1)):
-        status, out, err = call(
-            monkeypatch, capsys, "evaluate", *model, "--results_path", tmp_path / name,
-            "--baselines", "noisy", "noisereduce", "--seed", seed,
-        )  # fmt: skip
+        more = ["--results_path", tmp_path / name, "--seed", seed]
+        status, out, err = call(monkeypatch, capsys, "evaluate", *model, *more, *rival)
         assert status == 0, err
         for word in ("noisereduce", "ESTOI", "gain", "real-time factor", "report.html"):
             assert word in out
@@ -96,9 +86,7 @@ def test_the_commands(model_path, data, tmp_path, monkeypatch, capsys):
     status, out, _ = call(monkeypatch, capsys, "compare", tmp_path / "a", tmp_path / "b")
     assert status == 0
     assert "3 of 3" in out
-    status, out, err = call(
-        monkeypatch, capsys, "sweep", "--models", model_path, *common,
-        "--results_path", tmp_path / "s", "--values", 2, "--metrics", "si_sdr",
-    )  # fmt: skip
+    more = ["--results_path", tmp_path, "--values", 2, "--metrics", "si_sdr"]
+    status, out, err = call(monkeypatch, capsys, "sweep", "--models", model_path, *common, *more)
     assert status == 0, err
     assert "d 2" in out

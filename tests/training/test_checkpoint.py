@@ -10,13 +10,16 @@ import torch
 from diffbuf_lib.errors import CheckpointError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.training import load_checkpoint, load_weights, save_checkpoint, train
-from diffbuf_lib.training.checkpoint import KEYS
-from diffbuf_lib.training.folder import ResultsFolder, check_same_config
+from diffbuf_lib.training.folder import KEYS, ResultsFolder
 from tests.training.helpers import Clips, config, fit, full_disk, last, same
 
 
 def state(value=1.0):
     return dict.fromkeys(KEYS) | {"version": "0", "model": {"w": torch.full((99,), value)}}
+
+
+def save(path, value=1.0):
+    save_checkpoint(path, {k: v for k, v in state(value).items() if k != "format"})
 
 
 def stored(path):
@@ -26,12 +29,8 @@ def stored(path):
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "checkpoints" / "last.pt"
-    save_checkpoint(path, {k: v for k, v in state().items() if k != "format"})
+    save(path)
     return path
-
-
-def save(path, value):
-    save_checkpoint(path, {k: v for k, v in state(value).items() if k != "format"})
 
 
 @pytest.mark.law
@@ -159,14 +158,13 @@ def test_weights_only_start(tmp_path):
 
 def test_weights_that_do_not_fit_are_named(tmp_path):
     fit(config(), tmp_path / "a", steps=1)
-    larger = config("model.base_channels=8")
-    with pytest.raises(CheckpointError, match=r"network\.\S+ is \[.*4.*\], in this model \[.*8"):
-        fit(larger, tmp_path / "b", start_check_point=tmp_path / "a" / "checkpoints" / "last.pt")
-    deeper = config("model.num_layers=2")
-    with pytest.raises(CheckpointError, match=r"it has no network|is not in this model"):
-        fit(deeper, tmp_path / "b", start_check_point=tmp_path / "a" / "model")
-    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
-        fit(larger, tmp_path / "b", start_check_point=tmp_path / "a" / "checkpoints")
+    for change, start, part in (
+        ("model.base_channels=8", "checkpoints/last.pt", r"network\.\S+:.* shape"),
+        ("model.num_layers=2", "model", r"Missing key.*network\."),
+        ("model.base_channels=8", "checkpoints", r"no model\.safetensors"),
+    ):
+        with pytest.raises(CheckpointError, match=part):
+            fit(config(change), tmp_path / "b", start_check_point=tmp_path / "a" / start)
     assert not (tmp_path / "b").exists() or not list((tmp_path / "b").iterdir())
 
 
@@ -179,13 +177,6 @@ def test_half_made_swap_of_the_model_is_undone(tmp_path):
     folder.tidy()
     assert (tmp_path / "model" / "model.safetensors").read_text() == "whole"
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
-
-
-def test_config_difference_counts_what_it_does_not_name(tmp_path):
-    old, new = config().to_dict(), config("sde.type=ouve", "training.seed=3").to_dict()
-    with pytest.raises(CheckpointError, match=r"sde\.type was bbed, is ouve.* and \d more"):
-        check_same_config(old, new, tmp_path)
-    check_same_config(old, config("training.num_steps=9").to_dict(), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,20 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
 import torch
 
 from diffbuf_lib.errors import CheckpointError
-from diffbuf_lib.training import train
-from tests.training.helpers import Clips, assert_same_state, config, fit, history, last, same
+from diffbuf_lib.training import load_checkpoint, train
+from tests.training.helpers import Clips, assert_same_state, config, fit, history, last
 
 SETTINGS = ["model.dropout=0.3", "training.num_epochs=3", "training.valid_clips=3"]
 
@@ -105,19 +107,6 @@ def test_global_state_is_left_alone(tmp_path):
     run.close()
 
 
-def test_deterministic_mode_is_on_within_a_step(tmp_path):
-    class Asking(Clips):
-        def __getitem__(self, index):
-            self.was_on = torch.are_deterministic_algorithms_enabled()
-            return super().__getitem__(index)
-
-    for value in ("true", "false"):
-        clips = Asking()
-        cfg = config(f"training.deterministic={value}")
-        fit(cfg, tmp_path / value, steps=1, train_set=clips)
-        assert clips.was_on == (value == "true")
-
-
 @pytest.mark.law
 @pytest.mark.parametrize("moment", ["reading", "writing", "exporting"])
 def test_killed_process_resumes_to_the_same_weights(unbroken, tmp_path, moment):
@@ -189,30 +178,81 @@ def test_runs_in_another_thread(tmp_path):
     assert len(records) == 6
 
 
-def test_folder_of_a_run_is_not_overwritten(tmp_path):
-    fit(config(), tmp_path, steps=1)
-    weights = last(tmp_path)["model"]
-    with pytest.raises(CheckpointError, match="--resume"):
-        fit(config(), tmp_path)
-    assert same(last(tmp_path)["model"], weights)
-
-
-def test_nothing_to_resume(tmp_path):
+def test_a_folder_goes_on_with_its_own_run_only(tmp_path):
     with pytest.raises(CheckpointError, match=r"no checkpoints/last\.pt to resume"):
         fit(config(), tmp_path, resume=True)
     assert not list(tmp_path.iterdir())
-
-
-def test_another_config_is_refused_and_named(tmp_path):
     fit(config(), tmp_path, steps=1)
-    with pytest.raises(CheckpointError, match=r"training\.lr was 0\.001, is 0\.01") as caught:
-        fit(config("training.lr=0.01", "model.base_channels=8"), tmp_path, resume=True)
-    assert "model.base_channels was 4, is 8" in str(caught.value)
+    with pytest.raises(CheckpointError, match="--resume"):
+        fit(config(), tmp_path)
+    changes = "training.lr=0.01", "model.base_channels=8", "sde.type=ouve", "training.seed=3"
+    with pytest.raises(CheckpointError, match=r"sde\.type was bbed, is ouve.* and \d more"):
+        fit(config(*changes), tmp_path, resume=True)
     fit(config("training.num_epochs=1", "training.log_every=5"), tmp_path, resume=True)
 
 
-def test_finished_run_resumes_to_nothing(tmp_path):
-    fit(config(), tmp_path)
-    lines = history(tmp_path)
-    assert fit(config(), tmp_path, resume=True) == []
-    assert history(tmp_path) == lines
+# SIGKILL at random moments: what is left can be read and gone on from, to the bit.
+
+KILLED = [
+    "model.dropout=0.3",
+    "training.num_epochs=4",
+    "training.checkpoint_every=1",
+    "training.metric_for_scheduler=loss",
+]
+
+
+def go_on(folder):
+    """Start the run, or resume it: what a user's restart script does."""
+    resume = (folder / "checkpoints" / "last.pt").exists()
+    fit(config(*KILLED), folder, resume=resume)
+
+
+@pytest.fixture(scope="module")
+def unkilled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unkilled")
+    go_on(folder)
+    return folder
+
+
+def lines(folder):
+    """How far a run has come: lines of its history, of steps and validations."""
+    path = folder / "history.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.law
+@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.slow)])
+def test_random_kills(unkilled, tmp_path, kills):
+    """Moments are drawn in lines of history, so that they differ however slow the machine is."""
+    rng, done, runs, places = random.Random(kills), 0, 0, set()
+    total = lines(unkilled)
+    folder = tmp_path / "run0"
+    while done < kills:
+        here = lines(folder)
+        moment = rng.randint(here, min(here + total // 2, total))
+        process = get_context("fork").Process(target=go_on, args=(folder,))
+        process.start()
+        while process.exitcode is None and lines(folder) < moment:
+            process.join(0.002)
+        process.join(rng.uniform(0, 0.05))
+        if process.exitcode is None:
+            process.kill()
+        process.join()
+        if process.exitcode == 0:  # it was faster: begin another run
+            assert_same_state(unkilled, folder)
+            runs += 1
+            folder = tmp_path / f"run{runs}"
+            continue
+        assert process.exitcode == -signal.SIGKILL
+        done += 1
+        for file in folder.glob("checkpoints/*.pt"):
+            places.add((file.name, load_checkpoint(file)["step"]))
+        copy = tmp_path / "copy"
+        if folder.exists():
+            shutil.copytree(folder, copy)
+        go_on(copy)
+        assert_same_state(unkilled, copy)
+        assert history(unkilled) == history(copy)
+        assert not list(copy.rglob(".*"))
+        shutil.rmtree(copy)
+    assert len(places) > min(kills, 8) // 4, "the kills must come at different moments"
