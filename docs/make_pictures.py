@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from diffbuf_lib import DiffusionBufferModel, DNLMDataset, load_config
-from diffbuf_lib.figures.spectrogram import decibels, draw_level, to_pixels
+from diffbuf_lib.figures import decibels, draw_level, to_pixels
 
 
 def main() -> None:

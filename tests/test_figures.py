@@ -13,13 +13,11 @@ from matplotlib import pyplot
 
 from diffbuf_lib import figures
 from diffbuf_lib.config import AudioConfig
-from diffbuf_lib.diagnostics import gradient_statistics, score_statistics
 from diffbuf_lib.diffusion.sde import BBED, OUVE
 from diffbuf_lib.diffusion.spectral import Spectral
-from diffbuf_lib.figures.spectrogram import frame_times
-from diffbuf_lib.live import LiveReport
+from diffbuf_lib.figures.progress import training_progress
 from tests.conftest import make_model, seeded
-from walk import plots
+from walk import plots, stages
 
 AUDIO = AudioConfig()
 STEPS = [
@@ -62,7 +60,7 @@ def trace(model):
 def test_a_frame_is_drawn_at_the_middle_of_its_window(center, first):
     """A click in the middle of a window is loudest in the column drawn at its time."""
     audio = AudioConfig(stft={"center": center})
-    times = frame_times(10, 16000, audio.stft)
+    times = figures.frame_times(10, 16000, audio.stft)
     assert times[0] == pytest.approx(first)
     wave = torch.zeros(1, 4000)
     wave[0, round(times[3] * 16000)] = 1
@@ -87,15 +85,6 @@ def test_a_full_scale_sine_is_0_db_in_its_bin_and_silence_is_dark():
     assert np.isfinite(images[2].get_array()).all()
 
 
-@pytest.mark.parametrize("Kb", [20, 63])
-def test_the_mark_stands_before_the_first_frame_of_the_buffer(Kb):
-    t = torch.linspace(0.1, 0.8, Kb)
-    picture, below = figures.buffer_spectra({"V": noise(256, 63)}, t, 0.2 * t, AUDIO).axes[:2]
-    assert picture.get_lines()[0].get_xdata()[0] == pytest.approx((62.5 - Kb) * 256 / 16000)
-    times = lines(below)["diffusion time t"][:, 1]
-    np.testing.assert_allclose(times, np.concatenate([np.zeros(63 - Kb), t]))
-
-
 def test_pyplot_keeps_no_figure():
     """It would keep every one that it knows of, and is not thread-safe."""
     figure = figures.spectrograms({"wave": torch.rand(4000)}, 16000, AUDIO.stft)
@@ -110,29 +99,13 @@ def test_every_stage_is_drawn_also_with_nan(trace, tiny_cfg, bad):
     for name in ("mix", "Y", "t", "z", "V", "loss_map", "loss"):
         if bad:
             getattr(trace, name).data.flatten()[:1] = math.nan
-        assert figures.to_pixels(figures.stage(trace, name, tiny_cfg)).std() > 1
-    hop = tiny_cfg.audio.stft.hop_length / tiny_cfg.audio.sample_rate
-    ends = [figures.stage(trace, name, tiny_cfg).axes[0].get_xlim()[1] for name in ("V", "z")]
-    assert ends == pytest.approx([(trace.V.shape[-1] - 0.5) * hop] * 2), "the buffer ends the clip"
+        assert figures.to_pixels(stages.stage(trace, name, tiny_cfg)).std() > 1
 
 
 # Curves.
 
 
-@pytest.mark.parametrize(
-    ("losses", "scale"),
-    [
-        ([3.0, 0.1], "log"),
-        ([3.0, float("nan"), None, 0.1], "log"),
-        ([0.3, -0.1], "linear"),
-        ([0.3, 0.0], "linear"),
-        ([], "linear"),
-    ],
-)
-def test_an_axis_is_logarithmic_where_all_losses_are_positive(losses, scale):
-    assert figures.scale_of(losses) == scale
-
-
+@pytest.mark.law
 def test_the_running_mean_is_that_of_numpy():
     values = list(np.random.default_rng(0).normal(size=20))
     means = [np.mean(values[max(0, i - 4) : i + 1]) for i in range(20)]
@@ -147,7 +120,7 @@ BAD_STEP = {**STEPS[0], "loss": None, "grad_norm": math.inf}
 )
 def test_progress_shows_a_run_from_the_first_step_on(tiny_cfg, history):
     clip = {"mix": torch.randn(1600), "target": torch.zeros(1600)}
-    figure = figures.training_progress(history, clip, tiny_cfg.audio)
+    figure = training_progress(history, clip, tiny_cfg.audio)
     assert is_drawn(figure)
     loss, scores = figure.axes[:2]
     if VALID in history:
@@ -160,7 +133,7 @@ def test_progress_shows_a_run_from_the_first_step_on(tiny_cfg, history):
 @pytest.mark.parametrize("sde", [BBED(), OUVE()], ids=["bbed", "ouve"])
 def test_a_schedule_shows_what_the_sde_says(sde):
     sigma, weight, g, inverse = (
-        lines(axes)["it"] for axes in figures.noise_schedule({"it": sde}, 1e-9, 0.8).axes
+        lines(axes)["it"] for axes in plots.noise_schedule({"it": sde}, 1e-9, 0.8).axes
     )
     t = sigma[:, 0]
     assert t[0] == pytest.approx(1e-9)
@@ -187,42 +160,3 @@ def test_players_play_at_one_peak_and_nan_as_silence():
     assert [np.abs(wave).max() for wave, _ in sounds] == pytest.approx([0.9, 0.9, 0], abs=1e-3)
     assert "<b>" not in page, "a caption is text"
     assert "(+39 dB)" in page
-
-
-# Pictures of single notebooks.
-
-
-def test_pictures_of_the_notebooks_are_drawn(model, trace, tiny_cfg):
-    trace.loss.backward()
-    gradients = gradient_statistics(model)
-    batch = (trace.mix, trace.target)
-    plain = score_statistics(model, [batch], time_bins=3, bands=4)
-    sparse = score_statistics(model, [batch], time_bins=40, bands=2)  # some ranges are empty
-    t = torch.linspace(0.1, 0.7, 20)
-    report = LiveReport(
-        hop_ms=16.0, frame_ms=(2.0, 4.0, 32.0), missed=1, latency_ms=100, realtime=False
-    )
-    values = {"first": 2.0, "zero": 0.0, "loud": 1e6, "gone": math.nan}
-    drawn = [
-        plots.waveforms({"loud": torch.ones(1600), "quiet": 0.1 * torch.ones(1600)}, 16000),
-        plots.snr_histogram([-5.0, 0.0, 0.0, 5.0, math.inf, -math.inf]),
-        plots.snr_histogram([]),
-        plots.compression(noise(256, 63), 0.15 * noise(256, 63), AUDIO),
-        plots.round_trip(torch.rand(800), torch.rand(800), 16000),
-        plots.frame_counts(tiny_cfg),
-        plots.noise_along_buffer(t, 2 * t),
-        plots.score_limits({"bbed": BBED(), "ouve": OUVE()}, 0.03),
-        plots.target_histogram(trace),
-        plots.target_by_time(plain, t, t),
-        plots.precision_errors(trace, {"bfloat16": trace}),
-        plots.compare_gradients({"plain": gradients, "weighted": gradients}),
-        plots.compare_runs({"lines": [*STEPS, VALID], "none": []}),
-        plots.frame_times(report),
-        plots.largest_values(values, 65504, "float16 ends here", bad="loud"),
-    ]
-    for statistics in (plain, sparse):
-        both = {"plain": statistics, "weighted": statistics}
-        drawn += [
-            plots.loss_shares(both), plots.score_quality(both), plots.correlation_map(statistics),
-        ]  # fmt: skip
-    assert all(is_drawn(figure) for figure in drawn)

@@ -1,46 +1,303 @@
-"""Figures as pure functions: data in, a matplotlib Figure out; and players for pages.
+"""Pictures as pure functions: data in, a matplotlib Figure out; and players for pages.
 
 Never pyplot: it is not thread-safe and keeps every figure.
 """
 
-from diffbuf_lib.figures.players import Players, data_uri, player_wav
-from diffbuf_lib.figures.progress import (
-    compare_runs,
-    curves,
-    noise_schedule,
-    scale_of,
-    smooth,
-    stream_course,
-    training_progress,
-)
-from diffbuf_lib.figures.spectrogram import (
-    buffer_spectra,
-    spectra,
-    spectrograms,
-    to_jpeg,
-    to_pixels,
-    to_png,
-)
-from diffbuf_lib.figures.stages import gradients, stage, stepping
+from __future__ import annotations
 
-__all__ = [
-    "Players",
-    "buffer_spectra",
-    "compare_runs",
-    "curves",
-    "data_uri",
-    "gradients",
-    "noise_schedule",
-    "player_wav",
-    "scale_of",
-    "smooth",
-    "spectra",
-    "spectrograms",
-    "stage",
-    "stepping",
-    "stream_course",
-    "to_jpeg",
-    "to_pixels",
-    "to_png",
-    "training_progress",
-]
+import base64
+import html
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import soundfile
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from torch import Tensor
+
+from diffbuf_lib.config import AudioConfig, STFTConfig
+from diffbuf_lib.diffusion.spectral import Spectral
+
+Array = npt.NDArray[np.floating[Any]]
+
+WIDTH = 9.0  # inches: 810 pixels, which fit a notebook's page beside its margins
+DPI = 90
+RED = "#b00020"  # of errors and limits
+DYNAMIC_RANGE = 70  # dB below the loudest bin that a spectrogram shows
+COMPRESSED_RANGE = 45  # dB for a compressed spectrum; alpha 0.5 halves a range in dB
+COLOUR_MAP = "magma"  # perceptually uniform: survives grey print and colour blindness
+_FAINTEST = 1e-5  # magnitude that is drawn for an exact zero
+_QUIETEST_TOP = -40.0  # dB; silence is dark, whatever it is shown beside
+_PEAK = 0.9  # of full scale; quiet speech beside loud noise could not be heard otherwise
+_LOWEST_PEAK = 1e-4  # what is quieter is not raised to _PEAK: it is silence
+
+
+def spectrograms(waves: Mapping[str, Tensor], sample_rate: int, stft: STFTConfig) -> Figure:
+    """Draw signals one below the other, on one time axis; 0 dB is a full-scale sine.
+
+    Args:
+        waves: title and signal [T], full scale 1; all of one length.
+        sample_rate: Hz.
+        stft: frames and bins of the picture.
+    """
+    figure, panels = stack(len(waves), 1.9 * len(waves) + 0.5)
+    image = draw_spectra(panels, analyse(waves, stft), sample_rate, centred(stft))
+    add_colour_bar(image, panels)
+    return figure
+
+
+def spectra(spectra: Mapping[str, Tensor], audio: AudioConfig) -> Figure:
+    """Draw compressed spectra [F, K] complex, all of one shape, on one time axis and dB scale."""
+    figure, panels = stack(len(spectra), 1.9 * len(spectra) + 0.5)
+    image = draw_spectra(panels, spectra, audio.sample_rate, audio.stft, COMPRESSED_RANGE)
+    add_colour_bar(image, panels)
+    return figure
+
+
+def buffer_spectra(
+    spectra: Mapping[str, Tensor], t: Tensor, sigma: Tensor, audio: AudioConfig
+) -> Figure:
+    """Draw spectra with the buffer marked, and below them diffusion time and sigma of every frame.
+
+    Args:
+        spectra: title and spectrum [F, K] complex, such as Y, S and V; all of one shape.
+        t: [Kb], diffusion times of the last Kb frames.
+        sigma: [Kb], of the same frames.
+        audio: gives Hz and seconds.
+    """
+    figure, panels = stack(len(spectra) + 1, 1.75 * len(spectra) + 2.0)
+    *pictures, below = panels
+    image = draw_spectra(pictures, spectra, audio.sample_rate, audio.stft, COMPRESSED_RANGE)
+    add_colour_bar(image, panels)  # beside the lowest too: one time axis
+    K, Kb = next(iter(spectra.values())).shape[-1], t.shape[-1]
+    times = frame_times(K, audio.sample_rate, audio.stft)
+    half = audio.stft.hop_length / audio.sample_rate / 2  # s
+    for values, name in ((t, "diffusion time t"), (sigma, "noise sigma(t)")):
+        whole = np.concatenate([np.zeros(K - Kb), to_numpy(values)])
+        below.plot(times, whole, ".-", markersize=4, linewidth=1, label=name)
+    below.legend(frameon=False, loc="upper left")
+    below.set(ylabel="t, sigma", ylim=(-0.05, 1.05))
+    below.grid(alpha=0.3)
+    edge = times[K - Kb] - half
+    for axes in panels:
+        colour = "0.3" if axes is below else "white"
+        axes.axvline(edge, color=colour, linestyle="--", linewidth=1.2)
+    below.axvspan(edge, times[-1] + half, color="C1", alpha=0.12, linewidth=0)
+    below.set_title(f"the buffer: the last {Kb} of {K} frames", loc="right", size=9)
+    return figure
+
+
+def curves(
+    series: Sequence[tuple[str, Sequence[float], Sequence[float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    log: bool = False,
+) -> Figure:
+    """Draw named curves (name, x, y) on one pair of axes; log: of the y axis."""
+    figure = Figure(figsize=(7.5, 3), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    for index, (name, x, y) in enumerate(series):
+        marker = "o" if len(x) < 30 else None
+        axes.plot(x, y, label=name, marker=marker, markersize=3, color=f"C{index}", linewidth=1.2)
+    axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
+    axes.grid(alpha=0.3)
+    if len(series) > 1:
+        axes.legend(frameon=False)
+    return figure
+
+
+def scale_of(values: Iterable[float | None]) -> str:
+    """Return the scale of an axis of losses: log, or linear where one is not above 0.
+
+    With training.snr_weight a loss may be negative.
+    """
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return "log" if known and min(known) > 0 else "linear"
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Return the running mean over the last `window` values, fewer at the start."""
+    total = np.cumsum([0.0, *values])
+    ends = np.arange(1, len(total))
+    starts = np.maximum(ends - window, 0)
+    smoothed: list[float] = ((total[ends] - total[starts]) / (ends - starts)).tolist()
+    return smoothed
+
+
+def draw_spectra(
+    panels: Sequence[Axes],
+    spectra: Mapping[str, Tensor],
+    sample_rate: int,
+    stft: STFTConfig,
+    dynamic_range: float = DYNAMIC_RANGE,
+) -> AxesImage:
+    """Draw complex spectra [F, K] by title into axes, on one dB scale; return the last picture."""
+    levels = {name: decibels(spec) for name, spec in spectra.items()}
+    top = max(_QUIETEST_TOP, *(float(level.max()) for level in levels.values()))
+    for axes, (name, level) in zip(panels, levels.items(), strict=True):
+        image = draw_level(axes, level, sample_rate, stft, vmin=top - dynamic_range, vmax=top)
+        axes.set_title(name, loc="left", fontsize=10)
+    return image
+
+
+def draw_level(
+    axes: Axes,
+    level: Array,
+    sample_rate: int,
+    stft: STFTConfig,
+    *,
+    vmin: float | None = None,
+    vmax: float | None = None,
+    first: int = 0,
+) -> AxesImage:
+    """Draw one picture [F, K] of levels or magnitudes with axes in kHz and seconds.
+
+    Args:
+        axes: where to draw.
+        level: [F, K].
+        sample_rate: Hz.
+        stft: that the picture was made with.
+        vmin: the value that is darkest; None for the smallest.
+        vmax: the value that is brightest; None for the largest.
+        first: number of the first frame in its clip.
+    """
+    bins, frames = level.shape
+    times = frame_times(first + frames, sample_rate, stft)[first:]
+    half, half_bin = stft.hop_length / sample_rate / 2, sample_rate / stft.n_fft / 2000  # s, kHz
+    highest = (2 * bins - 1) * half_bin
+    extent = (times[0] - half, times[-1] + half, -half_bin, highest)
+    look: dict[str, Any] = {"origin": "lower", "aspect": "auto", "interpolation": "nearest"}
+    image = axes.imshow(level, cmap=COLOUR_MAP, vmin=vmin, vmax=vmax, extent=extent, **look)
+    axes.set_ylabel("frequency (kHz)")
+    return image
+
+
+def add_colour_bar(image: AxesImage, panels: Sequence[Axes], **options: Any) -> None:
+    """Add a bar of levels beside the axes of a picture."""
+    figure = panels[0].get_figure()
+    assert figure is not None
+    figure.colorbar(image, ax=list(panels), label="level (dB)", **options)
+
+
+def stack(count: int, height: float) -> tuple[Figure, list[Axes]]:
+    """Return a figure and its panels, one below the other on one time axis."""
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    panels = list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
+    panels[-1].set_xlabel("time (s)")
+    return figure, panels
+
+
+def analyse(waves: Mapping[str, Tensor], stft: STFTConfig) -> dict[str, Tensor]:
+    """Return the spectrum [F, K] of every signal [T], uncompressed; 1 is a full-scale sine.
+
+    Frames are centred whatever the config says, so that the picture covers the whole signal.
+    """
+    analysis = Spectral(**centred(stft).model_dump(), alpha=1, beta=1)
+    full_scale = analysis.window.sum() / 2  # what a sine of amplitude 1 reaches in its bin
+    return {
+        name: analysis(wave.detach().float().cpu()[None])[0] / full_scale
+        for name, wave in waves.items()
+    }
+
+
+def centred(stft: STFTConfig) -> STFTConfig:
+    """Return the same frames, centred."""
+    return stft.model_copy(update={"center": True})
+
+
+def frame_times(count: int, sample_rate: int, stft: STFTConfig) -> Array:
+    """Return the middle of every frame in seconds, [K]."""
+    first = 0 if stft.center else stft.n_fft / 2
+    times: Array = (first + stft.hop_length * np.arange(count)) / sample_rate
+    return times
+
+
+def decibels(spec: Tensor) -> Array:
+    """Return 20 log10 of the magnitudes of a tensor; zeros become -100 dB."""
+    level: Array = 20 * np.log10(np.maximum(to_numpy(spec.abs()), _FAINTEST))
+    return level
+
+
+def to_numpy(tensor: Tensor) -> Array:
+    """Return a real tensor as an array; NaN and Inf, which have no place in a picture, as 0."""
+    array: Array = tensor.detach().nan_to_num(posinf=0, neginf=0).cpu().numpy()
+    return array
+
+
+def to_png(figure: Figure) -> bytes:
+    """Return the figure as a PNG file's bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def to_jpeg(figure: Figure) -> bytes:
+    """Return the figure as a JPEG file's bytes: a tenth of a spectrogram's PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="jpeg", pil_kwargs={"quality": 88})
+    return buffer.getvalue()
+
+
+def to_pixels(figure: Figure) -> npt.NDArray[np.uint8]:
+    """Return the figure as [H, W, 3] uint8."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+class Players:
+    """Signals to listen to side by side; Jupyter shows a row of players with captions.
+
+    Args:
+        waves: caption and signal [T], full scale 1. All are played at one peak; the caption says
+            by how many dB that raised them.
+        sample_rate: Hz.
+    """
+
+    def __init__(self, waves: Mapping[str, Tensor], sample_rate: int) -> None:
+        self.waves, self.sample_rate = dict(waves), sample_rate
+
+    def __repr__(self) -> str:
+        return f"<players: {', '.join(self.waves)}>"
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for caption, wave in self.waves.items():
+            gain = 20 * _gain(wave).log10()
+            source = data_uri(player_wav(wave, self.sample_rate), "audio/wav")
+            rows.append(
+                '<figure style="margin:0"><figcaption style="padding:0 0 .3em .5em">'
+                f"{html.escape(caption)} <small>({gain:+.0f} dB)</small></figcaption>"
+                f'<audio controls style="width:17em;max-width:100%" src="{source}"></audio>'
+                "</figure>"
+            )
+        return f'<div style="display:flex;flex-wrap:wrap;gap:1em">{"".join(rows)}</div>'
+
+
+def player_wav(wave: Tensor, sample_rate: int) -> bytes:
+    """Return a signal [T] as a 16-bit wav file at 0.9 of full scale; what is not finite is 0."""
+    buffer = io.BytesIO()
+    samples = (_gain(wave) * _finite(wave)).numpy()
+    soundfile.write(buffer, samples, sample_rate, format="WAV")
+    return buffer.getvalue()
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    """Return a file's content as an address that a page can hold; kind is its MIME type."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _gain(wave: Tensor) -> Tensor:
+    return _PEAK / _finite(wave).abs().max().clamp_min(_LOWEST_PEAK)
+
+
+def _finite(wave: Tensor) -> Tensor:
+    return torch.nan_to_num(wave.detach().float().cpu(), posinf=0, neginf=0)

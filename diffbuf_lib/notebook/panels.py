@@ -1,40 +1,49 @@
-"""A picture with controls around it: a widget in Jupyter, and a still picture everywhere else."""
+"""A picture with controls around it, and one whose numbers come from a thread with buttons.
+
+A loop in a notebook's main thread would hold the kernel: no button would work until it ends.
+"""
 
 from __future__ import annotations
 
+import atexit
 import base64
-import html
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+import math
+import threading
+import time
+import weakref
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, Generic, Literal, TypeVar
 
 import ipywidgets as widgets
 from IPython.display import DisplayHandle, display
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from diffbuf_lib.config import AudioConfig
-from diffbuf_lib.data import ClipDataset
-from diffbuf_lib.data.mixing import is_silent, snr
-from diffbuf_lib.errors import DataError
-from diffbuf_lib.figures import Players, spectrograms, to_jpeg
+from diffbuf_lib.figures import to_jpeg
 
-_COLOURS = {"error": "#b00020", "warning": "#9a5b00"}
+Item = TypeVar("Item")
+State = Literal["ready", "running", "paused", "stopped", "finished", "failed"]
+
+_NOTHING = {"pause": False, "stop": False, "reopen": False}
+_ONLY_PAUSE = {**_NOTHING, "pause": True}
+_POLL = 0.01  # s; how soon a request or a news is seen
+_FAREWELL = 10.0  # s that a thread has for its checkpoint when Python ends
+_REQUESTS = {
+    "pause": {"pause": True},
+    "resume": {"pause": False},
+    "stop": {"stop": True},
+    "save": {"reopen": True},
+}
 
 
 class Panel:
     """Widgets over one picture.
 
-    A page that runs no widgets (a rendered notebook, a code host, an editor's preview) shows the
-    picture alone: the panel is displayed as one bundle that holds both.
+    It is displayed as one bundle of both, since a page that runs no widgets (a rendered notebook,
+    a code host) shows the picture alone.
 
     Args:
         controls: rows of widgets above the picture.
         description: in a few words what the picture shows, for readers who cannot see it.
-
-    Attributes:
-        image: the picture's widget; its value is a JPEG.
-        box: everything, as one widget.
     """
 
     def __init__(self, controls: Sequence[widgets.Widget], description: str) -> None:
@@ -52,10 +61,7 @@ class Panel:
         self.image.value = to_jpeg(figure)
 
     def keep_still(self) -> None:
-        """Make the current picture the one that pages without widgets show.
-
-        Only from the thread that runs the notebook's cells.
-        """
+        """Let pages without widgets show the current picture; only from the kernel's thread."""
         if self._handle is not None:
             self._handle.update(self.bundle(), raw=True)
 
@@ -70,29 +76,152 @@ class Panel:
         self.box.panel = self  # what is on the page stays alive, with or without a name
 
 
-class Messages(widgets.HTML):
-    """Lines of text below sliders: what the doctor or an error says about their positions.
+class WorkerPanel(Panel, Generic[Item]):
+    """A panel over a generator that runs in a daemon thread; requests are met between two items.
 
-    Attributes:
-        lines: the same as plain text.
+    Subclasses open the generator, take its items and show where it stands, all in the thread.
+    `buttons` are start, stop, and maybe pause, resume, save, each with icon and tooltip.
     """
 
-    def show(self, lines: Sequence[tuple[str, str]]) -> None:
-        """Show lines of text, each with its severity, in place of what was there."""
-        self.lines = [line for line, _ in lines]
-        self.value = "<br>".join(
-            f'<span style="color:{_COLOURS.get(severity, "inherit")}">{html.escape(line)}</span>'
-            for line, severity in lines
-        )
+    def __init__(
+        self,
+        buttons: Mapping[str, tuple[str, str]],
+        beside: Sequence[widgets.Widget],
+        below: Sequence[widgets.Widget],
+        description: str,
+    ) -> None:
+        self.buttons: dict[str, widgets.Button] = {}
+        for name, (icon, tooltip) in buttons.items():
+            look = {"icon": icon, "tooltip": tooltip, "layout": widgets.Layout(width="110px")}
+            self.buttons[name] = widgets.Button(description=name.capitalize(), **look)
+            self.buttons[name].add_class(f"diffbuf-{name}")
+            self.buttons[name].on_click(self._pressed)
+        super().__init__([widgets.HBox([*self.buttons.values(), *beside]), *below], description)
+        self.state: State = "ready"
+        self.error: BaseException | None = None  # until `wait_for` has raised it again
+        self._wishes = dict(_NOTHING)  # what was asked for and is not withdrawn or done
+        self._shown = True  # whether the state has been, since it changed
+        self._thread = threading.Thread()
+
+    def _open(self) -> Generator[Item, None, None]:
+        raise NotImplementedError
+
+    def _receive(self, item: Item) -> None:
+        raise NotImplementedError
+
+    def _show(self) -> None:
+        raise NotImplementedError
+
+    @property
+    def busy(self) -> bool:
+        """Whether there are items to come: running or paused."""
+        return self.state in ("running", "paused")
+
+    @property
+    def resting(self) -> bool:
+        """Whether it is paused, shows that, and stays so until somebody asks for something."""
+        return self.state == "paused" and self._shown and self._wishes == _ONLY_PAUSE
+
+    def start(self) -> None:
+        """Open the generator, or go on after a pause."""
+        if self.busy and not self._wishes["stop"]:
+            self.ask(pause=False)
+        else:
+            self.join()
+            self.ask(**_NOTHING)
+            self.error, self.state = None, "running"
+            self._thread = threading.Thread(target=self._run, name="diffbuf-worker", daemon=True)
+            _panels.add(self)
+            self._thread.start()
+        self._show()
+
+    def stop(self) -> None:
+        """End, and raise what the thread raised."""
+        self.ask(stop=True)
+        self.wait()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end, at most `timeout` s; raise what the thread raised, once."""
+        return self.wait_for(lambda: not self.busy, timeout)
+
+    def ask(self, **wishes: bool) -> None:
+        """Ask for something without waiting: pause, stop, or reopen (close, open the next)."""
+        self._wishes.update(wishes)
+
+    def wait_for(self, reached: Callable[[], bool], timeout: float | None = None) -> bool:
+        """Wait as `wait` does, until something holds or the thread has ended."""
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        while not reached() and self.busy and time.monotonic() < end:
+            time.sleep(_POLL)
+        if not self.busy:
+            self.join()
+            error, self.error = self.error, None
+            if error is not None:
+                raise error
+        self.keep_still()
+        return reached()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until the thread has ended, or for a time in s; raises nothing."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+
+    def _pressed(self, button: widgets.Button) -> None:
+        """Do what a button says, without waiting: the kernel stays free."""
+        name = button.description.lower()
+        if name == "start":
+            self.start()
+        else:
+            self.ask(**_REQUESTS[name])
+
+    # In the thread.
+
+    def _run(self) -> None:
+        try:
+            end: State = "stopped" if self._take_all() else "finished"
+        except BaseException as error:  # nothing may be lost: `wait_for` raises it again
+            self.error, end = error, "failed"
+        self._turn(end)
+
+    def _take_all(self) -> bool:
+        """Take items until there are none or a stop is asked for; return whether it was."""
+        items = self._open()
+        try:
+            while not self._wait_while_paused():
+                if self._wishes["reopen"]:
+                    items.close()
+                    items = self._open()
+                    self.ask(reopen=False)
+                    self._turn(self.state)
+                elif (item := next(items, None)) is None:
+                    return False
+                else:
+                    self._receive(item)
+            return True
+        finally:
+            items.close()
+
+    def _wait_while_paused(self) -> bool:
+        """Wait as long as asked to; return whether to stop."""
+        while self._wishes == _ONLY_PAUSE:
+            if self.state != "paused":
+                self._turn("paused")
+            time.sleep(_POLL)
+        if self.state == "paused" and not self._wishes["pause"]:
+            self._turn("running")
+        return self._wishes["stop"]
+
+    def _turn(self, state: State) -> None:
+        self._shown, self.state = False, state
+        try:
+            self._show()
+        except Exception as error:  # a picture that cannot be drawn must not cost a checkpoint
+            self.error = self.error or error
+        self._shown = True
 
 
 def slider_look(description: str, width: int = 310) -> dict[str, Any]:
-    """Return the arguments that all sliders share: they act when they are let go.
-
-    Args:
-        description: the text beside the slider.
-        width: in pixels; three of 310 fit a page side by side.
-    """
+    """Return what all sliders share: they act when they are let go; three of 310 px fit a page."""
     return {
         "description": description,
         "continuous_update": False,
@@ -108,53 +237,14 @@ def label(name: str, width: str) -> widgets.Label:
     return line
 
 
-class ClipBrowser(Panel):
-    """A slider over the clips of a dataset; of each, spectrograms, players, files and SNR.
-
-    Args:
-        dataset: not empty. Its items are shown as they are: crops of a training set too.
-        audio: gives Hz and seconds.
-
-    Attributes:
-        slider: which clip; set `.value` to turn to another.
-        message: files, shape and SNR of the clip that is shown.
-
-    Raises:
-        DataError: the dataset is empty, or the clip cannot be read.
-    """
-
-    def __init__(self, dataset: ClipDataset, audio: AudioConfig) -> None:
-        if len(dataset) == 0:
-            raise DataError(f"{dataset.root} holds no clips: check DATA")
-        self._dataset, self._audio = dataset, audio
-        self.slider = widgets.IntSlider(0, 0, len(dataset) - 1, **slider_look("clip", 500))
-        self.message = ""
-        self._text, self._players = widgets.HTML(), widgets.HTML()
-        controls = [self.slider, self._text, self._players]
-        super().__init__(controls, "spectrograms of a clip's mix and target")
-        self.slider.observe(self._changed, names="value")
-        self._changed()
-
-    def _changed(self, _: Any = None) -> None:
-        index = self.slider.value
-        mix, target = self._dataset[index]
-        names = self._dataset.name(index).split(" + ")
-        files = " + ".join("/".join(Path(name).parts[-2:]) for name in names)
-        self.message = f"{files}: {list(mix.shape)}, {describe_snr(mix, target)}"
-        self._text.value = html.escape(self.message)
-        waves = {"mix": mix.mean(0), "target": target.mean(0)}
-        self._players.value = Players(waves, self._audio.sample_rate)._repr_html_()
-        self.draw(spectrograms(waves, self._audio.sample_rate, self._audio.stft))
+_panels: weakref.WeakSet[WorkerPanel[Any]] = weakref.WeakSet()
 
 
-def describe_snr(mix: Tensor, target: Tensor) -> str:
-    """Return the SNR of a clip in words: silence, or speech without noise, has none.
-
-    Args:
-        mix: [C, T] float32, full scale 1.
-        target: [C, T] float32, the speech in it.
-    """
-    noise = mix - target
-    if is_silent(target):
-        return "the target is silent here"
-    return f"SNR {snr(target, noise):.1f} dB" if noise.any() else "mix and target are equal"
+@atexit.register
+def _stop_all() -> None:
+    """Let the threads save their checkpoints before Python ends."""
+    panels = list(_panels)
+    for panel in panels:
+        panel.ask(stop=True)
+    for panel in panels:
+        panel.join(_FAREWELL)

@@ -6,7 +6,6 @@ import shutil
 import time
 import weakref
 from collections.abc import Generator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,15 @@ import ipywidgets as widgets
 import torch
 
 from diffbuf_lib.config import Config
-from diffbuf_lib.figures import training_progress
+from diffbuf_lib.figures.progress import training_progress
 from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.notebook.panels import label
-from diffbuf_lib.notebook.worker import WorkerPanel
+from diffbuf_lib.notebook.panels import WorkerPanel, label
 from diffbuf_lib.training import StepRecord, load_weights, train
 from diffbuf_lib.training.feed import ClipSource
 from diffbuf_lib.training.folder import ResultsFolder, apply_weights, read_history
 
 _PICTURE_EVERY = 0.25  # s, at least
 _PICTURE_SHARE = 0.2  # of the thread's time that may go into pictures
-_LABEL_EVERY = 0.1  # s
 _BUTTONS = {
     "start": ("play", "begin the run, or go on from its last checkpoint"),
     "pause": ("pause", "stop after this step and keep everything in memory"),
@@ -40,28 +37,17 @@ _panels: weakref.WeakValueDictionary[Path, TrainingPanel] = weakref.WeakValueDic
 
 
 class TrainingPanel(WorkerPanel[StepRecord]):
-    """`training.train` with Start, Pause, Resume, Stop and Save.
+    """`training.train` with Start, Pause, Resume, Stop and Save; arguments as there.
 
     The run goes on in a thread, so the kernel stays free; but the global random generators are
     shared, so do not make or train other models while it runs. A stopped run goes on from its
     checkpoint at the next `start`, also in a new panel over the same folder, which takes it over
-    from the panel before.
-
-    Args:
-        cfg: the config.
-        train_set: `[i] -> (mix, target)`, each [C, T] float32, full scale 1.
-        valid_set: the same; None or empty: no validation.
-        results_path: the run's folder.
-        fresh: remove a run that is there, rather than go on with it.
-        device: as in `train`.
+    from the panel before; `fresh` removes it instead.
 
     Attributes:
         records: a `StepRecord` of every step, of earlier sessions too.
         model: the averaged weights of the last validation; those of the start before it.
         folder: the run's files.
-
-    Raises:
-        DataError: the clip that is shown cannot be read.
     """
 
     def __init__(
@@ -74,8 +60,12 @@ class TrainingPanel(WorkerPanel[StepRecord]):
         fresh: bool = False,
         device: str = "auto",
     ) -> None:
-        self.cfg, self.folder = cfg, ResultsFolder(results_path)
-        _take_over(self.folder.path.resolve(), self)
+        self.cfg, self.folder, self.device = cfg, ResultsFolder(results_path), device
+        self.train_set, self.valid_set = train_set, valid_set
+        path = self.folder.path.resolve()
+        if path in _panels:  # two runs cannot share a folder
+            _panels[path].close()
+        _panels[path] = self
         if fresh:
             remove_run(results_path)
         self.records = _read_records(self.folder)
@@ -84,90 +74,71 @@ class TrainingPanel(WorkerPanel[StepRecord]):
         self.clip_step: int | None = None
         self.model = DiffusionBufferModel(cfg).eval()
         self.step_label, self.status = label("step", "260px"), label("status", "600px")
-        self._drawn, self._labelled, self._cost = 0.0, 0.0, 0.0
-        super().__init__(
-            partial(_open_run, cfg, train_set, valid_set, self.folder, device),
-            _BUTTONS,
-            [],
-            [widgets.HBox([self.step_label, self.status])],
-            "loss, validation scores and a validation clip of a training run",
-        )
-        self._turned()
+        self._drawn, self._cost = 0.0, 0.0
+        labels = widgets.HBox([self.step_label, self.status])
+        description = "loss, validation scores and a validation clip of a training run"
+        super().__init__(_BUTTONS, [], [labels], description)
+        self._show()
 
     @property
     def running(self) -> bool:
         """Whether steps are being made."""
-        return self.worker.state == "running"
+        return self.state == "running"
 
     @property
     def paused(self) -> bool:
         """Whether the run waits for `resume`."""
-        return self.worker.state == "paused"
+        return self.state == "paused"
 
     @property
     def steps(self) -> int:
         """Optimizer steps made so far, in earlier sessions too."""
         return self.records[-1].step if self.records else 0
 
-    def start(self) -> None:
-        """Begin the run, or go on from its last checkpoint; a paused run resumes."""
-        super().start()
-        self._turned()
-
     def pause(self) -> None:
         """Stop making steps; returns when the current step has ended."""
-        self.worker.ask(pause=True)
-        self.worker.wait_for(lambda: self.worker.resting)
-        self.keep_still()
+        self.ask(pause=True)
+        self.wait_for(lambda: self.resting)
 
     def resume(self) -> None:
         """Go on after a pause."""
-        self.worker.ask(pause=False)
-        self.worker.wait_for(lambda: not self.paused)
+        self.ask(pause=False)
+        self.wait_for(lambda: not self.paused)
 
     def save(self) -> None:
         """Write a checkpoint and go on from it; a run that is not going on has one already."""
-        if self.worker.busy:
-            self.worker.ask(reopen=True)
-            self.worker.wait_for(lambda: not self.worker.reopening)
+        if self.busy:
+            self.ask(reopen=True)
+            self.wait_for(lambda: not self._wishes["reopen"])
 
     def wait(self, timeout: float | None = None, *, step: int | None = None) -> bool:
-        """Wait for a step, or for the end of the run.
+        """Wait for a step or the end of the run, at most `timeout` s; return whether it came.
 
-        Ctrl-C (the toolbar's interrupt) pauses the run.
-
-        Args:
-            timeout: s; None: as long as it takes.
-            step: come back when so many steps are made; None: when the run has ended.
-
-        Returns:
-            Whether it came to that; not when the time is over or the run is paused.
-
-        Raises:
-            Exception: what the thread raised, once.
+        It does not if the run is paused, as by Ctrl-C (the toolbar's interrupt). What the thread
+        raised is raised, once.
         """
 
         def there() -> bool:
-            return not self.worker.busy if step is None else self.steps >= step
+            return not self.busy if step is None else self.steps >= step
 
         try:
-            self.worker.wait_for(lambda: there() or self.worker.resting, timeout)
+            self.wait_for(lambda: there() or self.resting, timeout)
         except KeyboardInterrupt:
-            self.worker.ask(pause=True)
+            self.ask(pause=True)
             raise
-        if not self.worker.busy:
-            self.worker.raise_error()
-        self.keep_still()
         return there()
 
     def close(self) -> None:
         """Stop and remove the widgets from the page."""
-        self.worker.ask(stop=True)
-        self.worker.join()
+        self.ask(stop=True)
+        self.join()
         for widget in (self.box, self.image, self.step_label, self.status, *self.buttons.values()):
             widget.close()
 
-    # In the thread, but for the first picture.
+    def _open(self) -> Generator[StepRecord, None, None]:
+        path, resume = self.folder.path, self.folder.last.is_file()
+        clips = self.train_set, self.valid_set
+        return train(self.cfg, *clips, path, resume=resume, device=self.device)
 
     def _receive(self, record: StepRecord) -> None:
         while self.records and self.records[-1].step >= record.step:
@@ -175,74 +146,43 @@ class TrainingPanel(WorkerPanel[StepRecord]):
         self.records.append(record)
         if record.valid is not None:
             self._enhance_clip(record.step)
-        now = time.monotonic()
-        if now - self._drawn > max(_PICTURE_EVERY, self._cost / _PICTURE_SHARE):
-            self._turned()
-        elif now - self._labelled > _LABEL_EVERY:
-            self._write_labels()
+        if time.monotonic() - self._drawn > max(_PICTURE_EVERY, self._cost / _PICTURE_SHARE):
+            self._show()
 
     def _enhance_clip(self, step: int) -> None:
-        """Enhance the clip with the weights that were validated: a checkpoint has just been made.
-
-        Always with the same noise, so that pictures differ by what was learned.
-        """
+        """Enhance the clip with the weights just validated and saved; always with one noise."""
         apply_weights(self.model, load_weights(self.folder.last), self.folder.last)
         noise = torch.Generator().manual_seed(self.cfg.training.seed)
         estimate = self.model.enhance(self.clip["mix"][None, None], noise)[0, 0]
         self.clip = {"mix": self.clip["mix"], "estimate": estimate, "target": self.clip["target"]}
         self.clip_step = step
 
-    def _turned(self) -> None:
+    def _show(self) -> None:
         started = time.monotonic()
-        self._write_labels()
-        possible = {
-            "start": not self.worker.busy, "pause": self.running, "resume": self.paused,
-        }  # fmt: skip
+        last = self.records[-1] if self.records else None
+        self.step_label.value = f"step {self.steps}" + (f", epoch {last.epoch}" if last else "")
+        text = (f", loss {last.loss:.4g}" if last else "") + _HINTS.get(self.state, "")
+        if self.error is not None:
+            text = f": {' '.join(str(self.error).split()) or type(self.error).__name__}"
+        self.status.value = self.state + text
+        ready, busy = {"pause": self.running, "resume": self.paused}, self.busy
         for name, button in self.buttons.items():
-            button.disabled = not possible.get(name, self.worker.busy)
-        lines = [record.to_dict() for record in self.records]
-        metric = self.cfg.training.metric_for_scheduler
-        audio, step = self.cfg.audio, self.clip_step
+            button.disabled = busy if name == "start" else not ready.get(name, busy)
+        lines, audio = [record.to_dict() for record in self.records], self.cfg.audio
+        metric, step = self.cfg.training.metric_for_scheduler, self.clip_step
         self.draw(training_progress(lines, self.clip, audio, metric=metric, clip_step=step))
         self._drawn = time.monotonic()
         self._cost = self._drawn - started
 
-    def _write_labels(self) -> None:
-        self._labelled = time.monotonic()
-        last = self.records[-1] if self.records else None
-        self.step_label.value = f"step {self.steps}" + (f", epoch {last.epoch}" if last else "")
-        state, error = self.worker.state, self.worker.error
-        if error is not None:
-            self.status.value = f"{state}: {' '.join(str(error).split()) or type(error).__name__}"
-        else:
-            loss = f", loss {last.loss:.4g}" if last else ""
-            self.status.value = f"{state}{loss}{_HINTS.get(state, '')}"
-
 
 def remove_run(results_path: str | Path) -> None:
-    """Remove the files of a run, and nothing else that may be in its folder.
-
-    Args:
-        results_path: the run's folder; it may be missing, and no run may go on there.
-    """
+    """Remove the files of a run, which may be missing, and nothing else from its folder."""
     folder = ResultsFolder(results_path)
     capsules = folder.path.glob("capsule_*")
     for path in (folder.last.parent, folder.model, folder.tensorboard, *capsules):
         shutil.rmtree(path, ignore_errors=True)
     for file in (folder.config, folder.history):
         file.unlink(missing_ok=True)
-
-
-def _open_run(
-    cfg: Config,
-    train_set: ClipSource,
-    valid_set: ClipSource | None,
-    folder: ResultsFolder,
-    device: str,
-) -> Generator[StepRecord, None, None]:
-    """Begin the run of a folder, or go on with it if it has a checkpoint; must not hold a panel."""
-    resume = folder.last.is_file()
-    return train(cfg, train_set, valid_set, folder.path, resume=resume, device=device)
 
 
 def _read_records(folder: ResultsFolder) -> list[StepRecord]:
@@ -255,11 +195,3 @@ def _read_records(folder: ResultsFolder) -> list[StepRecord]:
         elif line["step"] in records:
             records[line["step"]]["valid"] = line["valid"]
     return [StepRecord(**fields) for fields in records.values()]
-
-
-def _take_over(path: Path, panel: TrainingPanel) -> None:
-    """Make a panel the one of its folder: two runs cannot share it."""
-    before = _panels.get(path)
-    if before is not None:
-        before.close()
-    _panels[path] = panel

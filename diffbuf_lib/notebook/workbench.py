@@ -23,25 +23,14 @@ _DEMO = Path("data/DN-LM-demo")
 
 @dataclass(frozen=True)
 class Workbench:
-    """What a notebook works with.
-
-    Attributes:
-        root: the project's folder; relative paths start there.
-        cfg: the config, with the overrides.
-        data: the dataset's folder.
-        train_set: its training clips, cropped at random.
-        valid_set: clips from `valid/`, from their start; of a folder without it, the training
-            clips from their start.
-        results: `results/notebooks`, where the notebooks write.
-        device: "cuda" where there is a GPU, else "cpu".
-    """
+    """What a notebook works with; relative paths start at `root`, the project's folder."""
 
     root: Path
     cfg: Config
     data: Path
-    train_set: ClipDataset
-    valid_set: ClipDataset
-    results: Path
+    train_set: ClipDataset  # cropped at random
+    valid_set: ClipDataset  # from their start; of a folder without valid/, the training clips
+    results: Path  # where the notebooks write
     device: str
 
     def __str__(self) -> str:
@@ -60,54 +49,40 @@ def open_workbench(
 ) -> Workbench:
     """Load a config and open a dataset, making the demo set first if it is the one that is missing.
 
-    From here on a `Figure` that is a cell's last value is shown as a picture. The environment
-    variables DIFFBUF_CONFIG and DIFFBUF_DATA, if set, win over the arguments, so that a notebook
-    runs on other data without being edited.
+    Relative paths start at the project's folder. The environment variables DIFFBUF_CONFIG and
+    DIFFBUF_DATA, if set, win over the arguments, so that a notebook runs on other data without
+    being edited. From here on a `Figure` that is a cell's last value is shown as a picture.
 
     Args:
-        config: a YAML file; relative to the project's folder.
+        config: a YAML file.
         data: a dataset's folder of any layout (`diffbuf_lib.data.LAYOUTS`), with its splits in
-            `train/` and `valid/` or without splits; relative to the project's folder.
+            `train/` and `valid/` or without splits.
         overrides: config keys, as in `load_config`.
 
     Raises:
-        ConfigError: a config that cannot be read.
         DataError: a folder that holds no clips in a known layout.
     """
-    _show_figures()
-    root = _project_root()
+    shell = get_ipython()  # shows figures by itself only if pyplot is imported
+    if shell is not None and shell.display_formatter is not None:
+        shell.display_formatter.formatters["image/jpeg"].for_type(Figure, to_jpeg)
+    here = Path.cwd()
+    root = next((path for path in (here, *here.parents) if (path / "configs").is_dir()), here)
     torch.manual_seed(0)
     cfg = load_config(root / os.environ.get(CONFIG_VARIABLE, config), overrides)
     folder = root / os.environ.get(DATA_VARIABLE, data)
     if folder == root / _DEMO:
         build_demo(folder)
+    train, valid = folder / "train", folder / "valid"
+    train = train if train.is_dir() else folder
     return Workbench(
         root=root,
         cfg=cfg,
         data=folder,
-        train_set=_open(_split(folder, "train"), cfg, training=True),
-        valid_set=_open(_split(folder, "valid", "train"), cfg, training=False),
+        train_set=_open(train, cfg, training=True),
+        valid_set=_open(valid if valid.is_dir() else train, cfg, training=False),
         results=root / "results" / "notebooks",
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
-
-
-def _show_figures() -> None:
-    """IPython itself shows figures only once pyplot is imported, which the notebooks never do."""
-    shell = get_ipython()
-    if shell is not None and shell.display_formatter is not None:
-        shell.display_formatter.formatters["image/jpeg"].for_type(Figure, to_jpeg)
-
-
-def _project_root() -> Path:
-    """Return the nearest folder upwards that holds configs/, else the working directory."""
-    here = Path.cwd()
-    return next((path for path in (here, *here.parents) if (path / "configs").is_dir()), here)
-
-
-def _split(folder: Path, *names: str) -> Path:
-    """Return the first of these splits that exists; of a dataset without splits, its own folder."""
-    return next((folder / name for name in names if (folder / name).is_dir()), folder)
 
 
 def _open(folder: Path, cfg: Config, *, training: bool) -> ClipDataset:

@@ -8,14 +8,9 @@ from diffbuf_lib.training.feed import ClipSource
 
 
 class FirstClips:
-    """The first clips of a dataset, as one that training can use.
+    """The first `count` clips of a dataset; one of fewer clips is gone through again.
 
-    A dataset of fewer clips is gone through again: an epoch of one step would validate and save
-    after every step.
-
-    Args:
-        clips: the dataset.
-        count: how many clips an epoch has; None for as many as there are.
+    An epoch of one step would validate and save after every step.
     """
 
     def __init__(self, clips: ClipSource, count: int | None = None) -> None:

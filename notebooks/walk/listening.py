@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.data import ClipDataset, collate, find_layout, open_dataset, read_info
-from diffbuf_lib.errors import ConfigError, DataError, MissingExtraError
+from diffbuf_lib.errors import ConfigError, MissingExtraError
 from diffbuf_lib.evaluation import ScoredClip, summary
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.notebook import Workbench
@@ -20,26 +20,19 @@ from diffbuf_lib.trace import format_table
 from diffbuf_lib.training import score_clips
 from diffbuf_lib.training.metrics import check_metrics
 
-METRICS = ("si_sdr", "estoi", "pesq")
+_METRICS = ("si_sdr", "estoi", "pesq")
 _LEAST_SECONDS = 0.5
 
 
 def held_out(bench: Workbench, cfg: Config, seconds: float = 3.0) -> ClipDataset:
-    """Open clips that no training has seen: `test/`, or else the validation set.
+    """Open clips that no training has seen, from `test/` or else the validation set.
 
-    Args:
-        bench: for the dataset's folder.
-        cfg: the model's, for the sample rate.
-        seconds: length of a clip at most; the first file's length if that is less.
-
-    Raises:
-        DataError: no clips, or clips of another sample rate.
+    Each has `seconds`, or the first file's length if that is less.
     """
     test = bench.data / "test"
     folder = test if find_layout(test) is not None else bench.valid_set.root
     layout = find_layout(folder)
-    if layout is None:
-        raise DataError(f"{folder} holds no clips: check DATA")
+    assert layout is not None, f"{folder} holds no clips"
     rate = cfg.audio.sample_rate
     dataset = open_dataset(layout, folder, cfg, training=False)
     longest = max(read_info(dataset.items[0][0]).frames, round(_LEAST_SECONDS * rate))
@@ -48,10 +41,10 @@ def held_out(bench: Workbench, cfg: Config, seconds: float = 3.0) -> ClipDataset
     return open_dataset(layout, folder, whole, training=False)
 
 
-def usable_metrics(sample_rate: int, names: Sequence[str] = METRICS) -> list[str]:
+def usable_metrics(sample_rate: int) -> list[str]:
     """Return those metrics whose packages are installed and that are defined at a rate in Hz."""
     usable = []
-    for name in names:
+    for name in _METRICS:
         with suppress(ConfigError, MissingExtraError):
             check_metrics([name], sample_rate)
             usable.append(name)
@@ -68,12 +61,7 @@ def gain_table(clips: Sequence[ScoredClip], metrics: Sequence[str]) -> str:
 
 
 def noise_floor(wave: Tensor, frame: int = 256) -> float:
-    """Return the power that a tenth of a signal's frames stay below: what is left in pauses.
-
-    Args:
-        wave: [T], full scale 1.
-        frame: samples.
-    """
+    """Return the power that a tenth of a wave's [T] frames stay below: what is left in pauses."""
     return float(wave.unfold(0, frame, frame).square().mean(dim=1).quantile(0.1))
 
 
@@ -95,12 +83,7 @@ def lag_samples(clips: Sequence[ScoredClip]) -> int:
 
 
 def measured_latency(enhancer: OnlineEnhancer, limit: int = 100_000) -> int:
-    """Push silence sample by sample; return how many went in when the first came out.
-
-    Args:
-        enhancer: reset before and after.
-        limit: samples to push at most.
-    """
+    """Push silence sample by sample; return how many went in when the first came out."""
     enhancer.reset()
     sample = torch.zeros(1)
     pushed = next((n for n in range(1, limit) if len(enhancer.push(sample))), limit)
@@ -108,21 +91,13 @@ def measured_latency(enhancer: OnlineEnhancer, limit: int = 100_000) -> int:
     return pushed
 
 
-@dataclass(frozen=True)
-class DelayScore:
-    """How well a model does with one buffer and one output delay.
+class DelayScore(NamedTuple):
+    """How well a model does with one buffer and one output delay."""
 
-    Attributes:
-        buffer_size: B, frames.
-        delay: d, frames, 1 to B.
-        latency_ms: samples to be pushed before the first comes out, as ms.
-        gains: [n] of each metric: enhanced minus noisy, in its unit; NaN where not defined.
-    """
-
-    buffer_size: int
-    delay: int
-    latency_ms: float
-    gains: dict[str, Tensor]
+    buffer_size: int  # B, frames
+    delay: int  # d, frames, 1 to B
+    latency_ms: float  # samples to be pushed before the first comes out, as ms
+    gains: dict[str, Tensor]  # [n] of each metric: enhanced minus noisy; NaN where not defined
 
     def mean(self, metric: str) -> float:
         """Return the mean gain over the clips for which it is defined."""
@@ -137,17 +112,9 @@ def delay_scores(
     *,
     clips: int = 3,
 ) -> list[DelayScore]:
-    """Enhance the same clips, as streams side by side, with several buffers and delays.
+    """Enhance the same clips, as streams side by side, with several (B, d) pairs.
 
-    Args:
-        model: its weights serve every buffer size; it was trained with one of them.
-        dataset: clips, opened with training=False.
-        settings: (B, d) pairs; a score model can only have d = B.
-        metrics: names that `score_clips` knows.
-        clips: how many.
-
-    Raises:
-        ConfigError: a delay that the model cannot have.
+    The model's weights serve every buffer size; it was trained with one of them.
     """
     rate = model.cfg.audio.sample_rate
     pairs = [dataset[i] for i in range(min(clips, len(dataset)))]
@@ -164,30 +131,18 @@ def delay_scores(
     return rows
 
 
-def delay_settings(model: DiffusionBufferModel, count: int = 3) -> list[tuple[int, int]]:
-    """Choose (B, d) pairs from 1 frame to the whole buffer.
-
-    Shorter buffers, read at their end; and, of a data-prediction model, the buffer it was trained
-    with, read earlier.
-    """
+def delay_settings(model: DiffusionBufferModel) -> list[tuple[int, int]]:
+    """Choose (B, d) pairs: the model's own buffer read earlier, shorter ones read at their end."""
     B = model.cfg.diffusion_buffer.buffer_size
     # One frame alone has no schedule: its only time would be t_eps, where no noise is.
-    sizes = sorted({max(2, round(B * (i + 1) / count)) for i in range(count)} | {B})
+    sizes = sorted({max(2, round(B * i / 3)) for i in (1, 2)} | {B})
     delays = sorted({1, *(size for size in sizes if size <= B)}) if model.predicts_data else [B]
     return [(B, d) for d in delays] + [(size, size) for size in sizes if size < B]
 
 
 def with_buffer(model: DiffusionBufferModel, buffer_size: int) -> DiffusionBufferModel:
-    """Return the model with another buffer size: the same weights, in evaluation mode.
-
-    Args:
-        model: any; not changed.
-        buffer_size: B, frames.
-    """
-    cfg = model.cfg
-    if buffer_size == cfg.diffusion_buffer.buffer_size:
-        return model
-    device = next(model.parameters()).device
-    other = DiffusionBufferModel(cfg.override(f"diffusion_buffer.buffer_size={buffer_size}"))
+    """Return the model with another buffer size: the same weights, in evaluation mode."""
+    cfg = model.cfg.override(f"diffusion_buffer.buffer_size={buffer_size}")
+    other = DiffusionBufferModel(cfg).to(next(model.parameters()).device)
     other.load_state_dict(model.state_dict())
-    return other.to(device).eval()
+    return other.eval()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import shutil
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from diffbuf_lib.errors import ConfigError, DiffbufError
 from diffbuf_lib.model import DiffusionBufferModel
@@ -18,9 +18,11 @@ from walk.clips import FirstClips
 _SMALL = (
     "model={name: block_causal, base_channels: 8, channel_multipliers: [1, 2], x0_output: mask}",
     "sde={type: bbed, diffusion: {theta: 0.52, k: 2.6}}",
-    "diffusion_buffer.num_frames=32",
-    "diffusion_buffer.t_eps=0.03",
-    "diffusion_buffer.t_max=0.99",
+    *(
+        "diffusion_buffer.num_frames=32",
+        "diffusion_buffer.t_eps=0.03",
+        "diffusion_buffer.t_max=0.99",
+    ),
     "training={loss: data_prediction, optimizer: adam, lr: 3.0e-3, batch_size: 4, "
     "ema_momentum: 0.9, grad_clip: 1.0, use_amp: false, num_workers: 0}",
 )
@@ -28,8 +30,7 @@ _BUFFER = 8  # frames of the small model's buffer
 _EPOCH = 96  # clips, at least: every epoch ends with a checkpoint
 
 
-@dataclass(frozen=True)
-class FoundModel:
+class FoundModel(NamedTuple):
     """A model in evaluation mode, where it comes from, and whether it was trained just now."""
 
     model: DiffusionBufferModel
@@ -46,37 +47,28 @@ class FoundModel:
         )
 
 
-def find_model(
-    bench: Workbench, name: str | Path | None, folder: Path, *, steps: int = 200
-) -> FoundModel:
+def find_model(bench: Workbench, name: str | None, folder: Path, *, steps: int = 200) -> FoundModel:
     """Load a model, or where there is none train a small one; nothing is downloaded.
 
-    Args:
-        bench: for data, sample rate and device.
-        name: a folder that training wrote, a name such as "diffbuf/cpu-demo", or None for a model
-            trained here.
-        folder: where a model trained here goes; emptied first.
-        steps: of that training.
-
-    Raises:
-        ConfigError: a folder without a model, or a model of another sample rate than the data's.
+    `name` is a folder that training wrote, or a name such as "diffbuf/cpu-demo"; with None, or if
+    the name is not on this machine, a model is trained into `folder`, which is emptied first.
     """
     model = None if name is None else _load(bench.root, name)
-    if model is None:
+    source = str(name)
+    if trained_here := model is None:
         model = _train_small(bench, folder, steps)
         missing = "" if name is None else f", since {name} is not on this machine"
         source = f"{steps} steps of training just now{missing}"
-        return FoundModel(model.to(bench.device).eval(), source, trained_here=True)
     rate, own = bench.cfg.audio.sample_rate, model.cfg.audio.sample_rate
     if own != rate:
         raise ConfigError(
             f"model {name} is for {own} Hz and audio.sample_rate is {rate} Hz: take a model of "
             "that rate, or MODEL = None to train a small one here"
         )
-    return FoundModel(model.to(bench.device).eval(), str(name), trained_here=False)
+    return FoundModel(model.to(bench.device).eval(), source, trained_here)
 
 
-def _load(root: Path, name: str | Path) -> DiffusionBufferModel | None:
+def _load(root: Path, name: str) -> DiffusionBufferModel | None:
     """Load from a folder, or by a name; None if the name is not on this machine."""
     folder = root / name
     if (folder / "config.json").is_file():

@@ -21,15 +21,7 @@ _AUTHORS_THETA = 0.08  # where a config gives neither c nor theta
 
 
 def spectrum(wave: Tensor, cfg: Config) -> Tensor:
-    """Return the compressed spectrum of a signal, analysed by librosa.
-
-    Args:
-        wave: [B, C, T], full scale 1; channels are averaged.
-        cfg: its frames and its compression.
-
-    Returns:
-        [B, F, K] complex64: beta |c|^alpha e^{i angle c}.
-    """
+    """Return beta |c|^alpha e^{i angle c}, [B, F, K] complex64, of a wave [B, C, T] by librosa."""
     stft, compression = cfg.audio.stft, cfg.preprocessing.magnitude_compression
     window = scipy.signal.get_window(stft.window.removeprefix("sqrt_"), stft.win_length)
     frames = librosa.stft(
@@ -51,10 +43,6 @@ def sigma(sde: SDEConfig, t: Tensor) -> Tensor:
         sigma(t)^2 = Int_0^t g(s)^2 (rest(t) / rest(s))^2 ds
 
     holds for every linear SDE dX = -(ln rest)' (Y - X) dt + g dw.
-
-    Args:
-        sde: `cfg.sde`.
-        t: diffusion times, any shape.
     """
     values = [math.sqrt(_variance(sde, float(time))) for time in t.flatten()]
     return torch.tensor(values, dtype=t.dtype).view(t.shape)
@@ -63,12 +51,7 @@ def sigma(sde: SDEConfig, t: Tensor) -> Tensor:
 def perturbed(S: Tensor, Y: Tensor, t: Tensor, z: Tensor, sde: SDEConfig) -> Tensor:
     """Return V: S before the buffer, and rest(t) S + (1 - rest(t)) Y + sigma(t) z within it.
 
-    Args:
-        S: [B, F, K] complex, clean.
-        Y: [B, F, K] complex, noisy.
-        t: [B, Kb], diffusion times of the last Kb frames.
-        z: [B, F, Kb] complex.
-        sde: `cfg.sde`.
+    S and Y are [B, F, K], z is [B, F, Kb], all complex; t is [B, Kb].
     """
     first = S.shape[-1] - t.shape[-1]
     rest = torch.tensor([_rest(sde, float(time)) for time in t.flatten()]).view(t.shape)[:, None]

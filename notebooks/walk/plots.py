@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,8 @@ from torch import Tensor
 from diffbuf_lib import figures
 from diffbuf_lib.config import AudioConfig, Config
 from diffbuf_lib.diffusion.sde import SDE
-from diffbuf_lib.figures.progress import draw_hops, mark_float16
-from diffbuf_lib.figures.spectrogram import COLOUR_MAP, DPI, WIDTH, decibels, draw_level, to_numpy
+from diffbuf_lib.figures import DPI, RED, WIDTH, decibels, draw_level, stack, to_numpy
+from diffbuf_lib.figures.progress import UNITS, draw_hops, draw_points, draw_smoothed, split_history
 from diffbuf_lib.live import LiveReport
 from diffbuf_lib.trace import Trace
 from diffbuf_lib.training.folder import ResultsFolder, read_history
@@ -26,35 +27,33 @@ from diffbuf_lib.training.folder import ResultsFolder, read_history
 if TYPE_CHECKING:
     from diffbuf_lib.diagnostics.statistics import GradientStatistics, ScoreStatistics
     from walk.listening import DelayScore
-    from walk.scaling import ReadingCost, StepCost
+    from walk.scaling import StepCost
 
 _LEVELS = [float(level) for level in range(-100, 1, 2)]  # dB
 _GAINS = {"si_sdr": "SI-SDR gain (dB)", "pesq": "PESQ gain", "estoi": "ESTOI gain"}
-_ROW = 0.19  # inches
+_FLOAT16_MAX = torch.finfo(torch.float16).max  # 65504
+_ENDS = (0.001, 0.999)  # at t = 0, and for BBED at t = 1, sigma is 0 and 1 / sigma infinite
 
 
 def waveforms(waves: Mapping[str, Tensor], sample_rate: int) -> Figure:
     """Draw signals [T] by title, one below the other, on one time axis and one scale."""
-    figure = _figure(1.3 * len(waves) + 0.5)
-    panels = figure.subplots(len(waves), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    figure, panels = stack(len(waves), 1.3 * len(waves) + 0.5)
     for axes, (name, wave) in zip(panels, waves.items(), strict=True):
-        samples = to_numpy(wave)
-        axes.plot(np.arange(len(samples)) / sample_rate, samples, linewidth=0.6)
+        axes.sharey(panels[0])
+        axes.plot(np.arange(len(wave)) / sample_rate, to_numpy(wave), linewidth=0.6)
         axes.set_title(name, loc="left", fontsize=10)
         axes.grid(alpha=0.3)
-        axes.margins(x=0)
-    panels[-1].set_xlabel("time (s)")
     figure.supylabel("amplitude (full scale 1)", fontsize=10)
     return figure
 
 
-def snr_histogram(snr_db: Sequence[float], bins: int = 20) -> Figure:
+def snr_histogram(snr_db: Sequence[float]) -> Figure:
     """Draw how often each SNR occurs, dB; inf (no noise) and -inf (no speech) are only counted."""
     values = np.asarray(snr_db, dtype=float)
     finite = values[np.isfinite(values)]
     figure, axes = _one(2.8, "SNR of the mixture (dB)", "clips")
     if len(finite):
-        axes.hist(finite, bins=min(bins, max(1, len(finite))), edgecolor="white")
+        axes.hist(finite, bins=min(20, len(finite)), edgecolor="white")
         median = float(np.median(finite))
         axes.axvline(median, color="C1", linestyle="--", label=f"median {median:.1f} dB")
         axes.legend(frameon=False)
@@ -86,21 +85,16 @@ def compression(raw: Tensor, compressed: Tensor, audio: AudioConfig) -> Figure:
 
 def round_trip(wave: Tensor, back: Tensor, sample_rate: int) -> Figure:
     """Draw a signal [T], and the error of the one that came back from its spectrum."""
+    figure, (above, below) = stack(2, 3.6)
     seconds = np.arange(len(wave)) / sample_rate
-    figure = _figure(3.6)
-    above, below = figure.subplots(2, 1, sharex=True)
     above.plot(seconds, to_numpy(wave), linewidth=0.6)
-    above.set_title("there and back", loc="left", fontsize=10)
-    above.set(ylabel="amplitude")
+    above.set(title="there and back", ylabel="amplitude")
     error = np.maximum(to_numpy((back - wave).abs()), 1e-10)
     below.plot(seconds, 20 * np.log10(error), linewidth=0.6, color="C1")
     step = 20 * np.log10(2**-15)
     below.axhline(step, color="0.4", linestyle="--", label="one step of 16-bit audio")
-    below.set(xlabel="time (s)", ylabel="error (dB)", ylim=(-205, 10))
+    below.set(ylabel="error (dB)", ylim=(-205, 10))
     below.legend(frameon=False)
-    for axes in (above, below):
-        axes.grid(alpha=0.3)
-        axes.margins(x=0)
     return figure
 
 
@@ -126,14 +120,48 @@ def frame_counts(cfg: Config) -> Figure:
     return figure
 
 
-def noise_along_buffer(sigma: Tensor, measured: Tensor) -> Figure:
-    """Draw the noise in every frame of the buffer [Kb] beside the sigma it should have."""
-    frames = np.arange(1, sigma.shape[-1] + 1)
-    figure, axes = _one(2.8, "frame of the buffer (1 leaves next, B has just come)", "noise RMS")
-    axes.plot(frames, to_numpy(sigma), label="sigma(t), the formula")
-    axes.plot(frames, to_numpy(measured), "o", label="measured in V")
-    axes.set_ylim(0, None)
-    axes.legend(frameon=False)
+def refused(Y: Tensor, message: str, audio: AudioConfig) -> Figure:
+    """Draw a spectrum [F, K] alone, and above it why no buffer fits it."""
+    figure = figures.spectra({"": Y}, audio)
+    figure.axes[0].set_title(message, loc="left", fontsize=9, color=RED, wrap=True)
+    return figure
+
+
+def noise_schedule(sdes: Mapping[str, SDE], t_eps: float, t_max: float) -> Figure:
+    """Draw sigma, the weight of Y in the mean, g and 1 / sigma over diffusion time.
+
+    What lies outside of t_eps to t_max, the times of the buffer, is grey.
+    """
+    figure = _figure(5.4)
+    panels = list(figure.subplots(2, 2, sharex=True).flat)
+    first, last = _ENDS
+    small = torch.logspace(math.log10(min(first, t_eps)), math.log10(last), 100)
+    t = torch.cat([small, torch.linspace(first, last, 600)])  # since much happens near 0
+    t = t.double().sort().values
+    nothing, one = torch.zeros_like(t), torch.ones_like(t)
+    for (name, sde), style in zip(sdes.items(), itertools.cycle(("-", "--", "-.", ":"))):
+        sigma = sde.std(t)
+        drawn = (sigma, sde.mean(nothing, one, t), sde.diffusion(t), 1 / sigma)
+        for axes, values in zip(panels, drawn, strict=True):
+            axes.plot(to_numpy(t), to_numpy(values), label=name, linestyle=style)
+    titles = (
+        "sigma(t): noise in X_t",
+        "weight of Y in the mean (of S: the rest)",
+        "g(t): noise added at t",
+        "1 / sigma(t): size of score targets",
+    )
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set(xlim=(0, 1), xlabel="diffusion time t")
+        for low, high in ((0.0, t_eps), (t_max, 1.0)):
+            axes.axvspan(low, high, color="0.5", alpha=0.18, linewidth=0)
+        axes.grid(alpha=0.3)
+    for axes in panels[:3]:
+        axes.set_ylim(bottom=0)
+    panels[3].set_yscale("log")
+    _mark_float16(panels[3], 0.97)
+    if len(sdes) > 1:
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=4)
     return figure
 
 
@@ -145,7 +173,7 @@ def score_limits(sdes: Mapping[str, SDE], t_eps: float) -> Figure:
         target = 1 / sde.std(t)
         axes.loglog(t, target, color=f"C{index}", label=f"1 / sigma, {name}")
         axes.loglog(t, target**2, "--", color=f"C{index}", label=f"1 / sigma^2, {name}")
-    mark_float16(axes, 0.25)
+    _mark_float16(axes, 0.25)
     axes.axvline(t_eps, color="0.3", linestyle=":", label=f"t_eps = {t_eps:g}")
     axes.set_ylim(0.5, 1e10)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -163,12 +191,10 @@ def target_histogram(trace: Trace) -> Figure:
     left, right = figure.subplots(1, 2)
     left.hist(target.flatten().numpy(), bins=80)
     left.set(yscale="log", xlabel="|target score|", ylabel="coefficients")
-    left.set_title("what the network is asked for", loc="left", fontsize=10)
     right.hist((sigma * target).flatten().numpy(), bins=80, density=True)
     r = np.linspace(0, 4, 200)
     right.plot(r, 2 * r * np.exp(-(r**2)), color="C1", label="|CN(0, 1)|")
     right.set(xlabel="|sigma · target score|", ylabel="density")
-    right.set_title("the same times sigma", loc="left", fontsize=10)
     right.legend(frameon=False)
     return figure
 
@@ -222,7 +248,7 @@ def correlation_map(statistics: ScoreStatistics) -> Figure:
     figure, axes = _one(3.2, "diffusion time t", "frequency (Hz)")
     low = min(0.0, float(np.nanmin(values, initial=0.0)))
     times, bands = statistics.times, statistics.bands
-    mesh = axes.pcolormesh(times, bands, values.T, cmap=COLOUR_MAP, vmin=low, vmax=1)
+    mesh = axes.pcolormesh(times, bands, values.T, cmap=figures.COLOUR_MAP, vmin=low, vmax=1)
     figure.colorbar(mesh, ax=axes, label="correlation")
     return figure
 
@@ -245,10 +271,10 @@ def compare_gradients(gradients: Mapping[str, GradientStatistics]) -> Figure:
     figure, axes = _one(min(6.0, 1.2 + 0.3 * len(modules)), "gradient norm", "")
     place, height = np.arange(len(modules)), 0.8 / len(gradients)
     for index, (name, each) in enumerate(gradients.items()):
-        offset = (index - (len(gradients) - 1) / 2) * height
-        axes.barh(place + offset, [row.norm for row in each], height, label=name)
+        norms = [row.norm for row in each]
+        axes.barh(place + index * height, norms, height, align="edge", label=name)
     step = -(-len(modules) // 20)  # of many modules, a label for every so many
-    axes.set_yticks(place[::step], [m.removeprefix("network.") for m in modules[::step]])
+    axes.set_yticks(place[::step] + 0.4, [m.removeprefix("network.") for m in modules[::step]])
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.tick_params(labelsize=8)
@@ -256,15 +282,21 @@ def compare_gradients(gradients: Mapping[str, GradientStatistics]) -> Figure:
     return figure
 
 
-def compare_runs(
-    runs: Mapping[str, str | Path | Iterable[Mapping[str, Any]]], *, metric: str = "si_sdr"
-) -> Figure:
-    """Lay runs, each a results folder or lines, over one another: loss and validation score."""
-    lines = {
-        name: read_history(ResultsFolder(run).history) if isinstance(run, str | Path) else run
-        for name, run in runs.items()
-    }
-    return figures.compare_runs(lines, metric=metric)
+def compare_runs(runs: Mapping[str, Path], *, metric: str = "si_sdr") -> Figure:
+    """Lay runs, each a results folder, over one another: smoothed loss and validation score."""
+    figure = _figure(3.2)
+    left, right = figure.subplots(1, 2, sharex=True)
+    losses: list[float | None] = []
+    for index, (name, folder) in enumerate(runs.items()):
+        steps, valid = split_history(read_history(ResultsFolder(folder).history))
+        losses += [line["loss"] for line in steps]
+        draw_smoothed(left, steps, label=name, color=f"C{index}")
+        draw_points(right, valid, metric, label=name, color=f"C{index}")
+    scale = figures.scale_of(losses)
+    left.set(title="training loss, smoothed", xlabel="step", ylabel="loss", yscale=scale)
+    right.set(title="validation", xlabel="step", ylabel=UNITS.get(metric, metric))
+    right.legend(frameon=False, fontsize=9)
+    return figure
 
 
 def delay_quality(scores: Sequence[DelayScore], metrics: Sequence[str]) -> Figure:
@@ -276,15 +308,20 @@ def delay_quality(scores: Sequence[DelayScore], metrics: Sequence[str]) -> Figur
     figure = _figure(3.4)
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     trained = max(score.buffer_size for score in scores)
-    early = [score for score in scores if score.buffer_size == trained]
-    short = [score for score in scores if score.delay == score.buffer_size]
+    kinds = {
+        f"B = {trained}, delay d from 1 to B": [s for s in scores if s.buffer_size == trained],
+        "shorter buffers, d = B": [s for s in scores if s.delay == s.buffer_size],
+    }
     for axes, metric in zip(panels, metrics, strict=True):
-        _draw_gains(axes, early, metric, f"B = {trained}, delay d from 1 to B", "C0", "o")
-        _draw_gains(axes, short, metric, "shorter buffers, d = B", "C1", "s")
+        for (label, kind), look in zip(kinds.items(), ("C0o", "C1s"), strict=True):
+            ordered = sorted(kind, key=lambda score: score.latency_ms)
+            latency = [score.latency_ms for score in ordered]
+            axes.plot(latency, [score.mean(metric) for score in ordered], f"{look}-", label=label)
+            gains = np.stack([score.gains[metric].numpy() for score in ordered])  # [settings, n]
+            axes.plot(latency, gains, look, markersize=3, alpha=0.35)
         axes.axhline(0, color="0.4", linewidth=1, linestyle="--")
         axes.set(xlabel="latency (ms)", ylabel=_GAINS.get(metric, metric))
         axes.grid(alpha=0.3)
-        axes.margins(y=0.15)
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, frameon=False, fontsize=9, loc="outside upper left", ncols=2)
     return figure
@@ -295,39 +332,29 @@ def frame_times(report: LiveReport) -> Figure:
     figure = _figure(3)
     course, spread = figure.subplots(1, 2, width_ratios=(2, 1), sharey=True)
     draw_hops(course, report.frame_ms, report.hop_ms)
-    times = np.asarray(report.frame_ms)
-    low, high = max(times.min(), 1e-3), max(times.max(), report.hop_ms)
+    low, high = max(min(report.frame_ms), 1e-3), max(*report.frame_ms, report.hop_ms)
     edges = list(np.geomspace(0.8 * low, 1.2 * high, 40))
-    spread.hist(times, bins=edges, orientation="horizontal")
+    spread.hist(report.frame_ms, bins=edges, orientation="horizontal")
     spread.set(xlabel="hops")
     spread.axhline(report.hop_ms, color="C3", linestyle="--")
-    spread.grid(alpha=0.3)
     figure.legend(*course.get_legend_handles_labels(), frameon=False, loc="outside upper right")
     return figure
 
 
-def largest_values(
-    values: Mapping[str, float], limit: float, limit_name: str, bad: str | None = None
-) -> Figure:
-    """Draw the largest magnitude of every stage or module, in order, on a log scale.
+def largest_values(values: Mapping[str, float], limit: float, limit_name: str, bad: str) -> Figure:
+    """Draw the largest finite magnitude (NaN: none) of every stage or module, on a log scale.
 
-    Args:
-        values: name and largest finite magnitude; NaN where nothing was finite.
-        limit: the largest number of a format.
-        limit_name: what the line at the limit is called.
-        bad: the row where the first bad value was found.
+    `limit` is the largest number of a format; `bad` is the row of the first bad value.
     """
     known = [value for value in values.values() if math.isfinite(value) and value > 0]
     low, high = min([0.01, *known]) / 2, 10 * max([limit, *known])
-    figure, axes = _one(_ROW * len(values) + 1, "largest magnitude", "")
+    figure, axes = _one(0.19 * len(values) + 1, "largest magnitude", "")
     for row, (name, value) in enumerate(values.items()):
         color, label = ("C3", "first bad value") if name == bad else ("C0", None)
         if value > 0:
-            width = min(value, high) - low
-            axes.barh(row, width, left=low, height=0.7, color=color, label=label)
+            axes.barh(row, value - low, left=low, height=0.7, color=color, label=label)
         else:
-            text = "0" if value == 0 else "no finite value"
-            text = f"{label}: {text}" if label else text
+            text = f"{f'{label}: ' if label else ''}{'0' if value == 0 else 'no finite value'}"
             axes.text(1.1 * low, row, text, va="center", fontsize=8, color=color)
     axes.axvline(limit, color="0.3", linestyle="--", label=limit_name)
     axes.set(xscale="log", xlim=(low, high), ylim=(len(values) - 0.4, -0.6))
@@ -340,41 +367,19 @@ def step_costs(costs: Sequence[StepCost]) -> Figure:
     """Draw time, speed and memory of a training pass against the batch size, by precision."""
     figure = _figure(3)
     panels = figure.subplots(1, 3)
-    for index, precision in enumerate(dict.fromkeys(cost.precision for cost in costs)):
+    for precision in dict.fromkeys(cost.precision for cost in costs):
         own = [cost for cost in costs if cost.precision == precision]
-        drawn = (
-            [1000 * cost.seconds for cost in own],
-            [cost.clips_per_second for cost in own],
-            [cost.saved_bytes / 2**20 for cost in own],
-        )
-        for axes, values in zip(panels, drawn, strict=True):
-            sizes = [cost.batch_size for cost in own]
-            axes.plot(sizes, values, marker="os^"[index % 3], label=precision)
-    names = ("time of a pass (ms)", "clips per second", "kept for backward (MiB)")
-    for axes, name in zip(panels, names, strict=True):
-        axes.set(xlabel="batch size (clips)", ylabel=name)
-        axes.set_xticks(sorted({cost.batch_size for cost in costs}))
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
+        drawn = {
+            "time of a pass (ms)": [1000 * cost.seconds for cost in own],
+            "clips per second": [cost.clips_per_second for cost in own],
+            "kept for backward (MiB)": [cost.saved_bytes / 2**20 for cost in own],
+        }
+        sizes = [cost.batch_size for cost in own]
+        for axes, (name, values) in zip(panels, drawn.items(), strict=True):
+            axes.plot(sizes, values, marker="o", label=precision)
+            axes.set(xlabel="batch size (clips)", ylabel=name, ylim=(0, None), xticks=sizes)
+            axes.grid(alpha=0.3)
     panels[0].legend(frameon=False, fontsize=8)
-    return figure
-
-
-def reading_costs(costs: Sequence[ReadingCost], needed: float) -> Figure:
-    """Draw how fast clips are read beside what training needs, and how long the first takes."""
-    figure = _figure(2.8)
-    speed, start = figure.subplots(1, 2)
-    workers = [str(cost.workers) for cost in costs]
-    speed.bar(workers, [cost.clips_per_second for cost in costs], width=0.6)
-    speed.axhline(needed, color="C3", linestyle="--", label="training needs")
-    speed.legend(frameon=False, fontsize=9)
-    speed.margins(y=0.25)
-    speed.set_ylabel("clips read per second")
-    start.bar(workers, [1000 * cost.start_seconds for cost in costs], width=0.6)
-    start.set_ylabel("time to the first batch (ms)")
-    for axes in (speed, start):
-        axes.set_xlabel("reading processes (training.num_workers)")
-        axes.grid(alpha=0.3, axis="y")
     return figure
 
 
@@ -391,21 +396,15 @@ def _one(height: float, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _mark_float16(axes: Axes, right: float) -> None:
+    """Draw float16's largest number, with its name ending at a share of the axes' width."""
+    axes.axhline(_FLOAT16_MAX, color=RED, linewidth=1.2)
+    place = axes.get_yaxis_transform()
+    look: dict[str, Any] = {"ha": "right", "va": "top", "color": RED, "size": 8}
+    axes.text(right, _FLOAT16_MAX / 1.3, "float16 ends: 65504", transform=place, **look)
+
+
 def _places(rows: Sequence[Any]) -> tuple[np.ndarray, float]:
     """Return the middle of every range, and half the width of the narrowest."""
     low, high = (np.array([getattr(row, end) for row in rows]) for end in ("low", "high"))
     return (low + high) / 2, float((high - low).min()) / 2
-
-
-def _draw_gains(
-    axes: Axes, scores: Sequence[DelayScore], metric: str, label: str, color: str, marker: str
-) -> None:
-    if len(scores) < 2:
-        return
-    ordered = sorted(scores, key=lambda score: score.latency_ms)
-    latency = [score.latency_ms for score in ordered]
-    for x, score in zip(latency, ordered, strict=True):
-        gains = score.gains[metric].numpy()
-        axes.plot([x] * len(gains), gains, marker, color=color, markersize=3, alpha=0.35)
-    means = [score.mean(metric) for score in ordered]
-    axes.plot(latency, means, color=color, marker=marker, markersize=5, label=label)

@@ -1,11 +1,9 @@
-"""What a step costs: time and memory against batch size, precision and reading processes."""
+"""What a step costs: time and memory against batch size and precision."""
 
 from __future__ import annotations
 
-import hashlib
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -14,38 +12,27 @@ from diffbuf_lib.data import collate
 from diffbuf_lib.diagnostics.checks_run import run_pass
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.trace import format_table
-from diffbuf_lib.training.feed import ClipReader, ClipSource, EpochPlan
+from diffbuf_lib.training.feed import ClipSource, EpochPlan
 
+# Overrides that make any config one whose steps take a fraction of a second.
 SMALL = (
     "model={name: block_causal, base_channels: 8, channel_multipliers: [1, 2]}",
     "diffusion_buffer={buffer_size: 8, num_frames: 32}",
     "training={loss: weighted_score, batch_size: 4, lr: 1.0e-3, use_amp: false, num_workers: 0}",
 )
-"""Overrides that make any config one whose steps take a fraction of a second."""
-
 _DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LONGEST = 2.0  # seconds; a step that takes longer is not repeated
 
 
-@dataclass(frozen=True)
-class StepCost:
-    """What forward and backward pass of one batch take.
+class StepCost(NamedTuple):
+    """What forward and backward pass of one batch take."""
 
-    Attributes:
-        batch_size: clips.
-        precision: float32, bfloat16 or float16.
-        seconds: the shortest of the repetitions.
-        saved_bytes: what the forward pass keeps for the backward pass.
-        loss: of the batch.
-        grad_norm: of all gradients together.
-    """
-
-    batch_size: int
-    precision: str
-    seconds: float
-    saved_bytes: int
+    batch_size: int  # clips
+    precision: str  # float32, bfloat16 or float16
+    seconds: float  # the shortest of the repetitions
+    saved_bytes: int  # what the forward pass keeps for the backward pass
     loss: float
-    grad_norm: float
+    grad_norm: float  # of all gradients together
 
     @property
     def clips_per_second(self) -> float:
@@ -63,13 +50,8 @@ def step_costs(
 ) -> list[StepCost]:
     """Measure training passes with the same weights, noise and clips; nothing is updated.
 
-    Args:
-        model: on the device where to measure; one that has trained a little, since the last layers
-            of a new one are zero, and so is then everything that precision could change.
-        clips: are repeated where a batch is larger than the set.
-        batch_sizes: what to try.
-        precision: float32, or what mixed precision computes in: bfloat16 or float16.
-        repeats: of each, after a first one; a slow one is made only once.
+    The model must have trained a little: the last layers of a new one are zero, and so is then
+    everything that precision (float32, bfloat16, float16) could change. A slow pass is made once.
     """
     device = next(model.parameters()).device
     costs = []
@@ -96,53 +78,12 @@ def cost_table(costs: Sequence[StepCost]) -> str:
     return format_table(rows)
 
 
-@dataclass(frozen=True)
-class ReadingCost:
-    """What it takes to read an epoch's batches.
-
-    Attributes:
-        workers: processes that read; 0: the training process itself.
-        start_seconds: until the first batch is there.
-        clips_per_second: after the first batch.
-        digest: of every sample of every batch, in order: equal batches have equal ones.
-    """
-
-    workers: int
-    start_seconds: float
-    clips_per_second: float
-    digest: str
-
-
-def reading_costs(
-    clips: ClipSource, plan: EpochPlan, workers: Sequence[int], *, rounds: int = 16
-) -> list[ReadingCost]:
-    """Read the same batches, at most `rounds`, with different numbers of processes."""
-    batches = plan.batches(epoch=0, rank=0)[:rounds]
-    return [_read(clips, batches, count) for count in workers]
-
-
 def run_hours(plan: EpochPlan, epochs: int, seconds_per_step: float) -> float:
     """Return the hours that so many epochs take, validation not counted."""
     return epochs * plan.steps * seconds_per_step / 3600
 
 
-def plan_of(cfg: Config, clips: int, processes: int = 1) -> EpochPlan:
-    """Return how an epoch of `clips` clips is cut into batches for `processes` processes."""
+def plan_of(cfg: Config, clips: int) -> EpochPlan:
+    """Return how an epoch of so many clips is cut into batches for one process."""
     training = cfg.training
-    return EpochPlan(
-        clips, training.batch_size, training.accumulation_steps, processes, training.seed
-    )
-
-
-def _read(clips: ClipSource, batches: Sequence[Sequence[int]], workers: int) -> ReadingCost:
-    digest, count = hashlib.sha256(), 0
-    start = first = time.perf_counter()
-    for index, batch in enumerate(ClipReader(clips, workers).read(batches)):
-        for wave in batch:
-            digest.update(wave.numpy().tobytes())
-        if index == 0:
-            first = time.perf_counter()
-        else:
-            count += len(batch[0])
-    seconds = max(time.perf_counter() - first, 1e-9)
-    return ReadingCost(workers, first - start, count / seconds, digest.hexdigest()[:16])
+    return EpochPlan(clips, training.batch_size, training.accumulation_steps, 1, training.seed)

@@ -1,8 +1,7 @@
-"""JupyterLab and Chromium for the tests of this folder; without a browser, one line says so."""
+"""JupyterLab and Chromium for the tests of this folder; without a browser they are skipped."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -21,33 +20,16 @@ _FLAGS = (
 )
 
 
-@pytest.hookimpl(trylast=True)  # after -m has chosen
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a browser keep one test, whose skip speaks for all: one line, not one a test."""
-    ours = [item for item in items if item.get_closest_marker("browser")]
-    missing = _missing() if ours else None
-    if missing:
-        ours[0].add_marker(pytest.mark.skip(reason=f"the browser tests are left out: {missing}"))
-        config.hook.pytest_deselected(items=ours[1:])
-        items[:] = [item for item in items if item not in ours[1:]]
-
-
-def _missing() -> str | None:
-    """What the tests lack, and how to get it."""
-    if find_chromium() is None:
-        return "no Chromium here (apt-get install chromium)"
-    if importlib.util.find_spec("playwright") is None:
-        return "no Playwright here (pip install -e '.[dev]')"
-    return None
-
-
 # Of this folder only: while Playwright runs, no other event loop can run in its thread.
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_chromium(), args=_FLAGS.split())
+    reason = "the browser tests are left out: no Playwright here (pip install -e '.[dev]')"
+    api = pytest.importorskip("playwright.sync_api", reason=reason)
+    chromium = find_chromium()
+    if chromium is None:
+        pytest.skip("the browser tests are left out: no Chromium here (apt-get install chromium)")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=_FLAGS.split())
         yield browser
         browser.close()
 

@@ -62,13 +62,7 @@ def find_chromium() -> str | None:
 
 
 class NotebookPage:
-    """One notebook, open in JupyterLab.
-
-    Args:
-        page: a new Playwright page.
-        server: where the notebook is.
-        name: of the notebook's file.
-    """
+    """One notebook, by its file's name, open in JupyterLab."""
 
     def __init__(self, page: Page, server: LabServer, name: str) -> None:
         self.page, self.server, self.name = page, server, name
@@ -113,8 +107,11 @@ class NotebookPage:
 
     def pixels(self, picture: Locator) -> str:
         """What a picture shows now, as comparable text."""
-        shown: str = picture.evaluate(_PIXELS)
-        return shown
+        return str(picture.evaluate(_PIXELS))
+
+    def wait_changed(self, picture: Locator, before: str, what: str) -> None:
+        """Return once a picture shows something else than `before`, with what made it do so."""
+        self.wait_until(lambda: self.pixels(picture) != before, f"a new picture after {what}")
 
     def panel_with(self, control: str) -> Locator:
         """The last output that holds a control, by its CSS class."""
@@ -137,11 +134,6 @@ class NotebookPage:
         )
         slider.focus()
         self.page.keyboard.press("ArrowRight" if value < highest else "ArrowLeft")
-
-    def reload(self) -> None:
-        """Load the page again, as F5 does."""
-        self.page.reload()
-        self.wait_connected()
 
     def save(self) -> None:
         """Save the notebook, outputs included."""

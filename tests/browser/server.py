@@ -30,11 +30,7 @@ def find_notebook(topic: str) -> str:
 
 
 class LabServer:
-    """JupyterLab on loopback with a token, on a copy of the notebooks and without user settings.
-
-    Args:
-        folder: an empty folder; what the notebooks write stays below it.
-    """
+    """JupyterLab on loopback with a token, on a copy of the notebooks in an empty folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -108,8 +104,4 @@ class LabServer:
     def stop(self) -> None:
         """End the server and its kernels."""
         self.process.terminate()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self.process.wait(60)

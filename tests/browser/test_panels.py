@@ -18,7 +18,7 @@ def test_buffer_explorer_every_slider_changes_the_picture(open_notebook):
         picture = page.picture_beside(slider)
         before = page.pixels(picture)
         page.nudge(slider)
-        page.wait_until(lambda p=picture, b=before: page.pixels(p) != b, "the picture changes")
+        page.wait_changed(picture, before, "a slider")
     page.screenshot("_moved")
     assert not page.problems()
 
@@ -36,7 +36,7 @@ def test_step_debugger(open_notebook):
         before = page.pixels(picture)
         panel.locator(button).click()
         page.wait_until(lambda: step.inner_text() == f"step {expected}", f"step {expected}")
-        page.wait_until(lambda: page.pixels(picture) != before, "the picture changes")
+        page.wait_changed(picture, before, button)
 
     click_and_look(".diffbuf-back", 0)
     click_and_look(".diffbuf-step-once", 1)
@@ -46,7 +46,7 @@ def test_step_debugger(open_notebook):
     for stage in ("mix", "t", "sigma", "score", "loss", "S"):
         before = page.pixels(picture)
         stages.select_option(stage)
-        page.wait_until(lambda b=before: page.pixels(picture) != b, f"a picture of {stage}")
+        page.wait_changed(picture, before, stage)
     assert panel.locator("audio").first.evaluate("sound => sound.duration") > 0
     page.screenshot("_stepped")
     assert not page.problems()

@@ -80,18 +80,17 @@ def test_start_pause_resume_stop(panel, server):
     picture = panel.box.locator("img.diffbuf-picture")
     before = panel.page.pixels(picture)
     panel.wait_steps(20)
-    panel.page.wait_until(lambda: panel.page.pixels(picture) != before, "a new picture")
+    panel.page.wait_changed(picture, before, "20 steps")
 
     # Best of three: on a busy machine the page itself may be half a second late.
     late = []
-    for _ in range(3):
+    while len(late) < 3 and min(late, default=9) > 1:
+        if late:
+            panel.click("resume")
+            panel.wait_steps(5)
         early, settled = panel.pause_and_watch()
         panel.wait_status("paused")
         late.append(settled - early)
-        if late[-1] <= 1:
-            break
-        panel.click("resume")
-        panel.wait_steps(5)
     assert min(late) <= 1, f"steps made later than {PAUSE} s after Pause: {late}"
     panel.page.screenshot("_paused")
     panel.box.screenshot(path=SCREENSHOTS / "training_panel.png")
@@ -115,7 +114,8 @@ def test_page_reload_finds_the_run_going_on(panel):
     page = panel.page
     page.save()
     before = panel.step
-    page.reload()
+    page.page.reload()
+    page.wait_connected()
     panel = TrainingPanel(page)
     page.wait_until(lambda: panel.step > before, "the run goes on after the reload")
     panel.click("stop")

@@ -5,19 +5,18 @@ from __future__ import annotations
 import ast
 import shutil
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nbformat
 from IPython.display import display
 
 ROOT = Path(__file__).resolve().parents[2]
+CONFIG = "configs/debug.yaml"
 DEMO = ROOT / "data" / "DN-LM-demo"
 
 
-@dataclass(frozen=True)
-class Failure:
+class Failure(NamedTuple):
     """An assertion of a notebook that did not hold."""
 
     cell: str
@@ -25,11 +24,7 @@ class Failure:
 
 
 def copy_workspace(folder: Path) -> Path:
-    """Copy notebooks and configs to a folder, where the notebooks then also write.
-
-    Returns:
-        The copied notebooks' folder, to be the working directory.
-    """
+    """Copy notebooks and configs to a folder, where they also write; return the notebooks'."""
     for name in ("notebooks", "configs"):
         ignored = shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
@@ -47,12 +42,6 @@ def first_failed_check(path: Path) -> Failure | None:
 
     Any other error, also an assertion inside the library, is raised: a reader would see a crash
     where a check should have spoken.
-
-    Args:
-        path: of the notebook.
-
-    Returns:
-        The failure; None if every cell has run.
     """
     names: dict[str, Any] = {"__name__": "__main__", "display": display}
     for cell in nbformat.read(path, as_version=4).cells:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffbuf_lib.data import build_demo
-from tests.notebook.cells import DEMO, copy_workspace
+from tests.notebook.cells import CONFIG, DEMO, copy_workspace
 
 
 @pytest.fixture
@@ -16,3 +16,15 @@ def workspace(tmp_path, monkeypatch):
     monkeypatch.delenv("DIFFBUF_CONFIG", raising=False)
     with torch.random.fork_rng():
         yield folder
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project's folder with notebooks/ as the working directory, and no environment."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / CONFIG).write_text("diffusion_buffer: {buffer_size: 5}\n")
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    for name in ("DIFFBUF_DATA", "DIFFBUF_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path

@@ -18,13 +18,6 @@ def make_paired_folder(
 
     Speech is a stand-in: harmonics of a gliding tone that come and go as syllables do, so that
     metrics of speech accept it.
-
-    Args:
-        root: where to make it.
-        train: pairs in `train/`.
-        valid: pairs in `valid/`.
-        channels: 1 or 2.
-        seconds: of a clip, s.
     """
     generator = torch.Generator().manual_seed(1)
     for split, count in (("train", train), ("valid", valid)):

@@ -12,15 +12,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from tests.notebook.cells import ROOT
 
 PANEL = """
-from IPython.display import display
 from matplotlib.figure import Figure
-from diffbuf_lib.notebook import open_workbench, panels
-class Still(panels.Panel):
-    pass
-figure = Figure(figsize=(2, 1))
-figure.subplots().plot([1, 2])
-panel = Still([], "a line")
-panel.draw(figure)
+from diffbuf_lib.notebook import Panel
+panel = Panel([], "a line")
+panel.draw(Figure(figsize=(2, 1)))
 panel
 """
 

@@ -8,12 +8,11 @@ import soundfile
 import torch
 
 from diffbuf_lib.config import build_config
-from diffbuf_lib.notebook import StepDebugger
-from diffbuf_lib.notebook.step_debugger import stage_wave
 from diffbuf_lib.training.feed import Batch
 from diffbuf_lib.training.step import Engine, make_accelerator
 from tests.conftest import TINY, make_model, seeded
 from tests.training.helpers import same
+from walk.step_debugger import StepDebugger, stage_wave
 
 
 def batch():
@@ -68,24 +67,6 @@ def test_a_step_is_that_of_training(cfg):
         torch.testing.assert_close(mine, theirs)
 
 
-def test_one_batch_overfits(cfg):
-    cfg = build_config(cfg.to_dict(), ["model.dropout=0.0", "model.base_channels=16"])
-    panel = StepDebugger(make_model(cfg), *batch(), lr=1e-2)
-    panel.step(60)
-    assert panel.losses[-1] == panel.trace.loss.item()
-    assert panel.losses[-1] < 0.7 * panel.losses[0]
-
-
-def test_the_noise_is_the_same_or_new_in_each_step(cfg):
-    panel = StepDebugger(make_model(cfg), *batch(), same_noise=True)
-    before = panel.trace.z
-    panel.step(2)
-    assert torch.equal(panel.trace.z, before)
-    panel.same_noise.value = False
-    panel.step()
-    assert not torch.equal(panel.trace.z, before)
-
-
 @pytest.mark.law
 def test_it_leaves_the_global_generator_alone(cfg):
     model = make_model(cfg)
@@ -94,13 +75,6 @@ def test_it_leaves_the_global_generator_alone(cfg):
     torch.manual_seed(5)
     StepDebugger(model, *batch()).step()
     assert torch.equal(torch.rand(3), expected)
-
-
-def test_buttons(panel):
-    for name, steps in (("step-once", 1), ("run-ten", 11), ("back", 0)):
-        panel.buttons[name].click()
-        assert panel.steps == steps
-        assert panel.step_label.value == f"step {steps}"
 
 
 def test_every_stage_of_every_example_can_be_opened(panel):
@@ -124,11 +98,19 @@ def test_sound_where_a_stage_has_one(panel):
     for name in ("t", "sigma", "z", "score", "target_score", "loss_map", "loss"):
         assert stage_wave(panel.model, panel.trace, name) is None
     assert stage_wave(panel.model, panel.trace, "x0_hat").shape == (1600,)
-    panel.stage.value = "sigma"
-    assert panel.sound.layout.display == "none"
     panel.stage.value = "mix"
-    assert panel.sound.layout.display != "none"
     samples, rate = soundfile.read(io.BytesIO(panel.sound.value))
     assert rate == panel.model.cfg.audio.sample_rate
     assert len(samples) == 1600
-    assert abs(samples).max() == pytest.approx(0.9, abs=0.01)
+
+
+def test_buttons(panel):
+    before = panel.trace.z
+    for name, steps in (("step-once", 1), ("run-ten", 11), ("back", 0)):
+        panel.buttons[name].click()
+        assert panel.steps == steps
+        assert panel.step_label.value == f"step {steps}"
+        assert torch.equal(panel.trace.z, before)
+    panel.same_noise.value = False
+    panel.step(2)
+    assert not torch.equal(panel.trace.z, before)

@@ -1,22 +1,16 @@
 """The training panel without a browser: the laws of Start, Pause, Resume, Stop and Save."""
 
-import gc
-import io
-import itertools
 import os
 import signal
 import threading
 import time
-import weakref
 
 import pytest
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 
-from diffbuf_lib.errors import CheckpointError, DataError
+from diffbuf_lib.errors import DataError
 from diffbuf_lib.notebook import TrainingPanel, remove_run, training_panel
-from diffbuf_lib.notebook.worker import Worker
 from tests.training.helpers import Clips, assert_same_state, config, fit, last
 
 LONG = ("training.num_epochs=4000", "training.valid_every=4000")
@@ -37,18 +31,23 @@ def make(tmp_path, monkeypatch):
         options = {"train_set": Clips(), "valid_set": Clips(3, seed=1), **options}
         cfg = config(*LONG) if cfg is None else cfg
         panel = TrainingPanel(cfg, results_path=tmp_path / folder, device="cpu", **options)
-        panels.append(weakref.ref(panel))
+        panels.append(panel)
         return panel
 
     yield make
     for panel in panels:
-        if panel() is not None:
-            panel().close()
-    assert eventually(lambda: not threads())
+        panel.close()
+    assert not threads()
 
 
 def threads():
     return [thread for thread in threading.enumerate() if thread.name == "diffbuf-worker"]
+
+
+def run_to(step, panel):
+    panel.start()
+    assert panel.wait(step=step, timeout=PATIENCE)
+    return panel
 
 
 def eventually(what):
@@ -56,22 +55,6 @@ def eventually(what):
     while not what() and time.monotonic() < end:
         time.sleep(0.01)
     return what()
-
-
-def test_the_picture_is_a_jpeg_of_the_run(tmp_path):
-    panel = TrainingPanel(config("training.num_epochs=1"), Clips(), Clips(3, seed=1), tmp_path)
-    before = panel.image.value
-    panel.start()
-    panel.wait(timeout=PATIENCE)
-    assert panel.image.value != before
-    with Image.open(io.BytesIO(panel.image.value)) as picture:
-        assert picture.format == "JPEG"
-        assert picture.width <= 1000
-    panel.close()
-
-
-def steps_of(panel):
-    return [record.step for record in panel.records]
 
 
 @pytest.mark.law
@@ -89,9 +72,7 @@ def test_a_finished_run_is_that_of_a_plain_loop(make, tmp_path):
 
 @pytest.mark.law
 def test_no_step_is_made_during_a_pause(make):
-    panel = make()
-    panel.start()
-    assert panel.wait(step=3, timeout=PATIENCE)
+    panel = run_to(3, make())
     panel.pause()
     assert not panel.wait(), "a paused run has no end to wait for"
     before = panel.steps
@@ -121,27 +102,23 @@ def test_pausing_saving_stopping_and_resuming_change_nothing(make, tmp_path):
     panel.start()
     panel.save()
     assert panel.wait(timeout=PATIENCE)
-    assert steps_of(panel) == list(range(1, 10))
+    assert [r.step for r in panel.records] == list(range(1, 10))
     fit(cfg, tmp_path / "plain")
     assert_same_state(tmp_path / "run", tmp_path / "plain")
 
 
 @pytest.mark.law
 def test_stop_leaves_a_checkpoint_that_a_new_panel_goes_on_from(make, tmp_path):
-    panel = make()
-    panel.start()
-    panel.wait(step=4, timeout=PATIENCE)
+    panel = run_to(4, make())
     panel.stop()
     stopped_at = panel.steps
     assert last(tmp_path / "run")["step"] == stopped_at
     assert not threads()
 
     other = make()
-    assert steps_of(other) == list(range(1, stopped_at + 1))
-    other.start()
-    assert other.wait(step=stopped_at + 1, timeout=PATIENCE)
-    other.stop()
-    assert steps_of(other) == list(range(1, other.steps + 1))
+    assert [r.step for r in other.records] == list(range(1, stopped_at + 1))
+    run_to(stopped_at + 1, other).stop()
+    assert [r.step for r in other.records] == list(range(1, other.steps + 1))
 
 
 def test_buttons_do_what_the_methods_do(make, tmp_path):
@@ -177,50 +154,22 @@ def test_what_the_thread_raises_is_raised_by_wait_once(make):
     assert panel.wait()
 
 
-def test_a_run_of_another_config_is_not_gone_on_with(make):
-    first = make()
-    first.start()
-    first.wait(step=1, timeout=PATIENCE)
-    first.stop()
-    other = make(config(*LONG, "training.lr=0.1"))
-    other.start()
-    with pytest.raises(CheckpointError, match=r"training\.lr"):
-        other.wait(timeout=PATIENCE)
-
-
 def test_fresh_removes_the_run_and_nothing_else(make, tmp_path):
-    panel = make()
-    panel.start()
-    panel.wait(step=4, timeout=PATIENCE)
+    run_to(4, make())
     note = tmp_path / "run" / "note.txt"
     note.write_text("mine")
     remove_run(tmp_path / "nothing")
     fresh = make(fresh=True)
     assert fresh.steps == 0
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["note.txt"]
-    fresh.start()
-    assert fresh.wait(step=1, timeout=PATIENCE)
+    run_to(1, fresh)
 
 
 def test_a_second_panel_takes_the_folder_over(make):
-    first = make()
-    first.start()
-    first.wait(step=1, timeout=PATIENCE)
+    run_to(1, make())
     second = make()
     assert not threads()
-    second.start()
-    assert second.wait(step=second.steps + 1, timeout=PATIENCE)
-
-
-def test_no_thread_outlives_its_panel(make):
-    panel = make()
-    panel.start()
-    panel.wait(step=1, timeout=PATIENCE)
-    gone = weakref.ref(panel)
-    del panel
-    gc.collect()
-    assert gone() is None
-    assert eventually(lambda: not threads())
+    run_to(second.steps + 1, second)
 
 
 def test_the_clip_is_enhanced_after_each_validation_and_with_the_same_noise(make):
@@ -238,33 +187,9 @@ def test_the_clip_is_enhanced_after_each_validation_and_with_the_same_noise(make
         assert torch.equal(weight, averaged[f"module.{name}"])
 
 
-def test_at_most_four_pictures_a_second(make, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(TrainingPanel, "draw", lambda panel, figure: drawn.append(time.monotonic()))
-    panel = make(train_set=Clips(1000))
-    panel.start()
-    panel.wait(timeout=1.5)
-    live = drawn[2:]  # the panel's own and the one of the start come before the first step
-    panel.stop()
-    assert live
-    assert all(b - a > 0.24 for a, b in itertools.pairwise(live))
-
-
-def test_the_run_takes_no_signal_handlers_from_another_thread(make):
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    panel = make()
-    panel.start()
-    panel.wait(step=2, timeout=PATIENCE)
-    assert {number: signal.getsignal(number) for number in before} == before
-    panel.stop()
-    assert {number: signal.getsignal(number) for number in before} == before
-
-
 def test_an_interrupt_ends_the_wait_and_pauses_the_run(make):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
-    panel = make()
-    panel.start()
-    panel.wait(step=1, timeout=PATIENCE)
+    panel = run_to(1, make())
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     try:
@@ -277,32 +202,8 @@ def test_an_interrupt_ends_the_wait_and_pauses_the_run(make):
 
 
 def test_a_picture_that_fails_costs_no_checkpoint(make, tmp_path, monkeypatch):
-    panel = make()
-    panel.start()
-    panel.wait(step=2, timeout=PATIENCE)
+    panel = run_to(2, make())
     monkeypatch.setattr(TrainingPanel, "draw", lambda panel, figure: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         panel.stop()
     assert last(tmp_path / "run")["step"] == panel.steps
-
-
-def test_a_worker_closes_its_generator_when_it_is_stopped():
-    closed = []
-
-    def count():
-        number = 0
-        try:
-            while True:
-                yield (number := number + 1)
-        finally:
-            closed.append(number)
-
-    seen = []
-    worker = Worker(count, seen.append, lambda: None)
-    worker.start()
-    assert worker.wait_for(lambda: len(seen) >= 5, PATIENCE)
-    worker.ask(stop=True)
-    worker.join(PATIENCE)
-    assert closed == [len(seen)]
-    assert seen == list(range(1, len(seen) + 1))
-    assert worker.state == "stopped"

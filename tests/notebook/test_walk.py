@@ -3,26 +3,23 @@
 import shlex
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 
 from diffbuf_lib import OnlineEnhancer
 from diffbuf_lib.config import build_config
-from diffbuf_lib.data import open_dataset
 from diffbuf_lib.diffusion.buffer import perturb
 from diffbuf_lib.diffusion.sde import make_sde
 from diffbuf_lib.diffusion.spectral import Spectral
-from diffbuf_lib.errors import ConfigError, DiffbufError, NonFiniteError, OutOfMemoryError
+from diffbuf_lib.errors import ConfigError, NonFiniteError
 from diffbuf_lib.notebook import open_workbench
-from diffbuf_lib.training import load_checkpoint, train
-from diffbuf_lib.training.folder import ResultsFolder, read_history
+from diffbuf_lib.training import load_checkpoint
+from diffbuf_lib.training.folder import ResultsFolder
 from tests.conftest import TINY, make_model, seeded
+from tests.notebook.cells import CONFIG
 from tests.notebook.folders import make_paired_folder
 from tests.training.helpers import Clips, config
 from walk import faults, launch, listening, models, oracle, scaling
-from walk.clips import FirstClips
 
 SDES = [
     ["sde.type=bbed"],
@@ -46,17 +43,11 @@ def batch(size=2):
 
 
 @pytest.fixture
-def bench(tmp_path, monkeypatch):
-    """A workbench on two-second pairs, with a project folder of its own."""
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "tiny.yaml").write_text(
-        "audio: {chunk_size: 4000}\ndiffusion_buffer: {buffer_size: 4}\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    for name in ("DIFFBUF_DATA", "DIFFBUF_CONFIG"):
-        monkeypatch.delenv(name, raising=False)
-    data = make_paired_folder(tmp_path / "own", train=4, valid=2)
-    return open_workbench("configs/tiny.yaml", data)
+def bench(project):
+    """A workbench on two-second pairs."""
+    data = make_paired_folder(project / "own", train=4, valid=2)
+    small = ("audio.chunk_size=4000", "diffusion_buffer.buffer_size=4")
+    return open_workbench(CONFIG, data, small)
 
 
 # The oracle.
@@ -105,40 +96,6 @@ def test_the_oracle_notices_what_is_wrong(tiny_cfg, override):
 # Clips and faults.
 
 
-@pytest.mark.parametrize("count", [3, 12])
-def test_first_clips_are_a_part_of_a_dataset_or_a_small_one_repeated(count):
-    clips = Clips(5)
-    first = FirstClips(clips, count)
-    assert len(first) == count
-    assert first.name(count - 1) == clips.name((count - 1) % 5)
-    torch.testing.assert_close(first[count - 1][0], clips[(count - 1) % 5][0])
-    first.set_epoch(4)
-    assert clips.epoch == 4
-    with pytest.raises(IndexError):
-        first[count]
-    assert len(FirstClips(Clips(0), count)) == 0
-
-
-def test_an_error_is_caught_and_read():
-    assert isinstance(faults.caught(lambda: config("diffusion_buffer.t_eps=0")), DiffbufError)
-    with pytest.raises(AssertionError, match="nothing failed"):
-        faults.caught(lambda: None)
-
-
-@pytest.mark.parametrize(
-    "tree",
-    [
-        {},
-        {"sde": {"type": "ouve"}, "diffusion_buffer": {"t_max": 1.0}},
-        {"model": {"name": "block_causal"}, "training": {"loss": "data_prediction"}},
-    ],
-)
-def test_small_overrides_fit_any_config(tree):
-    cfg = build_config(tree, faults.SMALL)
-    assert (cfg.model.name, cfg.sde.type, cfg.training.loss) == ("conv", "bbed", "score")
-    assert build_config(tree, scaling.SMALL).model.base_channels == 8
-
-
 def test_a_spoilt_clip_is_mono_but_for_one_nan_and_ends_a_run(tmp_path):
     class Stereo(Clips):
         def __getitem__(self, index):
@@ -152,33 +109,6 @@ def test_a_spoilt_clip_is_mono_but_for_one_nan_and_ends_a_run(tmp_path):
     error = faults.caught(lambda: faults.few_steps(run, spoilt, tmp_path / "run"))
     assert isinstance(error, NonFiniteError)
     assert spoilt.name(1) in str(error)
-
-
-def test_few_steps_start_anew_or_resume(tmp_path):
-    run, folder = config("training.num_steps=3"), tmp_path / "run"
-    first = [record.loss for record in faults.few_steps(run, Clips(), folder)]
-    assert first == [record.loss for record in faults.few_steps(run, Clips(), folder)]
-    longer = run.override("training.num_steps=5")
-    assert [r.step for r in faults.few_steps(longer, Clips(), folder, resume=True)] == [4, 5]
-
-
-def test_hungry_refuses_more_than_it_can_take(tmp_path):
-    two = config("training.num_steps=3")
-    hungry = faults.Hungry(two, capacity=1)
-    error = faults.caught(lambda: faults.few_steps(two, Clips(), tmp_path / "a", model=hungry))
-    assert isinstance(error, OutOfMemoryError)
-    one = two.override("training.batch_size=1")
-    assert len(faults.few_steps(one, Clips(), tmp_path / "b", model=faults.Hungry(one, 1))) == 3
-
-
-def test_a_pair_is_written_with_its_nan(tmp_path):
-    mix, target = Clips()[0]
-    sample = faults.write_pair(tmp_path / "split", mix, target, 16000, nan_at=17) / "sample_00000"
-    wave, _ = soundfile.read(sample / "mixture.wav", dtype="float32")
-    assert np.flatnonzero(np.isnan(wave)).tolist() == [17]
-    assert mix.isfinite().all(), "the caller's clip is not changed"
-    clean, _ = soundfile.read(sample / "vocals.wav", dtype="float32")
-    np.testing.assert_array_equal(clean, target[0])
 
 
 # Models, held-out clips and measures.
@@ -230,13 +160,6 @@ def test_lag_is_found_under_a_hum_and_for_any_level(shift):
     assert listening.lag_samples(clips) == shift
 
 
-def test_noise_floor_and_usable_metrics():
-    wave = torch.cat([torch.ones(2560), 0.1 * torch.ones(2560)])
-    assert listening.noise_floor(wave) == pytest.approx(0.01)
-    assert listening.usable_metrics(16000) == ["si_sdr", "estoi", "pesq"]
-    assert listening.usable_metrics(44100) == ["si_sdr", "estoi"]
-
-
 @pytest.mark.law
 def test_measured_latency_is_counted_not_asked(tiny_cfg):
     enhancer = OnlineEnhancer(make_model(tiny_cfg.override("training.loss=data_prediction")))
@@ -283,32 +206,16 @@ def test_step_costs_are_losses_of_the_batches_and_change_nothing():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     (mixed,) = scaling.step_costs(model, Clips(), [1], precision="bfloat16", repeats=0)
     assert mixed.loss != one.loss
-    assert mixed.loss == pytest.approx(one.loss, rel=0.02)
     assert mixed.saved_bytes < one.saved_bytes
-    assert len(scaling.cost_table([one, nine, mixed]).splitlines()) == 4
 
 
-def test_reading_costs_tell_equal_batches_from_others():
-    plan = scaling.plan_of(config(), 7)
-    here, there = scaling.reading_costs(Clips(), plan, [0, 1])
-    (other,) = scaling.reading_costs(Clips(seed=1), plan, [0])
-    assert here.digest == there.digest != other.digest
-
-
-def test_hours_of_a_run():
-    cfg = config("training.batch_size=4", "training.accumulation_steps=2")
-    plan = scaling.plan_of(cfg, 100, processes=2)
-    assert plan.steps == 6, "12 rounds of 8 clips, two rounds a step"
-    assert scaling.run_hours(plan, 50, 12.0) == pytest.approx(50 * 6 * 12 / 3600)
-
-
-@pytest.mark.parametrize("options", [{"processes": 3}, {"processes": 3, "nodes": 2, "host": "g:1"}])
-def test_torchrun_and_train_understand_a_command(options):
+def test_torchrun_and_train_understand_a_command():
     from torch.distributed.run import get_args_parser
 
     changes = ["training.batch_size=8", "model={name: conv}"]
     paths = ("configs/a b.yaml", "results/run", "data/train", "data/valid")
-    command = launch.launch_command(*paths, overrides=changes, flags=["--resume"], **options)
+    options = {"processes": 3, "overrides": changes}
+    command = launch.launch_command(*paths, flags=["--resume"], **options)
     torchrun = get_args_parser().parse_args(command[1:])
     assert (torchrun.training_script, torchrun.nproc_per_node) == ("train.py", "3")
     parsed = launch.parse_command(command)
@@ -316,27 +223,5 @@ def test_torchrun_and_train_understand_a_command(options):
     assert tuple(str(parsed[name]) for name in names) == paths
     assert (parsed["overrides"], parsed["resume"]) == (tuple(changes), True)
     assert shlex.split(launch.shell_line(command).replace("\\\n", "")) == command
-
-
-def test_impossible_launches_are_refused():
-    for options in ({"processes": 0}, {"nodes": 0}, {"nodes": 2}):
-        with pytest.raises(ConfigError):
-            launch.launch_command("a.yaml", "run", "data", **options)
     with pytest.raises(ConfigError, match="refuses"):
-        launch.parse_command(launch.launch_command("a.yaml", "run", "data", flags=["--no_such"]))
-
-
-def test_a_command_runs_and_trains_what_train_does(tmp_path):
-    data = make_paired_folder(tmp_path / "own", train=4, valid=1)
-    cfg = config("training.num_steps=2", "training.batch_size=2")
-    (tmp_path / "tiny.yaml").write_text(cfg.to_yaml())
-    command = launch.launch_command(
-        "tiny.yaml", tmp_path / "run", data / "train", dataset_type=2, flags=["--skip_doctor"]
-    )
-    launch.run_on_cpu(command, tmp_path)
-    history = [line["loss"] for line in read_history(ResultsFolder(tmp_path / "run").history)]
-    clips = open_dataset(2, data / "train", cfg, training=True)
-    losses = [record.loss for record in train(cfg, clips, None, tmp_path / "own run", device="cpu")]
-    assert history == pytest.approx(losses, rel=1e-5)
-    with pytest.raises(ConfigError, match="exit status 3: out of luck"):
-        launch.run_on_cpu(["python", "-c", "print('out of luck'); raise SystemExit(3)"], tmp_path)
+        launch.parse_command(launch.launch_command(*paths, flags=["--no_such"]))

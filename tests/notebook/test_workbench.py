@@ -1,29 +1,12 @@
 """What the set-up cell of every notebook gives, from whichever folder and environment it runs."""
 
-import types
-
 import pytest
 import torch
-from IPython.core.formatters import DisplayFormatter
-from matplotlib.figure import Figure
 
-from diffbuf_lib.errors import ConfigError, DataError
+from diffbuf_lib.errors import DataError
 from diffbuf_lib.notebook import open_workbench, workbench
+from tests.notebook.cells import CONFIG
 from tests.notebook.folders import make_paired_folder
-
-CONFIG = "configs/debug.yaml"
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A project's folder with notebooks/ as the working directory, and no environment."""
-    (tmp_path / "configs").mkdir()
-    (tmp_path / CONFIG).write_text("diffusion_buffer: {buffer_size: 5}\n")
-    (tmp_path / "notebooks").mkdir()
-    monkeypatch.chdir(tmp_path / "notebooks")
-    monkeypatch.delenv("DIFFBUF_DATA", raising=False)
-    monkeypatch.delenv("DIFFBUF_CONFIG", raising=False)
-    return tmp_path
 
 
 @pytest.fixture
@@ -57,15 +40,6 @@ def test_environment_wins_over_the_notebooks_lines(project, data, monkeypatch):
     assert bench.valid_set[0][0].shape[0] == 2, "stereo clips stay stereo"
 
 
-def test_a_folder_without_splits_or_without_valid_serves_for_both(data):
-    bench = open_workbench(CONFIG, data / "train")
-    assert len(bench.train_set) == len(bench.valid_set) == 5
-    (data / "valid").rename(data / "aside")
-    bench = open_workbench(CONFIG, data)
-    assert bench.valid_set.items == bench.train_set.items
-    assert not bench.valid_set.training
-
-
 def test_demo_set_is_made_where_it_is_asked_for_and_only_there(project, data, monkeypatch):
     made = []
     monkeypatch.setattr(
@@ -90,13 +64,10 @@ def test_what_is_missing_is_named(project, data):
     (project / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty .*DIFFBUF_DATA"):
         open_workbench(CONFIG, "empty")
-    with pytest.raises(ConfigError, match="missing"):
-        open_workbench("configs/missing.yaml", data)
 
 
-def test_figures_are_shown_as_pictures_without_pyplot(data, monkeypatch):
-    formatter = DisplayFormatter()
-    shell = types.SimpleNamespace(display_formatter=formatter)
-    monkeypatch.setattr(workbench, "get_ipython", lambda: shell)
-    open_workbench(CONFIG, data)
-    assert formatter.format(Figure())[0]["image/jpeg"][:2] == b"\xff\xd8"
+def test_a_folder_without_splits_or_without_valid_serves_for_both(data):
+    assert len(open_workbench(CONFIG, data / "train").valid_set) == 5
+    (data / "valid").rename(data / "aside")
+    bench = open_workbench(CONFIG, data)
+    assert bench.valid_set.items == bench.train_set.items

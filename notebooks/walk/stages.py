@@ -13,56 +13,46 @@ from torch import Tensor
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.diffusion.spectral import Spectral
-from diffbuf_lib.figures.progress import scale_of, write_in_the_middle
-from diffbuf_lib.figures.spectrogram import (
+from diffbuf_lib.figures import (
     DPI,
     DYNAMIC_RANGE,
     add_colour_bar,
     decibels,
     draw_level,
+    scale_of,
 )
+from diffbuf_lib.figures.progress import write_in_the_middle
 from diffbuf_lib.trace import Trace
 
 _RATIO_RANGE = 40  # dB that a picture shows of what is neither signal nor spectrum
 _MOST_MODULES = 14  # that a small picture has room for
 _SPECTRA = ("Y", "S", "V", "x0_hat")  # compressed spectra; shown as the levels they stand for
 _TITLES = {
-    "mix": "mix: the noisy signal",
-    "target": "target: the clean signal",
-    "Y": "Y: spectrum of the noisy signal",
-    "S": "S: spectrum of the clean signal",
-    "t": "t: diffusion time of every buffer frame",
-    "sigma": "sigma(t): standard deviation of the noise in every buffer frame",
-    "z": "z: the noise that was drawn",
-    "V": "V: the perturbed input, with the buffer to the right of the line",
-    "score": "score: what the network says",
-    "x0_hat": "x0_hat: the network's estimate of S in the buffer",
-    "target_score": "target_score: what the score should be, -z / sigma",
-    "loss_map": "loss_map: the loss of every bin",
-    "loss": "loss: the mean of loss_map",
+    "mix": "the noisy signal",
+    "target": "the clean signal",
+    "Y": "spectrum of the noisy signal",
+    "S": "spectrum of the clean signal",
+    "t": "diffusion time of every buffer frame",
+    "sigma": "standard deviation of the noise in every buffer frame",
+    "z": "the noise that was drawn",
+    "V": "the perturbed input, with the buffer to the right of the line",
+    "score": "what the network says",
+    "x0_hat": "the network's estimate of S in the buffer",
+    "target_score": "what the score should be, -z / sigma",
+    "loss_map": "the loss of every bin",
+    "loss": "the mean of loss_map",
 }
 
 
 def stage(trace: Trace, name: str, cfg: Config, *, example: int = 0) -> Figure:
-    """Draw one stage of a trace.
-
-    Args:
-        trace: from `model.trace`.
-        name: of the stage, such as "V".
-        cfg: the model's config.
-        example: which one of the batch.
-    """
+    """Draw one stage of a trace, such as "V", of one example of the batch."""
     figure = Figure(figsize=(10, 2.9), dpi=DPI, layout="constrained")
     _draw_stage(figure.subplots(), trace, name, cfg, example)
     return figure
 
 
 def gradients(norms: Mapping[str, float]) -> Figure:
-    """Draw the gradient norm of every module on a logarithmic axis; of many, the largest.
-
-    Args:
-        norms: by module, such as `StepDebugger.gradient_norms`.
-    """
+    """Draw the gradient norm of every module on a logarithmic axis; of many, the largest."""
     figure = Figure(figsize=(8, 3.2), dpi=DPI, layout="constrained")
     _draw_gradients(figure.subplots(), norms)
     return figure
@@ -77,16 +67,7 @@ def stepping(
     *,
     example: int = 0,
 ) -> Figure:
-    """Draw loss, gradients and one stage of a batch after some steps on it.
-
-    Args:
-        losses: of the steps so far.
-        norms: of the gradients of the last one, by module; empty before the first.
-        trace: of the last one.
-        name: the stage to draw.
-        cfg: the model's config.
-        example: which one of the batch.
-    """
+    """Draw the losses of a batch's steps, and gradient norms and a stage of the last one."""
     figure = Figure(figsize=(10, 5.6), dpi=DPI, layout="constrained")
     grid = figure.add_gridspec(2, 2)
     _draw_losses(figure.add_subplot(grid[0, 0]), losses)
@@ -97,7 +78,7 @@ def stepping(
 
 def _draw_stage(axes: Axes, trace: Trace, name: str, cfg: Config, example: int) -> None:
     value = getattr(trace, name).detach().cpu()
-    axes.set_title(_TITLES.get(name, name), loc="left", fontsize=10)
+    axes.set_title(f"{name}: {_TITLES[name]}", loc="left", fontsize=10)
     if value.ndim == 0:
         axes.axis("off")
         write_in_the_middle(axes, f"{float(value):.6g}", fontsize=28)
@@ -131,15 +112,13 @@ def _draw_map(axes: Axes, value: Tensor, name: str, cfg: Config, *, frames: int)
 
 
 def _draw_gradients(axes: Axes, norms: Mapping[str, float]) -> None:
-    title = "gradient norm by module"
+    largest = sorted(norms, key=lambda module: -norms[module])[:_MOST_MODULES]
+    shown = [module for module in norms if module in largest]
+    part = f", the {len(shown)} largest of {len(norms)}" if len(shown) < len(norms) else ""
+    axes.set_title(f"gradient norm by module{part}", loc="left", fontsize=10)
     if not norms:
         axes.axis("off")
         write_in_the_middle(axes, "no step made yet")
-    largest = sorted(norms, key=lambda module: -norms[module])[:_MOST_MODULES]
-    shown = [module for module in norms if module in largest]
-    if len(shown) < len(norms):
-        title = f"{title}, the {len(shown)} largest of {len(norms)}"
-    axes.set_title(title, loc="left", fontsize=10)
     names = [module.removeprefix("network.") for module in shown]
     axes.barh(names, [norms[module] for module in shown], color="C2")
     axes.invert_yaxis()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import html
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import ipywidgets as widgets
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from diffbuf_lib.diagnostics.statistics import GradientStatistics, gradient_statistics
-from diffbuf_lib.figures import player_wav, stepping
+from diffbuf_lib.figures import player_wav
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.notebook.panels import Panel, label
 from diffbuf_lib.trace import Trace
 from diffbuf_lib.training.feed import Stream, example_generators, stream_seed
 from diffbuf_lib.training.optimizer import make_optimizer
+from walk.stages import stepping
 
 _RUN = 10  # steps of the button "Run 10"
 _STAGES = tuple(field.name for field in fields(Trace) if field.name != "draws")
@@ -31,19 +32,12 @@ class StepDebugger(Panel):
     before the update, and the gradients are those of that loss.
 
     Args:
-        model: is trained in place.
+        model: is trained in place, with the optimizer of its config.
         mix: [B, C, T] float32, full scale 1.
         target: [B, C, T] float32, full scale 1.
         lr: learning rate; None for `training.lr`.
-        same_noise: the same diffusion times and noise in every step, so that the loss must fall to
-            almost nothing; else new ones in each step, as in training.
-        seed: of the noise, and of dropout.
-
-    Attributes:
-        trace: every stage of the last step, without gradients; of step 0, before any update.
-        gradients: by module, of the last step; None at step 0.
-        losses: of the steps so far, oldest first; the first one is that of step 1.
-        optimizer: of the kind that `training.optimizer` names.
+        same_noise: in every step, so that the loss must fall to almost nothing.
+        seed: of times, noise and dropout.
     """
 
     def __init__(
@@ -60,9 +54,7 @@ class StepDebugger(Panel):
         self.optimizer = make_optimizer(model.cfg.training, model, lr)
         self._start = copy.deepcopy((model.state_dict(), self.optimizer.state_dict()))
         rows = self._make_widgets(len(mix), same_noise)
-        super().__init__(
-            rows, "loss of one batch, gradients by module and one stage of the last step"
-        )
+        super().__init__(rows, "loss of one batch, gradients by module and one stage")
         self._begin()
 
     @property
@@ -76,11 +68,7 @@ class StepDebugger(Panel):
         return {row.module: row.norm for row in self.gradients or () if row.parameters}
 
     def step(self, count: int = 1) -> float:
-        """Make `count` optimizer steps, at least 1, and show the last one.
-
-        Returns:
-            The loss of the last one, from before its update.
-        """
+        """Make `count` optimizer steps, and show the last one; return its loss."""
         for _ in range(count):
             self._make_step()
         self._show()
@@ -99,15 +87,13 @@ class StepDebugger(Panel):
         keys = [(self._noise_key, position) for position in range(len(self.mix))]
         return example_generators(keys, self.seed, Stream.EXAMPLE, self.mix.device)
 
-    # Steps.
-
     @property
     def _noise_key(self) -> int:
         return 0 if self.same_noise.value else self.steps
 
     def _begin(self) -> None:
-        self.losses: list[float] = []
-        self.gradients: GradientStatistics | None = None
+        self.losses: list[float] = []  # the first one is that of step 1
+        self.gradients: GradientStatistics | None = None  # of the last step
         with torch.no_grad():
             self.trace = self._trace()
         self._show()
@@ -121,7 +107,7 @@ class StepDebugger(Panel):
         if limit is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.optimizer.step()
-        self.trace = replace(trace, **{name: getattr(trace, name).detach() for name in _STAGES})
+        self.trace = trace.detach()
         self.losses.append(float(self.trace.loss))
 
     def _trace(self) -> Trace:
@@ -131,8 +117,6 @@ class StepDebugger(Panel):
         with torch.random.fork_rng(devices=devices):  # dropout draws from the global generator
             torch.manual_seed(stream_seed(self.seed, Stream.STEP, self._noise_key))
             return self.model.trace(self.mix, self.target, self.noise())
-
-    # Widgets.
 
     def _make_widgets(self, batch: int, same_noise: bool) -> list[widgets.Widget]:
         actions = {
@@ -145,16 +129,12 @@ class StepDebugger(Panel):
             self.buttons[name] = widgets.Button(description=text, icon=icon)
             self.buttons[name].add_class(f"diffbuf-{name}")
             self.buttons[name].on_click(action)
-        self.same_noise = widgets.Checkbox(
-            value=same_noise, description="same noise in every step", indent=False
-        )
+        text = "same noise in every step"
+        self.same_noise = widgets.Checkbox(value=same_noise, description=text, indent=False)
         self.stage = widgets.Dropdown(options=_STAGES, value="V", description="stage")
         self.stage.add_class("diffbuf-stage")
-        self.example = widgets.Dropdown(
-            options=[(str(i + 1), i) for i in range(batch)],
-            description="example",
-            layout=widgets.Layout(width="160px"),
-        )
+        numbers, narrow = [(str(i + 1), i) for i in range(batch)], widgets.Layout(width="160px")
+        self.example = widgets.Dropdown(options=numbers, description="example", layout=narrow)
         for control in (self.stage, self.example):
             control.observe(lambda _: self._show(), names="value")
         self.sound = widgets.Audio(autoplay=False, loop=False)
@@ -173,14 +153,13 @@ class StepDebugger(Panel):
         made = "of the last step" if self.losses else "before the first step"
         self.status.value = f"loss {float(self.trace.loss):.4g}, {made}"
         style = "font-size: 11px; line-height: 1.25; overflow-x: auto"
-        table = html.escape(str(self.trace.summary()))
-        self.table.value = f'<pre style="{style}">{table}</pre>'
+        self.table.value = f'<pre style="{style}">{html.escape(str(self.trace.summary()))}</pre>'
         wave = stage_wave(self.model, self.trace, name, example)
         self.sound.layout.display = "none" if wave is None else ""
         if wave is not None:
             self.sound.value = player_wav(wave, cfg.audio.sample_rate)
-        losses, norms = self.losses, self.gradient_norms
-        self.draw(stepping(losses, norms, self.trace, name, cfg, example=example))
+        norms = self.gradient_norms
+        self.draw(stepping(self.losses, norms, self.trace, name, cfg, example=example))
 
 
 def stage_wave(

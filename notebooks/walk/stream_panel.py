@@ -4,47 +4,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator
-from functools import partial
 
 import ipywidgets as widgets
 import torch
 from torch import Tensor
 
 from diffbuf_lib.errors import ShapeError
-from diffbuf_lib.figures import stream_course
+from diffbuf_lib.figures.progress import stream_course
 from diffbuf_lib.live import LiveHop, LiveReport, live_hops, make_report
 from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.notebook.panels import label, slider_look
-from diffbuf_lib.notebook.worker import WorkerPanel
+from diffbuf_lib.notebook.panels import WorkerPanel, label, slider_look
 from diffbuf_lib.streaming import OnlineEnhancer
 
 _LABELS_EVERY = 0.25  # s
 _QUIETEST = -60.0  # dB re full scale, where the meters end
-_BUTTONS = {
-    "start": ("play", "feed the recording from its beginning"),
-    "stop": ("stop", "end here"),
-}
+_BUTTONS = {"start": ("play", "feed the recording from its start"), "stop": ("stop", "end here")}
 
 
 class StreamPanel(WorkerPanel[LiveHop]):
     """`OnlineEnhancer` on a recording, hop by hop in real time, with Start and Stop.
 
     While the stream runs, only numbers and level meters move: a picture takes as long to draw as
-    many hops last, and would make them late. It is drawn when the stream has ended.
+    many hops last, and would make them late. A data-prediction model can be read early: `delay` is
+    a slider of the frames from a sample to its output, 1 to B.
 
     Args:
         model: any.
         wave: [T], full scale 1, of the model's rate.
         realtime: feed it at its own pace; else as fast as it is taken.
         seed: of the diffusion noise.
-
-    Attributes:
-        delay: slider, of a data-prediction model: frames from a sample to its output, 1 to B.
-        output: [T'] of what has come out; as long as what went in when the stream has ended.
-        report: of the hops so far.
-
-    Raises:
-        ShapeError: wave is not [T], or is empty.
     """
 
     def __init__(
@@ -58,45 +46,41 @@ class StreamPanel(WorkerPanel[LiveHop]):
         self.delay = widgets.IntSlider(B, lowest, B, **slider_look("delay (frames)"))
         self.meters = {name: _meter(name) for name in ("in", "out")}
         self.status = label("status", "100%")
-        self._stream: list[OnlineEnhancer] = []  # the one of now
         self._labelled = 0.0
         self._begin()
-        super().__init__(
-            partial(_feed, self._stream, wave, realtime),
-            _BUTTONS,
-            [self.delay],
-            [widgets.HBox(list(self.meters.values())), self.status],
-            "what went into a stream, what came out, and the time of every hop",
-        )
+        rows = [widgets.HBox(list(self.meters.values())), self.status]
+        description = "what went into a stream, what came out, and the time of every hop"
+        super().__init__(_BUTTONS, [self.delay], rows, description)
         self._show()
 
     @property
     def output(self) -> Tensor:
-        """What has come out so far, [T']."""
+        """What has come out so far, [T']; at the end as long as what went in."""
         return torch.cat([*(hop.ready for hop in self._hops), self._rest])
 
     @property
     def report(self) -> LiveReport:
         """How the stream has kept up so far."""
         hops = list(self._hops)
-        late = sum(hop.late for hop in hops)
-        return make_report(self._stream[0], (hop.milliseconds for hop in hops), late, self.realtime)
+        times, late = [hop.milliseconds for hop in hops], sum(hop.late for hop in hops)
+        return make_report(self._enhancer, times, late, self.realtime)
 
     def start(self) -> None:
         """Begin the stream, from the beginning."""
-        if not self.worker.busy:
-            self.worker.join()  # a stream that has just ended is still being flushed
+        if not self.busy:
+            self.join()  # a stream that has just ended is still being flushed
             self._begin()
-            self.worker.start()
-            self._show()
+            super().start()
 
     def _begin(self) -> None:
         delay = self.delay.value if self.model.predicts_data else None
-        self._stream[:] = [OnlineEnhancer(self.model, seed=self.seed, delay=delay)]
+        self._enhancer = OnlineEnhancer(self.model, seed=self.seed, delay=delay)
         self._hops: list[LiveHop] = []
         self._rest = self.wave.new_zeros(0)
 
-    # In the thread.
+    def _open(self) -> Generator[LiveHop, None, None]:
+        hops = self.wave.split(self.model.cfg.audio.stft.hop_length)
+        return live_hops(self._enhancer, hops, realtime=self.realtime)
 
     def _receive(self, hop: LiveHop) -> None:
         self._hops.append(hop)
@@ -105,15 +89,13 @@ class StreamPanel(WorkerPanel[LiveHop]):
             self._labelled = now
             self._write_labels()
 
-    def _turned(self) -> None:
-        if self.worker.state in ("stopped", "finished"):
-            self._rest = self._stream[0].flush()
-        self._show()
-
-    # In either.
+    def _take_all(self) -> bool:
+        stopped = super()._take_all()
+        self._rest = self._enhancer.flush()
+        return stopped
 
     def _show(self) -> None:
-        busy = self.worker.busy
+        busy = self.busy
         self.buttons["start"].disabled = self.delay.disabled = busy
         self.buttons["stop"].disabled = not busy
         self._write_labels()
@@ -137,25 +119,12 @@ class StreamPanel(WorkerPanel[LiveHop]):
         self.status.value = text
 
 
-def _feed(
-    stream: list[OnlineEnhancer], wave: Tensor, realtime: bool
-) -> Generator[LiveHop, None, None]:
-    """Open the generator of a worker, which must not hold the panel."""
-    (enhancer,) = stream
-    hops = wave.split(enhancer.model.cfg.audio.stft.hop_length)
-    return live_hops(enhancer, hops, realtime=realtime)
-
-
 def _meter(name: str) -> widgets.FloatProgress:
-    layout = widgets.Layout(width="310px")
-    return widgets.FloatProgress(
-        value=_QUIETEST, min=_QUIETEST, max=0.0, description=f"{name} (dB)", layout=layout
-    )
+    look = {"description": f"{name} (dB)", "layout": widgets.Layout(width="310px")}
+    return widgets.FloatProgress(value=_QUIETEST, min=_QUIETEST, max=0.0, **look)
 
 
 def _level(wave: Tensor) -> float:
     """Return the level of a piece [T] in dB re full scale, as far as the meter reaches."""
-    if not len(wave):
-        return _QUIETEST
-    level = 10 * torch.log10(wave.square().mean() + 1e-12)
-    return float(level.clamp(_QUIETEST, 0.0).nan_to_num(0.0))
+    level = 10 * torch.log10(wave.square().mean() + 1e-12)  # NaN of an empty one
+    return float(level.clamp(_QUIETEST, 0.0).nan_to_num(_QUIETEST))

@@ -1,26 +1,68 @@
-"""Sliders for what decides frames, buffer and latency, and for the noise schedule."""
+"""Sliders over a dataset's clips, over frames and buffer, and over the noise schedule."""
 
 from __future__ import annotations
 
+import html
 import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
 import torch
 from torch import Tensor
 
-from diffbuf_lib.config import BBEDDiffusion, Config
+from diffbuf_lib.config import AudioConfig, BBEDDiffusion, Config
+from diffbuf_lib.data import ClipDataset
+from diffbuf_lib.data.mixing import is_silent, snr
 from diffbuf_lib.diagnostics.checks_run import check_frames, check_schedule
 from diffbuf_lib.diffusion.buffer import complex_normal, inference_times, perturb
 from diffbuf_lib.diffusion.sde import make_sde
 from diffbuf_lib.diffusion.spectral import Spectral
 from diffbuf_lib.errors import ConfigError
-from diffbuf_lib.figures import buffer_spectra, noise_schedule
-from diffbuf_lib.figures.spectrogram import refused
-from diffbuf_lib.notebook.panels import Messages, Panel, slider_look
+from diffbuf_lib.figures import Players, buffer_spectra, spectrograms
+from diffbuf_lib.notebook.panels import Panel, slider_look
+from walk.plots import noise_schedule, refused
 
+_COLOURS = {"error": "#b00020", "warning": "#9a5b00"}
 _LONGER = 10  # frames by which the buffer can be made longer than the clip, to meet the error
 _SMALLEST_EXPONENT = -10  # of t_eps, base 10
+
+
+class ClipBrowser(Panel):
+    """A slider over the clips of a dataset; of each, spectrograms, players, files and SNR.
+
+    Set `slider.value` to turn to another; `message` has files, shape and SNR of the one shown.
+    """
+
+    def __init__(self, dataset: ClipDataset, audio: AudioConfig) -> None:
+        self._dataset, self._audio = dataset, audio
+        self.slider = widgets.IntSlider(0, 0, len(dataset) - 1, **slider_look("clip", 500))
+        self.message = ""
+        self._text, self._players = widgets.HTML(), widgets.HTML()
+        controls = [self.slider, self._text, self._players]
+        super().__init__(controls, "spectrograms of a clip's mix and target")
+        self.slider.observe(self._changed, names="value")
+        self._changed()
+
+    def _changed(self, _: Any = None) -> None:
+        index = self.slider.value
+        mix, target = self._dataset[index]
+        names = self._dataset.name(index).split(" + ")
+        files = " + ".join("/".join(Path(name).parts[-2:]) for name in names)
+        self.message = f"{files}: {list(mix.shape)}, {describe_snr(mix, target)}"
+        self._text.value = html.escape(self.message)
+        waves = {"mix": mix.mean(0), "target": target.mean(0)}
+        self._players.value = Players(waves, self._audio.sample_rate)._repr_html_()
+        self.draw(spectrograms(waves, self._audio.sample_rate, self._audio.stft))
+
+
+def describe_snr(mix: Tensor, target: Tensor) -> str:
+    """Return the SNR of a clip [C, T] in words: silence, or speech without noise, has none."""
+    noise = mix - target
+    if is_silent(target):
+        return "the target is silent here"
+    return f"SNR {snr(target, noise):.1f} dB" if noise.any() else "mix and target are equal"
 
 
 class Explorer(Panel):
@@ -28,32 +70,25 @@ class Explorer(Panel):
 
     Values that contradict each other are not hidden: the config's own error message is shown.
 
-    Args:
-        cfg: where the sliders start.
-        sliders: by name.
-        rows: of widgets, above the messages.
-        description: of the picture.
-
     Attributes:
         sliders: by name; set `.value` to move one.
         cfg: the config at the sliders' positions, or None while they contradict each other.
+        messages: what the doctor says about the sliders' positions, or the error.
     """
+
+    _check: Callable[[Config], Iterable[Any]]
 
     def __init__(
         self, cfg: Config, sliders: dict[str, Any], rows: list[widgets.Widget], description: str
     ) -> None:
         self.start, self.sliders = cfg, sliders
         self.cfg: Config | None = None
-        self._messages = Messages()
-        super().__init__([*rows, self._messages], description)
+        self.messages: list[str] = []
+        self._lines = widgets.HTML()
+        super().__init__([*rows, self._lines], description)
         for slider in sliders.values():
             slider.observe(self._changed, names="value")
         self._changed()
-
-    @property
-    def messages(self) -> list[str]:
-        """What the doctor says about the sliders' positions, or the error."""
-        return list(self._messages.lines)
 
     def _changed(self, _: Any = None) -> None:
         """Take the sliders' values, and show what follows from them."""
@@ -62,16 +97,17 @@ class Explorer(Panel):
             self.cfg = self.start.override(*self._overrides(value))
         except ConfigError as error:
             self.cfg = None
-            self._messages.show([(str(error).removeprefix("the config: "), "error")])
+            lines = [(str(error).removeprefix("the config: "), "error")]
         else:
-            findings = self._findings(self.cfg)
-            self._messages.show([(finding.message, finding.severity) for finding in findings])
+            lines = [(each.message, each.severity) for each in self._check(self.cfg)]
+        self.messages = [line for line, _ in lines]
+        self._lines.value = "<br>".join(
+            f'<span style="color:{_COLOURS.get(severity, "inherit")}">{html.escape(line)}</span>'
+            for line, severity in lines
+        )
         self._draw(self.cfg, value)
 
     def _overrides(self, value: dict[str, Any]) -> list[str]:
-        raise NotImplementedError
-
-    def _findings(self, cfg: Config) -> list[Any]:
         raise NotImplementedError
 
     def _draw(self, cfg: Config | None, value: dict[str, Any]) -> None:
@@ -82,16 +118,10 @@ class BufferExplorer(Explorer):
     """Moves buffer_size, n_fft, hop_length, t_eps and t_max, and shows what becomes of one clip.
 
     The window keeps its share of n_fft. The noise is the same at every position of the sliders, so
-    that only what they change changes.
-
-    Args:
-        cfg: where the sliders start.
-        mix: [C, T] float32, full scale 1; its channels are averaged.
-        target: [C, T] float32, the clean signal at the same moments.
-
-    Raises:
-        ConfigError: the clip has fewer frames than the buffer of `cfg`.
+    that only what they change changes. Of mix and target [C, T], channels are averaged.
     """
+
+    _check = staticmethod(check_frames)
 
     def __init__(self, cfg: Config, mix: Tensor, target: Tensor) -> None:
         cfg = cfg.override(f"audio.chunk_size={mix.shape[-1]}")
@@ -113,9 +143,6 @@ class BufferExplorer(Explorer):
             *(f"diffusion_buffer.{name}={value[name]}" for name in in_buffer),
         ]
 
-    def _findings(self, cfg: Config) -> list[Any]:
-        return list(check_frames(cfg))
-
     def _draw(self, cfg: Config | None, value: dict[str, Any]) -> None:
         if cfg is None:
             Y = _spectrum(self._mix, self.start)[0]
@@ -134,14 +161,11 @@ class SigmaExplorer(Explorer):
     """Moves k, c or theta, t_eps and t_max, and shows sigma, mean, g and 1 / sigma.
 
     Beside the curves of the sliders stands the schedule of the config, dashed. A config with OUVE
-    starts the sliders at BBED's defaults.
-
-    Args:
-        cfg: where the sliders start.
-
-    Attributes:
-        spelling: "theta" or "c": what `sliders["value"]` is called in the config.
+    starts the sliders at BBED's defaults. `spelling` says what `sliders["value"]` is called in the
+    config: "theta" or "c".
     """
+
+    _check = staticmethod(check_schedule)
 
     def __init__(self, cfg: Config) -> None:
         bbed: Any = cfg.sde.diffusion if cfg.sde.type == "bbed" else BBEDDiffusion()
@@ -161,9 +185,6 @@ class SigmaExplorer(Explorer):
         diffusion = f"{{k: {value['k']}, {self.spelling.value}: {value['value']}}}"
         times = [f"diffusion_buffer.{name}={value[name]}" for name in ("t_eps", "t_max")]
         return [f"sde={{type: bbed, diffusion: {diffusion}}}", *times]
-
-    def _findings(self, cfg: Config) -> list[Any]:
-        return list(check_schedule(cfg))
 
     def _draw(self, cfg: Config | None, value: dict[str, Any]) -> None:
         sdes = {"config": make_sde(self.start.sde)}
@@ -188,19 +209,13 @@ def _buffer_sliders(cfg: Config) -> dict[str, Any]:
 def _sigma_sliders(bbed: Any, cfg: Config) -> dict[str, Any]:
     times = cfg.diffusion_buffer
     lowest = min(_SMALLEST_EXPONENT, math.log10(times.t_eps))
+    look = {"readout_format": ".2g", **slider_look("t_eps", 400)}
     return {
         "value": _number("c or theta", bbed.c or bbed.theta or 0.08, 0.005, 2.0, width=400),
         "k": _number("k", bbed.k, 1.1, 10.0, 0.1, width=400),
         "t_max": _number("t_max", times.t_max, 0.1, 1.0, width=400),
         # Logarithmic: float16 ends at times that a linear slider cannot reach.
-        "t_eps": widgets.FloatLogSlider(
-            value=times.t_eps,
-            min=lowest,
-            max=0,
-            step=0.05,
-            readout_format=".2g",
-            **slider_look("t_eps", 400),
-        ),
+        "t_eps": widgets.FloatLogSlider(times.t_eps, min=lowest, max=0, step=0.05, **look),
     }
 
 
@@ -213,14 +228,8 @@ def _number(
     name: str, value: float, low: float, high: float, step: float = 0.005, width: int = 310
 ) -> widgets.FloatSlider:
     """Make a slider of numbers, whose range holds the config's own."""
-    return widgets.FloatSlider(
-        value=value,
-        min=min(low, value),
-        max=max(high, value),
-        step=step,
-        readout_format=".3f",
-        **slider_look(name, width),
-    )
+    look = {"step": step, "readout_format": ".3f", **slider_look(name, width)}
+    return widgets.FloatSlider(value, min=min(low, value), max=max(high, value), **look)
 
 
 def _spectrum(wave: Tensor, cfg: Config) -> Tensor:
