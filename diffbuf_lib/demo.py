@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from diffbuf_lib import figures
 from diffbuf_lib.config import Config
 from diffbuf_lib.data import DNLMDataset, build_demo, open_dataset, write_audio
 from diffbuf_lib.evaluation import evaluate, summary
 from diffbuf_lib.evaluation.page import write_page
+from diffbuf_lib.figures.progress import training_progress
 from diffbuf_lib.model import load_model
 from diffbuf_lib.pretrained import DEFAULT as DEFAULT_MODEL
 from diffbuf_lib.training import train
@@ -65,7 +65,7 @@ def run_demo(
     say("4/4  report")
     history = list(read_history(folder.history))
     first = next(evaluate(small, valid_set, METRICS[:1], limit=1))
-    course = figures.training_progress(
+    course = training_progress(
         history, {"mix": first.mix, "estimate": first.estimate, "target": first.target},
         cfg.audio, metric=cfg.training.metrics[0],
     )  # fmt: skip
