@@ -21,7 +21,7 @@ from diffbuf_lib.training.optimizer import make_optimizer
 from walk.stages import stepping
 
 _RUN = 10  # steps of the button "Run 10"
-_STAGES = tuple(field.name for field in fields(Trace) if field.name != "draws")
+_STAGES = tuple(field.name for field in fields(Trace) if field.name not in ("draws", "level"))
 
 
 class StepDebugger(Panel):

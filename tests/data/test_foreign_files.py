@@ -13,14 +13,22 @@ import soundfile
 import torch
 
 from diffbuf_lib import enhance
-from diffbuf_lib.data import DNLMDataset, MixingDataset, PairedFolderDataset, read_audio, read_info
+from diffbuf_lib.data import (
+    DNLMDataset,
+    MixingDataset,
+    PairedFolderDataset,
+    open_dataset,
+    read_audio,
+    read_info,
+)
 from diffbuf_lib.data.audio import check_rate
 from diffbuf_lib.data.reader import AudioReader
 from diffbuf_lib.data.resampling import resample_folder
 from diffbuf_lib.enhance import enhance_file
 from diffbuf_lib.errors import DataError, DiffbufError
-from diffbuf_lib.evaluation.evaluate import open_clips
+from diffbuf_lib.evaluation.evaluate import Evaluator
 from diffbuf_lib.live import stream_path
+from tests.conftest import make_model
 
 RATE = 16000
 FORMATS = [
@@ -265,9 +273,10 @@ def test_an_evaluation_takes_what_is_there_of_a_cut_pair(tmp_path, tiny_cfg):
         with open(os.fsencode(tmp_path) + b"/" + folder + b"/caf\xe9.flac", "wb") as file:
             file.write(content[: len(content) * 5 // 9])
     with pytest.warns(UserWarning, match=r"only 8192 of 16000 samples"):
-        clips = open_clips(2, tmp_path, tiny_cfg)
-    assert clips.names == ["caf\\xe9.flac"]
-    np.testing.assert_allclose(clips[0].mix, wave()[:8192, 0], atol=1e-4)
+        dataset = open_dataset(2, tmp_path, tiny_cfg, training=False)
+        clips = Evaluator(make_model(tiny_cfg), dataset, ("si_sdr",), longest=RATE)
+        assert clips.names == ["caf\\xe9.flac"]
+        np.testing.assert_allclose(clips.read(0).mix, wave()[:8192, 0], atol=1e-4)
 
 
 @pytest.mark.law

@@ -130,7 +130,7 @@ def kill_at(moment: str) -> Clips:
         original, left = getattr(os, name), iter(range(times, -1, -1))
 
         def call(source: Any, *arguments: Any) -> Any:
-            if moment in str(source) and next(left) == 0:
+            if moment in f"{source} {arguments}" and next(left) == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(source, *arguments)
 
