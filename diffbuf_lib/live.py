@@ -148,8 +148,9 @@ def run_live(
             sink(hop.ready)
             times.append(hop.milliseconds)
             missed += hop.late
+    bad = enhancer.state.bad
     sink(enhancer.flush())
-    return make_report(enhancer, times, missed, realtime)
+    return make_report(enhancer, times, missed, realtime, bad)
 
 
 class LiveHop(NamedTuple):
@@ -184,16 +185,18 @@ def live_hops(
 
 
 def make_report(
-    enhancer: OnlineEnhancer, times: Iterable[float], missed: int, realtime: bool
+    enhancer: OnlineEnhancer, times: Iterable[float], missed: int, realtime: bool, bad: int = 0
 ) -> LiveReport:
-    """Sum up a stream: milliseconds of its hops, and how many were late."""
+    """Sum up a stream: milliseconds of its hops, how many were late, samples that were NaN."""
     cfg = enhancer.model.cfg.audio
     return LiveReport(
         hop_ms=1e3 * cfg.stft.hop_length / cfg.sample_rate,
         frame_ms=tuple(times),
         missed=missed,
         latency_ms=1e3 * enhancer.latency_samples / cfg.sample_rate,
+        worst_latency_ms=1e3 * enhancer.worst_latency_samples / cfg.sample_rate,
         realtime=realtime,
+        bad=bad,
         state_bytes=enhancer.state.num_bytes,
         weight_bytes=sum(p.nbytes for p in enhancer.model.parameters()),
     )
@@ -207,7 +210,9 @@ class LiveReport:
     frame_ms: tuple[float, ...]  # time that each hop took
     missed: int  # hops that were not ready when the next one was due: late, never dropped
     latency_ms: float  # algorithmic: samples to be pushed before the first comes out
+    worst_latency_ms: float  # the longest that any sample waits for those after it
     realtime: bool  # whether the input was fed at its own pace
+    bad: int = 0  # samples that were NaN or Inf, and counted as zeros
     state_bytes: int = 0  # memory of the stream
     weight_bytes: int = 0  # memory of the model, shared by all streams
 
@@ -224,12 +229,14 @@ class LiveReport:
     def __str__(self) -> str:
         p50, p95, p99, worst = (self.quantile(q) for q in (0.5, 0.95, 0.99, 1.0))
         pace = "fed in real time" if self.realtime else "fed as fast as it was taken"
+        bad = f"\n{self.bad} samples were NaN or Inf and count as zeros" if self.bad else ""
         return (
             f"{len(self.frame_ms)} hops of {self.hop_ms:.1f} ms, {pace}\n"
             f"real-time factor {self.real_time_factor:.3f} (median)\n"
             f"frame time p50 {p50:.2f}  p95 {p95:.2f}  p99 {p99:.2f}  worst {worst:.2f} ms\n"
             f"missed deadlines {self.missed}\n"
-            f"latency {self.latency_ms:.1f} ms, and up to one hop of waiting and the frame time"
+            f"latency {self.latency_ms:.1f} ms to the first sample, {self.worst_latency_ms:.1f} ms "
+            f"at worst, and the time of a frame{bad}"
         )
 
 

@@ -368,6 +368,25 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.train(was_training)
 
 
+def resolve_device(name: str, *, fallback: bool = False) -> torch.device:
+    """Return the device for auto (CUDA if there is), cpu, cuda or cuda:N.
+
+    With `fallback`, the CPU where this machine has no CUDA device at all.
+
+    Raises:
+        ConfigError: another name, or a GPU that this machine does not have.
+    """
+    kind, _, number = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
+        raise ConfigError(f"device {name!r} is none of auto, cpu, cuda, cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cpu" or (not count and (kind == "auto" or fallback)):
+        return torch.device("cpu")
+    if int(number or 0) >= count:
+        raise ConfigError(f"device {name} does not exist: this machine has {count} GPUs")
+    return torch.device("cuda", int(number) if number else torch.cuda.current_device())
+
+
 def load_model(
     source: str | Path, device: str = "auto", overrides: Sequence[str] = ()
 ) -> DiffusionBufferModel:
@@ -381,11 +400,9 @@ def load_model(
             diffusion_buffer.buffer_size=10.
 
     Raises:
-        ConfigError: no such model, or an override that its config refuses.
+        ConfigError: no such model or device, or an override that its config refuses.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    location = _location(source)
+    where, location = resolve_device(device), _location(source)
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # huggingface_hub prints
             model = DiffusionBufferModel.from_pretrained(location)
@@ -399,7 +416,7 @@ def load_model(
         changed = DiffusionBufferModel(model.cfg.override(*overrides))
         changed.load_state_dict(model.state_dict())
         model = changed
-    return model.to(device).eval()
+    return model.to(where).eval()
 
 
 def fingerprint(model: DiffusionBufferModel) -> str:
@@ -417,6 +434,12 @@ def _location(source: str | Path) -> str | Path:
     for candidate in (folder, folder / "model"):
         if (candidate / "config.json").is_file():
             return candidate
+    bundled = sorted(path.name for path in pretrained.FOLDER.iterdir() if path.is_dir())
+    if str(source).startswith("diffbuf/") and folder.name not in bundled and not folder.exists():
+        raise ConfigError(
+            f"--model {source} is unknown: the package comes with "
+            f"{', '.join(f'diffbuf/{name}' for name in bundled if name[0] != '_')}"
+        )
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         return str(source)
     raise ConfigError(

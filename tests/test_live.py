@@ -40,8 +40,9 @@ class Clock:
             return hop
 
         return SimpleNamespace(
-            push=push, flush=lambda: torch.zeros(0), latency_samples=127,
-            model=SimpleNamespace(cfg=cfg, parameters=list), state=SimpleNamespace(num_bytes=0),
+            push=push, flush=lambda: torch.zeros(0), latency_samples=127, worst_latency_samples=158,
+            model=SimpleNamespace(cfg=cfg, parameters=list),
+            state=SimpleNamespace(num_bytes=0, bad=3),
         )  # fmt: skip
 
 
@@ -77,6 +78,9 @@ def test_quantiles_and_text(tiny_cfg):
     report, _ = live(tiny_cfg, [i / 100 for i in range(1, 101)], realtime=False)
     assert [report.quantile(q) for q in (0.5, 0.95, 1)] == pytest.approx([0.51, 0.96, 1])
     assert "0.255" in str(report)
+    assert (report.worst_latency_ms, report.bad) == (158 / 16, 3)
+    assert "9.9 ms at worst" in str(report)
+    assert "3 samples were NaN" in str(report)
     assert live(tiny_cfg, [], realtime=True)[0].real_time_factor == 0
 
 
@@ -84,6 +88,7 @@ def test_latency_report(tiny_cfg):
     model = make_model(tiny_cfg.override("training.loss=data_prediction"))
     report = latency_report(model, delay=2, hops=5)
     assert report.latency_ms == pytest.approx((31 + 32) / 16)
+    assert report.worst_latency_ms == pytest.approx((62 + 32) / 16)
     assert (report.hop_ms, len(report.frame_ms)) == (2, 5)
     assert report.real_time_factor == sorted(report.frame_ms)[2] / 2 > 0
     assert report.weight_bytes == 4 * sum(p.numel() for p in model.parameters())

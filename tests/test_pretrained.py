@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from diffbuf_lib import DiffusionBufferModel, DNLMDataset, OnlineEnhancer, load_config
 from diffbuf_lib.data import build_demo, read_audio, write_audio
+from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.model import load_model
 from diffbuf_lib.pretrained import DEFAULT, FOLDER
 from diffbuf_lib.training import load_weights
@@ -111,3 +112,17 @@ def test_the_second_stage_starts_from_the_first_and_both_go_on(tmp_path, monkeyp
     assert any((first[name] - fresh[name]).abs().max() > 1e-3 for name in fresh)
     for name, value in first.items():
         assert_close(second[name], value)  # at the second stage's rate nothing moves
+
+
+@pytest.mark.parametrize("device", ["cuda", "gpu", "mps"])
+def test_a_device_that_is_not_there_is_told_in_one_line(monkeypatch, capsys, tmp_path, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    args = ("enhance", "x.wav", "-o", tmp_path, "--device", device)
+    status, _, err = call(monkeypatch, capsys, *args)
+    assert (status, err.count("\n")) == (2, 1)
+    assert device in err
+
+
+def test_an_unknown_bundled_name_fails_at_once_with_those_there_are():
+    with pytest.raises(ConfigError, match="diffbuf/cpu-demo"):
+        load_model("diffbuf/cpu-dmo")

@@ -19,7 +19,7 @@ from diffbuf_lib.diagnostics.findings import Finding, from_error, has_error, jud
 from diffbuf_lib.diagnostics.statistics import gradient_statistics, score_statistics
 from diffbuf_lib.diagnostics.watch import watch_modules
 from diffbuf_lib.errors import ConfigError, DataError
-from diffbuf_lib.training.step import resolve_device
+from diffbuf_lib.model import resolve_device
 
 __all__ = [
     "Finding",

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from diffbuf_lib.config import Config, build_config
 from diffbuf_lib.diagnostics.watch import ModuleWatch, watch_modules
 from diffbuf_lib.errors import CheckpointError, ConfigError
-from diffbuf_lib.model import DiffusionBufferModel
+from diffbuf_lib.model import DiffusionBufferModel, resolve_device
 from diffbuf_lib.trace import Draws, StageSummary, Summary, summarise
 from diffbuf_lib.training.failure import FORMAT, BadValue, bad_files, bad_stages, bad_tensors
 from diffbuf_lib.training.feed import Stream, seed_everything
 from diffbuf_lib.training.folder import apply_weights, load_tensors
 from diffbuf_lib.training.optimizer import make_optimizer
 from diffbuf_lib.training.signals import isolated
-from diffbuf_lib.training.step import gradient_norm, resolve_device
+from diffbuf_lib.training.step import gradient_norm
 
 _BEFORE = ("mix", "target", "Y", "S", "t", "sigma", "z", "V")  # stages before the network
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diffbuf_lib.config import Config, TrainingConfig
-from diffbuf_lib.errors import ConfigError
+from diffbuf_lib.model import resolve_device
 from diffbuf_lib.training.feed import (
     Batch,
     ClipReader,
@@ -188,25 +188,6 @@ class Engine:
 def gradient_norm(model: nn.Module) -> Tensor:
     """Return the norm of all gradients together, a scalar."""
     return torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
-
-
-def resolve_device(name: str, *, fallback: bool = False) -> torch.device:
-    """Return the device for auto (CUDA if there is), cpu, cuda or cuda:N.
-
-    With `fallback`, the CPU where this machine has no CUDA device at all.
-
-    Raises:
-        ConfigError: another name, or a GPU that this machine does not have.
-    """
-    kind, _, number = name.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
-        raise ConfigError(f"device {name!r} is none of auto, cpu, cuda, cuda:N")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if kind == "cpu" or (not count and (kind == "auto" or fallback)):
-        return torch.device("cpu")
-    if int(number or 0) >= count:
-        raise ConfigError(f"device {name} does not exist: this machine has {count} GPUs")
-    return torch.device("cuda", int(number) if number else torch.cuda.current_device())
 
 
 def make_accelerator(training: TrainingConfig, device: str) -> Accelerator:
