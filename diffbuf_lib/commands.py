@@ -249,7 +249,7 @@ class Stream(Command, name="stream"):
     channels: int = 1  # of raw PCM on stdin
     repair: bool = False  # take NaN and Inf samples as zeros instead of refusing the file
     delay: int | None = None  # output delay, 1 to buffer_size frames (data prediction)
-    threads: int | None = None  # CPU threads of torch; default: its own choice
+    threads: int | None = None  # of torch; default: 1 or its own number, as a short test decides
     compiled: bool = False  # one graph of a block_causal model: a minute to start, then faster
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: for the network of a block_causal model
     seed: int = 0  # of the diffusion noise
@@ -258,7 +258,7 @@ class Stream(Command, name="stream"):
     def __call__(self) -> None:
         import torch
 
-        from diffbuf_lib.live import run_microphone, stream_path
+        from diffbuf_lib.live import choose_threads, run_microphone, stream_path
         from diffbuf_lib.model import load_model
         from diffbuf_lib.streaming import OnlineEnhancer
 
@@ -268,9 +268,12 @@ class Stream(Command, name="stream"):
             torch.set_num_threads(self.threads)
         if self.channels < 1 or (self.rate is not None and self.rate < 1):
             raise ConfigError("--rate and --channels start at 1")
+        model = load_model(self.model, "cpu")
+        if self.threads is None:
+            print(f"threads: {choose_threads(model, self.delay)}", file=sys.stderr)
         enhancer = OnlineEnhancer(
-            load_model(self.model, "cpu"), seed=self.seed, delay=self.delay,
-            compiled=self.compiled, precision=self.precision,
+            model, seed=self.seed, delay=self.delay, compiled=self.compiled,
+            precision=self.precision,
         )  # fmt: skip
         if self.device == "mic":
             report = run_microphone(enhancer)

@@ -229,15 +229,32 @@ class LiveReport:
     def __str__(self) -> str:
         p50, p95, p99, worst = (self.quantile(q) for q in (0.5, 0.95, 0.99, 1.0))
         pace = "fed in real time" if self.realtime else "fed as fast as it was taken"
+        hint = "" if not self.missed else ": another process on these cores? see --threads, --delay"
         bad = f"\n{self.bad} samples were NaN or Inf and count as zeros" if self.bad else ""
         return (
             f"{len(self.frame_ms)} hops of {self.hop_ms:.1f} ms, {pace}\n"
             f"real-time factor {self.real_time_factor:.3f} (median)\n"
             f"frame time p50 {p50:.2f}  p95 {p95:.2f}  p99 {p99:.2f}  worst {worst:.2f} ms\n"
-            f"missed deadlines {self.missed}\n"
+            f"missed deadlines {self.missed}{hint}\n"
             f"latency {self.latency_ms:.1f} ms to the first sample, {self.worst_latency_ms:.1f} ms "
             f"at worst, and the time of a frame{bad}"
         )
+
+
+def choose_threads(model: DiffusionBufferModel, delay: int | None = None) -> int:
+    """Set torch's threads to 1, or leave them, whichever keeps up better; return their number.
+
+    Several threads wait for each other at every operation: beside another process on the same
+    cores a hop takes many times as long on two as on one. Less than a second of noise decides, by
+    the time that nine of ten hops stay below.
+    """
+    several = torch.get_num_threads()
+    if several > 1:
+        slow = latency_report(model, delay, hops=20).quantile(0.9)
+        torch.set_num_threads(1)
+        if slow < latency_report(model, delay, hops=20).quantile(0.9):
+            torch.set_num_threads(several)
+    return torch.get_num_threads()
 
 
 def latency_report(

@@ -15,7 +15,7 @@ import torch
 import diffbuf_lib.live
 from diffbuf_lib import OnlineEnhancer
 from diffbuf_lib.errors import DataError, MissingExtraError
-from diffbuf_lib.live import latency_report, run_live, run_microphone, stream_path
+from diffbuf_lib.live import choose_threads, latency_report, run_live, run_microphone, stream_path
 from tests.conftest import make_model
 
 HOP = 32  # 2 ms of tiny_cfg
@@ -82,6 +82,17 @@ def test_quantiles_and_text(tiny_cfg):
     assert "9.9 ms at worst" in str(report)
     assert "3 samples were NaN" in str(report)
     assert live(tiny_cfg, [], realtime=True)[0].real_time_factor == 0
+
+
+@pytest.mark.parametrize(("slow", "chosen"), [(0.1, 2), (9.0, 1)])
+def test_a_stream_takes_the_threads_that_keep_up(tiny_cfg, monkeypatch, slow, chosen):
+    threads = [2]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    times = {2: slow, 1: 1.0}
+    measured = lambda *_, **__: SimpleNamespace(quantile=lambda q: times[threads[-1]])  # noqa: E731
+    monkeypatch.setattr(diffbuf_lib.live, "latency_report", measured)
+    assert choose_threads(make_model(tiny_cfg)) == chosen == threads[-1]
 
 
 def test_latency_report(tiny_cfg):

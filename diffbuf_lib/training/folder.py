@@ -27,6 +27,8 @@ from typing import IO, Any
 
 import filelock
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffbuf_lib.config import Config
@@ -113,40 +115,65 @@ def load_tensors(path: Path, what: str) -> Any:
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read only the averaged weights of a checkpoint, or those of a `save_pretrained` folder.
+    """Read only weights, wherever they come from.
+
+    Args:
+        path: a `save_pretrained` folder, a .safetensors file, a checkpoint of ours (its averaged
+            weights), or what others save: a state_dict, plain or under "state_dict" (Lightning),
+            its names behind module., model. or _orig_mod. (compiled) or not.
 
     Raises:
-        CheckpointError: as in `load_checkpoint`, or a folder without model.safetensors.
+        CheckpointError: no such file, a damaged one, one without weights, or a pickle of more than
+            tensors and plain values, which is never executed.
     """
     path = Path(path)
-    if not path.is_dir():
-        averaged = load_checkpoint(path)["ema"]
-        prefix = "module."  # of the names in torch's AveragedModel
-        own = {name: value for name, value in averaged.items() if name.startswith(prefix)}
-        return {name.removeprefix(prefix): value for name, value in own.items()}
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    file = path / "model.safetensors"
-    if not file.is_file():
+    if path.is_dir() and not (path / "model.safetensors").is_file():
         raise CheckpointError(
             f"folder {path} holds no model.safetensors: give a checkpoint file or the model/ "
             "folder of a results folder"
         )
-    try:
-        return dict(load_file(file))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"weights {file} are damaged: {error}") from error
+    file = path / "model.safetensors" if path.is_dir() else path
+    if file.suffix == ".safetensors":
+        try:
+            return _plain_names(load_file(file))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"weights {file} are damaged: {error}") from error
+    state = load_tensors(path, "checkpoint")
+    if isinstance(state, dict) and KEYS.issubset(state):
+        prefix = "module."  # of the names in torch's AveragedModel
+        averaged = {name: t for name, t in state["ema"].items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): tensor for name, tensor in averaged.items()}
+    inner = state.get("state_dict", state) if isinstance(state, dict) else {}
+    weights = {name: t for name, t in dict(inner).items() if isinstance(t, Tensor)}
+    if not weights:
+        raise CheckpointError(f"checkpoint {path} holds no weights: give one with a state_dict")
+    return _plain_names(weights)
+
+
+def _plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take wrappers' prefixes off names."""
+    plain = {name.replace("_orig_mod.", ""): tensor for name, tensor in weights.items()}
+    for prefix in ("module.", "model.", "module."):
+        if all(name.startswith(prefix) for name in plain):
+            plain = {name.removeprefix(prefix): tensor for name, tensor in plain.items()}
+    return plain
 
 
 def apply_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
-    """Put weights into a model; CheckpointError names a tensor that does not fit."""
+    """Put weights, or those of its network, into a model.
+
+    Raises:
+        CheckpointError: they do not fit; names the first tensors that are missing, unknown or of
+            another shape.
+    """
+    if not model.state_dict().keys() & weights.keys():
+        weights = {f"network.{name}": tensor for name, tensor in weights.items()}
     try:
         model.load_state_dict(dict(weights))
-    except RuntimeError as error:  # a line of title, then one for each problem
-        problem = str(error).splitlines()[1].strip().rstrip(".")
+    except RuntimeError as error:  # a line of title, then one for each kind of problem
+        problems = [line.strip().rstrip(".")[:300] for line in str(error).splitlines()[1:4]]
         raise CheckpointError(
-            f"weights of {source} do not fit: {problem}; make `model` equal"
+            f"weights of {source} do not fit: {'; '.join(problems)}; make `model` equal"
         ) from error
 
 

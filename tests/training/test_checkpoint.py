@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from diffbuf_lib.errors import CheckpointError
 from diffbuf_lib.model import DiffusionBufferModel
@@ -154,6 +155,44 @@ def test_weights_only_start(tmp_path):
         run.close()
         assert seen.step == 1
         assert same(dict(model.state_dict()), averaged)
+
+
+FOREIGN = {
+    "plain": lambda own: own,
+    "module": lambda own: {f"module.{name}": value for name, value in own.items()},
+    "compiled": lambda own: {f"_orig_mod.{name}": value for name, value in own.items()},
+    "compiled in ddp": lambda own: {f"module._orig_mod.{n}": v for n, v in own.items()},
+    "compiled network": lambda own: {f"network._orig_mod.{n[8:]}": v for n, v in own.items()},
+    "lightning": lambda own: {"epoch": 3, "state_dict": {f"model.{n}": v for n, v in own.items()}},
+    "bare network": lambda own: {n.removeprefix("network."): v for n, v in own.items()},
+}  # fmt: skip
+
+
+@pytest.mark.law
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_run_starts_with_what_others_save(tmp_path, kind, suffix):
+    own = DiffusionBufferModel(config("model.base_channels=8")).state_dict()
+    path, weights = tmp_path / f"theirs{suffix}", FOREIGN[kind](own)
+    if suffix == ".pt":
+        torch.save(weights, path)
+    else:
+        plain = weights.get("state_dict", weights)
+        save_file({name: value.contiguous() for name, value in plain.items()}, path)
+    model = DiffusionBufferModel(config("model.base_channels=8"))
+    run = train(
+        config("training.lr=1e-30", "model.base_channels=8"), Clips(), None, tmp_path / "run",
+        device="cpu", start_check_point=path, model=model,
+    )  # fmt: skip
+    next(run)
+    run.close()
+    torch.testing.assert_close(dict(model.state_dict()), dict(own), rtol=0, atol=1e-20)
+
+
+def test_a_file_without_weights_is_told(tmp_path):
+    torch.save({"epoch": 3, "state_dict": {}}, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match="no weights"):
+        load_weights(tmp_path / "c.pt")
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):
