@@ -11,6 +11,7 @@ import difflib
 import math
 import reprlib
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -57,10 +58,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"config file {path} is not plain YAML: {reason}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"config file {path} holds {_short(tree)}, not `section: ...` mappings")
-    for override in overrides:
-        tree = _with_override(tree, override)
+    tree = reduce(_with_override, overrides, tree)
     # Here only: a config that came with someone's checkpoint or capsule imports nothing.
-    for plugin in tree.get("plugins") or ():
+    plugins = tree.get("plugins")
+    for plugin in plugins if isinstance(plugins, list) else ():  # else build_config refuses it
         _import_plugin(plugin, path)
     return build_config(tree, source=str(path))
 
@@ -78,10 +79,8 @@ def build_config(
     Raises:
         ConfigError: as in `load_config`.
     """
-    for override in overrides:
-        tree = _with_override(tree, override)
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(reduce(_with_override, overrides, tree))
     except ValidationError as error:
         problems = "; ".join(_describe(problem, Config) for problem in error.errors()[:20])
         raise ConfigError(_one_line(f"{source}: {problems}")) from None

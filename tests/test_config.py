@@ -70,6 +70,8 @@ def test_overrides_win_in_order_and_leave_the_original():
         ("training.loss=l1", "training.loss = 'l1'"),
         ("training.snr_weight=1", "set training.loss to data_prediction"),
         ("training.from_noisy=true", "set training.loss to data_prediction"),
+        ("plugins=5", "plugins = 5"),
+        ("plugins=abc", "plugins = 'abc'"),
         ("no equals sign", "not of the form key.path=value"),
         ("training.lr=[", "not YAML"),
     ],

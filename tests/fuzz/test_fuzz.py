@@ -26,7 +26,7 @@ from tests.training.helpers import config
 SECONDS = 10  # in which any input must be done with
 
 
-def fuzz(fast: int, long: int):
+def fuzz(strategy, *, fast: int, long: int):
     """Run a hypothesis test on few inputs, and a slow twin of it on many."""
 
     def wrap(check):
@@ -35,7 +35,7 @@ def fuzz(fast: int, long: int):
                 max_examples=count, deadline=SECONDS * 1000, database=None,
                 derandomize=count == fast, suppress_health_check=list(HealthCheck),
             )  # fmt: skip
-            options(check)()
+            options(given(strategy)(check))()  # anew: a test takes settings once
 
         counts = [fast, pytest.param(long, marks=pytest.mark.slow)]
         return pytest.mark.timeout(1200)(pytest.mark.parametrize("count", counts)(test))
@@ -108,8 +108,9 @@ def use(cfg: Config) -> None:
     make_sde(cfg.sde).std(t)
 
 
-@fuzz(60, 3000)
-@given(st.lists(st.tuples(st.sampled_from(KEYS), VALUES), min_size=1, max_size=4))
+@fuzz(
+    st.lists(st.tuples(st.sampled_from(KEYS), VALUES), min_size=1, max_size=4), fast=60, long=3000
+)
 def test_config_values(changes):
     with only_our_errors():
         cfg = Config()
@@ -122,8 +123,7 @@ def test_config_values(changes):
         use(cfg)
 
 
-@fuzz(40, 2000)
-@given(FILES)
+@fuzz(FILES, fast=40, long=2000)
 def test_config_files(content):
     with tempfile.TemporaryDirectory() as folder, only_our_errors():
         path = Path(folder) / "c.yaml"
@@ -167,8 +167,7 @@ def audio_bytes(kind: str, subtype: str) -> bytes:
 AUDIO = [audio_bytes("WAV", "PCM_16"), audio_bytes("WAV", "FLOAT"), audio_bytes("FLAC", "PCM_16")]
 
 
-@fuzz(90, 3500)
-@given(st.one_of(*map(mutated, AUDIO), st.binary()))
+@fuzz(st.one_of(*map(mutated, AUDIO), st.binary()), fast=90, long=3500)
 def test_audio_bytes(content):
     with tempfile.TemporaryDirectory() as folder:
         for name in ("mixture.wav", "vocals.flac"):  # what is in a file counts, not its name
@@ -195,8 +194,7 @@ def checkpoint_bytes() -> bytes:
         return (Path(folder) / "c.pt").read_bytes()
 
 
-@fuzz(40, 1000)
-@given(mutated(checkpoint_bytes()))
+@fuzz(mutated(checkpoint_bytes()), fast=40, long=1000)
 def test_checkpoint_bytes(content):
     with tempfile.TemporaryDirectory() as folder:
         for name, load in (("c.pt", load_checkpoint), ("model.safetensors", load_weights)):
