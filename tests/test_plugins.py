@@ -21,6 +21,7 @@ from diffbuf_lib.errors import ConfigError, NonFiniteError
 from diffbuf_lib.registry import LOSSES, METRICS, NETWORKS, OPTIMIZERS, SDES
 from diffbuf_lib.training import train
 from tests.conftest import TINY, seeded
+from tests.training.helpers import Clips
 
 pytestmark = pytest.mark.law
 NAMES = ((NETWORKS, "toy_net"), (SDES, "toy_sde"), (LOSSES, "toy_loss"))
@@ -112,27 +113,6 @@ def toy_metric(estimate, target, sample_rate):
     return -20 * math.log10(float((estimate - target).abs().mean()) + 1e-9)
 
 
-class Clips:
-    """Eight clips of noise; one of them can be broken."""
-
-    def __init__(self, broken: int | None = None) -> None:
-        self.broken = broken
-
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, index):
-        target = 0.1 * torch.randn(1, 1600, generator=seeded(index))
-        mix = target + 0.1 * torch.randn(1, 1600, generator=seeded(100 + index))
-        return (mix * math.nan, target) if index == self.broken else (mix, target)
-
-    def name(self, index):
-        return f"clip {index}"
-
-    def set_epoch(self, epoch):
-        pass
-
-
 @pytest.fixture
 def cfg():
     for (choices, name), target, options, facts in zip(
@@ -160,8 +140,9 @@ def cfg():
 
 
 def test_they_train_under_the_doctor_and_stream_as_a_whole(cfg, tmp_path):
-    assert not has_error(examine(cfg, Clips(), Clips(), results_path=tmp_path))
-    records = list(train(cfg, Clips(), Clips(), tmp_path / "run", device="cpu"))
+    clips = Clips(8, length=1600)
+    assert not has_error(examine(cfg, clips, clips, results_path=tmp_path))
+    records = list(train(cfg, clips, clips, tmp_path / "run", device="cpu"))
     assert len(records) == 2
     assert math.isfinite(records[-1].valid["toy_metric"])
     model = DiffusionBufferModel.from_pretrained(tmp_path / "run" / "model").eval().double()
@@ -175,12 +156,13 @@ def test_they_train_under_the_doctor_and_stream_as_a_whole(cfg, tmp_path):
 
 
 def test_a_step_that_fails_is_replayed(cfg, tmp_path):
-    with pytest.raises(NonFiniteError, match="clip 3"):
-        list(train(cfg.override("training.num_steps=4"), Clips(3), None, tmp_path, device="cpu"))
+    cfg, clips = cfg.override("training.num_steps=4"), Clips(8, bad=[3], length=1600)
+    with pytest.raises(NonFiniteError, match="clip_003"):
+        list(train(cfg, clips, None, tmp_path, device="cpu"))
     (folder,) = tmp_path.glob("capsule_*")
     result = Capsule.load(folder).replay()
     assert result.reproduced
-    assert "clip 3" in str(result.finding)
+    assert "clip_003" in str(result.finding)
 
 
 def test_a_plugin_is_imported_by_the_config_that_names_it(tmp_path, monkeypatch):

@@ -63,10 +63,8 @@ class Capsule:
         content = load_tensors(path / "capsule.pt", "capsule")
         record = content.pop("record", {}) if isinstance(content, dict) else {}
         if (found := record.get("format")) != FORMAT:
-            raise CheckpointError(
-                f"capsule {path} has format {found}; this library reads format {FORMAT}: replay it "
-                "with the diffbuf that wrote it"
-            )
+            fix = "replay it with the diffbuf that wrote it"
+            raise CheckpointError(f"capsule {path} has format {found}, not {FORMAT}: {fix}")
         cfg = build_config(record["config"], source=f"the config of capsule {path}")
         return cls(path, cfg, SimpleNamespace(**record), **content)
 

@@ -80,15 +80,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     state = load_tensors(path, "checkpoint")
     if not isinstance(state, dict) or not KEYS.issubset(state):
-        raise CheckpointError(
-            f"{path} is not a training checkpoint of diffbuf: take checkpoints/last.pt or best.pt "
-            "of a results folder"
-        )
-    if state["format"] != FORMAT:
-        raise CheckpointError(
-            f"checkpoint {path} has format {state['format']}, written by diffbuf "
-            f"{state['version']}; this library reads format {FORMAT}: install that version"
-        )
+        raise CheckpointError(f"{path} is not a training checkpoint: take the last.pt of a run")
+    if (found := state["format"]) != FORMAT:
+        fix = f"install diffbuf {state['version']}, which wrote it"
+        raise CheckpointError(f"checkpoint {path} has format {found}, not {FORMAT}: {fix}")
     return state
 
 
@@ -106,15 +101,11 @@ def load_tensors(path: Path, what: str) -> Any:
                 raise zipfile.BadZipFile(damaged)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{what} {path} is refused: it holds more than tensors and plain values, and "
-            "reading it could run code; take a file that diffbuf has written"
-        ) from error
+        why = "it holds more than tensors and plain values, and reading it could run code"
+        raise CheckpointError(f"{what} {path} is refused: {why}; take one of diffbuf's") from error
     except Exception as error:  # whatever the zip and pickle readers meet in damaged bytes
-        raise CheckpointError(
-            f"{what} {path} is damaged or cut short: take another one, such as best.pt "
-            f"({type(error).__name__}: {reason(error)[:80]})"
-        ) from error
+        why = f"damaged or cut short ({type(error).__name__}: {reason(error)[:80]})"
+        raise CheckpointError(f"{what} {path} is {why}: take another one") from error
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
@@ -131,10 +122,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     file = path / "model.safetensors" if path.is_dir() else path
     if path.is_dir() and not file.is_file():
-        raise CheckpointError(
-            f"folder {path} holds no model.safetensors: give a checkpoint file or the model/ "
-            "folder of a results folder"
-        )
+        raise CheckpointError(f"{path} holds no model.safetensors: give a checkpoint or run/model")
     if file.suffix == ".safetensors":
         try:
             return _plain_names(load_file(file))
@@ -172,10 +160,9 @@ def apply_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str |
     try:
         model.load_state_dict(dict(weights))
     except RuntimeError as error:  # a line of title, then one for each kind of problem
-        problems = [line.strip().rstrip(".")[:300] for line in str(error).splitlines()[1:4]]
-        raise CheckpointError(
-            f"weights of {source} do not fit: {'; '.join(problems)}; make `model` equal"
-        ) from error
+        why = "; ".join(line.strip().rstrip(".")[:300] for line in str(error).splitlines()[1:4])
+        fix = "make `model` equal"
+        raise CheckpointError(f"weights of {source} do not fit: {why}; {fix}") from error
 
 
 @contextmanager
@@ -206,20 +193,16 @@ class ResultsFolder:
 
     def check_fresh(self) -> None:
         """Raise CheckpointError if a run lives here; it says how to go on or where else to go."""
-        for file in (self.config, self.history, self.last):
-            if file.exists():
-                raise CheckpointError(
-                    f"results folder {self.path} already holds a run ({file.name}): add --resume "
-                    "to go on with it, or choose another --results_path"
-                )
+        found = [file.name for file in (self.config, self.history, self.last) if file.exists()]
+        if found:
+            fix = "add --resume to go on with it, or choose another --results_path"
+            raise CheckpointError(f"folder {self.path} already holds a run ({found[0]}): {fix}")
 
     def load_last(self, cfg: Config) -> dict[str, Any]:
         """Return last.pt; CheckpointError if there is none or its run had another config."""
         if not self.last.is_file():
-            raise CheckpointError(
-                f"results folder {self.path} holds no checkpoints/last.pt to resume: check "
-                "--results_path, or leave out --resume to start there"
-            )
+            fix = "check --results_path, or leave out --resume to start there"
+            raise CheckpointError(f"{self.path} holds no checkpoints/last.pt to resume: {fix}")
         state = load_checkpoint(self.last)
         check_same_config(state["config"], cfg.to_dict(), self.path)
         return state
@@ -276,11 +259,9 @@ def check_same_config(old: Mapping[str, Any], new: Mapping[str, Any], path: Path
     ]
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise CheckpointError(
-            f"results folder {path} holds a run of another config: {'; '.join(changed[:3])}{more}. "
-            "Set them back, or choose another --results_path (--start_check_point takes over the "
-            "weights)"
-        )
+        what = f"folder {path} holds a run of another config: {'; '.join(changed[:3])}{more}"
+        fix = "choose another --results_path (--start_check_point takes over the weights)"
+        raise CheckpointError(f"{what}. Set them back, or {fix}")
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -326,16 +307,14 @@ class FolderLock:
             self.path.write_text(f"process {os.getpid()}")  # for the message
         except filelock.Timeout:
             owner = self.path.read_text() if self.path.is_file() else ""
-            raise CheckpointError(
-                f"results folder {folder} is in use by another run ({owner or 'process unknown'}): "
-                "wait for it, stop it, or choose another --results_path"
-            ) from None
+            what = f"folder {folder} is in use by another run ({owner or 'process unknown'})"
+            fix = "wait for it, stop it, or choose another --results_path"
+            raise CheckpointError(f"{what}: {fix}") from None
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 return  # some network file systems
-            raise CheckpointError(
-                f"results folder {folder} cannot be written ({error.strerror}): choose another one"
-            ) from error
+            what = f"results folder {folder} cannot be written ({error.strerror})"
+            raise CheckpointError(f"{what}: choose another --results_path") from error
 
     def release(self) -> None:
         """Remove the file and give the lock back; without a lock, do nothing."""

@@ -340,11 +340,9 @@ class Run:
         """Write the checkpoints that are due, or raise NonFiniteError for exploded weights."""
         if not self.engine.is_finite():
             self.whole = False
-            raise NonFiniteError(
-                f"step {self.step} (epoch {self.epoch}): weights are not finite after the update "
-                f"with lr {self.engine.lr:g}: lower training.lr or set training.grad_clip; the "
-                "checkpoints are from before"
-            )
+            what = f"weights are not finite after the update with lr {self.engine.lr:g}"
+            fix = "lower training.lr or set training.grad_clip; the checkpoints are from before"
+            raise NonFiniteError(f"step {self.step} (epoch {self.epoch}): {what}: {fix}")
         if self.accelerator.is_main_process:
             if is_best:
                 self._write(self.folder.best)
@@ -377,7 +375,6 @@ class Run:
             if self.round == self.plan.rounds and self.pending is None:
                 self.epoch, self.round = self.epoch + 1, 0  # a smaller set, or larger rounds
         except Exception as error:  # whatever torch meets in a state that is not its own
-            raise CheckpointError(
-                f"checkpoint {self.folder.last} does not fit this model and optimizer: take "
-                f"another one, such as best.pt ({reason(error)[:200]})"
-            ) from error
+            what = f"checkpoint {self.folder.last} does not fit this model and optimizer"
+            fix = f"take another one, such as best.pt ({reason(error)[:200]})"
+            raise CheckpointError(f"{what}: {fix}") from error

@@ -35,6 +35,8 @@ from diffbuf_lib.training.signals import StopRequest
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Of mixed precision, by accelerate's names; "no" is float32."""
 
+_PARTS = ("model", "ema", "optimizer", "scheduler")  # of an engine, in a checkpoint
+
 
 class Outcome(NamedTuple):
     """What a step came to; none was made if losses or, without a scaler, the norm are bad."""
@@ -167,17 +169,12 @@ class Engine:
     def state_dict(self) -> dict[str, Any]:
         """Return all that a later run needs to go on, by name."""
         scaler = self.accelerator.scaler
-        return {
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-        }
+        state = {name: getattr(self, name).state_dict() for name in _PARTS}
+        return {**state, "scaler": None if scaler is None else scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave; a scaler's state only where both have a scaler."""
-        for name in ("model", "ema", "optimizer", "scheduler"):
+        for name in _PARTS:
             getattr(self, name).load_state_dict(state[name])
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
