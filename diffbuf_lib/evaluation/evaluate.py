@@ -38,7 +38,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffbuf_lib.data import ClipDataset, DNLMDataset, open_dataset, read_audio, read_info
-from diffbuf_lib.data.audio import text_of, write_bytes
+from diffbuf_lib.data.audio import write_json
 from diffbuf_lib.errors import CheckpointError, ConfigError, DataError
 from diffbuf_lib.evaluation.baselines import NOISY, OURS, make_baselines
 from diffbuf_lib.evaluation.bootstrap import summarise
@@ -169,9 +169,10 @@ class Evaluator:
 
     def _name(self, noisy: Path) -> str:
         path = noisy.relative_to(self.dataset.root)
-        if isinstance(self.dataset, DNLMDataset):
-            return text_of(path.parent)
-        return text_of(Path(*(path.parts[1:] or path.parts)))  # without noisy/ or speech/
+        # The folder in DN-LM; else without noisy/ or speech/.
+        dnlm = isinstance(self.dataset, DNLMDataset)
+        named = path.parent if dnlm else Path(*(path.parts[1:] or path.parts))
+        return os.fsencode(named.as_posix()).decode("utf-8", "backslashreplace")
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -258,8 +259,8 @@ def evaluate_folder(
         summary = summarise(rows, evaluator.metrics)
         found = Evaluation(rows, summary, _timing(job, evaluator, done))
         write_scores(folder / "scores.csv", rows, evaluator.metrics)
-        _write_json(folder / "summary.json", found.summary)
-        _write_json(folder / "timing.json", found.timing)
+        write_json(folder / "summary.json", found.summary)
+        write_json(folder / "timing.json", found.timing)
         if page:
             write_page(
                 folder / "report.html", "evaluation", _examples(evaluator, rows),
@@ -287,7 +288,7 @@ def _check_arguments(job: Job, evaluator: Evaluator, folder: Path) -> None:
     }
     path = folder / "arguments.json"
     if not path.exists():
-        _write_json(path, arguments)
+        write_json(path, arguments)
     before = json.loads(path.read_text(encoding="utf-8"))
     for key, now in arguments.items():
         if before.get(key) != now:
@@ -414,10 +415,6 @@ def _examples(evaluator: Evaluator, rows: Sequence[Row]) -> list[tuple[str, Scor
         f"{word}: {gain:+.2f} gain in {label_of(metric)}" for (gain, _), word in chosen.items()
     ]
     return list(zip(words, clips, strict=True))[::-1]
-
-
-def _write_json(path: Path, value: Any) -> None:
-    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def _cores() -> int:
