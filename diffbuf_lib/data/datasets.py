@@ -326,10 +326,8 @@ class MixingDataset(ClipDataset):
             from_start = is_speech and attempt == 0 and not self.training
             zeros = self.leading_zeros if is_speech else 0
             crop = draw_crop(info.frames, length, zeros, None if from_start else rng)
-            wave = apply_crop(
-                path, Crop(0, crop.start, min(info.frames - crop.start, length)), length
-            )
-            if not is_silent(wave):
+            whole = crop._replace(zeros=0, frames=min(info.frames - crop.start, length))
+            if not is_silent(wave := apply_crop(path, whole, length)):
                 return wave, crop.zeros
         raise DataError(f"{path} is silent in {_TRIES} drawn excerpts: remove it")
 

@@ -371,7 +371,6 @@ def _examples(evaluator: Evaluator, rows: Sequence[Row]) -> list[tuple[str, Scor
     places = {"Worst": 0, "Median": (len(gains) - 1) // 2, "Best": len(gains) - 1}
     chosen = {gains[place]: word for word, place in places.items()}  # each clip once
     clips = evaluator.run([i for _, i in chosen])
-    headings = (
-        f"{word}: {gain:+.2f} gain in {label_of(metric)}" for (gain, _), word in chosen.items()
-    )
+    gain_in = f"gain in {label_of(metric)}"
+    headings = (f"{word}: {gain:+.2f} {gain_in}" for (gain, _), word in chosen.items())
     return list(zip(headings, clips, strict=True))[::-1]
