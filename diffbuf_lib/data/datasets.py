@@ -98,10 +98,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._lengths: dict[int, int] = {}  # samples of the items whose headers have been checked
         if not self.root.is_dir():
-            raise DataError(
-                f"dataset folder {self.root} does not exist: check the path, or make it with "
-                "`diffbuf data demo` or `diffbuf data build`"
-            )
+            raise DataError(f"dataset folder {self.root} does not exist: see `diffbuf data --help`")
         self.items: Sequence[tuple[Path, ...]] = self._find() if self.fits(self.root) else []
         if not self.items:
             raise self._nothing_found()
@@ -222,10 +219,8 @@ class PairedFolderDataset(ClipDataset):
         for ours, theirs, missing in ((clean, noisy, "noisy"), (noisy, clean, "clean")):
             if alone := sorted(set(ours) - set(theirs)):
                 more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
-                raise DataError(
-                    f"{self.root / missing} lacks {', '.join(alone[:3])}{more}: clean/ and noisy/ "
-                    "must hold files of equal names, so add or remove them"
-                )
+                names = ", ".join(alone[:3]) + more
+                raise DataError(f"{self.root / missing} lacks {names}: add or remove files")
         return [(noisy[name], clean[name]) for name in sorted(clean)]
 
 
@@ -279,10 +274,8 @@ class MixingDataset(ClipDataset):
         for folder in (self.root / name for name in names):
             found[folder.name] = list_audio(folder) if folder.is_dir() else []
             if not found[folder.name]:
-                raise DataError(
-                    f"{folder} holds no .wav or .flac file: add some (rooms: or set "
-                    "data.room_probability=0)"
-                )
+                fix = "add some" + (", or set data.room_probability=0" * (folder.name == "rooms"))
+                raise DataError(f"{folder} holds no .wav or .flac file: {fix}")
         self.noise_files, self.room_files = found["noise"], found["rooms"]
         return [(path,) for path in found["speech"]]
 
@@ -296,10 +289,8 @@ class MixingDataset(ClipDataset):
         speech = self._augment(audio.resample(speech, length, self.chunk_size), rng)
         noise, _ = self._excerpt(noise_file, self.chunk_size, rng, is_speech=False)
         if len(speech) != len(noise):
-            raise DataError(
-                f"{speech_file} has {len(speech)} channels but {noise_file} has {len(noise)}: "
-                "bring both to one number of channels"
-            )
+            counts = f"{speech_file} has {len(speech)} channels but {noise_file} has {len(noise)}"
+            raise DataError(f"{counts}: bring both to one number")
         mixture = mix_pair(speech, noise, snr_db, distance)
         # Zeros come last, so that the SNR is that of the whole chunk however short the rest is.
         mix, target = (pad(wave, (zeros, 0))[:, : self.chunk_size] for wave in mixture[:2])

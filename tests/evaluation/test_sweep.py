@@ -5,10 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.evaluation.evaluate import Evaluator
 from diffbuf_lib.evaluation.sweep import run_sweep
-from tests.conftest import call, make_model
+from tests.conftest import call, make_model, refused
 
 
 @pytest.fixture
@@ -67,8 +66,8 @@ def test_t_max_and_models_as_they_were_trained(short, model_path, score_path, tm
     ],
 )
 def test_values_that_cannot_be_are_refused(short, model_path, tmp_path, vary, values, message):
-    with pytest.raises(ConfigError, match=message):
-        run_sweep([str(model_path)], short, tmp_path / "s", vary=vary, values=[*values])
+    options = {"vary": vary, "values": values}
+    refused(lambda: run_sweep([str(model_path)], short, tmp_path / "s", **options), message)
     assert not (tmp_path / "s").exists()
 
 
