@@ -274,7 +274,11 @@ class MixingDataset(ClipDataset):
         for folder in (self.root / name for name in names):
             found[folder.name] = list_audio(folder) if folder.is_dir() else []
             if not found[folder.name]:
-                fix = "add some" + (", or set data.room_probability=0" * (folder.name == "rooms"))
+                fix = (
+                    "add some, or set data.room_probability=0"
+                    if folder.name == "rooms"
+                    else "add some"
+                )
                 raise DataError(f"{folder} holds no .wav or .flac file: {fix}")
         self.noise_files, self.room_files = found["noise"], found["rooms"]
         return [(path,) for path in found["speech"]]

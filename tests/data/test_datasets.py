@@ -164,18 +164,17 @@ def test_folders_that_do_not_fit_name_what_would(tmp_path, make_dnlm):
 
 
 @pytest.mark.parametrize(
-    ("length", "channels", "rate", "parts"),
+    ("length", "channels", "rate", "part"),
     [
-        (1000, 1, 16000, ("1500 samples", "1000", "data.pair_tolerance")),
-        (1500, 2, 16000, ("1 channels", "has 2")),
-        (1500, 1, 8000, ("16000 Hz", "has 8000")),
+        (1000, 1, 16000, "data.pair_tolerance"),
+        (1500, 2, 16000, "1 channels but"),
+        (1500, 1, 8000, "16000 Hz but"),
     ],
 )
-def test_pairs_that_do_not_match(make_dnlm, save, noise_wave, length, channels, rate, parts):
+def test_pairs_that_do_not_match(make_dnlm, save, noise_wave, length, channels, rate, part):
     root = make_dnlm([1500])
     target = save(root / "sample_00000" / "vocals.wav", noise_wave(9, length, channels), rate)
-    data = DNLMDataset(root, CHUNK)
-    refused(lambda: data[0], target, "mixture.wav", *parts)
+    refused(lambda: DNLMDataset(root, CHUNK)[0], target, "mixture.wav", part)
 
 
 def test_collate_stacks_stereo_or_names_the_channels(make_dnlm):
@@ -211,6 +210,12 @@ def test_paired_folders_share_the_crop_and_name_what_is_alone(paired, save, nois
     refused(lambda: PairedFolderDataset(paired), "clean lacks new0.wav, new1.wav", "2 more")
 
 
+def decibels(mix, target):
+    """The SNR of an item."""
+    powers = [float(wave.double().square().sum()) for wave in (target, mix - target)]
+    return 10 * np.log10(powers[0] / powers[1])
+
+
 @pytest.fixture
 def to_mix(tmp_path, save, noise_wave):
     root = tmp_path / "to_mix"
@@ -228,10 +233,7 @@ def test_mixing_gives_the_drawn_snr_keyed_by_seed_epoch_and_index(to_mix):
         return [data[i] for i in (2, 0, 1)]
 
     items = read()
-    for mix, target in items:
-        noise = (mix - target).double()
-        ratio = float(target.double().square().sum() / noise.square().sum())
-        assert 10 * np.log10(ratio) == pytest.approx(-7.0, abs=1e-3)
+    assert [decibels(*item) for item in items] == pytest.approx([-7.0] * 3, abs=1e-3)
     again = read()
     assert all(torch.equal(a[0], b[0]) for a, b in zip(items, again, strict=True))
     for other in (read(seed=1), read(epoch=1)):
@@ -244,8 +246,7 @@ def test_mixing_spans_the_snr_range_and_validation_does_not_change(to_mix):
     ratios = []
     for epoch in range(40):
         data.set_epoch(epoch)
-        mix, target = data[0]
-        ratios.append(10 * np.log10(float(target.square().sum() / (mix - target).square().sum())))
+        ratios.append(decibels(*data[0]))
     assert -20.01 < min(ratios) < -12
     assert 12 < max(ratios) < 20.01
     fixed = MixingDataset(to_mix, CHUNK, training=False, leading_zeros=300)
@@ -283,37 +284,30 @@ def test_mixing_augments_the_speech_and_keeps_the_snr(to_mix, save):
     for augmented in (roomy, tilted, faster):
         mix, target = augmented[0]
         assert not torch.allclose(target, plain[0][1], atol=1e-3)
-        ratio = target.square().sum() / (mix - target).square().sum()
-        assert 10 * float(ratio.log10()) == pytest.approx(-5.0, abs=1e-3)
+        assert decibels(mix, target) == pytest.approx(-5.0, abs=1e-3)
         assert torch.equal(augmented[0][0], mix)
 
 
 @pytest.mark.parametrize(
-    ("samples", "channels", "rate", "parts"),
-    [
-        (4000, 2, 16000, ("1 channels", "has 2")),
-        (999, 1, 16000, ("999 samples", "audio.chunk_size")),
-        (4000, 1, 8000, ("8000 Hz", "diffbuf data resample")),
-    ],
+    ("samples", "channels", "rate", "part"),
+    [(4000, 2, 16000, "has 2"), (999, 1, 16000, "999 samples"), (4000, 1, 8000, "8000 Hz")],
 )
 def test_mixing_refuses_noise_that_does_not_fit(
-    to_mix, save, noise_wave, samples, channels, rate, parts
+    to_mix, save, noise_wave, samples, channels, rate, part
 ):
     for path in (to_mix / "noise").iterdir():
         save(path, noise_wave(0, samples, channels), rate)
-    refused(lambda: MixingDataset(to_mix, CHUNK)[0], *parts)
+    refused(lambda: MixingDataset(to_mix, CHUNK)[0], part)
 
 
 def test_open_dataset_passes_the_config_on(make_dnlm, paired, to_mix):
-    cfg = load_config(
-        REPOSITORY / "configs" / "debug.yaml",
-        ["training.seed=5", "data.snr_min=-3", "data.snr_max=-2"],
-    )
+    changes = ["training.seed=5", "data.snr_min=-3", "data.snr_max=-2"]
+    cfg = load_config(REPOSITORY / "configs" / "debug.yaml", changes)
     for number, root in {1: make_dnlm([1500]), 2: paired, 3: to_mix}.items():
         data = open_dataset(number, root, cfg, training=True)
         assert type(data) is KINDS[number]
-        assert (data.chunk_size, data.sample_rate) == (cfg.audio.chunk_size, cfg.audio.sample_rate)
-        assert (data.seed, data.leading_zeros) == (5, cfg.leading_zero_samples)
+        assert (data.chunk_size, data.seed) == (cfg.audio.chunk_size, 5)
+        assert data.leading_zeros == cfg.leading_zero_samples
         assert open_dataset(number, root, cfg, training=False).leading_zeros == 0
     assert data.snr == (-3.0, -2.0)
     refused(lambda: open_dataset(4, to_mix, cfg, training=True), "dataset_type")
