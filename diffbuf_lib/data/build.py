@@ -319,7 +319,7 @@ def _plan(speech_dir: Path, noise_dir: Path, out_dir: Path, recipe: Recipe) -> l
     frames = [round(length * recipe.sample_rate) for length in seconds]
     fraction = (recipe.valid + recipe.test) / sum(counts.values())
     longest = max(frames[1] if recipe.valid else 0, frames[2] if recipe.test else 0)
-    sources = {
+    sources: dict[Path, list[list[Any]]] = {
         speech_dir: _split_speech(speech_dir, fraction, recipe),
         noise_dir: _split_noise(noise_dir, fraction, recipe, (frames[0], longest)),
     }

@@ -148,30 +148,25 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
 
     def check_pair(self, mix: AudioInfo, target: AudioInfo) -> int:
         """Check that two files belong together, and return their length in samples."""
-        may_trim = self._may_trim(mix, target)
+        difference = abs(mix.frames - target.frames)  # encoders add or drop a few samples
         for what, ours, theirs, fix in (
             ("Hz", mix.sample_rate, target.sample_rate, "resample one of them"),
             ("channels", mix.channels, target.channels, "bring both to one number of channels"),
             ("samples", mix.frames, target.frames, "cut them alike, or raise data.pair_tolerance"),
         ):
-            if ours != theirs and not (what == "samples" and may_trim):
+            if ours != theirs and (what != "samples" or difference > self.pair_tolerance):
                 raise DataError(
                     f"{mix.path} has {ours} {what} but {target.path} has {theirs}: {fix}"
                 )
         check_rate(mix, self.sample_rate)
-        return min(mix.frames, target.frames)
-
-    def _may_trim(self, mix: AudioInfo, target: AudioInfo) -> bool:
-        """Return whether two lengths are almost equal, as encoders leave them; say so once."""
-        difference = abs(mix.frames - target.frames)
-        if 0 < difference <= self.pair_tolerance and not self._trimmed:
+        if difference and not self._trimmed:
             self._trimmed = True
             warnings.warn(
                 f"{mix.path} has {mix.frames} samples and {target.path} {target.frames}: such "
                 f"pairs are trimmed to the shorter (data.pair_tolerance is {self.pair_tolerance})",
                 stacklevel=2,
             )
-        return difference <= self.pair_tolerance
+        return min(mix.frames, target.frames)
 
     def _nothing_found(self) -> DataError:
         """Explain why a folder does not fit this layout, and what would."""

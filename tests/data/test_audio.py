@@ -17,6 +17,7 @@ from diffbuf_lib.data.audio import (
 )
 from diffbuf_lib.errors import DataError
 from tests.conftest import refused
+from tests.data.conftest import noise_wave, save
 
 
 @pytest.mark.law
@@ -24,7 +25,7 @@ from tests.conftest import refused
     ("suffix", "subtype", "step"),
     [("wav", "PCM_16", 2**-16), ("flac", "PCM_16", 2**-16), ("wav", "PCM_24", 2**-24)],
 )
-def test_a_wave_comes_back_within_half_a_step(tmp_path, noise_wave, suffix, subtype, step):
+def test_a_wave_comes_back_within_half_a_step(tmp_path, suffix, subtype, step):
     wave = noise_wave(0, 999, channels=2)
     path = tmp_path / f"a.{suffix}"
     write_audio(path, wave, 22050, subtype)
@@ -36,14 +37,14 @@ def test_a_wave_comes_back_within_half_a_step(tmp_path, noise_wave, suffix, subt
 
 
 @pytest.mark.law
-def test_float_wavs_come_back_bit_for_bit_and_may_exceed_full_scale(tmp_path, noise_wave):
+def test_float_wavs_come_back_bit_for_bit_and_may_exceed_full_scale(tmp_path):
     wave = 30 * noise_wave(0, 500)
     write_audio(tmp_path / "a.wav", wave, 16000, "FLOAT")
     assert torch.equal(read_audio(tmp_path / "a.wav")[0], wave)
 
 
 @pytest.mark.law
-def test_a_part_is_the_same_as_that_part_of_the_whole(tmp_path, noise_wave, save):
+def test_a_part_is_the_same_as_that_part_of_the_whole(tmp_path):
     for suffix in ("wav", "flac"):
         path = save(tmp_path / f"a.{suffix}", noise_wave(0, 5000))
         whole, _ = read_audio(path)
@@ -74,7 +75,7 @@ def test_samples_that_are_not_numbers_are_refused_both_ways(tmp_path, bad):
 
 
 @pytest.mark.law
-def test_a_full_disk_leaves_the_old_file_and_no_rest(tmp_path, noise_wave, save, monkeypatch):
+def test_a_full_disk_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
     path = save(tmp_path / "a.wav", noise_wave(0, 100))
     before = path.read_bytes()
 
@@ -109,7 +110,7 @@ def test_what_cannot_be_written(tmp_path, shape, name, subtype, message):
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac"])
-def test_files_that_cannot_be_read(tmp_path, noise_wave, save, suffix):
+def test_files_that_cannot_be_read(tmp_path, suffix):
     path = save(tmp_path / f"a.{suffix}", noise_wave(0, 4000))
     content = path.read_bytes()
     for spoiled, message in (
@@ -141,7 +142,7 @@ def test_resampling_keeps_a_tone_and_its_time(from_rate, to_rate):
     assert float((result - tone(to_rate))[:, middle].abs().max()) < 1e-3
 
 
-def test_resampling_lengths_and_limits(noise_wave):
+def test_resampling_lengths_and_limits():
     wave = noise_wave(0, 1001, channels=2)
     assert resample(wave, 16000, 16000) is wave
     for length in (1, 7, 1000, 1001):
@@ -149,7 +150,7 @@ def test_resampling_lengths_and_limits(noise_wave):
     refused(lambda: resample(wave, 0, 16000), "1 Hz")
 
 
-def test_listing_is_sorted_nested_and_only_audio(tmp_path, noise_wave, save):
+def test_listing_is_sorted_nested_and_only_audio(tmp_path):
     for name in ("b/2.flac", "b/1.wav", "a/x/3.WAV", "c.wav", ".hidden/4.wav", "a/._5.wav"):
         save(tmp_path / name, noise_wave(0, 10))
     (tmp_path / "notes.txt").write_text("no audio")

@@ -11,6 +11,7 @@ import torchaudio.datasets
 import diffbuf_lib.data.build as build_module
 from diffbuf_lib.data import DNLMDataset, build_dnlm, download_librispeech, read_audio, read_info
 from tests.conftest import refused
+from tests.data.conftest import noise_wave, save
 
 SMALL = {"train": 6, "valid": 3, "seconds": 0.5, "seed": 3}
 
@@ -121,7 +122,7 @@ def test_a_stopped_build_goes_on_and_ends_the_same(tmp_path, sources, built, mon
     assert again == []
 
 
-def test_other_arguments_or_sources_are_refused(tmp_path, sources, built, save):
+def test_other_arguments_or_sources_are_refused(tmp_path, sources, built):
     sources = (shutil.move(sources[0], tmp_path / "elsewhere"), sources[1])  # may move
     before = contents(built)
     build_dnlm(*sources, built, **SMALL)
@@ -135,7 +136,7 @@ def test_other_arguments_or_sources_are_refused(tmp_path, sources, built, save):
 
 
 @pytest.mark.law
-def test_one_noise_file_is_split_in_time(tmp_path, sources, save):
+def test_one_noise_file_is_split_in_time(tmp_path, sources):
     noise = tmp_path / "one"
     ramp = np.linspace(0.01, 0.9, 3 * 16000)[None] * np.sign(np.sin(np.arange(48000) * 3.0))
     save(noise / "a.wav", ramp)
@@ -172,7 +173,7 @@ def test_options_out_of_their_limits_are_named(tmp_path, sources, key, value):
     assert not (tmp_path / "out").exists()
 
 
-def test_folders_that_do_not_fit(tmp_path, sources, save, noise_wave):
+def test_folders_that_do_not_fit(tmp_path, sources):
     speech, noise = sources
     (tmp_path / "empty").mkdir()
     save(tmp_path / "lonely" / "a.wav", noise_wave(0, 16000))
@@ -187,7 +188,7 @@ def test_folders_that_do_not_fit(tmp_path, sources, save, noise_wave):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_bad_source_is_named_from_any_process(tmp_path, sources, save, processes):
+def test_a_bad_source_is_named_from_any_process(tmp_path, sources, processes):
     silent = save(sources[0] / "spk0" / "ch" / "0.wav", torch.zeros(1, 16000))
     for other in ("spk1", "spk2", "spk3"):
         shutil.rmtree(sources[0] / other)
@@ -196,7 +197,7 @@ def test_a_bad_source_is_named_from_any_process(tmp_path, sources, save, process
     assert not list(out.rglob("*.tmp"))
 
 
-def test_multichannel_sources_become_mono_and_short_speech_is_padded(tmp_path, save, noise_wave):
+def test_multichannel_sources_become_mono_and_short_speech_is_padded(tmp_path):
     speech, noise = tmp_path / "speech", tmp_path / "noise"
     for name in ("a.wav", "b.wav"):
         save(speech / name, noise_wave(0, 3000, channels=2))

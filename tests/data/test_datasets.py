@@ -21,6 +21,7 @@ from diffbuf_lib.data import (
 )
 from diffbuf_lib.data.datasets import draw_crop
 from tests.conftest import refused
+from tests.data.conftest import noise_wave, save
 
 CHUNK = 1000
 REPOSITORY = Path(__file__).parents[2]
@@ -171,7 +172,7 @@ def test_folders_that_do_not_fit_name_what_would(tmp_path, make_dnlm):
         (1500, 1, 8000, "16000 Hz but"),
     ],
 )
-def test_pairs_that_do_not_match(make_dnlm, save, noise_wave, length, channels, rate, part):
+def test_pairs_that_do_not_match(make_dnlm, length, channels, rate, part):
     root = make_dnlm([1500])
     target = save(root / "sample_00000" / "vocals.wav", noise_wave(9, length, channels), rate)
     refused(lambda: DNLMDataset(root, CHUNK)[0], target, "mixture.wav", part)
@@ -189,7 +190,7 @@ def test_collate_stacks_stereo_or_names_the_channels(make_dnlm):
 
 
 @pytest.fixture
-def paired(tmp_path, save, noise_wave):
+def paired(tmp_path):
     for number in range(3):
         clean, noise = noise_wave(number, 2500), noise_wave(100 + number, 2500)
         save(tmp_path / "clean" / "a" / f"{number}.wav", clean)
@@ -197,7 +198,7 @@ def paired(tmp_path, save, noise_wave):
     return tmp_path
 
 
-def test_paired_folders_share_the_crop_and_name_what_is_alone(paired, save, noise_wave):
+def test_paired_folders_share_the_crop_and_name_what_is_alone(paired):
     data = PairedFolderDataset(paired, CHUNK)
     assert len(data) == 3
     mix, target = data[1]
@@ -217,7 +218,7 @@ def decibels(mix, target):
 
 
 @pytest.fixture
-def to_mix(tmp_path, save, noise_wave):
+def to_mix(tmp_path):
     root = tmp_path / "to_mix"
     for number in range(3):
         save(root / "speech" / f"s{number}" / "a.wav", noise_wave(number, 3000))
@@ -258,7 +259,7 @@ def test_mixing_spans_the_snr_range_and_validation_does_not_change(to_mix):
     assert float(correlation) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_mixing_never_takes_a_pause_for_speech(to_mix, save, noise_wave):
+def test_mixing_never_takes_a_pause_for_speech(to_mix):
     wave = noise_wave(0, 12000)
     wave[:, :9000] = 0
     save(to_mix / "speech" / "s0" / "a.wav", wave)
@@ -271,7 +272,7 @@ def test_mixing_never_takes_a_pause_for_speech(to_mix, save, noise_wave):
 
 
 @pytest.mark.law
-def test_mixing_augments_the_speech_and_keeps_the_snr(to_mix, save):
+def test_mixing_augments_the_speech_and_keeps_the_snr(to_mix):
     plain = MixingDataset(to_mix, CHUNK, snr=(-5.0, -5.0))
     refused(lambda: MixingDataset(to_mix, CHUNK, room_probability=0.5), "rooms", "room_probability")
     room = torch.zeros(1, 400)
@@ -292,9 +293,7 @@ def test_mixing_augments_the_speech_and_keeps_the_snr(to_mix, save):
     ("samples", "channels", "rate", "part"),
     [(4000, 2, 16000, "has 2"), (999, 1, 16000, "999 samples"), (4000, 1, 8000, "8000 Hz")],
 )
-def test_mixing_refuses_noise_that_does_not_fit(
-    to_mix, save, noise_wave, samples, channels, rate, part
-):
+def test_mixing_refuses_noise_that_does_not_fit(to_mix, samples, channels, rate, part):
     for path in (to_mix / "noise").iterdir():
         save(path, noise_wave(0, samples, channels), rate)
     refused(lambda: MixingDataset(to_mix, CHUNK)[0], part)
