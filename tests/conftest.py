@@ -3,6 +3,7 @@ import torch
 
 from diffbuf_lib import Config, DiffusionBufferModel, cli
 from diffbuf_lib.config import build_config
+from diffbuf_lib.errors import DiffbufError
 
 # Two xdist workers on two cores: more threads each would only wait for one another.
 torch.set_num_threads(1)
@@ -33,6 +34,16 @@ def make_model(cfg: Config, seed: int = 0) -> DiffusionBufferModel:
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def refused(make, *parts):
+    """Check that our error is one line and names all of `parts`."""
+    with pytest.raises(DiffbufError) as error:
+        make()
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message
 
 
 def call(monkeypatch, capsys, *args):
