@@ -242,7 +242,7 @@ def test_a_raw_pipe_of_several_channels_is_averaged(tiny_cfg, monkeypatch, tmp_p
 @pytest.mark.parametrize(
     ("content", "more", "message"),
     [(bytes(99), {"rate": 8000}, "8000 Hz and the model at 16000"),
-     (b"fLaC" + bytes(99), {}, "FLAC"),
+     (b"fLaC" + bytes(99), {}, "fLaC"),
      (b"RIFF\0\0\0\0WAVEfmt ", {}, "ends before"), (b"ID3" + bytes(99), {}, "ffmpeg")],
 )  # fmt: skip
 def test_pipes_that_are_no_pcm_of_the_models_rate_are_refused(

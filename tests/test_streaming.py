@@ -35,10 +35,12 @@ def run(enhancer, signal, cuts):
     cuts=st.lists(st.integers(0, 700), max_size=6),
     loss=st.sampled_from(["weighted_score", "data_prediction"]),
     n_fft=st.sampled_from([62, 63, 64]),
+    hop=st.sampled_from([32, 13]),
     network=st.sampled_from([(), BLOCK_CAUSAL]),
 )
-def test_any_cut_gives_the_whole(length, cuts, loss, n_fft, network):
-    cfg = build_config(TINY, [f"training.loss={loss}", f"audio.stft.n_fft={n_fft}", *network])
+def test_any_cut_gives_the_whole(length, cuts, loss, n_fft, hop, network):
+    stft = (f"audio.stft.n_fft={n_fft}", f"audio.stft.hop_length={hop}")
+    cfg = build_config(TINY, [f"training.loss={loss}", *stft, *network])
     # In float64: compression takes a rounding error of 1e-16 in an empty bin to 1e-8.
     model = make_model(cfg).double()
     signal = torch.randn(length, generator=seeded(length), dtype=torch.float64) * 0.1
