@@ -156,7 +156,7 @@ def cfg():
         ],
     )
     for choices, name in NAMES:
-        choices.remove(name)
+        del choices[name]
 
 
 def test_they_train_under_the_doctor_and_stream_as_a_whole(cfg, tmp_path):
@@ -194,7 +194,7 @@ def test_a_plugin_is_imported_by_the_config_that_names_it(tmp_path, monkeypatch)
     try:
         assert load_config(tmp_path / "c.yaml").training.loss == "mine"
     finally:
-        LOSSES.remove("mine")
+        del LOSSES["mine"]
     with pytest.raises(ConfigError, match="no_such_plugin"):
         load_config(tmp_path / "c.yaml", ["plugins=[no_such_plugin]"])
     with pytest.raises(ConfigError, match="unknown"):  # a config of a checkpoint imports nothing

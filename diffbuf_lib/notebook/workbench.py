@@ -88,7 +88,7 @@ def open_workbench(
 def _open(folder: Path, cfg: Config, *, training: bool) -> ClipDataset:
     layout = find_layout(folder)
     if layout is None:
-        known = "; ".join(entry.load().holds for entry in LAYOUTS)
+        known = "; ".join(entry.load().holds for entry in LAYOUTS.values())
         raise DataError(
             f"{folder} holds no clips: DATA (or {DATA_VARIABLE}) must name a folder with {known}"
         )
