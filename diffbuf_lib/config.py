@@ -34,14 +34,9 @@ from diffbuf_lib.registry import Registry
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML config file.
+    """Read a YAML config file, such as `configs/debug.yaml`; every default is filled in.
 
-    Args:
-        path: a file such as `configs/debug.yaml`.
-        overrides: `key.path=value` strings, applied in order; the value is read as YAML.
-
-    Returns:
-        The checked config, with every default filled in.
+    `overrides` are `key.path=value` strings, applied in order; the value is read as YAML.
 
     Raises:
         ConfigError: no such file, not YAML, an unknown key, or a value out of its limits.
@@ -74,15 +69,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def build_config(
     tree: dict[str, Any], overrides: Sequence[str] = (), source: str = "the config"
 ) -> Config:
-    """Check a config given as nested dictionaries; `load_config` without the file.
+    """Check nested dictionaries, which stay as they are; `load_config` without the file.
 
-    Args:
-        tree: nested dictionaries, as YAML would give them. Not changed.
-        overrides: `key.path=value` strings.
-        source: what error messages call the config.
-
-    Raises:
-        ConfigError: as in `load_config`.
+    `source` is what error messages call the config.
     """
     try:
         return Config.model_validate(reduce(_with_override, overrides, tree))
@@ -198,9 +187,7 @@ class PreprocessingConfig(Section):
 
     magnitude_compression: CompressionConfig = CompressionConfig()
     level_seconds: float | None = key(
-        None,
-        "s, time constant of the running level that frames are divided by; null: they are not",
-        gt=0,
+        None, "s, time constant of the running level that frames are divided by; null: none", gt=0
     )
 
 
@@ -217,10 +204,10 @@ class ModelConfig(Section):
     dropout: float = key(0.0, "probability", ge=0, lt=1)
     data_scale: float | None = key(
         None,
-        "size of the compressed spectra, by which the network's V (with sigma) and Y are divided",
+        "size of compressed spectra: the network's V (with sigma) and Y are divided by it",
         gt=0,
     )
-    output_scale: Literal["sigma", "time", "none"] = key("sigma", "by which the output is divided")
+    output_scale: Literal["sigma", "time", "none"] = key("sigma", "the output is divided by it")
     x0_output: Literal["spectrum", "mask"] = key(
         "spectrum", "data prediction: the output is x0_hat, or M in (1 + M) Y"
     )
@@ -279,7 +266,9 @@ registry.SDES.add("ouve", "diffbuf_lib.diffusion.sde:OUVE", options=OUVEDiffusio
 class SDEConfig(Section):
     """The stochastic differential equation between clean and noisy."""
 
-    type: Annotated[str, _names(registry.SDES)] = key("bbed", "Brownian bridge, or ouve")
+    type: Annotated[str, _names(registry.SDES)] = key(
+        "bbed", "Brownian bridge; ouve: Ornstein-Uhlenbeck"
+    )
     diffusion: Annotated[Any, _own_keys(registry.SDES, "type", "sde.diffusion")] = key(
         {}, "the SDE's own keys"
     )
@@ -288,7 +277,7 @@ class SDEConfig(Section):
 class DataConfig(Section):
     """Pairs of files, and those that are mixed while training (dataset_type 3)."""
 
-    pair_tolerance: int = key(400, "samples that a pair's lengths may differ: trimmed", ge=0)
+    pair_tolerance: int = key(400, "samples by which a pair may differ in length: cut", ge=0)
     snr_min: float = key(-30.0, "dB, smallest drawn SNR", ge=-100, le=100)
     snr_max: float = key(0.0, "dB, largest drawn SNR", ge=-100, le=100)
     distance_min: float = key(5.0, "m, nearest talker", ge=0.01, le=10000.0)
@@ -304,18 +293,13 @@ class TrainingConfig(Section):
 
     loss: Annotated[str, _names(registry.LOSSES)] = key("score", "see diffbuf_lib.diffusion.losses")
     own_estimate: float = key(
-        0.0,
-        "data_prediction: share of clips with V of the network's first estimate, as online",
-        ge=0,
-        le=1,
+        0.0, "data_prediction: share of clips with V of a first estimate, as online", ge=0, le=1
     )
     from_noisy: bool = key(
         False, "data_prediction: V is made of Y alone: a first stage, at half own_estimate's cost"
     )
     snr_weight: float = key(
-        0.0,
-        "data_prediction: adds this times the negative SNR, in dB, of the linear spectrum",
-        ge=0,
+        0.0, "data_prediction: adds this times the negative SNR, in dB, of the spectrum", ge=0
     )
     optimizer: Annotated[str, _names(registry.OPTIMIZERS)] = key(
         "adam", "torch.optim; muon: see diffbuf_lib.training.optimizer"
@@ -325,8 +309,7 @@ class TrainingConfig(Section):
     ] = key({}, "keys of an optimizer from outside this package")
     lr: float = key(0.0001, "learning rate", gt=0)
     lr_schedule: Literal["plateau", "linear"] = key(
-        "plateau",
-        "plateau: falls when validation stands still; linear: to zero over the run's last 70 %",
+        "plateau", "plateau: falls when validation stands still; linear: to zero in the last 70 %"
     )
     warmup_steps: int = key(0, "linear: steps in which lr rises", ge=0)
     weight_decay: float = key(0.0, "of the optimizer", ge=0)
@@ -350,12 +333,13 @@ class TrainingConfig(Section):
         ("si_sdr",), "scores of the enhanced validation clips", min_length=1
     )
     metric_for_scheduler: str = key(
-        "si_sdr",
-        "what lowers lr, stops early and picks the best: loss, or one of metrics",
+        "si_sdr", "what lowers lr, stops early and picks the best: loss, or one of metrics"
     )
     patience: int = key(10, "validations without gain before lr is lowered", ge=0)
     reduce_factor: float = key(0.5, "lr is multiplied by this", gt=0, lt=1)
-    early_stopping: int | None = key(None, "such validations before the run ends", ge=1)
+    early_stopping: int | None = key(
+        None, "validations without gain that end a run; null: none", ge=1
+    )
     valid_every: int = key(1, "epochs from one validation to the next", ge=1)
     valid_clips: int = key(16, "clips enhanced and scored a validation", ge=1)
     checkpoint_every: int = key(500, "steps between checkpoints in an epoch", ge=1)

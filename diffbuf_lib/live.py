@@ -45,8 +45,7 @@ def stream_path(
 
     Args:
         enhancer: of one stream.
-        source: a file of the model's sample rate, its channels averaged to mono; `-` for a WAV or
-            raw s16le PCM on stdin.
+        source: a file of the model's rate, its channels averaged; `-` for WAV or s16le on stdin.
         output: .wav, written as 32-bit float, or .flac; `-` for raw s16le on stdout.
         realtime: feed a file at its own pace. A pipe sets its own.
         rate: Hz, of raw PCM; None for the model's.
@@ -54,8 +53,7 @@ def stream_path(
         repair: take NaN and Inf in a file as zeros instead of refusing it.
 
     Raises:
-        DataError: a file that cannot be read or written, or of another sample rate; an output that
-            is the input.
+        DataError: a file that cannot be read or written, of another rate, or given as its output.
     """
     cfg = enhancer.model.cfg.audio
     hop = cfg.stft.hop_length
@@ -69,9 +67,8 @@ def stream_path(
             hops = (torch.from_numpy(block[:, 0]) for block in file.blocks(hop, mono=True))
         if found != cfg.sample_rate:
             raise DataError(
-                f"{'stdin' if file is None else source} is at {found} Hz and the model at "
-                f"{cfg.sample_rate} Hz: a live stream is not resampled; diffbuf enhance takes any "
-                "rate"
+                f"{source if file else 'stdin'} is at {found} Hz and the model at {cfg.sample_rate}"
+                " Hz: a live stream is not resampled; diffbuf enhance takes any rate"
             )
         sink: Callable[[Tensor], object]
         if output == PIPE:

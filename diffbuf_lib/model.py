@@ -76,10 +76,8 @@ class DiffusionBufferModel(
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
         """Load a model, with the options of `huggingface_hub.PyTorchModelHubMixin`.
 
-        Args:
-            pretrained_model_name_or_path: a folder that `save_pretrained` wrote; diffbuf/NAME,
-                such as diffbuf/cpu-demo, which comes with the package; or a name on the hub.
-            options: such as revision.
+        From a folder that `save_pretrained` wrote, a run's folder (its model/ is taken), or by a
+        name: diffbuf/cpu-demo, which comes with the package, or one on the hub.
 
         Raises:
             ConfigError: no model is there, and it is no name that the hub could have.
@@ -382,11 +380,10 @@ def resolve_device(name: str, *, fallback: bool = False) -> torch.device:
 def load_model(
     source: str | Path, device: str = "auto", overrides: Sequence[str] = ()
 ) -> DiffusionBufferModel:
-    """Load a trained model for use.
+    """Load a trained model for use, from where `DiffusionBufferModel.from_pretrained` takes it.
 
     Args:
-        source: a folder that `save_pretrained` wrote, a run's folder (its model/ is taken), or a
-            name such as diffbuf/cpu-demo, which comes with the package.
+        source: a folder, or a name.
         device: auto, cpu, cuda or cuda:N.
         overrides: `key.path=value` that change its config but not its weights, such as
             diffusion_buffer.buffer_size=10.
@@ -400,8 +397,7 @@ def load_model(
     except (OSError, HFValidationError) as error:  # what the hub raises, offline too, is an OSError
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"--model {source} is no folder here and could not be fetched as a name ({reason}): "
-            "give a folder that training wrote, such as results/demo/model"
+            f"model {source} is no folder here and could not be fetched as a name: {reason}"
         ) from error
     if overrides:
         changed = DiffusionBufferModel(model.cfg.override(*overrides))

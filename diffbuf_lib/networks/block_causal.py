@@ -66,13 +66,8 @@ class BlockCausal(nn.Module):
 
     `forward` has zero padding before its window, `start` endless silence (frames of V = Y = 0).
     The two agree exactly when the window shows all that a buffer frame can see, K - Kb >=
-    `receptive_field`, its frames from before the stream being silent.
-
-    Args:
-        base_channels: channels of the finest level.
-        channel_multipliers: channels of each level over base_channels.
-        num_res_blocks: residual blocks of each level on the way down, and again on the way up.
-        dropout: probability, in every residual block.
+    `receptive_field`, its frames from before the stream being silent. Arguments are keys of
+    `ModelConfig`; a level has num_res_blocks on the way down, and again on the way up.
     """
 
     def __init__(

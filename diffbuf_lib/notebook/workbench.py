@@ -55,8 +55,7 @@ def open_workbench(
 
     Args:
         config: a YAML file.
-        data: a dataset's folder of any layout (`diffbuf_lib.data.LAYOUTS`), with its splits in
-            `train/` and `valid/` or without splits.
+        data: a folder of any layout of `diffbuf_lib.data.LAYOUTS`, or one of `train/` and `valid/`.
         overrides: config keys, as in `load_config`.
 
     Raises:
