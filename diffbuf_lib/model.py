@@ -172,14 +172,14 @@ class DiffusionBufferModel(
                 "audio.chunk_size"
             )
         real = torch.float64 if mix.dtype == torch.float64 else torch.float32
-        kind: dict[str, Any] = {"device": mix.device, "dtype": real}
-        noise = {**kind, "dtype": real.to_complex()}
-        t = draw_times(self.cfg.diffusion_buffer, B, generator, **kind)
-        z = complex_normal((B, num_bins, Kb), generator, **noise)
+        given = (generator, mix.device, real)
+        noise = (generator, mix.device, real.to_complex())
+        t = draw_times(self.cfg.diffusion_buffer, B, *given)
+        z = complex_normal((B, num_bins, Kb), *noise)
         if not self.cfg.training.own_estimate:
             return Draws(t, z)
-        first_z = complex_normal((B, num_bins, K), generator, **noise)
-        own = uniform((B, 1, 1), generator, **kind)[:, 0, 0] < self.cfg.training.own_estimate
+        first_z = complex_normal((B, num_bins, K), *noise)
+        own = uniform((B, 1, 1), *given)[:, 0, 0] < self.cfg.training.own_estimate
         return Draws(t, z, first_z, own)
 
     def _what_is_perturbed(
