@@ -55,19 +55,13 @@ class DiffusionBufferModel(
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.cfg = cfg
-        self.spectral = Spectral.from_config(
-            cfg.audio.stft, cfg.preprocessing.magnitude_compression
-        )
+        stft, compression = cfg.audio.stft, cfg.preprocessing.magnitude_compression
+        self.spectral = Spectral.from_config(stft, compression)
         # Enhancement always centres its frames: with frames that start at sample 0 the first
         # samples lie under one window's flank, where overlap-add blows up a modified spectrum.
-        self.framing = Spectral.from_config(
-            cfg.audio.stft.model_copy(update={"center": True}),
-            cfg.preprocessing.magnitude_compression,
-        )
-        seconds = cfg.preprocessing.level_seconds
-        self.level = (
-            None if seconds is None else RunningLevel(seconds, cfg.audio.sample_rate, self.spectral)
-        )
+        self.framing = Spectral.from_config(stft.model_copy(update={"center": True}), compression)
+        seconds, rate = cfg.preprocessing.level_seconds, cfg.audio.sample_rate
+        self.level = RunningLevel(seconds, rate, self.spectral) if seconds else None
         self.sde = make_sde(cfg.sde)
         self.network = make_network(cfg.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loss_map = LOSSES[cfg.training.loss].load()

@@ -70,9 +70,7 @@ def run(command):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
 
 
-def test_the_command_trains_warns_once_about_the_cpu_asks_for_resume_and_goes_on(
-    data, tmp_path, monkeypatch, capsys
-):
+def test_train_resume_enhance_and_evaluate(data, tmp_path, monkeypatch, capsys):
     results = tmp_path / "run"
     done = run(the_command(data, results, "--max_steps", "3", "--seed", "1"))
     assert done.returncode == 0, done.stderr
