@@ -334,7 +334,11 @@ class TrainingConfig(Section):
     valid_every: int = key(1, "epochs from one validation to the next", ge=1)
     valid_clips: int = key(16, "clips enhanced and scored a validation", ge=1)
     checkpoint_every: int = key(500, "steps between checkpoints in an epoch", ge=1)
-    log_every: int = key(10, "steps between TensorBoard points", ge=1)
+    trackers: tuple[Annotated[str, _names(registry.TRACKERS)], ...] = key(
+        ("tensorboard",), "who else is told: tensorboard, wandb, trackio"
+    )
+    tracker_project: str = key("diffbuf", "of W&B or trackio, where its runs are compared")
+    log_every: int = key(10, "steps between the trackers' points", ge=1)
 
     @property
     def predicts_data(self) -> bool:

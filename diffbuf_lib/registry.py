@@ -91,6 +91,9 @@ METRICS = Registry("training.metrics")
 needs; `needs_target`; `lower_is_better`; `label` and `unit` (or range), for tables; `speech`, that
 it judges speech, which then has to be there; `shortest`, seconds; `sample_rates`, if not all."""
 
+TRACKERS = Registry("training.trackers")
+"""(Config, results folder, step) -> a `diffbuf_lib.training.trackers.Tracker`."""
+
 LAYOUTS = Registry("--dataset_type")
 """A dataset class with the arguments of `DNLMDataset`."""
 
@@ -117,6 +120,8 @@ for _name, _target, _states in (
     ("muon", "diffbuf_lib.training.optimizer:Muon", 1),
 ):
     OPTIMIZERS.add(_name, _target, states=_states)
+for _name, _class in (("tensorboard", "TensorBoard"), ("wandb", "WandB"), ("trackio", "Trackio")):
+    TRACKERS.add(_name, f"diffbuf_lib.training.trackers:_{_class}")
 _BY_EAR: dict[str, Any] = {"speech": True, "shortest": 0.25, "sample_rates": (16000,)}
 for _name, _label, _unit, _facts in (
     ("si_sdr", "SI-SDR", "dB", {}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import shutil
 import time
 import weakref
@@ -19,6 +20,7 @@ from diffbuf_lib.notebook.panels import WorkerPanel, label
 from diffbuf_lib.training import StepRecord, load_weights, train
 from diffbuf_lib.training.feed import ClipSource
 from diffbuf_lib.training.folder import ResultsFolder, apply_weights, read_history
+from diffbuf_lib.training.trackers import NOTES, tracked
 
 _PICTURE_EVERY = 0.25  # s, at least
 _PICTURE_SHARE = 0.2  # of the thread's time that may go into pictures
@@ -74,10 +76,11 @@ class TrainingPanel(WorkerPanel[StepRecord]):
         self.clip_step: int | None = None
         self.model = DiffusionBufferModel(cfg).eval()
         self.step_label, self.status = label("step", "260px"), label("status", "600px")
+        self.links = widgets.HTML()
         self._drawn, self._cost = 0.0, 0.0
         labels = widgets.HBox([self.step_label, self.status])
         description = "loss, validation scores and a validation clip of a training run"
-        super().__init__(_BUTTONS, [], [labels], description)
+        super().__init__(_BUTTONS, [], [labels, self.links], description)
         self._show()
 
     @property
@@ -132,7 +135,8 @@ class TrainingPanel(WorkerPanel[StepRecord]):
         """Stop and remove the widgets from the page."""
         self.ask(stop=True)
         self.join()
-        for widget in (self.box, self.image, self.step_label, self.status, *self.buttons.values()):
+        labels = self.step_label, self.status, self.links
+        for widget in (self.box, self.image, *labels, *self.buttons.values()):
             widget.close()
 
     def _open(self) -> Generator[StepRecord, None, None]:
@@ -165,6 +169,7 @@ class TrainingPanel(WorkerPanel[StepRecord]):
         if self.error is not None:
             text = f": {' '.join(str(self.error).split()) or type(self.error).__name__}"
         self.status.value = self.state + text
+        self.links.value = "; ".join(_link(*run) for run in tracked(self.folder.path).items())
         ready, busy = {"pause": self.running, "resume": self.paused}, self.busy
         for name, button in self.buttons.items():
             button.disabled = busy if name == "start" else not ready.get(name, busy)
@@ -179,10 +184,19 @@ def remove_run(results_path: str | Path) -> None:
     """Remove the files of a run, which may be missing, and nothing else from its folder."""
     folder = ResultsFolder(results_path)
     capsules = folder.path.glob("capsule_*")
-    for path in (folder.last.parent, folder.model, folder.tensorboard, *capsules):
+    wandb = folder.path / "wandb"
+    for path in (folder.last.parent, folder.model, folder.tensorboard, wandb, *capsules):
         shutil.rmtree(path, ignore_errors=True)
-    for file in (folder.config, folder.history):
+    for file in (folder.config, folder.history, folder.path / NOTES):
         file.unlink(missing_ok=True)
+
+
+def _link(service: str, run: dict[str, str]) -> str:
+    """Return where a service shows a run, as HTML: an address, or the command to type."""
+    link = html.escape(run["link"])
+    address = f'<a href="{link}" target="_blank">{link}</a>'
+    shown = address if "://" in link else f"<code>{link}</code>"
+    return f"{service}: {shown}"
 
 
 def _read_records(folder: ResultsFolder) -> list[StepRecord]:

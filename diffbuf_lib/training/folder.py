@@ -5,7 +5,7 @@ history.jsonl         one line a step and a validation
 checkpoints/last.pt   to go on from, written at step 0, at every epoch's end and on a stop
 checkpoints/best.pt   the same, of the best validation
 model/                averaged weights of the best validation, for `from_pretrained`
-tensorboard/          event files
+tensorboard/          event files; wandb/, trackers.json: see `training.trackers`
 capsule_<step>/       a failed step, to be replayed; see `training.failure`
 .lock                 while a run goes on here
 """
@@ -51,7 +51,7 @@ _ENDS = frozenset({"training.num_epochs", "training.num_steps"})  # a linear rat
 CHANGEABLE = _ENDS | {
     *("training.early_stopping", "training.num_workers", "training.log_every"),
     *("training.checkpoint_every", "training.on_nonfinite", "training.max_skipped"),
-    "training.valid_clips",
+    *("training.valid_clips", "training.trackers", "training.tracker_project"),
 }
 """Config keys that a resumed run may change: they leave the steps before as they were (with
 valid_clips, scores before and after compare less well)."""
@@ -324,18 +324,18 @@ class FolderLock:
 
 
 class RunLog:
-    """What the main process writes down: history.jsonl, TensorBoard and a progress bar."""
+    """What the main process writes down: history.jsonl, trackers and a progress bar."""
 
     def __init__(
         self, cfg: Config, folder: ResultsFolder, step: int, total: int, progress: bool
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
+
+        from diffbuf_lib.training.trackers import Trackers
 
         self.cfg, self.history = cfg, folder.history
         self._file = open(self.history, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-        purge = step + 1 if step else None  # points of a run that went further before a resume
-        self._board = SummaryWriter(str(folder.tensorboard), purge_step=purge, max_queue=100)
+        self._trackers = Trackers(cfg, folder.path, step)
         hidden = not progress
         self._bar = tqdm(desc="training", total=total, initial=step, unit="step", disable=hidden)
 
@@ -356,19 +356,22 @@ class RunLog:
         step, rate = record.step, self.cfg.audio.sample_rate
         self._write({"step": step, "epoch": record.epoch, "valid": result.values, "final": final})
         self._draw("valid", result.values, step)
-        if result.example is not None:
+        if result.example is not None and self.cfg.training.trackers:
             waves = dict(zip(("mix", "target", "estimate"), result.example, strict=True))
-            for name, wave in waves.items():
-                sound = torch.nan_to_num(wave).clamp(-1, 1)
-                self._board.add_audio(f"audio/{name}", sound[None], step, sample_rate=rate)
             picture = to_pixels(spectrograms(waves, rate, self.cfg.audio.stft))
-            self._board.add_image("spectrogram", picture, step, dataformats="HWC")
-        self._board.flush()
+            sounds = {name: torch.nan_to_num(wave).clamp(-1, 1) for name, wave in waves.items()}
+            self._trackers.tell("example", sounds, rate, picture, step)
+
+    def failure(self, step: int, error: Exception) -> None:
+        """Tell the trackers why the run ends; the error names its capsule."""
+        text = " ".join([str(error), *getattr(error, "__notes__", ())])
+        self._trackers.tell("text", "failure", text, step)
 
     def close(self) -> None:
         """Flush and close everything."""
-        for part in (self._file, self._board, self._bar):
-            part.close()
+        self._file.close()
+        self._trackers.tell("close")
+        self._bar.close()
 
     def _write(self, line: dict[str, Any]) -> None:
         with _writing(self.history):
@@ -376,6 +379,5 @@ class RunLog:
             self._file.flush()  # a killed process loses nothing that the system has
 
     def _draw(self, group: str, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            if math.isfinite(value):  # else TensorBoard warns and draws nothing
-                self._board.add_scalar(f"{group}/{name}", value, step)
+        finite = {f"{group}/{name}": v for name, v in values.items() if math.isfinite(v)}
+        self._trackers.tell("scalars", finite, step)

@@ -94,6 +94,10 @@ def train(
                 run.begin(resume=resume, start_check_point=start_check_point, progress=progress)
             while (record := run.next_record()) is not None:
                 yield record
+        except Exception as error:
+            if run.log is not None:
+                run.log.failure(run.step + 1, error)
+            raise
         finally:
             run.close()
 

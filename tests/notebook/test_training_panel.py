@@ -1,5 +1,6 @@
 """The training panel without a browser: the laws of Start, Pause, Resume, Stop and Save."""
 
+import json
 import os
 import signal
 import threading
@@ -207,3 +208,15 @@ def test_a_picture_that_fails_costs_no_checkpoint(make, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         panel.stop()
     assert last(tmp_path / "run")["step"] == panel.steps
+
+
+def test_a_tracked_run_is_linked_until_it_is_removed(make, tmp_path):
+    links = {"wandb": "https://wandb.ai/a/b?x&y", "trackio": "trackio show --project p"}
+    notes = {service: {"name": "one", "link": link} for service, link in links.items()}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "trackers.json").write_text(json.dumps(notes))
+    shown = make().links.value
+    assert 'href="https://wandb.ai/a/b?x&amp;y"' in shown
+    assert "<code>trackio show --project p</code>" in shown
+    remove_run(tmp_path / "run")
+    assert make().links.value == ""
