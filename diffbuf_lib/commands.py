@@ -71,11 +71,13 @@ class Train(Command, name="train"):
     log_shapes: bool = False  # print shapes, types, devices and ranges of the first batch
     log_stats: int = 0  # steps from one report of every stage to the next, in TensorBoard too
     on_nonfinite: Literal["stop", "skip"] | None = None  # at NaN or Inf (training.on_nonfinite)
+    overfit_batches: int | None = None  # only the first batches, to see whether it learns at all
     find_batch_size: bool = False  # train with the largest batch that fits into the memory
     overrides: Overrides = ()
 
     def __call__(self) -> None:
         from diffbuf_lib.data import open_dataset
+        from diffbuf_lib.diagnostics.checks_run import check_history
         from diffbuf_lib.training import train
 
         cfg = self._config()
@@ -107,6 +109,9 @@ class Train(Command, name="train"):
         except KeyboardInterrupt:
             say(f"stopped; the same command with --resume goes on from {self.results_path}")
             raise
+        if main_process:
+            for finding in check_history(self.results_path):
+                say(f"doctor: {finding.line()}")
         say(f"model: {self.results_path / 'model'}")
 
     def _config(self) -> Config:
@@ -116,8 +121,9 @@ class Train(Command, name="train"):
                 f"--device_ids names {count} GPUs, and one process drives one: start "
                 f"torchrun --nproc_per_node {count} train.py ... without --device_ids"
             )
-        keys = ("num_workers", "metrics", "metric_for_scheduler", "seed", "on_nonfinite")
-        flags = {key: getattr(self, key) for key in keys} | {"num_steps": self.max_steps}
+        keys = ["num_workers", "metrics", "metric_for_scheduler", "seed", "on_nonfinite"]
+        flags = {key: getattr(self, key) for key in [*keys, "overfit_batches"]}
+        flags |= {"num_steps": self.max_steps}
         given = [f"training.{k}={json.dumps(v)}" for k, v in flags.items() if v is not None]
         return load_config(self.config_path, [*given, *self.overrides])
 

@@ -305,6 +305,9 @@ class TrainingConfig(Section):
     warmup_steps: int = key(0, "linear: steps in which lr rises", ge=0)
     weight_decay: float = key(0.0, "of the optimizer", ge=0)
     batch_size: int = key(32, "clips a step and process", ge=1)
+    overfit_batches: int | None = key(
+        None, "only the first so many batches, uncropped anew, validated on too; null: all", ge=1
+    )
     accumulation_steps: int = key(1, "batches whose gradients make one step", ge=1)
     num_epochs: int = key(250, "epochs at most", ge=1)
     num_steps: int | None = key(None, "optimizer steps at most; null: no limit", ge=1)

@@ -56,7 +56,8 @@ def examine(
     Returns:
         Findings, the worst first.
     """
-    findings = [*checks_run.check_machine(Path(results_path or "."))]
+    where_to = Path(results_path or ".")
+    findings = [*checks_run.check_machine(where_to), *checks_run.check_history(where_to)]
     if dataset is not None:
         findings += checks_data.check_data(cfg, dataset, valid_set)
     findings += [*checks_run.check_frames(cfg), *checks_run.check_schedule(cfg)]

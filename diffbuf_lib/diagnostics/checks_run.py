@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from diffbuf_lib.diffusion.sde import make_sde
 from diffbuf_lib.errors import DiffbufError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.training import memory
+from diffbuf_lib.training.folder import read_history
 from diffbuf_lib.training.signals import isolated
 from diffbuf_lib.training.step import DTYPES, precision_on
 
@@ -93,6 +95,16 @@ def check_machine(results_path: Path) -> Iterator[Finding]:
     yield judge("machine.disk", free, _LITTLE_DISK, bad=free < _LITTLE_DISK, folder=folder)
     if not os.access(folder, os.W_OK):
         yield judge("machine.results", str(path), bad=True)
+
+
+def check_history(results_path: Path) -> Iterator[Finding]:
+    """Say so if a run's loss has not fallen by a twentieth after a hundred steps and more."""
+    lines = read_history(results_path / "history.jsonl")
+    losses = [line["loss"] for line in lines if line.get("loss") is not None]
+    if len(losses) >= 100:
+        first, last = median(losses[:20]), median(losses[-max(20, len(losses) // 5) :])
+        if last > first - 0.05 * abs(first):
+            yield judge("run.learning", last, first, bad=True, steps=len(losses))
 
 
 def check_device(cfg: Config, device: torch.device) -> Iterator[Finding]:

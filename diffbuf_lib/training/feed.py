@@ -41,6 +41,28 @@ class ClipSource(Protocol):
         """Set what the random crops are keyed by."""
 
 
+class FixedClips:
+    """The first `count` clips of a set, with the crops of epoch 0, again and again up to `size`."""
+
+    def __init__(self, clips: ClipSource, count: int, size: int | None = None) -> None:
+        self.clips, self.count = clips, min(count, len(clips))
+        self.size = self.count if size is None else size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.clips[index % self.count]
+
+    def name(self, index: int) -> str:
+        """As in `ClipSource`."""
+        return self.clips.name(index % self.count)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Stay in epoch 0."""
+        self.clips.set_epoch(0)
+
+
 class Batch(NamedTuple):
     """One process's part of a round."""
 
@@ -99,6 +121,7 @@ class EpochPlan:
     accumulation: int  # rounds whose gradients make one step
     processes: int
     seed: int
+    shuffled: bool = True
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -133,6 +156,8 @@ class EpochPlan:
 
     def order(self, epoch: int) -> list[int]:
         """Return the shuffled indices of the training set in one epoch."""
+        if not self.shuffled:
+            return list(range(self.size))
         generator = torch.Generator().manual_seed(stream_seed(self.seed, Stream.ORDER, epoch))
         order: list[int] = torch.randperm(self.size, generator=generator).tolist()
         return order

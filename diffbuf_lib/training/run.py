@@ -28,6 +28,7 @@ from diffbuf_lib.training.feed import (
     ClipReader,
     ClipSource,
     EpochPlan,
+    FixedClips,
     Stream,
     example_generators,
     seed_everything,
@@ -118,13 +119,17 @@ class Run:
         training = cfg.training
         check_metrics(training.metrics, cfg.audio.sample_rate)
         self.cfg, self.stop = cfg, stop
-        self.valid_set = valid_set if valid_set is not None and len(valid_set) else None
         self.folder = ResultsFolder(results_path)
         self.lock = FolderLock(self.folder.path)
         self.accelerator = make_accelerator(training, device)
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         size, batch, rounds = len(train_set), training.batch_size, training.accumulation_steps
-        self.plan = EpochPlan(size, batch, rounds, self.processes, training.seed)
+        shuffled = training.overfit_batches is None
+        if training.overfit_batches is not None:
+            count = training.overfit_batches * batch * self.processes
+            train_set, valid_set = FixedClips(train_set, count, size), FixedClips(train_set, count)
+        self.valid_set = valid_set if valid_set is not None and len(valid_set) else None
+        self.plan = EpochPlan(size, batch, rounds, self.processes, training.seed, shuffled)
         steps = training.num_epochs * self.plan.steps
         self.total = min(steps, training.num_steps or steps)  # unless it stops early
         with self._isolated():

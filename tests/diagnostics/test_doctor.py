@@ -382,3 +382,13 @@ def test_shared_targets_are_found_by_content_not_by_name(tmp_path):
     shutil.copy(stem(train, "vocals", 3), stem(valid, "vocals", 2))
     pair = (str(stem(train, "vocals", 3)), str(stem(valid, "vocals", 2)))
     assert shared_targets(opened(train, cfg), opened(valid, cfg)) == [pair]
+
+
+@pytest.mark.parametrize(("last", "told"), [(0.5, []), (0.99, ["run.learning"]), (-1.0, [])])
+def test_a_run_that_does_not_learn_is_told_to_overfit(tmp_path, last, told):
+    losses = [1 + (last - 1) * step / 200 for step in range(200)]
+    lines = [json.dumps({"step": i + 1, "loss": loss}) for i, loss in enumerate(losses)]
+    (tmp_path / "history.jsonl").write_text("\n".join(lines))
+    findings = list(checks_run.check_history(tmp_path))
+    assert [finding.check for finding in findings] == told
+    assert all("--overfit_batches" in finding.fix for finding in findings)

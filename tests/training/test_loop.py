@@ -278,6 +278,23 @@ def test_tensorboard_and_the_bar(tmp_path, capsys):
     assert "audio/estimate" in events.Tags()["audio"]
 
 
+def test_overfitting_sees_the_same_batches_in_every_epoch_and_validates_on_them(tmp_path):
+    clips, seen = Clips(), []
+
+    class Seeing(DiffusionBufferModel):
+        def forward(self, mix, *args, **options):
+            seen.append(mix.clone())
+            return super().forward(mix, *args, **options)
+
+    cfg = config("training.overfit_batches=1", "training.valid_every=2")
+    fit(cfg, tmp_path, train_set=clips, valid_set=None, model=Seeing(cfg))
+    training = [mix for mix in seen if len(mix) == 2]
+    assert len(training) >= 6, "an epoch has its usual steps"
+    assert all(torch.equal(mix, training[0]) for mix in training)
+    assert set(clips.read) == {0, 1}
+    assert [line["step"] for line in history(tmp_path) if "valid" in line] == [6]
+
+
 @pytest.fixture
 def scaler(monkeypatch):
     """Let runs have accelerate's fp16 with a scaler of a chosen first scale."""
