@@ -85,6 +85,19 @@ def training_progress(
     return figure
 
 
+def lr_range(lrs: Sequence[float], losses: Sequence[float], proposed: float | None) -> Figure:
+    """Draw the loss over the learning rate of a range test, and the rate that it proposes."""
+    figure = Figure(figsize=(WIDTH, 3.6), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(lrs, losses, "o-", markersize=3, linewidth=1.2)
+    axes.set(xscale="log", yscale=scale_of(losses), xlabel="learning rate", ylabel="loss")
+    axes.grid(alpha=0.3)
+    if proposed is not None:
+        axes.axvline(proposed, color=RED, linestyle="--")
+        axes.set_title(f"falls fastest at {proposed:.1e}", loc="left", fontsize=10, color=RED)
+    return figure
+
+
 def split_history(lines: Iterable[Line]) -> tuple[list[Line], list[Line]]:
     """Return the steps and the validations among the lines of a run."""
     lines = list(lines)

@@ -1,0 +1,153 @@
+"""Steps of a run that leave nothing behind, and a range test of the learning rate made of them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffbuf_lib.config import Config
+from diffbuf_lib.errors import ConfigError
+from diffbuf_lib.model import DiffusionBufferModel
+from diffbuf_lib.training.feed import (
+    Batch,
+    ClipReader,
+    ClipSource,
+    EpochPlan,
+    Stream,
+    example_generators,
+    seed_everything,
+    stream_seed,
+)
+from diffbuf_lib.training.folder import apply_weights, load_weights
+from diffbuf_lib.training.signals import isolated
+from diffbuf_lib.training.step import Engine, make_accelerator
+
+LR_RANGE = (1e-6, 1.0)
+_FEWEST = 10  # steps of a range test: three a decade at least would be better
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a run would begin with, in one process."""
+
+    cfg: Config
+    engine: Engine
+    plan: EpochPlan
+    reader: ClipReader
+
+    def read(self) -> Iterator[tuple[Tensor, Tensor, list[tuple[int, int]]]]:
+        """Yield (mix, target, keys of their noise) of every batch on the CPU, without end."""
+        seed, cuda = self.cfg.training.seed, self.engine.accelerator.device.type == "cuda"
+        for epoch in itertools.count():
+            self.reader.dataset.set_epoch(epoch)
+            key, clips = stream_seed(seed, Stream.WORKERS, epoch, 0), self.plan.batches(epoch, 0)
+            for round_, waves in enumerate(self.reader.read(clips, key, pin_memory=cuda)):
+                yield *waves, [(epoch, position) for position in self.plan.positions(round_, 0)]
+
+    def batch(self, mix: Tensor, target: Tensor, keys: Sequence[tuple[int, int]]) -> Batch:
+        """Return what `read` gave on the model's device."""
+        device = self.engine.accelerator.device
+        generators = example_generators(keys, self.cfg.training.seed, Stream.EXAMPLE, device)
+        mix, target = (wave.to(device, non_blocking=True) for wave in (mix, target))
+        return Batch(mix, target, generators)
+
+
+@contextmanager
+def rehearsal(
+    cfg: Config, train_set: ClipSource, device: str, start_check_point: Path | None = None
+) -> Iterator[Rehearsal]:
+    """Build what `train` would; at the end global generators and flags are as they were."""
+    training, accelerator = cfg.training, make_accelerator(cfg.training, device)
+    size, rounds = len(train_set), training.accumulation_steps
+    plan = EpochPlan(size, training.batch_size, rounds, 1, training.seed)
+    with isolated(accelerator.device, deterministic=training.deterministic):
+        seed_everything(training.seed, Stream.WEIGHTS)
+        model = DiffusionBufferModel(cfg)
+        if start_check_point is not None:
+            apply_weights(model, load_weights(start_check_point), start_check_point)
+        engine = Engine(cfg, model, accelerator, total_steps=plan.steps)
+        yield Rehearsal(cfg, engine, plan, ClipReader(train_set, training.num_workers))
+
+
+class RangeTest(NamedTuple):
+    """Learning rates, and the loss after a step with each, both rising in time."""
+
+    lrs: list[float]
+    losses: list[float]  # of one batch with one noise, always the same; from the second step on
+
+    @property
+    def smoothed(self) -> list[float]:
+        """The losses' mean over each and its neighbours."""
+        padded = np.pad(self.losses, 1, mode="edge")
+        smoothed: list[float] = np.convolve(padded, np.ones(3) / 3, mode="valid").tolist()
+        return smoothed
+
+    @property
+    def lowest(self) -> int:
+        """Where the loss is lowest: larger rates make it worse."""
+        return int(np.argmin(self.smoothed))
+
+    @property
+    def proposed(self) -> float | None:
+        """The rate, to two digits, at which the loss falls fastest; None if it does not fall."""
+        falls = np.diff(self.smoothed[: self.lowest + 1])
+        if not len(falls) or falls.min() >= 0:
+            return None
+        return float(f"{self.lrs[int(np.argmin(falls))]:.1e}")
+
+
+def find_lr(
+    cfg: Config,
+    train_set: ClipSource,
+    device: str = "auto",
+    *,
+    start_check_point: Path | None = None,
+    steps: int = 100,
+    progress: Callable[[Iterator[int]], Iterator[int]] = iter,
+) -> RangeTest:
+    """Raise the learning rate from step to step, over one epoch at most, until the loss explodes.
+
+    After Smith 2017 (arXiv 1506.01186), but the loss is always of the same batch with the same
+    diffusion times and noise: that of each step's own examples would vary by more than it falls.
+
+    Raises:
+        ConfigError: the epoch has too few steps.
+    """
+    with rehearsal(cfg, train_set, device, start_check_point) as stage:
+        engine, plan = stage.engine, stage.plan
+        if (steps := min(steps, plan.steps)) < _FEWEST:
+            raise ConfigError(
+                f"an epoch of {plan.size} clips has {steps} steps, and a range test needs "
+                f"{_FEWEST}: lower training.batch_size {cfg.training.batch_size}"
+            )
+        batches = stage.read()
+        probe = next(batches)
+        result = RangeTest([], [])
+        first = best = _loss(stage, probe)
+        for step, lr in enumerate(progress(iter(np.geomspace(*LR_RANGE, steps)))):
+            for group in engine.optimizer.param_groups:
+                group["lr"] = float(lr)
+            seed_everything(cfg.training.seed, Stream.STEP, step, 0)  # for dropout
+            engine.step([stage.batch(*next(batches)) for _ in range(plan.accumulation)])
+            loss = _loss(stage, probe)
+            if not math.isfinite(loss) or loss > first + max(3 * (first - best), abs(first)):
+                break
+            best = min(best, loss)
+            result.lrs.append(float(lr))
+            result.losses.append(loss)
+    return result
+
+
+@torch.no_grad()
+def _loss(stage: Rehearsal, probe: tuple[Tensor, Tensor, list[tuple[int, int]]]) -> float:
+    batch, model = stage.batch(*probe), stage.engine.model.eval()
+    return float(model(batch.mix, batch.target, generator=batch.generators))
