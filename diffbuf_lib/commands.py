@@ -12,6 +12,7 @@ import sys
 import tempfile
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, dataclass_transform
@@ -184,6 +185,71 @@ class Doctor(Command, name="doctor"):
             print(render(findings, colour=colour, width=width))
         if has_error(findings):
             sys.exit(1)
+
+
+class Rehearsing(Command):
+    """What `lr-find` and `profile` have in common."""
+
+    config_path: Path  # YAML config of the experiment
+    data_path: Path  # training data
+    dataset_type: int = 1  # as in train
+    start_check_point: Path | None = None  # checkpoint or model folder: the first weights
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    overrides: Overrides = ()
+
+    def opened(self) -> tuple[Any, ...]:
+        """Return what a rehearsal is of: config, training set and device."""
+        from diffbuf_lib.data import open_dataset
+
+        cfg = load_config(self.config_path, self.overrides)
+        return cfg, open_dataset(self.dataset_type, self.data_path, cfg, training=True), self.device
+
+
+class LrFind(Rehearsing, name="lr-find"):
+    """Propose a learning rate: try all of them within one epoch at most, and draw the loss."""
+
+    output: Annotated[Path, arg(aliases=["-o"])] = Path("lr-find.png")  # the only file it writes
+    steps: int = 100  # of the epoch, at most
+
+    def __call__(self) -> None:
+        from diffbuf_lib.figures import lr_range
+        from diffbuf_lib.training.rehearsal import find_lr
+
+        cfg, *rest = self.opened()
+        bar = partial(tqdm, desc="learning rates", unit="step")
+        found = find_lr(
+            cfg, *rest, steps=self.steps, start_check_point=self.start_check_point, progress=bar
+        )
+        lr_range(found.lrs, found.losses, found.proposed).savefig(self.output)
+        best, asked = found.lrs[found.lowest], cfg.training.lr
+        print(f"{cfg.training.optimizer}: the loss is lowest at {best:.1e}, and worse above")
+        if found.proposed is None:
+            print("it does not fall: see train.py --overfit_batches, and diffbuf doctor")
+        else:
+            print(f"it falls fastest at --set training.lr={found.proposed:.1e} (now {asked:.1e})")
+        print(self.output)
+
+
+class Profile(Rehearsing, name="profile"):
+    """Say where a training step's time goes, and which key to change."""
+
+    valid_path: Path | None = None  # validation data; without it validation is left out
+    steps: int = 20  # measured, after three others
+    trace: Path | None = None  # file for torch's trace (.json), for ui.perfetto.dev
+
+    def __call__(self) -> None:
+        from diffbuf_lib.data import open_dataset
+        from diffbuf_lib.training.timing import time_steps
+
+        cfg, *rest = self.opened()
+        path, valid = self.valid_path, None
+        if path is not None:
+            valid = open_dataset(self.dataset_type, path, cfg, training=False)
+        options = self.flags(*Rehearsing.__dataclass_fields__, "valid_path")
+        timing = time_steps(
+            cfg, *rest, valid_set=valid, start_check_point=self.start_check_point, **options
+        )
+        print(f"{timing}\n\n{timing.verdict[0]}")
 
 
 class Replay(Command, name="replay"):

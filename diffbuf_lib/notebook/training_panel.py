@@ -24,6 +24,7 @@ from diffbuf_lib.training.trackers import NOTES, tracked
 
 _PICTURE_EVERY = 0.25  # s, at least
 _PICTURE_SHARE = 0.2  # of the thread's time that may go into pictures
+_RECENT = 20  # steps over which the time is added up that they wait for data
 _BUTTONS = {
     "start": ("play", "begin the run, or go on from its last checkpoint"),
     "pause": ("pause", "stop after this step and keep everything in memory"),
@@ -165,7 +166,8 @@ class TrainingPanel(WorkerPanel[StepRecord]):
         started = time.monotonic()
         last = self.records[-1] if self.records else None
         self.step_label.value = f"step {self.steps}" + (f", epoch {last.epoch}" if last else "")
-        text = (f", loss {last.loss:.4g}" if last else "") + _HINTS.get(self.state, "")
+        text = (f", loss {last.loss:.4g}" if last else "") + _waiting(self.records[-_RECENT:])
+        text += _HINTS.get(self.state, "")
         if self.error is not None:
             text = f": {' '.join(str(self.error).split()) or type(self.error).__name__}"
         self.status.value = self.state + text
@@ -189,6 +191,13 @@ def remove_run(results_path: str | Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     for file in (folder.config, folder.history, folder.path / NOTES):
         file.unlink(missing_ok=True)
+
+
+def _waiting(records: list[StepRecord]) -> str:
+    """Return which part of their time some steps waited for data."""
+    total = sum(record.seconds for record in records)
+    share = sum(record.waited for record in records) / total if total else 0
+    return f", {share:.0%} of the time waiting for data" if total else ""
 
 
 def _link(service: str, run: dict[str, str]) -> str:

@@ -168,6 +168,7 @@ class Run:
         end = min(self.round + self.plan.accumulation, self.plan.rounds)
         rounds = range(self.round, end)
         batches = [self._next_batch(round_) for round_ in rounds]
+        waited = time.perf_counter() - started
         attempt = Attempt(self.step + 1, self.epoch, rounds, batches)
 
         self.whole = self.saved = False
@@ -186,6 +187,7 @@ class Run:
             seconds=time.perf_counter() - started,
             skipped=outcome.skipped or left_out,
             bad_batches=self.bad_batches,
+            waited=waited,
         )
         if self.log is not None:
             self.log.step(record)

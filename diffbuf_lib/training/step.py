@@ -6,7 +6,8 @@ import contextlib
 import math
 import statistics
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -72,6 +73,7 @@ class StepRecord:
     skipped: bool = False
     valid: dict[str, float] | None = None
     bad_batches: int = 0  # that the run has left out so far
+    waited: float = 0.0  # of `seconds`, for the clips
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name."""
@@ -98,6 +100,8 @@ class Engine:
         plain = make_optimizer(training, self.model)
         self.optimizer = accelerator.prepare_optimizer(plain)
         self.scheduler = make_scheduler(training, plain, total_steps)
+        # Around each part of a step; a stopwatch, in `timing`.
+        self.phase: Callable[[str], AbstractContextManager[Any]] = contextlib.nullcontext
 
     @property
     def lr(self) -> float:
@@ -123,16 +127,18 @@ class Engine:
         for round_, batch in enumerate(batches, start=1):
             last = round_ == len(batches)  # only then do the processes exchange gradients
             with contextlib.nullcontext() if last else accelerator.no_sync(self.parallel):
-                with accelerator.autocast():
+                with self.phase("forward"), accelerator.autocast():
                     loss = self.parallel(batch.mix, batch.target, generator=batch.generators)
-                accelerator.backward(loss / len(batches))
+                with self.phase("backward"):
+                    accelerator.backward(loss / len(batches))
             losses.append(loss.detach().float())
         report = torch.stack([*losses, losses[0].new_tensor(float(stop))])
         gathered = accelerator.gather(report).view(-1, len(report)).cpu()
         all_losses, stop = gathered[:, :-1], bool(gathered[:, -1].any())
         if not all_losses.isfinite().all():
             return Outcome(all_losses, math.nan, False, stop, scale)
-        grad_norm, skipped = self._update()
+        with self.phase("optimizer"):
+            grad_norm, skipped = self._update()
         return Outcome(all_losses, grad_norm, skipped, stop, scale)
 
     def _update(self) -> tuple[float, bool]:

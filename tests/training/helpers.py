@@ -110,7 +110,7 @@ def last(path: Path) -> dict[str, Any]:
 
 def history(path: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (path / "history.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "waited")} for line in lines]
 
 
 def same(one: Any, other: Any) -> bool:
