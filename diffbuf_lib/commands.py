@@ -438,6 +438,29 @@ class Sweep(Scoring, name="sweep"):
         print(self.results_path / "sweep.png")
 
 
+class Push(Command, name="push"):
+    """Send a trained model to the Hugging Face hub: weights, config, and a card with its scores."""
+
+    source: Positional[str]  # folder of a trained model, a run's folder, or a name
+    name: Positional[str]  # owner/name on the hub
+    evaluation: Path | None = None  # results folder of `diffbuf evaluate`, for the card's scores
+    private: bool = False  # only for its owner
+    dry_run: bool = False  # send nothing; write what would be sent
+    output: Path = Path("results/push")  # where --dry_run writes it
+
+    def __call__(self) -> None:
+        from diffbuf_lib.evaluation.publish import send, write_model
+        from diffbuf_lib.model import load_model
+
+        model = load_model(self.source, "cpu")
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = self.output if self.dry_run else Path(temporary)
+            write_model(model, self.name, folder, self.evaluation)
+            for path in sorted(folder.iterdir()):
+                print(f"{path.stat().st_size:12,} bytes  {path.name}")
+            print(folder if self.dry_run else send(folder, self.name, private=self.private))
+
+
 class Demo(Command, name="demo"):
     """Build the demo set, train a little on it, enhance held-out clips, write a report."""
 

@@ -25,9 +25,9 @@ Mark = tuple[float, Mapping[str, Any], str]  # place on the x axis, interval, a 
 _SHOWN_REASONS = 10
 _PANELS = 3
 _PACKAGES = ("diffbuf", "torch", "torchaudio", "accelerate", "torchmetrics", "numpy")
-_PAGES = jinja2.Environment(
+PAGES = jinja2.Environment(
     loader=jinja2.PackageLoader("diffbuf_lib.evaluation"),
-    autoescape=True,
+    autoescape=lambda name: name is not None and ".html" in name,
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
@@ -59,7 +59,7 @@ def write_page(
         picture = _as_png(figures.spectrograms(waves, rate, audio.stft))
         shown.append((heading, clip, players, picture, scores))
     versions = {name: metadata.version(name) for name in _PACKAGES}
-    page = _PAGES.get_template(f"{template}.html.jinja").render(
+    page = PAGES.get_template(f"{template}.html.jinja").render(
         clips=shown, metrics=metrics, versions={"python": platform.python_version(), **versions},
         machine=f"{platform.machine()}, {torch.get_num_threads()} threads", as_png=_as_png,
         means_table=means_table, gains_table=gains_table, speed_tables=speed_tables,
