@@ -140,6 +140,10 @@ for _name, _label, _package in (
 ):
     _target = f"diffbuf_lib.evaluation.scores:{_name}"
     METRICS.add(_name, _target, label=_label, unit="1 to 5", package=_package, **_BY_EAR)
+METRICS.add(
+    "lps", "diffbuf_lib.evaluation.scores:lps", label="LPS", unit="phonemes, at most 1",
+    package="pocketsphinx", needs_target=True, **_BY_EAR,
+)  # fmt: skip
 for _name, _target in (
     ("noisereduce", "SpectralGate"),
     ("noisereduce_nonstationary", "SpectralGate.nonstationary"),

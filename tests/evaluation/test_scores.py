@@ -1,11 +1,15 @@
 """Every score, and a reason where there is none."""
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 import torch
 
+from diffbuf_lib.data import read_audio
 from diffbuf_lib.evaluation.scores import check_scoring, score
 from diffbuf_lib.training import score_clips
-from tests.conftest import refused
+from tests.conftest import refused, seeded
 from tests.evaluation.conftest import noisy_voice
 
 FOUR = ["si_sdr", "sdr", "pesq", "estoi"]
@@ -33,6 +37,21 @@ def test_estimates_of_listeners_opinion():
     peak, louder = (noisy * level / noisy.abs().max() for level in (1, 20))  # beyond full scale
     found, expected = (score(x, target, 16000, ["dnsmos_sig"]).values for x in (louder, peak))
     assert found == pytest.approx(expected, abs=0.01)
+
+
+def test_other_words_lose_their_phonemes_and_noise_only_some():
+    names = check_scoring(["lps"], 16000)
+    (package,) = find_spec("pytest_audioeval").submodule_search_locations
+    folder = Path(package) / "samples" / "audio" / "en"
+    target, wrong = (
+        read_audio(folder / f"{name}.wav", 0, 40000)[0][0]
+        for name in ("quick_brown_fox", "counting")
+    )
+    noise = torch.randn(len(target), generator=seeded()) * target.std()
+    found = [score(target + x, target, 16000, names).values["lps"] for x in (0, 0.03 * noise)]
+    assert found[0] == 1
+    assert 0.4 < found[1] < 1
+    assert score(wrong, target, 16000, names).values["lps"] < 0.3
 
 
 @pytest.mark.parametrize(
