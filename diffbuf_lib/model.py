@@ -412,17 +412,16 @@ def fingerprint(model: DiffusionBufferModel) -> str:
 def _location(source: str | Path) -> str | Path:
     """Return the folder of a model, or the name of one that is not on this machine."""
     folder, name = Path(source), str(source)
-    bundled = sorted(f"diffbuf/{path.parent.name}" for path in pretrained.FOLDER.glob("*/*.json"))
     for candidate in (folder, folder / "model"):
         if (candidate / "config.json").is_file():
             return candidate
-    if name in bundled:
+    if name in pretrained.NAMES:
         return pretrained.FOLDER / folder.name
     of_hub = re.fullmatch(r"(?!diffbuf/)[\w.-]+/[\w.-]+", name)
     if folder.exists() or not of_hub:
         raise ConfigError(
             f"model {source}: no trained model is there; give a folder that training wrote, such "
-            f"as results/demo/model, or a name such as {' or '.join(bundled)}"
+            f"as results/demo/model, or a name such as {' or '.join(pretrained.NAMES)}"
         )
     return name
 

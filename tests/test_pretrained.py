@@ -14,10 +14,11 @@ from diffbuf_lib.model import load_model
 from diffbuf_lib.pretrained import DEFAULT
 from diffbuf_lib.training import load_weights
 from diffbuf_lib.training.feed import Stream, seed_everything
-from diffbuf_lib.training.folder import read_history
+from diffbuf_lib.training.folder import apply_weights, read_history
 from diffbuf_lib.training.metrics import score_clips
 from recipes.cpu_demo import pretraining
 from tests.conftest import call, seeded, stream
+from tests.training.helpers import same
 
 ROOT = Path(__file__).parents[1]
 
@@ -119,3 +120,12 @@ def test_a_device_that_is_not_there_is_told_in_one_line(monkeypatch, capsys, tmp
 def test_an_unknown_bundled_name_fails_at_once_with_those_there_are():
     with pytest.raises(ConfigError, match="diffbuf/cpu-demo"):
         load_model("diffbuf/cpu-dmo")
+
+
+def test_fine_tuning_starts_from_the_bundled_weights_by_name():
+    tuned = DiffusionBufferModel(load_config(ROOT / "configs/finetune.yaml"))
+    apply_weights(tuned, load_weights(DEFAULT), DEFAULT)
+    bundled = DiffusionBufferModel.from_pretrained(DEFAULT)
+    for section in ("audio", "preprocessing", "model", "diffusion_buffer", "sde"):
+        assert getattr(tuned.cfg, section) == getattr(bundled.cfg, section)
+    assert same(tuned.state_dict(), bundled.state_dict())

@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffbuf_lib import pretrained
 from diffbuf_lib.config import Config
 from diffbuf_lib.data.audio import atomic_file, wait_for_disk
 from diffbuf_lib.data.reader import reason
@@ -111,15 +112,17 @@ def load_tensors(path: Path, what: str) -> Any:
 def load_weights(path: str | Path) -> dict[str, Tensor]:
     """Read only weights, wherever they come from.
 
-    From a `save_pretrained` folder, a .safetensors file, a checkpoint of ours (its averaged
-    weights), or what others save: a state_dict, plain or under "state_dict" (Lightning), its names
-    behind module., model. or _orig_mod. (compiled) or not.
+    From a `save_pretrained` folder, a name such as diffbuf/cpu-demo, a .safetensors file, a
+    checkpoint of ours (its averaged weights), or what others save: a state_dict, plain or under
+    "state_dict" (Lightning), its names behind module., model. or _orig_mod. (compiled) or not.
 
     Raises:
         CheckpointError: no such file, a damaged one, one without weights, or a pickle of more than
             tensors and plain values, which is never executed.
     """
     path = Path(path)
+    if not path.exists() and str(path) in pretrained.NAMES:
+        path = pretrained.FOLDER / path.name
     file = path / "model.safetensors" if path.is_dir() else path
     if path.is_dir() and not file.is_file():
         raise CheckpointError(f"{path} holds no model.safetensors: give a checkpoint or run/model")
