@@ -25,7 +25,7 @@ from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 from torch import Tensor
 
 from diffbuf_lib.config import Config
-from diffbuf_lib.data.audio import atomic_file
+from diffbuf_lib.data.audio import write_json
 from diffbuf_lib.data.reader import reason
 from diffbuf_lib.registry import TRACKERS
 
@@ -63,11 +63,9 @@ class Trackers:
         for name in cfg.training.trackers:
             with self._guarded(name):
                 self._open[name] = TRACKERS[name].load()(cfg, folder, step)
-        runs = {name: t for name, t in self._open.items() if t.link}
+        runs = {n: {"name": t.name, "link": t.link} for n, t in self._open.items() if t.link}
         if runs:
-            noted = {name: {"name": t.name, "link": t.link} for name, t in runs.items()}
-            with atomic_file(folder / NOTES) as temporary:
-                temporary.write_text(json.dumps({**tracked(folder), **noted}, indent=1))
+            write_json(folder / NOTES, {**tracked(folder), **runs})
 
     def tell(self, method: str, *args: Any) -> None:
         """Call one of `Tracker`'s methods of each of them."""
