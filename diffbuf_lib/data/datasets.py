@@ -194,11 +194,12 @@ class DNLMDataset(ClipDataset):
 
 
 def _stem(folder: Path, stem: str) -> Path:
-    wanted = [f"{stem}{extension}" for extension in audio.EXTENSIONS]
+    wanted = {f"{stem}{extension}" for extension in audio.EXTENSIONS}
     found = [path for path in folder.iterdir() if path.name.lower() in wanted]
     if len(found) != 1:
-        has = " and ".join(sorted(path.name for path in found)) or "neither"
-        raise DataError(f"{folder} has {has} of {' and '.join(wanted)}: it takes one of them")
+        names = " and ".join(sorted(path.name for path in found))
+        has = f"both {names}" if found else f"no {stem}.wav (or .flac)"
+        raise DataError(f"{folder} has {has}: let it have one, or remove the folder")
     return found[0]
 
 
@@ -311,7 +312,8 @@ class MixingDataset(ClipDataset):
         info = read_info(path)
         check_rate(info, self.sample_rate)
         if not is_speech and info.frames < length:  # short speech is padded
-            raise DataError(f"{path} has {info.frames} samples: audio.chunk_size takes {length}")
+            short = f"{path} has {info.frames} samples, a clip {length}"
+            raise DataError(f"{short}: remove it or lower audio.chunk_size")
         for attempt in range(_TRIES):
             from_start = is_speech and attempt == 0 and not self.training
             zeros = self.leading_zeros if is_speech else 0
