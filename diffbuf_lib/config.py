@@ -243,6 +243,9 @@ class DiffusionBufferConfig(Section):
     """The buffer: the last B frames, at rising diffusion times."""
 
     buffer_size: int = key(20, "B, frames; the output delay is B - 1 hops")
+    buffers: int = key(
+        1, "of a training clip, one after the other at its end; above 1 with model.name recurrent", ge=1
+    )
     num_frames: int | None = key(
         None, "K, frames that the network sees online; null: those of chunk_size"
     )
@@ -472,6 +475,17 @@ class Config(Section):
                 f"buffer_size {buffer.buffer_size} is larger than the {frames} STFT frames of a "
                 f"{audio.chunk_size}-sample chunk: lower diffusion_buffer.buffer_size or raise "
                 "audio.chunk_size"
+            )
+        if buffer.buffers * buffer.buffer_size > frames:
+            raise ValueError(
+                f"buffers {buffer.buffers} of buffer_size {buffer.buffer_size} are more than the "
+                f"{frames} STFT frames of a {audio.chunk_size}-sample chunk: lower "
+                "diffusion_buffer.buffers or raise audio.chunk_size"
+            )
+        if buffer.buffers > 1 and not registry.NETWORKS[self.model.name].facts.get("many_buffers"):
+            raise ValueError(
+                f"buffers {buffer.buffers}: model.name {self.model.name} takes one buffer a clip: "
+                "set diffusion_buffer.buffers to 1, or model.name to recurrent"
             )
         limit = registry.SDES[self.sde.type].facts.get("t_limit", math.inf)
         if buffer.t_max >= limit:
