@@ -244,7 +244,9 @@ class DiffusionBufferConfig(Section):
 
     buffer_size: int = key(20, "B, frames; the output delay is B - 1 hops")
     buffers: int = key(
-        1, "of a training clip, one after the other at its end; above 1 with model.name recurrent", ge=1
+        1,
+        "of a training clip, one after the other at its end; above 1 with model.name recurrent",
+        ge=1,
     )
     num_frames: int | None = key(
         None, "K, frames that the network sees online; null: those of chunk_size"

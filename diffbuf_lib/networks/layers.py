@@ -67,15 +67,15 @@ def num_groups_for(channels: int) -> int:
 def conv3x3(in_channels: int, out_channels: int, *, zero: bool = False) -> nn.Conv2d:
     """Make a 3x3 convolution that keeps the size; `zero` starts the block as the identity."""
     conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-    return _initialised(conv, zero)
+    return initialised(conv, zero)
 
 
 def conv1x1(in_channels: int, out_channels: int, *, zero: bool = False) -> nn.Conv2d:
     """Make a 1x1 convolution."""
-    return _initialised(nn.Conv2d(in_channels, out_channels, 1), zero)
+    return initialised(nn.Conv2d(in_channels, out_channels, 1), zero)
 
 
-def _initialised(conv: nn.Conv2d, zero: bool) -> nn.Conv2d:
+def initialised(conv: nn.Conv2d, zero: bool) -> nn.Conv2d:
     if zero:
         nn.init.zeros_(conv.weight)
     else:
@@ -132,7 +132,7 @@ class TimeConv(nn.Module):
     def __init__(self, channels: int, dilation: int, *, zero: bool = False) -> None:
         super().__init__()
         self.dilation = dilation
-        self.over_bins = _initialised(
+        self.over_bins = initialised(
             nn.Conv2d(3 * channels, channels, (1, 3), padding=(0, 1)), zero
         )
 

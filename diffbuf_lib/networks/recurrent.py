@@ -1,6 +1,6 @@
 """A recurrent trunk that hears Y frame by frame, and a small network for the buffer.
 
-The trunk is a causal U-Net over frequency with GRUs along time: it remembers seconds at a constant
+The trunk is a causal U-Net over frequency with recurrences along time: it remembers seconds at a constant
 cost, and computes each frame once, as it enters. The buffer's network sees V, its times and the
 trunk's features of all B frames at once, so its older frames have heard what follows them. V of
 frames before the buffer is not looked at: online that would be the network's own past estimates,
@@ -24,7 +24,14 @@ from torch import Tensor, nn
 from diffbuf_lib.config import ModelConfig
 from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.networks.block_causal import PATCH, STRIDE, ResBlock
-from diffbuf_lib.networks.layers import FrameTimeEmbedding, Merge, Split, linear, magnitudes
+from diffbuf_lib.networks.layers import (
+    FrameTimeEmbedding,
+    Merge,
+    Split,
+    initialised,
+    linear,
+    magnitudes,
+)
 
 Memory = list[Tensor]
 """What a trunk remembers: of each layer over time, in the order in which they run."""
@@ -169,9 +176,7 @@ class Trunk(nn.Module):
         """
         B, K, bins, _ = y.shape
         where = torch.linspace(-1, 1, bins, device=y.device, dtype=y.dtype)
-        h = self.first(
-            torch.cat([y, magnitudes(y), where[:, None].expand(B, K, -1, -1)], dim=-1)
-        )
+        h = self.first(torch.cat([y, magnitudes(y), where[:, None].expand(B, K, -1, -1)], dim=-1))
         kept = iter(memory) if memory is not None else None
         new: Memory = []
 
@@ -192,11 +197,11 @@ class Trunk(nn.Module):
 
 
 class CausalBlock(nn.Module):
-    """A residual block of two convolutions over this frame and the last, then a GRU along time.
+    """A residual block of two convolutions over this frame and the last, then memory along time.
 
     Args:
         channels: of input and output.
-        remembers: whether there is a GRU; every position has its own state, all share weights.
+        remembers: whether there is a `LinearMemory`.
     """
 
     def __init__(self, channels: int, remembers: bool) -> None:
@@ -204,9 +209,7 @@ class CausalBlock(nn.Module):
         self.norm_in, self.norm_out = nn.LayerNorm(channels), nn.LayerNorm(channels)
         self.conv_in = CausalConv(channels)
         self.conv_out = CausalConv(channels, zero=True)
-        self.norm_gru = nn.LayerNorm(channels) if remembers else None
-        self.gru = nn.GRU(channels, channels, batch_first=True) if remembers else None
-        self.mix = linear(channels, channels, zero=True) if remembers else None
+        self.memory = LinearMemory(channels) if remembers else None
         self.num_kept = 3 if remembers else 2
 
     def forward(self, x: Tensor, past: Memory | None) -> tuple[Tensor, Memory]:
@@ -215,13 +218,10 @@ class CausalBlock(nn.Module):
         h, first = self.conv_in(F.silu(self.norm_in(x)), first)
         h, second = self.conv_out(F.silu(self.norm_out(h)), second)
         x = x + h
-        if self.gru is None or self.norm_gru is None or self.mix is None:
+        if self.memory is None:
             return x, [first, second]
-        B, K, P, C = x.shape
-        rows = self.norm_gru(x).transpose(1, 2).reshape(B * P, K, C)
-        heard, state = self.gru(rows, state)
-        x = x + self.mix(heard.reshape(B, P, K, C).transpose(1, 2))
-        return x, [first, second, state]
+        h, state = self.memory(x, state)
+        return x + h, [first, second, state]
 
 
 class CausalConv(nn.Module):
@@ -229,18 +229,41 @@ class CausalConv(nn.Module):
 
     def __init__(self, channels: int, *, zero: bool = False) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(2 * channels, channels, (1, 3), padding=(0, 1))
-        if zero:
-            nn.init.zeros_(self.conv.weight)
-        else:
-            nn.init.xavier_uniform_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)
+        self.conv = initialised(nn.Conv2d(channels, channels, (2, 3), padding=(0, 1)), zero)
 
     def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
         """Keep the shape [B, K, P, C]; `past` and what is returned with it: the last frame's."""
         past = torch.zeros_like(x[:, :1]) if past is None else past
         rows = torch.cat([past, x], dim=1)
-        taps = torch.cat([rows[:, :-1], x], dim=-1)
-        out: Tensor = self.conv(taps.permute(0, 3, 1, 2))
+        out: Tensor = self.conv(rows.permute(0, 3, 1, 2))  # channels-last in memory
         return out.permute(0, 2, 3, 1), rows[:, -1:]
 
+
+class LinearMemory(nn.Module):
+    """A gated linear recurrence along time, h_k = a_k h_{k-1} + (1 - a_k) v_k, per channel.
+
+    a and v are made of frame k alone (as in minGRU, Feng et al. 2024, arXiv 2410.01201), so only
+    one multiplication has to wait for the frame before. Every position has its own state.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.inputs = linear(channels, 3 * channels)
+        self.out = linear(channels, channels, zero=True)
+        frames = torch.logspace(0, 2.5, channels)  # time constants at the start: 16 ms to 5 s
+        with torch.no_grad():
+            self.inputs.bias[:channels] = torch.logit(torch.exp(-1 / frames))
+
+    def forward(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keep the shape [B, K, P, C]; the state is [B, P, C], float32."""
+        gate, value, shown = self.inputs(self.norm(x)).chunk(3, dim=-1)
+        keep = torch.sigmoid(gate.float())
+        new = (1 - keep) * value.float()
+        h = torch.zeros_like(new[:, 0]) if state is None else state
+        heard = []
+        for a, b in zip(keep.unbind(1), new.unbind(1), strict=True):
+            h = torch.addcmul(b, a, h)
+            heard.append(h)
+        out: Tensor = self.out(torch.stack(heard, dim=1) * F.silu(shown))
+        return out, h

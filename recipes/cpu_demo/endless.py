@@ -22,7 +22,11 @@ from diffbuf_lib.errors import DataError
 from diffbuf_lib.registry import LAYOUTS
 from recipes.cpu_demo.noise_families import HELD_OUT, TRAINING, draw_noise, microphone, random_room
 
-SNR = (-30.0, 2.0, 15.0)  # dB: lowest, most frequent, highest; where speech can be found counts most
+SNR = (
+    -30.0,
+    2.0,
+    15.0,
+)  # dB: lowest, most frequent, highest; where speech can be found counts most
 PEAK_DB = (-40.0, 0.0)  # of a mixture, re full scale
 ROOMS = 0.3  # share of clips whose speech is in a room
 TILT = 3.0  # dB per octave, of the speech

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from diffbuf_lib import DiffusionBufferModel
+from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.networks.recurrent import Recurrent
 
 pytestmark = pytest.mark.law
@@ -60,3 +62,29 @@ def test_every_parameter_gets_a_gradient():
     net, (x, t) = small_net(), inputs(9, 3)
     net(x, t).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in net.parameters())
+
+
+MANY = ("model.name=recurrent", "model.base_channels=8", "model.channel_multipliers=[1,2]",
+        "diffusion_buffer.buffers=3", "training.loss=data_prediction")  # fmt: skip
+
+
+def test_many_buffers_of_a_clip_are_one_trace(tiny_cfg):
+    cfg = tiny_cfg.override(*MANY, "training.own_estimate=0.5")
+    n, Kb = 3 * cfg.diffusion_buffer.buffer_size, cfg.diffusion_buffer.buffer_size
+    torch.manual_seed(0)
+    model, wave = DiffusionBufferModel(cfg), torch.randn(2, 1, cfg.audio.chunk_size)
+    trace = model.trace(wave, 0.5 * wave, torch.Generator().manual_seed(1))
+    assert trace.t.shape == (2, n)
+    assert (trace.t.unflatten(1, (3, Kb)).diff(dim=2) >= 0).all()
+    assert torch.equal(trace.V[..., :-n], trace.S[..., :-n])
+    assert trace.x0_hat.shape[-1] == n
+    assert torch.equal(model.trace(wave, 0.5 * wave, draws=trace.draws).V, trace.V)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [("diffusion_buffer.buffers=300", "audio.chunk_size"), ("model.name=conv", "model.name")],
+)
+def test_too_many_buffers_are_refused_by_key(tiny_cfg, override, key):
+    with pytest.raises(ConfigError, match=key):
+        tiny_cfg.override(*MANY, override)
