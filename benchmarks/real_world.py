@@ -53,8 +53,8 @@ def main() -> None:
     parser.add_argument("--noise", type=Path, help="recorded noise, mixed with the speech")
     parser.add_argument("--clips", type=Path, help="clips as this made them, or in DN-LM's layout")
     parser.add_argument("--pairs", type=Path, help="a folder with clean/ and noisy/")
-    parser.add_argument("--outputs", nargs="*", default=[], metavar="NAME=FOLDER",
-                        help="what other systems made of noisy/, files of the same names")  # fmt: skip
+    theirs = "what other systems made of noisy/, files of the same names"
+    parser.add_argument("--outputs", nargs="*", default=[], metavar="NAME=FOLDER", help=theirs)
     parser.add_argument("--clips-per-snr", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--seed", type=int, default=0)

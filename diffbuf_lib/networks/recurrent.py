@@ -1,10 +1,10 @@
 """A recurrent trunk that hears Y frame by frame, and a small network for the buffer.
 
-The trunk is a causal U-Net over frequency with recurrences along time: it remembers seconds at a constant
-cost, and computes each frame once, as it enters. The buffer's network sees V, its times and the
-trunk's features of all B frames at once, so its older frames have heard what follows them. V of
-frames before the buffer is not looked at: online that would be the network's own past estimates,
-which training does not have.
+The trunk is a causal U-Net over frequency with recurrences along time: it remembers seconds at a
+constant cost, and computes each frame once, as it enters. The buffer's network sees V, its times
+and the trunk's features of all B frames at once, so its older frames have heard what follows
+them. V of frames before the buffer is not looked at: online that would be the network's own past
+estimates, which training does not have.
 
 So a clip trains as many buffers as fit in it (`diffusion_buffer.buffers`): the trunk runs once.
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Self
 
 import torch
@@ -156,7 +157,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.bins_step = PATCH * STRIDE ** (len(widths) - 1)
         self.first = Merge(4, widths[0], PATCH)
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(pairwise(widths))
         self.merge = nn.ModuleList(Merge(fine, coarse, STRIDE) for fine, coarse in pairs)
         self.split = nn.ModuleList(Split(coarse, fine, STRIDE) for fine, coarse in pairs)
         self.down = nn.ModuleList(CausalBlock(width, level > 0) for level, width in
