@@ -274,6 +274,9 @@ class DataConfig(Section):
     """Pairs of files, and those that are mixed while training (dataset_type 3)."""
 
     pair_tolerance: int = key(400, "samples by which a pair may differ in length: cut", ge=0)
+    attenuation: float = key(
+        0.0, "dB; each training clip, mix and target alike, is lowered by up to this", ge=0, le=80
+    )
     snr_min: float = key(-30.0, "dB, smallest drawn SNR", ge=-100, le=100)
     snr_max: float = key(0.0, "dB, largest drawn SNR", ge=-100, le=100)
     distance_min: float = key(5.0, "m, nearest talker", ge=0.01, le=10000.0)

@@ -60,8 +60,7 @@ class DiffusionBufferModel(
         # Enhancement always centres its frames: with frames that start at sample 0 the first
         # samples lie under one window's flank, where overlap-add blows up a modified spectrum.
         self.framing = Spectral.from_config(stft.model_copy(update={"center": True}), compression)
-        seconds, rate = cfg.preprocessing.level_seconds, cfg.audio.sample_rate
-        self.level = RunningLevel(seconds, rate, self.spectral) if seconds else None
+        self.level = RunningLevel.from_config(cfg, self.spectral)
         self.sde = make_sde(cfg.sde)
         self.network = make_network(cfg.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loss_map = LOSSES[cfg.training.loss].load()

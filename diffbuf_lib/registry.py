@@ -142,5 +142,7 @@ for _name, _target in (
     ("noisereduce", "SpectralGate"),
     ("noisereduce_nonstationary", "SpectralGate.nonstationary"),
     ("deepfilternet", "DeepFilterNet"),
+    ("rnnoise", "RNNoise"),
+    ("gtcrn", "GTCRN"),
 ):
     BASELINES.add(_name, f"diffbuf_lib.evaluation.baselines:{_target}")
