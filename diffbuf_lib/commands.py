@@ -306,7 +306,7 @@ class Evaluate(Scoring, name="evaluate"):
     model: str  # folder of a trained model, a run's folder, or a name such as diffbuf/cpu-demo
     results_path: Path | None = None  # scores, report.html; a stopped evaluation goes on there
     metrics: tuple[str, ...] = ("si_sdr", "sdr", "pesq", "estoi")  # or distillmos dnsmos
-    #: or noisereduce, noisereduce_nonstationary, deepfilternet
+    #: or noisereduce, noisereduce_nonstationary, deepfilternet, rnnoise, gtcrn
     baselines: tuple[str, ...] = ("noisy",)
     delay: int | None = None  # output delay, 1 to buffer_size frames (data prediction)
 

@@ -211,6 +211,11 @@ class DiffusionBufferConfig(Section):
     """The buffer: the last B frames, at rising diffusion times."""
 
     buffer_size: int = key(20, "B, frames; the output delay is B - 1 hops")
+    buffers: int = key(
+        1,
+        "of a training clip, one after the other at its end; above 1 with model.name recurrent",
+        ge=1,
+    )
     num_frames: int | None = key(None, "K, frames of the window online; null: of chunk_size")
     t_eps: float = key(0.03, "smallest diffusion time of the buffer", gt=0, lt=1)
     t_max: float = key(0.8, "largest diffusion time of the buffer", gt=0, le=1)
@@ -269,6 +274,9 @@ class DataConfig(Section):
     """Pairs of files, and those that are mixed while training (dataset_type 3)."""
 
     pair_tolerance: int = key(400, "samples by which a pair may differ in length: cut", ge=0)
+    attenuation: float = key(
+        0.0, "dB; each training clip, mix and target alike, is lowered by up to this", ge=0, le=80
+    )
     snr_min: float = key(-30.0, "dB, smallest drawn SNR", ge=-100, le=100)
     snr_max: float = key(0.0, "dB, largest drawn SNR", ge=-100, le=100)
     distance_min: float = key(5.0, "m, nearest talker", ge=0.01, le=10000.0)
@@ -394,6 +402,17 @@ class Config(Section):
                 f"buffer_size {buffer.buffer_size} is larger than the {frames} STFT frames of a "
                 f"{audio.chunk_size}-sample chunk: lower diffusion_buffer.buffer_size or raise "
                 "audio.chunk_size"
+            )
+        if buffer.buffers * buffer.buffer_size > frames:
+            raise ValueError(
+                f"buffers {buffer.buffers} of buffer_size {buffer.buffer_size} are more than the "
+                f"{frames} STFT frames of a {audio.chunk_size}-sample chunk: lower "
+                "diffusion_buffer.buffers or raise audio.chunk_size"
+            )
+        if buffer.buffers > 1 and not registry.NETWORKS[self.model.name].facts.get("many_buffers"):
+            raise ValueError(
+                f"buffers {buffer.buffers}: model.name {self.model.name} takes one buffer a clip: "
+                "set diffusion_buffer.buffers to 1, or model.name to recurrent"
             )
         limit = registry.SDES[self.sde.type].facts.get("t_limit", math.inf)
         if buffer.t_max >= limit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from itertools import chain
@@ -19,6 +20,7 @@ from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.streaming import OnlineEnhancer
 
 BLOCK_SECONDS = 4.0
+QUIET = 0.1  # peak, full scale 1: diffbuf/cpu-demo loses 3.6 dB SI-SDR at a tenth of its level
 
 
 class FilesFailedError(DataError):
@@ -60,6 +62,13 @@ def enhance_file(
             for block in _enhanced(enhancer, model.cfg.audio.sample_rate, file):
                 out.write(block)
         file.warn()
+    if model.level is None and 0 < file.peak < QUIET:
+        warnings.warn(
+            f"{source}: its peak is {20 * math.log10(file.peak):.0f} dB re full scale; this model, "
+            "made without preprocessing.level_seconds, knows louder signals: raise it to "
+            f"{20 * math.log10(QUIET):.0f} dB or more",
+            stacklevel=2,
+        )
 
 
 def enhance_path(

@@ -40,6 +40,7 @@ def open_dataset(
         seed=cfg.training.seed,
         leading_zeros=cfg.leading_zero_samples,
         pair_tolerance=cfg.data.pair_tolerance,
+        attenuation=cfg.data.attenuation,
         **layout.options(cfg),
     )
 
@@ -86,6 +87,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         seed: int = 0,  # of everything drawn (training.seed)
         leading_zeros: int = 0,  # zero samples put before each file in training
         pair_tolerance: int = 400,  # samples by which a pair's lengths may differ
+        attenuation: float = 0.0,  # dB by which a training clip may be lowered (data.attenuation)
     ) -> None:
         if chunk_size < 1:
             raise DataError(f"chunk_size {chunk_size} is below 1 sample: raise audio.chunk_size")
@@ -93,6 +95,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         self.training, self.seed = training, seed
         self.leading_zeros = leading_zeros if training else 0
         self.pair_tolerance = pair_tolerance
+        self.attenuation = attenuation if training else 0.0
         self._trimmed = False  # whether it was said that pairs are
         # In shared memory, so that worker processes which outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -144,7 +147,12 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         """
         index = range(len(self))[i]  # from 0
         epoch = int(self._epoch) if self.training else 0
-        return self._load(index, np.random.default_rng([self.seed, epoch, index]))
+        rng = np.random.default_rng([self.seed, epoch, index])
+        mix, target = self._load(index, rng)
+        if self.attenuation:
+            gain = 10 ** (-rng.uniform(0, self.attenuation) / 20)
+            mix, target = gain * mix, gain * target
+        return mix, target
 
     def check_pair(self, mix: AudioInfo, target: AudioInfo) -> int:
         """Check that two files belong together, and return their length in samples."""

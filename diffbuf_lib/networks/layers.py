@@ -203,3 +203,13 @@ class Split(nn.Module):
         B, K, bins, _ = x.shape
         out: Tensor = self.mix(x).reshape(B, K, bins * self.step, -1)
         return out
+
+
+def magnitudes(x: Tensor) -> Tensor:
+    """Return the magnitudes of [..., 2 n], real and imaginary parts in turn: [..., n].
+
+    Smooth at zero, so that it has a slope there.
+    """
+    tiny = torch.finfo(x.dtype).tiny ** 0.5
+    real, imag = x[..., 0::2], x[..., 1::2]
+    return (real * real + imag * imag + tiny).sqrt()

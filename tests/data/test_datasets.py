@@ -93,6 +93,21 @@ def test_validation_starts_at_the_start_in_every_epoch(make_dnlm):
 
 
 @pytest.mark.law
+def test_a_training_clip_is_lowered_as_a_whole_by_a_drawn_gain(make_dnlm):
+    root = make_dnlm([9000] * 8)
+    plain, lowered = (DNLMDataset(root, CHUNK, attenuation=dB) for dB in (0, 40))
+    gains = []
+    for (mix, target), (low_mix, low_target) in zip(plain, lowered, strict=True):
+        gains.append(float(low_mix.norm() / mix.norm()))
+        assert torch.allclose(low_mix, gains[-1] * mix, atol=1e-6)
+        assert torch.allclose(low_target, gains[-1] * target, atol=1e-6)
+    assert 0.01 <= min(gains) < 0.1 < max(gains) <= 1
+    assert torch.equal(lowered[3][0], DNLMDataset(root, CHUNK, attenuation=40)[3][0])
+    for training in (DNLMDataset(root, CHUNK, attenuation=x, training=False) for x in (0, 40)):
+        assert torch.equal(training[0][0], DNLMDataset(root, CHUNK, training=False)[0][0])
+
+
+@pytest.mark.law
 def test_a_crop_depends_on_seed_epoch_and_index_and_nothing_else(make_dnlm):
     root = make_dnlm([9000] * 4)
 
