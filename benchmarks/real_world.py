@@ -91,7 +91,7 @@ def main() -> None:
 def available() -> list[str]:
     """Return the baselines whose packages are installed."""
     found = []
-    for name in BASELINES.names():
+    for name in map(str, BASELINES):
         try:
             make_baselines([name])
         except MissingExtraError:
@@ -115,8 +115,8 @@ def make_clips(
             if (folder / "vocals.wav").exists():
                 continue
             rng = np.random.default_rng([seed, snr + 100, number])
-            waves = [excerpt(files, seconds, rng) for files in (speech_files, noise_files)]
-            mixture = mix_pair(*waves, float(snr), speech_distance=1.0)
+            clean, noisy = (excerpt(files, seconds, rng) for files in (speech_files, noise_files))
+            mixture = mix_pair(clean, noisy, float(snr), speech_distance=1.0)
             folder.mkdir(parents=True, exist_ok=True)
             for name, wave in (("mixture", mixture.mix), ("vocals", mixture.target)):
                 write_audio(folder / f"{name}.wav", wave, RATE, "FLOAT")

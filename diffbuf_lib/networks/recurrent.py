@@ -13,10 +13,10 @@ Feature maps are [B, K, P, C], frames first; P positions of 4, 16, 64, ... bins.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -135,7 +135,8 @@ class Recurrent(nn.Module):
     def _modulation(self, t: Tensor) -> list[Tensor]:
         """Return each block's [B, 1 + Kb, 1, 2 C]; blocks pass over the first, history's."""
         time = self.embed_time(F.pad(t, (1, 0))).transpose(1, 2)
-        return [block.time(time).unsqueeze(2) for block in self.blocks]
+        blocks: Iterable[Any] = self.blocks
+        return [block.time(time).unsqueeze(2) for block in blocks]
 
     def _buffer(self, x: Tensor, heard: Tensor, modulation: list[Tensor]) -> Tensor:
         """Take V and Y [B, Kb, F, 4] to the output [B, Kb, F, 2]."""
@@ -181,7 +182,7 @@ class Trunk(nn.Module):
         kept = iter(memory) if memory is not None else None
         new: Memory = []
 
-        def run(block: nn.Module, h: Tensor) -> Tensor:
+        def run(block: Any, h: Tensor) -> Tensor:
             past = None if kept is None else [next(kept) for _ in range(block.num_kept)]
             h, past = block(h, past)
             new.extend(past)
