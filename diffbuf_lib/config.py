@@ -100,7 +100,8 @@ class Section(BaseModel):
             if low is None or high is None or low < high or (low == high and pair in self.at_most):
                 continue
             raise ValueError(
-                f"{pair[0]} {low} is too large for {pair[1]} {high}: lower one or raise the other"
+                f"{pair[0]} {low} is too large for {pair[1]} {high}: lower {pair[0]}, or raise the "
+                "other"
             )
         return self
 
