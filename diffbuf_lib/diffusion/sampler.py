@@ -121,7 +121,7 @@ class BufferSampler:
         """
         Kb = self.t.shape[0]
         V = torch.zeros(batch, num_bins, self.num_frames, dtype=dtype, device=self.t.device)
-        z = complex_normal((batch, num_bins, Kb), generator, self.t.device, dtype)
+        z = complex_normal((batch, num_bins, Kb), generator, dtype, device=self.t.device)
         V[..., -Kb:] = self.next_std * z
         memory = None
         if self.start_memory is not None:
@@ -148,7 +148,7 @@ class BufferSampler:
     def draw(self, R: Tensor, generator: Generators = None) -> Tensor:
         """Draw a step's noise, [B, F, Kb + 1]: the buffer's, then the new frame's."""
         shape = (*R.shape, self.t.shape[0] + 1)
-        return complex_normal(shape, generator, R.device, R.dtype)
+        return complex_normal(shape, generator, R.dtype, device=R.device)
 
     def move(self, state: BufferState, R: Tensor, z: Tensor) -> Tensor:
         """Do what `step` does, with the noise of `draw`."""
