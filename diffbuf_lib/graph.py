@@ -1,8 +1,8 @@
 """One hop of a stream as an ONNX graph, and the sampler that runs it in torch's place.
 
-A graph takes the newest frame, its noise and the state as real tensors, and gives the clean frame
-and the next state: [batch, ...] each, batch free. The state is whatever tensors a `BufferState` and
-the network's own memory hold, in their order.
+A graph takes the newest frame, its noise and the state to the clean frame and the next state: real
+tensors [batch, ...], batch free. The state is whatever tensors `BufferState`, and with it the
+network's memory, hold in dataclasses, lists, tuples and dicts, in order.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -29,11 +30,10 @@ from diffbuf_lib.networks import can_stream
 
 OPSET = 18
 LIMIT = 1e-4  # of the peak: the largest error that a graph may have
-aten = torch.ops.aten
 
 
 class GraphSampler:
-    """What `BufferSampler` does, its hops run by ONNX Runtime on torch's number of threads.
+    """A `BufferSampler` whose hops ONNX Runtime runs, on as many threads as torch has now.
 
     Args:
         sampler: of the same model; draws the noise and begins the streams.
@@ -44,42 +44,37 @@ class GraphSampler:
     """
 
     def __init__(self, sampler: BufferSampler, path: Path) -> None:
+        self.t, self.delay = sampler.t, sampler.delay
+        self.start, self.draw = sampler.start, sampler.draw
         runtime = _extra("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         self.session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.names = [given.name for given in self.session.get_inputs()]
-        self.t, self.delay, self.start, self.draw = (
-            sampler.t, sampler.delay, sampler.start, sampler.draw
-        )  # fmt: skip
 
     def step(self, state: BufferState, R: Tensor, generator: Generators = None) -> Tensor:
         """Take in one noisy frame and put out one clean frame; see `BufferSampler.step`."""
         return self.move(state, R, self.draw(R, generator))
 
     def move(self, state: BufferState, R: Tensor, z: Tensor) -> Tensor:
-        """Do what `step` does, with noise z; see `BufferSampler.move`."""
-        before = tensors(state)
-        given = [_as_real(tensor).contiguous().numpy() for tensor in (R, z, *before)]
-        out, *after = map(
-            torch.from_numpy, self.session.run(None, dict(zip(self.names, given, strict=True)))
-        )
-        after = [_like(new, old) for new, old in zip(after, before, strict=True)]
+        """Do what `step` does, with the noise of `draw`."""
+        arrays = [_real(tensor).contiguous().numpy() for tensor in (R, z, *tensors(state))]
+        made = self.session.run(None, dict(zip(self.names, arrays, strict=True)))
+        clean, *after = map(torch.from_numpy, made)
         moved = with_tensors(state, after)
         for field in fields(BufferState):
             setattr(state, field.name, getattr(moved, field.name))
         state.pushed += 1
-        return torch.view_as_complex(out)
+        return torch.view_as_complex(clean)
 
 
 def cached_graph(model: DiffusionBufferModel, delay: int | None = None) -> Path:
-    """Return a file with the graph of a model's hop, made now if there is none that agrees with it.
+    """Return the graph of a model's hop; it is made if none is kept that agrees with the model.
 
-    It is kept in diffbuf/ of the user's folder for caches, since making it takes half a minute.
+    Making it takes half a minute: it stays in diffbuf/ of the user's folder for caches.
     """
-    sampler = checked_sampler(model, delay)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffbuf"
-    path = cache / f"{fingerprint(model)}-{sampler.delay}.onnx"
+    path = cache / f"{fingerprint(model)}-{hop_sampler(model, delay).delay}.onnx"
     # A few hops tell whether another version of this library made it.
     if not path.is_file() or worst_error(model, path, delay, hops=8) > LIMIT:
         cache.mkdir(parents=True, exist_ok=True)
@@ -88,7 +83,7 @@ def cached_graph(model: DiffusionBufferModel, delay: int | None = None) -> Path:
     return path
 
 
-def checked_sampler(model: DiffusionBufferModel, delay: int | None = None) -> BufferSampler:
+def hop_sampler(model: DiffusionBufferModel, delay: int | None = None) -> BufferSampler:
     """Return the sampler of a model whose hop can be a graph.
 
     Raises:
@@ -96,14 +91,14 @@ def checked_sampler(model: DiffusionBufferModel, delay: int | None = None) -> Bu
     """
     if not can_stream(model.network):
         raise ConfigError(
-            f"model.name {model.cfg.model.name} has no hop to export: it remembers nothing and "
-            f"computes all {model.cfg.num_frames} frames of its window again for each new one; "
-            "a network that streams, such as block_causal, has one"
+            f"model.name {model.cfg.model.name} has no hop to export: it computes all "
+            f"{model.cfg.num_frames} frames of its window again for each new one; take a network "
+            "that remembers its history, such as block_causal"
         )
     sampler = model.sampler(delay)
     if sampler.t.dtype != torch.float32 or sampler.t.device.type != "cpu":
         raise ConfigError(
-            f"a graph is made of a model in float32 on the CPU, not {sampler.t.dtype} on "
+            f"a graph is made of a float32 model on the CPU, not of {sampler.t.dtype} on "
             f"{sampler.t.device}: model.float().cpu()"
         )
     return sampler
@@ -114,191 +109,148 @@ def worst_error(
 ) -> float:
     """Return a graph's largest difference from the model's hops, over the peak of each tensor.
 
-    Every hop begins with the model's state, and what it makes of the state counts too: a network
-    with untrained weights can be chaotic, so that any two ways of rounding part in time. Two
-    streams side by side, of noise that rises and falls by 60 dB within 200 hops.
+    Every hop begins with the model's state, and what becomes of the state counts too: an untrained
+    network can be chaotic, and any two ways of rounding then part in time. Two streams side by
+    side, of noise that rises and falls by 60 dB within 200 hops.
     """
-    sampler = checked_sampler(model, delay)
+    sampler, shape = hop_sampler(model, delay), (2, model.framing.num_bins)
     graph, generator = GraphSampler(sampler, path), torch.Generator().manual_seed(0)
-    shape = (2, model.framing.num_bins)
     state = sampler.start(*shape, generator)
     errors, peaks = [], []
     with torch.inference_mode(), evaluating(model):
         for hop in range(hops):
             level = 10 ** (-1.5 - 1.5 * math.cos(hop * math.pi / 100))
             R = level * torch.randn(*shape, dtype=torch.complex64, generator=generator)
-            z = sampler.draw(R, generator)
-            same = with_tensors(state, [tensor.clone() for tensor in tensors(state)])
+            z, same = sampler.draw(R, generator), map_leaves(_copy, state)
             expected = [sampler.move(state, R, z), *tensors(state)]
             found = [graph.move(same, R, z), *tensors(same)]
-            peaks.append([float(a.abs().max()) for a in expected])
-            errors.append([float((a - b).abs().max()) for a, b in zip(expected, found, strict=True)])
-    worst = zip(map(max, zip(*errors, strict=True)), map(max, zip(*peaks, strict=True)), strict=True)
-    return max(error / max(peak, 1e-9) for error, peak in worst)
+            pairs = zip(expected, found, strict=True)
+            errors.append(torch.stack([(a - b).abs().max() for a, b in pairs]))
+            peaks.append(torch.stack([a.abs().max() for a in expected]))
+    peak = torch.stack(peaks).amax(dim=0).clamp_min(1e-9)
+    return float((torch.stack(errors).amax(dim=0) / peak).max())
 
 
 def write_hop(model: DiffusionBufferModel, path: Path, delay: int | None = None) -> None:
-    """Write the ONNX graph of a hop: noisy, noise, state.0, ... to clean, next.0, ...
+    """Write the graph of a hop: noisy, noise, state.0, ... to clean, next.0, ...
 
-    noisy and clean are [batch, F, 2] compressed spectra, real and imaginary; noise [batch, F,
-    Kb + 1, 2] of variance 1/2 each.
+    noisy and clean are [batch, F, 2], compressed spectra, real and imaginary; noise is [batch, F,
+    Kb + 1, 2] of variance 1/2.
 
     Raises:
-        ConfigError: a network that cannot stream or whose steps cannot be traced.
+        ConfigError: a network that cannot stream, or whose step torch.export cannot trace.
         MissingExtraError: onnx or onnxscript is not installed.
     """
-    sampler = checked_sampler(model, delay)
+    for package in ("onnx", "onnxscript"):
+        _extra(package)
+    sampler = hop_sampler(model, delay)
+
+    def hop(given: list[Tensor]) -> list[Tensor]:
+        R, z, *own = (tensor.clone() for tensor in given)  # the network changes its state in place
+        after = with_tensors(state, own)
+        clean = sampler.move(after, torch.view_as_complex(R), torch.view_as_complex(z))
+        return [_real(tensor) for tensor in (clean, *tensors(after))]
+
     with torch.no_grad(), evaluating(model):
         state = sampler.start(2, model.framing.num_bins)
-        R = torch.randn_like(state.V[..., 0])
-        given = [_as_real(value) for value in (R, sampler.draw(R), *tensors(state))]
-        count = range(len(given) - 2)
-        names = ["noisy", "noise", *(f"state.{i}" for i in count)]
-        _write(_Hop(model, sampler, state), given, path, names, "clean", len(count))
+        noisy = torch.zeros_like(state.V[..., 0])
+        given = [_real(tensor) for tensor in (noisy, sampler.draw(noisy), *tensors(state))]
+        numbers = range(len(given) - 2)
+        shapes = ([{0: torch.export.Dim("batch")} for _ in given],)
+        try:
+            with _silence():
+                traced = torch.export.export(_Call(hop, model), (given,), dynamic_shapes=shapes)
+                graph: Any = traced.module(check_guards=False)
+                program = torch.onnx.export(
+                    _Call(lambda given: _RealArithmetic(graph).run(*given), graph), (given,),
+                    dynamo=True, dynamic_shapes=shapes, opset_version=OPSET, verbose=False,
+                    input_names=["noisy", "noise", *(f"state.{i}" for i in numbers)],
+                    output_names=["clean", *(f"next.{i}" for i in numbers)],
+                )  # fmt: skip
+        except Exception as error:  # whatever a network of one's own does that cannot be traced
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(
+                f"the step of model.name {model.cfg.model.name} cannot be exported: {reason}"
+            ) from error
+    assert program is not None
+    program.save(path, external_data=False)
 
 
-def write_start(model: DiffusionBufferModel, path: Path, delay: int | None = None) -> None:
-    """Write the ONNX graph that begins streams: noise [batch, F, Kb, 2] to next.0, ..."""
-    sampler = checked_sampler(model, delay)
-    state = sampler.start(1, model.framing.num_bins)
-    noise = torch.zeros(2, model.framing.num_bins, len(sampler.t), 2)
-    with torch.no_grad():
-        count = len(tensors(state))
-        _write(_Start(sampler.next_std, tensors(state)), [noise], path, ["noise"], None, count)
+class _Call(nn.Module):
+    """A function as the module that torch.export takes, with the module that has its weights."""
 
-
-class _Hop(nn.Module):
-    """`BufferSampler.move` with all that it takes and gives as real tensors."""
-
-    def __init__(self, model: nn.Module, sampler: BufferSampler, state: BufferState) -> None:
+    def __init__(self, function: Callable[[list[Tensor]], Any], weights: nn.Module) -> None:
         super().__init__()
-        self.model, self.sampler, self.state = model, sampler, state  # model: for its weights
-        self.kinds = tensors(state)
+        self.function, self.weights = function, weights
 
-    def forward(self, given: list[Tensor]) -> list[Tensor]:
-        R, z, *given = given
-        own = [_like(new.clone(), old) for new, old in zip(given, self.kinds, strict=True)]
-        state = with_tensors(self.state, own)  # the network changes it in place
-        out = self.sampler.move(state, torch.view_as_complex(R), torch.view_as_complex(z))
-        return [_as_real(value) for value in (out, *tensors(state))]
-
-
-class _Start(nn.Module):
-    """The state of streams that begin, from one stream's: V's buffer is sigma noise."""
-
-    def __init__(self, sigma: Tensor, one: list[Tensor]) -> None:
-        super().__init__()
-        self.sigma, self.one = sigma, [_as_real(tensor) for tensor in one]
-
-    def forward(self, given: list[Tensor]) -> list[Tensor]:
-        (noise,) = given
-        V, *others = (one.expand(noise.shape[0], *one.shape[1:]) for one in self.one)
-        past = V[:, :, : V.shape[2] - noise.shape[2]] * 0
-        V = torch.cat([past, self.sigma[:, None] * noise], dim=2)
-        return [V, *(other.clone() for other in others)]
+    def forward(self, given: list[Tensor]) -> Any:
+        return self.function(given)
 
 
 class _Complex:
     """A complex tensor as two real ones."""
 
-    def __init__(self, real: Tensor | float, imag: Tensor | float) -> None:
+    def __init__(self, real: Any, imag: Any) -> None:
         self.real, self.imag = real, imag
 
 
 class _RealArithmetic(torch.fx.Interpreter):
     """Run a traced graph without complex tensors, which ONNX does not have.
 
-    What is linear is done to both parts. What is not, and is missing here, makes a wrong graph,
+    What is linear is done to both parts. What is neither linear nor named here makes a wrong graph,
     which the comparison with the model refuses.
     """
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        op = getattr(target, "overloadpacket", target)
+        op, aten = getattr(target, "overloadpacket", target), torch.ops.aten
         if op is aten.view_as_complex:
             return _Complex(*args[0].unbind(-1))
         if op is aten.complex:
             return _Complex(*args)
-        found: list[_Complex] = []
-        map_leaves(lambda leaf: found.append(leaf) if isinstance(leaf, _Complex) else None, args)
+        found = leaves(args, _Complex)
         if not found:
             return super().call_function(target, args, kwargs)
-        a = found[0]
+        a, b = found[0], found[-1]
         if op is aten.view_as_real:
-            return torch.stack([a.real, a.imag], dim=-1)  # type: ignore[list-item]
-        if op in (aten.real, aten.imag):
+            return torch.stack([a.real, a.imag], dim=-1)
+        if op is aten.real or op is aten.imag:
             return a.real if op is aten.real else a.imag
         if op is aten.abs:
-            return (a.real**2 + a.imag**2) ** 0.5
+            return (a.real**2 + a.imag**2).sqrt()
         if op is aten.mul and len(found) == 2:
-            b = found[1]
             return _Complex(a.real * b.real - a.imag * b.imag, a.real * b.imag + a.imag * b.real)
-        if op in (aten.add, aten.sub):
-            args = tuple(each if isinstance(each, _Complex) else _Complex(each, 0.0) for each in args)
+        if op is aten.add or op is aten.sub:  # a real number has no imaginary part to add
+            args = tuple(arg if isinstance(arg, _Complex) else _Complex(arg, 0.0) for arg in args)
 
         def part(name: str) -> Any:
-            return target(
-                *map_leaves(
-                    lambda leaf: getattr(leaf, name) if isinstance(leaf, _Complex) else leaf, args
-                ),
-                **kwargs,
-            )
+            of = lambda leaf: getattr(leaf, name) if isinstance(leaf, _Complex) else leaf  # noqa: E731
+            return target(*map_leaves(of, args), **kwargs)
 
         return _Complex(part("real"), part("imag"))
 
 
-class _Real(nn.Module):
-    """A traced graph run in real arithmetic."""
-
-    def __init__(self, traced: torch.fx.GraphModule) -> None:
-        super().__init__()
-        self.traced = traced
-
-    def forward(self, given: list[Tensor]) -> Any:
-        return _RealArithmetic(self.traced).run(*given)
-
-
-def _write(
-    module: nn.Module, given: list[Tensor], path: Path, names: list[str], first: str | None, count: int
-) -> None:
-    """Trace a module, rid it of complex tensors, and write it as ONNX."""
-    for package in ("onnx", "onnxscript"):
-        _extra(package)
-    batch = torch.export.Dim("batch")
-    shapes = ([{0: batch} for _ in given],)
-    outputs = [*([first] if first else []), *(f"next.{i}" for i in range(count))]
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it tells that torchvision is not there
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, of torch
-            traced = torch.export.export(module, (given,), dynamic_shapes=shapes)
-            real = _Real(traced.module(check_guards=False))  # type: ignore[arg-type]
-            program = torch.onnx.export(
-                real, (given,), dynamo=True, dynamic_shapes=shapes, opset_version=OPSET,
-                input_names=names, output_names=outputs, verbose=False,
-                optimize=False,  # ONNX Runtime does it as well, when it loads the graph
-            )  # fmt: skip
-    except Exception as error:  # whatever a network of one's own does that cannot be traced
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"the network's step cannot be exported: {reason}") from error
-    finally:
-        log.setLevel(level)
-    assert program is not None
-    program.save(path, external_data=False)
-
-
 def tensors(tree: Any) -> list[Tensor]:
-    """Return the tensors in dataclasses, lists, tuples and dicts, in order."""
-    found: list[Tensor] = []
-    map_leaves(lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None, tree)
-    return found
+    """Return the tensors of a tree, in order."""
+    return leaves(tree, Tensor)
 
 
 def with_tensors(tree: Any, new: list[Tensor]) -> Any:
-    """Return a copy of a tree with other tensors."""
+    """Return a copy of a tree with other tensors; real pairs become complex where those were."""
     rest = iter(new)
-    return map_leaves(lambda leaf: next(rest) if isinstance(leaf, Tensor) else leaf, tree)
+
+    def other(old: Any) -> Any:
+        if not isinstance(old, Tensor):
+            return old
+        return torch.view_as_complex(next(rest)) if old.is_complex() else next(rest)
+
+    return map_leaves(other, tree)
+
+
+def leaves(tree: Any, kind: type) -> list[Any]:
+    """Return what a tree holds of a type, in order."""
+    found: list[Any] = []
+    map_leaves(lambda leaf: found.append(leaf) if isinstance(leaf, kind) else None, tree)
+    return found
 
 
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
@@ -313,13 +265,26 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     return function(tree)
 
 
-def _as_real(tensor: Tensor) -> Tensor:
+def _copy(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _like(tensor: Tensor, old: Tensor) -> Tensor:
-    """Make complex what was."""
-    return torch.view_as_complex(tensor) if old.is_complex() else tensor
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep torch's exporter from warning of itself, and that torchvision is not there."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _extra(package: str) -> Any:

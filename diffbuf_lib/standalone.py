@@ -1,142 +1,134 @@
-"""Enhance speech with the network in this folder, a stream at a time: no torch, no diffbuf.
+"""Enhance speech with the network in this folder: no torch, no diffbuf.
 
     pip install numpy soundfile onnxruntime
     python run.py noisy.wav clean.wav
 
-`Stream` is what a product needs: push any number of samples, get back those that are ready, as many
-in all as went in. hop.onnx takes one frame through the network, start.onnx begins streams, and
-stream.json says how frames are cut and compressed.
+`Stream` is for your product. hop.onnx takes one frame through the network, start.bin is the state
+of a stream that begins, stream.json says how frames are cut and compressed.
 """
 
-import argparse
 import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import soundfile
 
-TINY = np.float32(np.finfo(np.float32).tiny)
+Array = np.ndarray[Any, np.dtype[np.float32]]
+SMALLEST = np.finfo(np.float32).tiny
 
 
 class Stream:
-    """`batch` streams side by side, in one call of the network a hop."""
+    """Streams side by side, in one call of the network a hop: as many samples out as in."""
 
-    def __init__(self, folder, batch=1, seed=0, threads=1):
+    def __init__(self, folder: str | Path, batch: int = 1, seed: int = 0, threads: int = 1) -> None:
         about = json.loads((Path(folder) / "stream.json").read_text())
         self.rate, self.n_fft, self.hop = about["sample_rate"], about["n_fft"], about["hop_length"]
         self.alpha, self.beta = about["alpha"], about["beta"]  # |c| becomes beta |c|^alpha
-        self.buffer, self.delay = len(about["times"]), about["delay"]  # frames
-        self.window = np.array(about["window"], np.float32)
+        self.sigma, self.delay = np.float32(about["start_sigma"]), about["delay"]
+        self.window = np.float32(about["window"])
         self.batch, self.seed = batch, seed
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads  # one is best beside other work on the same cores
-        load = lambda name: onnxruntime.InferenceSession(  # noqa: E731
-            Path(folder) / name, options, providers=["CPUExecutionProvider"]
+        options.intra_op_num_threads = threads  # one does best beside other work
+        self.graph = onnxruntime.InferenceSession(
+            Path(folder) / "hop.onnx", options, providers=["CPUExecutionProvider"]
         )
-        self.start_graph, self.hop_graph = load("start.onnx"), load("hop.onnx")
-        self.names = [given.name for given in self.hop_graph.get_inputs()]  # noisy, noise, state.0
+        self.names = [each.name for each in self.graph.get_inputs()]  # noisy, noise, state.0, ...
+        shapes = [each.shape[1:] for each in self.graph.get_inputs()[2:]]
+        flat = np.fromfile(Path(folder) / "start.bin", np.float32)
+        pieces = np.split(flat, np.cumsum([np.prod(shape) for shape in shapes])[:-1])
+        self.start = [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
         """Forget the streams."""
         self.random = np.random.RandomState(self.seed)
-        self.state = self.start_graph.run(None, {"noise": self.noise(self.buffer)})
+        self.state = [np.repeat(one[None], self.batch, axis=0) for one in self.start]
+        buffer = len(self.sigma)  # frames, which begin as noise
+        self.state[0][:, :, -buffer:] = self.sigma[:, None] * self.noise(buffer)
         # Frames are centred: the first begins half a window before the stream.
         self.waiting = np.zeros((self.batch, self.n_fft // 2), np.float32)
         self.overlap = np.zeros((self.batch, self.n_fft), np.float32)  # of windowed output frames
         self.envelope = np.zeros(self.n_fft, np.float32)  # of their squared windows
-        self.frames = self.taken = self.given = 0
-        self.to_drop = self.n_fft // 2  # output from before the first sample
+        self.frames, self.taken, self.given = 0, 0, -(self.n_fft // 2)  # below 0: left out
 
-    def push(self, samples):
-        """Take samples [batch, T] float32, full scale 1; give those that are ready, [batch, T']."""
+    def push(self, samples: Array) -> Array:
+        """Take samples [batch, T], full scale 1; give those that are ready, [batch, T']."""
         self.taken += samples.shape[1]
         samples = np.where(np.isfinite(samples), samples, 0).astype(np.float32)
         self.waiting = np.concatenate([self.waiting, samples], axis=1)
-        ready = [np.zeros((self.batch, 0), np.float32)]
+        out = np.zeros((self.batch, 0), np.float32)
         while self.waiting.shape[1] >= self.n_fft:
-            out = self._frame(self.waiting[:, : self.n_fft])
+            clean = self.enhance(self.waiting[:, : self.n_fft])
             self.waiting = self.waiting[:, self.hop :]
-            if self.frames >= self.delay:  # before that, the buffer's own noise comes out
-                ready.append(self._overlap_add(out))
-        out = np.concatenate(ready, axis=1)
-        dropped = min(self.to_drop, out.shape[1])
-        self.to_drop -= dropped
-        self.given += out.shape[1] - dropped
+            if self.frames >= self.delay:  # before, the buffer's own noise leaves it
+                out = np.concatenate([out, self.overlap_add(clean)], axis=1)
+        dropped = min(max(-self.given, 0), out.shape[1])
+        self.given += out.shape[1]
         return out[:, dropped:]
 
-    def flush(self):
+    def flush(self) -> Array:
         """End the streams: give what is still inside."""
-        missing, taken = self.taken - self.given, self.taken
-        ready = [self.push(np.zeros((self.batch, -taken % self.hop + self.n_fft), np.float32))]
-        while self.given < taken:
-            ready.append(self.push(np.zeros((self.batch, self.hop), np.float32)))
+        taken, missing = self.taken, self.taken - max(self.given, 0)
+        out = self.push(np.zeros((self.batch, -taken % self.hop + self.n_fft), np.float32))
+        while out.shape[1] < missing:
+            more = self.push(np.zeros((self.batch, self.hop), np.float32))
+            out = np.concatenate([out, more], axis=1)
         self.reset()
-        return np.concatenate(ready, axis=1)[:, :missing]
+        return out[:, :missing]
 
-    def _frame(self, frame):
-        """One noisy frame [batch, n_fft] to the clean one that comes out for it."""
+    def enhance(self, frame: Array) -> Array:
+        """Take the newest frame [batch, n_fft]; give the clean one that leaves the buffer."""
         spectrum = np.fft.rfft(frame * self.window).astype(np.complex64)
-        spectrum *= self.beta * np.maximum(np.abs(spectrum), TINY) ** (self.alpha - 1)
+        spectrum *= self.beta * np.maximum(np.abs(spectrum), SMALLEST) ** (self.alpha - 1)
         noisy = spectrum.view(np.float32).reshape(*spectrum.shape, 2)
-        given = [noisy, self.noise(self.buffer + 1), *self.state]
-        clean, *self.state = self.hop_graph.run(None, dict(zip(self.names, given)))  # noqa: B905
-        clean = clean.view(np.complex64)[..., 0]
-        clean *= np.maximum(np.abs(clean), TINY) ** (1 / self.alpha - 1)
+        given = [noisy, self.noise(len(self.sigma) + 1), *self.state]
+        out, *self.state = self.graph.run(None, dict(zip(self.names, given, strict=True)))
+        clean = out.view(np.complex64)[..., 0] * self.beta ** (-1 / self.alpha)
+        clean *= np.maximum(np.abs(out.view(np.complex64)[..., 0]), SMALLEST) ** (1 / self.alpha - 1)
         self.frames += 1
-        return np.fft.irfft(clean * self.beta ** (-1 / self.alpha), self.n_fft).astype(np.float32)
+        return np.fft.irfft(clean, self.n_fft).astype(np.float32)
 
-    def _overlap_add(self, frame):
+    def overlap_add(self, frame: Array) -> Array:
         """Add a frame; give the hop of samples that no later frame changes."""
         self.overlap += frame * self.window
         self.envelope += self.window**2
-        scale = np.where(self.envelope > 1e-8, self.envelope, 1)[: self.hop]
-        done = self.overlap[:, : self.hop] / scale
+        done = self.overlap / np.where(self.envelope > 1e-8, self.envelope, 1)
         self.overlap = np.pad(self.overlap[:, self.hop :], ((0, 0), (0, self.hop)))
         self.envelope = np.pad(self.envelope[self.hop :], (0, self.hop))
-        return done
+        return done[:, : self.hop]
 
-    def noise(self, frames):
-        """CN(0, 1) noise [batch, F, frames, 2], the numbers that torch.randn draws of this seed.
-
-        Any Gaussian noise does as well; with this one the output is that of `diffbuf stream`.
-        """
+    def noise(self, frames: int) -> Array:
+        """Draw CN(0, 1) [batch, F, frames, 2]: of this seed what torch, and so diffbuf, draws."""
         shape = (self.batch, self.n_fft // 2 + 1, frames, 2)
         count = int(np.prod(shape))
+        drawn = self.normal(count)
+        if count % 16:  # torch draws the last 16 again
+            drawn = np.concatenate([drawn[: count - 16], self.normal(16)])
+        return drawn.reshape(shape)
 
-        def normal(n):  # Box and Muller 1958, eight pairs at a time
-            bits = np.frombuffer(self.random.bytes(4 * n), "<u4") & 0xFFFFFF
-            first, second = (bits[: n // 16 * 16] * np.float32(2**-24)).reshape(-1, 2, 8).swapaxes(0, 1)
-            radius, angle = np.sqrt(-np.log(1 - first)), np.float32(2 * np.pi) * second
-            return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).ravel()
-
-        drawn = normal(count)
-        if count % 16:
-            drawn = np.concatenate([drawn[: count - 16], normal(16)])
-        return drawn.reshape(shape).astype(np.float32)
+    def normal(self, count: int) -> Array:
+        """Draw 16 by 16 with variance 1/2 (Box and Muller 1958), if 16 divides count."""
+        bits = np.frombuffer(self.random.bytes(4 * count), "<u4") & 0xFFFFFF
+        u = (bits[: count // 16 * 16] * np.float32(2**-24)).reshape(-1, 2, 8)
+        radius, angle = np.sqrt(-np.log(1 - u[:, :1])), np.float32(2 * np.pi) * u[:, 1:]
+        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1).ravel()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("source", help="audio file of the model's sample rate; averaged to mono")
-    parser.add_argument("output", help=".wav or .flac file")
-    parser.add_argument("--seed", type=int, default=0, help="of the diffusion noise")
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    stream = Stream(Path(__file__).parent, seed=args.seed, threads=args.threads)
-    audio, rate = soundfile.read(args.source, dtype="float32", always_2d=True)
+    source, output = sys.argv[1:3]
+    stream = Stream(Path(__file__).parent)
+    audio, rate = soundfile.read(source, dtype="float32", always_2d=True)
     if rate != stream.rate:
-        sys.exit(f"{args.source} is at {rate} Hz and the model at {stream.rate} Hz: resample it")
-    mono, ready, hops = audio.mean(axis=1)[None], [], []
+        sys.exit(f"{source} is at {rate} Hz and the model at {stream.rate} Hz: resample it")
+    mono, out, seconds = audio.mean(axis=1)[None], [], []
     for begin in range(0, mono.shape[1], stream.hop):
         begun = time.perf_counter()
-        ready.append(stream.push(mono[:, begin : begin + stream.hop]))
-        hops.append(time.perf_counter() - begun)
-    out = np.concatenate([*ready, stream.flush()], axis=1)[0]
-    wav = args.output.lower().endswith(".wav")
-    soundfile.write(args.output, out, rate, subtype="FLOAT" if wav else None)
-    median, limit = np.median(hops), stream.hop / rate
-    print(f"real-time factor {median / limit:.3f} (median), worst hop {max(hops) / limit:.3f}")
+        out.append(stream.push(mono[:, begin : begin + stream.hop]))
+        seconds.append(time.perf_counter() - begun)
+    soundfile.write(output, np.concatenate([*out, stream.flush()], axis=1)[0], rate)
+    limit = stream.hop / rate
+    print(f"real-time factor {np.median(seconds) / limit:.3f}, worst {max(seconds) / limit:.3f}")
