@@ -90,7 +90,11 @@ def export_model(
 
 def _about(model: DiffusionBufferModel, delay: int | None) -> dict[str, object]:
     """Return what a stream is made of, as JSON can hold it."""
-    enhancer, framing, rate = OnlineEnhancer(model, delay=delay), model.framing, model.cfg.audio.sample_rate
+    enhancer, framing, rate = (
+        OnlineEnhancer(model, delay=delay),
+        model.framing,
+        model.cfg.audio.sample_rate,
+    )
     sampler = enhancer.sampler
     return {
         "diffbuf": diffbuf_lib.__version__,

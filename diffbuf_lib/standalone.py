@@ -1,7 +1,6 @@
 """Enhance speech with the network in this folder: no torch, no diffbuf.
 
-    pip install numpy soundfile onnxruntime
-    python run.py noisy.wav clean.wav
+    pip install numpy soundfile onnxruntime && python run.py noisy.wav clean.wav
 
 `Stream` is for your product. hop.onnx takes one frame through the network, start.bin is the state
 of a stream that begins, stream.json says how frames are cut and compressed.
@@ -11,13 +10,13 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
 import soundfile
+from numpy.typing import NDArray
 
-Array = np.ndarray[Any, np.dtype[np.float32]]
+Array = NDArray[np.float32]
 SMALLEST = np.finfo(np.float32).tiny
 
 
@@ -28,27 +27,24 @@ class Stream:
         about = json.loads((Path(folder) / "stream.json").read_text())
         self.rate, self.n_fft, self.hop = about["sample_rate"], about["n_fft"], about["hop_length"]
         self.alpha, self.beta = about["alpha"], about["beta"]  # |c| becomes beta |c|^alpha
-        self.sigma, self.delay = np.float32(about["start_sigma"]), about["delay"]
-        self.window = np.float32(about["window"])
-        self.batch, self.seed = batch, seed
+        self.sigma, self.delay = np.array(about["start_sigma"], np.float32), about["delay"]
+        self.window, self.batch, self.seed = np.array(about["window"], np.float32), batch, seed
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads  # one does best beside other work
-        self.graph = onnxruntime.InferenceSession(
-            Path(folder) / "hop.onnx", options, providers=["CPUExecutionProvider"]
-        )
+        self.graph = onnxruntime.InferenceSession(Path(folder) / "hop.onnx", options)
         self.names = [each.name for each in self.graph.get_inputs()]  # noisy, noise, state.0, ...
         shapes = [each.shape[1:] for each in self.graph.get_inputs()[2:]]
         flat = np.fromfile(Path(folder) / "start.bin", np.float32)
         pieces = np.split(flat, np.cumsum([np.prod(shape) for shape in shapes])[:-1])
-        self.start = [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+        self.start = [piece.reshape(1, *shape) for piece, shape in zip(pieces, shapes, strict=True)]
         self.reset()
 
     def reset(self) -> None:
         """Forget the streams."""
         self.random = np.random.RandomState(self.seed)
-        self.state = [np.repeat(one[None], self.batch, axis=0) for one in self.start]
-        buffer = len(self.sigma)  # frames, which begin as noise
-        self.state[0][:, :, -buffer:] = self.sigma[:, None] * self.noise(buffer)
+        self.state = [np.repeat(one, self.batch, axis=0) for one in self.start]
+        B = len(self.sigma)  # frames of the buffer, which begin as noise
+        self.state[0][:, :, -B:] = self.sigma[:, None] * self.noise(B)
         # Frames are centred: the first begins half a window before the stream.
         self.waiting = np.zeros((self.batch, self.n_fft // 2), np.float32)
         self.overlap = np.zeros((self.batch, self.n_fft), np.float32)  # of windowed output frames
@@ -60,37 +56,36 @@ class Stream:
         self.taken += samples.shape[1]
         samples = np.where(np.isfinite(samples), samples, 0).astype(np.float32)
         self.waiting = np.concatenate([self.waiting, samples], axis=1)
-        out = np.zeros((self.batch, 0), np.float32)
+        ready = [np.zeros((self.batch, 0), np.float32)]
         while self.waiting.shape[1] >= self.n_fft:
             clean = self.enhance(self.waiting[:, : self.n_fft])
             self.waiting = self.waiting[:, self.hop :]
             if self.frames >= self.delay:  # before, the buffer's own noise leaves it
-                out = np.concatenate([out, self.overlap_add(clean)], axis=1)
-        dropped = min(max(-self.given, 0), out.shape[1])
-        self.given += out.shape[1]
-        return out[:, dropped:]
+                ready.append(self.overlap_add(clean))
+        out = np.concatenate(ready, axis=1)
+        early, self.given = max(-self.given, 0), self.given + out.shape[1]
+        return out[:, early:]
 
     def flush(self) -> Array:
         """End the streams: give what is still inside."""
-        taken, missing = self.taken, self.taken - max(self.given, 0)
-        out = self.push(np.zeros((self.batch, -taken % self.hop + self.n_fft), np.float32))
-        while out.shape[1] < missing:
-            more = self.push(np.zeros((self.batch, self.hop), np.float32))
-            out = np.concatenate([out, more], axis=1)
+        taken, given = self.taken, max(self.given, 0)
+        ready = [self.push(np.zeros((self.batch, -taken % self.hop + self.n_fft), np.float32))]
+        while self.given < taken:
+            ready.append(self.push(np.zeros((self.batch, self.hop), np.float32)))
         self.reset()
-        return out[:, :missing]
+        return np.concatenate(ready, axis=1)[:, : taken - given]
 
     def enhance(self, frame: Array) -> Array:
         """Take the newest frame [batch, n_fft]; give the clean one that leaves the buffer."""
-        spectrum = np.fft.rfft(frame * self.window).astype(np.complex64)
-        spectrum *= self.beta * np.maximum(np.abs(spectrum), SMALLEST) ** (self.alpha - 1)
-        noisy = spectrum.view(np.float32).reshape(*spectrum.shape, 2)
-        given = [noisy, self.noise(len(self.sigma) + 1), *self.state]
+        c = np.fft.rfft(frame * self.window).astype(np.complex64)
+        c *= self.beta * np.maximum(np.abs(c), SMALLEST) ** (self.alpha - 1)
+        noisy, noise = c.view(np.float32).reshape(*c.shape, 2), self.noise(len(self.sigma) + 1)
+        given = [noisy, noise, *self.state]
         out, *self.state = self.graph.run(None, dict(zip(self.names, given, strict=True)))
-        clean = out.view(np.complex64)[..., 0] * self.beta ** (-1 / self.alpha)
-        clean *= np.maximum(np.abs(out.view(np.complex64)[..., 0]), SMALLEST) ** (1 / self.alpha - 1)
+        c = out.view(np.complex64)[..., 0] / self.beta
+        c *= np.maximum(np.abs(c), SMALLEST) ** (1 / self.alpha - 1)
         self.frames += 1
-        return np.fft.irfft(clean, self.n_fft).astype(np.float32)
+        return np.fft.irfft(c, self.n_fft).astype(np.float32)
 
     def overlap_add(self, frame: Array) -> Array:
         """Add a frame; give the hop of samples that no later frame changes."""
@@ -102,33 +97,26 @@ class Stream:
         return done[:, : self.hop]
 
     def noise(self, frames: int) -> Array:
-        """Draw CN(0, 1) [batch, F, frames, 2]: of this seed what torch, and so diffbuf, draws."""
-        shape = (self.batch, self.n_fft // 2 + 1, frames, 2)
-        count = int(np.prod(shape))
-        drawn = self.normal(count)
-        if count % 16:  # torch draws the last 16 again
-            drawn = np.concatenate([drawn[: count - 16], self.normal(16)])
-        return drawn.reshape(shape)
+        """Draw CN(0, 1), [batch, F, frames, 2]: what torch, and so diffbuf, draws of this seed."""
 
-    def normal(self, count: int) -> Array:
-        """Draw 16 by 16 with variance 1/2 (Box and Muller 1958), if 16 divides count."""
-        bits = np.frombuffer(self.random.bytes(4 * count), "<u4") & 0xFFFFFF
-        u = (bits[: count // 16 * 16] * np.float32(2**-24)).reshape(-1, 2, 8)
-        radius, angle = np.sqrt(-np.log(1 - u[:, :1])), np.float32(2 * np.pi) * u[:, 1:]
-        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1).ravel()
+        def draw(n: int) -> Array:  # Box and Muller 1958, 16 numbers of variance 1/2 at a time
+            bits = np.frombuffer(self.random.bytes(4 * n), "<u4") & 0xFFFFFF
+            u = (bits[: n // 16 * 16] / 2**24).astype(np.float32).reshape(-1, 2, 8)
+            radius, angle = np.sqrt(-np.log(1 - u[:, 0])), np.float32(2 * np.pi) * u[:, 1]
+            z = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).ravel()
+            return z if n % 16 == 0 else np.concatenate([z[: n - 16], draw(16)])
+
+        bins = self.n_fft // 2 + 1
+        return draw(self.batch * bins * frames * 2).reshape(self.batch, bins, frames, 2)
 
 
 if __name__ == "__main__":
-    source, output = sys.argv[1:3]
-    stream = Stream(Path(__file__).parent)
-    audio, rate = soundfile.read(source, dtype="float32", always_2d=True)
+    source, output = sys.argv[1:]
+    stream, (audio, rate) = Stream(Path(__file__).parent), soundfile.read(source, always_2d=True)
     if rate != stream.rate:
         sys.exit(f"{source} is at {rate} Hz and the model at {stream.rate} Hz: resample it")
-    mono, out, seconds = audio.mean(axis=1)[None], [], []
-    for begin in range(0, mono.shape[1], stream.hop):
-        begun = time.perf_counter()
-        out.append(stream.push(mono[:, begin : begin + stream.hop]))
-        seconds.append(time.perf_counter() - begun)
-    soundfile.write(output, np.concatenate([*out, stream.flush()], axis=1)[0], rate)
-    limit = stream.hop / rate
-    print(f"real-time factor {np.median(seconds) / limit:.3f}, worst {max(seconds) / limit:.3f}")
+    begun, mono = time.perf_counter(), audio.mean(axis=1)[None]
+    ready = [stream.push(mono[:, i : i + stream.hop]) for i in range(0, len(audio), stream.hop)]
+    out = np.concatenate([*ready, stream.flush()], axis=1)[0]
+    print(f"real-time factor {(time.perf_counter() - begun) * rate / len(audio):.3f}")
+    soundfile.write(output, out, rate, subtype="FLOAT" if output.endswith(".wav") else None)
