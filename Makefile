@@ -89,5 +89,5 @@ $(VENV)/.lab: $(DEPS) | $(VENV)/bin/python
 
 $(VENV)/.test: $(DEPS) | $(VENV)/bin/python
 	@echo "Installing diffbuf and everything its checks need into $(VENV) ..."
-	$(PIP) -e '.[demo,metrics,baselines,pretraining,notebooks,dev]'
+	$(PIP) -e '.[demo,metrics,baselines,pretraining,export,notebooks,dev]'
 	@touch $@

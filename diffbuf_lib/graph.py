@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from diffbuf_lib.errors import ConfigError, MissingExtraError
 from diffbuf_lib.model import DiffusionBufferModel, evaluating, fingerprint
 from diffbuf_lib.networks import can_stream
 
+Backend = Literal["torch", "onnx"]
 OPSET = 18
 LIMIT = 1e-4  # of the peak: the largest error that a graph may have
 

@@ -91,7 +91,7 @@ class Stream:
         """Add a frame; give the hop of samples that no later frame changes."""
         self.overlap += frame * self.window
         self.envelope += self.window**2
-        done = self.overlap / np.where(self.envelope > 1e-8, self.envelope, 1)
+        done = self.overlap / np.where(self.envelope > 1e-8, self.envelope, np.float32(1))
         self.overlap = np.pad(self.overlap[:, self.hop :], ((0, 0), (0, self.hop)))
         self.envelope = np.pad(self.envelope[self.hop :], (0, self.hop))
         return done[:, : self.hop]
