@@ -14,9 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import soundfile
-from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
 SMALLEST = np.finfo(np.float32).tiny
 
 
@@ -45,13 +43,12 @@ class Stream:
         self.state = [np.repeat(one, self.batch, axis=0) for one in self.start]
         B = len(self.sigma)  # frames of the buffer, which begin as noise
         self.state[0][:, :, -B:] = self.sigma[:, None] * self.noise(B)
-        # Frames are centred: the first begins half a window before the stream.
-        self.waiting = np.zeros((self.batch, self.n_fft // 2), np.float32)
+        self.waiting = np.zeros((self.batch, self.n_fft // 2), np.float32)  # frames are centred
         self.overlap = np.zeros((self.batch, self.n_fft), np.float32)  # of windowed output frames
         self.envelope = np.zeros(self.n_fft, np.float32)  # of their squared windows
         self.frames, self.taken, self.given = 0, 0, -(self.n_fft // 2)  # below 0: left out
 
-    def push(self, samples: Array) -> Array:
+    def push(self, samples: np.ndarray) -> np.ndarray:
         """Take samples [batch, T], full scale 1; give those that are ready, [batch, T']."""
         self.taken += samples.shape[1]
         samples = np.where(np.isfinite(samples), samples, 0).astype(np.float32)
@@ -66,7 +63,7 @@ class Stream:
         early, self.given = max(-self.given, 0), self.given + out.shape[1]
         return out[:, early:]
 
-    def flush(self) -> Array:
+    def flush(self) -> np.ndarray:
         """End the streams: give what is still inside."""
         taken, given = self.taken, max(self.given, 0)
         ready = [self.push(np.zeros((self.batch, -taken % self.hop + self.n_fft), np.float32))]
@@ -75,7 +72,7 @@ class Stream:
         self.reset()
         return np.concatenate(ready, axis=1)[:, : taken - given]
 
-    def enhance(self, frame: Array) -> Array:
+    def enhance(self, frame: np.ndarray) -> np.ndarray:
         """Take the newest frame [batch, n_fft]; give the clean one that leaves the buffer."""
         c = np.fft.rfft(frame * self.window).astype(np.complex64)
         c *= self.beta * np.maximum(np.abs(c), SMALLEST) ** (self.alpha - 1)
@@ -87,19 +84,19 @@ class Stream:
         self.frames += 1
         return np.fft.irfft(c, self.n_fft).astype(np.float32)
 
-    def overlap_add(self, frame: Array) -> Array:
+    def overlap_add(self, frame: np.ndarray) -> np.ndarray:
         """Add a frame; give the hop of samples that no later frame changes."""
         self.overlap += frame * self.window
         self.envelope += self.window**2
-        done = self.overlap / np.where(self.envelope > 1e-8, self.envelope, np.float32(1))
+        done = self.overlap / np.where(self.envelope > 1e-8, self.envelope, 1)
         self.overlap = np.pad(self.overlap[:, self.hop :], ((0, 0), (0, self.hop)))
         self.envelope = np.pad(self.envelope[self.hop :], (0, self.hop))
         return done[:, : self.hop]
 
-    def noise(self, frames: int) -> Array:
+    def noise(self, frames: int) -> np.ndarray:
         """Draw CN(0, 1), [batch, F, frames, 2]: what torch, and so diffbuf, draws of this seed."""
 
-        def draw(n: int) -> Array:  # Box and Muller 1958, 16 numbers of variance 1/2 at a time
+        def draw(n: int) -> np.ndarray:  # Box and Muller 1958, 16 numbers of variance 1/2 at a time
             bits = np.frombuffer(self.random.bytes(4 * n), "<u4") & 0xFFFFFF
             u = (bits[: n // 16 * 16] / 2**24).astype(np.float32).reshape(-1, 2, 8)
             radius, angle = np.sqrt(-np.log(1 - u[:, 0])), np.float32(2 * np.pi) * u[:, 1]
