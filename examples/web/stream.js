@@ -121,7 +121,7 @@ export function analyse(samples, first, { n_fft: n, window }) {
   const { cos, sin } = table(n), out = new Float32Array(2 * ((n >> 1) + 1));
   for (let k = 0; 2 * k <= n; k++) {
     let re = 0, im = 0;
-    for (let i = 0, at = 0; i < n; i++, at = (at + k) % n) {
+    for (let i = 0, at = 0; i < n; i++, at += at + k < n ? k : k - n) {
       const x = samples[first + i] * window[i];
       re += x * cos[at];
       im -= x * sin[at];
@@ -136,7 +136,7 @@ function inverse(c, n) {
   const { cos, sin } = table(n), out = new Float64Array(n);
   for (let k = 0; 2 * k <= n; k++) {
     const twice = k === 0 || 2 * k === n ? 1 : 2; // for the other half of the spectrum
-    for (let i = 0, at = 0; i < n; i++, at = (at + k) % n) {
+    for (let i = 0, at = 0; i < n; i++, at += at + k < n ? k : k - n) {
       out[i] += (twice * (c[2 * k] * cos[at] - c[2 * k + 1] * sin[at])) / n;
     }
   }
