@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import soundfile
-import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -244,7 +243,7 @@ def to_pixels(figure: Figure) -> npt.NDArray[np.uint8]:
 def player_wav(wave: Tensor, sample_rate: int) -> bytes:
     """Return a signal [T] as a 16-bit wav file at 0.9 of full scale; what is not finite is 0."""
     buffer = io.BytesIO()
-    samples = (player_gain(wave) * _finite(wave)).numpy()
+    samples = player_gain(wave) * to_numpy(wave.float())
     soundfile.write(buffer, samples, sample_rate, format="WAV")
     return buffer.getvalue()
 
@@ -254,13 +253,9 @@ def data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def player_gain(wave: Tensor) -> Tensor:
+def player_gain(wave: Tensor) -> float:
     """Return what a player multiplies a signal by: all are played at one peak."""
-    return _PEAK / _finite(wave).abs().max().clamp_min(_LOWEST_PEAK)
-
-
-def _finite(wave: Tensor) -> Tensor:
-    return torch.nan_to_num(wave.detach().float().cpu(), posinf=0, neginf=0)
+    return _PEAK / max(_LOWEST_PEAK, float(np.abs(to_numpy(wave.float())).max()))
 
 
 def _draw_loss(axes: Axes, steps: Sequence[Line], valid: Sequence[Line]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -44,7 +45,7 @@ class Players:
     def _repr_html_(self) -> str:
         rows = []
         for caption, wave in self.waves.items():
-            gain = 20 * player_gain(wave).log10()
+            gain = 20 * math.log10(player_gain(wave))
             source = data_uri(player_wav(wave, self.sample_rate), "audio/wav")
             rows.append(
                 '<figure style="margin:0"><figcaption style="padding:0 0 .3em .5em">'
