@@ -132,14 +132,20 @@ def worst_error(
     return float((torch.stack(errors).amax(dim=0) / peak).max())
 
 
-def write_hop(model: DiffusionBufferModel, path: Path, delay: int | None = None) -> None:
+def write_hop(
+    model: DiffusionBufferModel, path: Path, delay: int | None = None, hops: int = 50
+) -> float:
     """Write the graph of a hop: noisy, noise, state.0, ... to clean, next.0, ...
 
     noisy and clean are [batch, F, 2], compressed spectra, real and imaginary; noise is [batch, F,
     Kb + 1, 2] of variance 1/2.
 
+    Returns:
+        `worst_error` of so many hops.
+
     Raises:
-        ConfigError: a network that cannot stream, or whose step torch.export cannot trace.
+        ConfigError: a network that cannot stream, whose step torch.export cannot trace, or whose
+            graph is more than `LIMIT` off.
         MissingExtraError: onnx or onnxscript is not installed.
     """
     for package in ("onnx", "onnxscript"):
@@ -159,7 +165,7 @@ def write_hop(model: DiffusionBufferModel, path: Path, delay: int | None = None)
         numbers = range(len(given) - 2)
         shapes = ([{0: torch.export.Dim("batch")} for _ in given],)
         try:
-            with _silence():
+            with quiet():
                 traced = torch.export.export(_Call(hop, model), (given,), dynamic_shapes=shapes)
                 graph: Any = traced.module(check_guards=False)
                 program = torch.onnx.export(
@@ -175,6 +181,14 @@ def write_hop(model: DiffusionBufferModel, path: Path, delay: int | None = None)
             ) from error
     assert program is not None
     program.save(path, external_data=False)
+    error = worst_error(model, path, delay, hops)
+    if not error <= LIMIT:
+        raise ConfigError(
+            f"the graph differs from the model by {error:.1e} of the peak, more than {LIMIT:.0e}: "
+            f"see what StreamingNetwork.start asks of the state of model.name "
+            f"{model.cfg.model.name}, and avoid complex products in its sde"
+        )
+    return error
 
 
 class _Call(nn.Module):
@@ -275,17 +289,16 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Keep torch's exporter from warning of itself, and that torchvision is not there."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
+def quiet() -> Iterator[None]:
+    """Keep exporters from warning of themselves, and that torchvision is not there."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        logging.disable(before)
 
 
 def _extra(package: str) -> Any:

@@ -15,7 +15,15 @@ from diffbuf_lib.config import build_config
 from diffbuf_lib.diffusion.sampler import BufferState
 from diffbuf_lib.errors import ConfigError, MissingExtraError
 from diffbuf_lib.export import export_model
-from diffbuf_lib.graph import LIMIT, GraphSampler, map_leaves, tensors, with_tensors, worst_error
+from diffbuf_lib.graph import (
+    LIMIT,
+    GraphSampler,
+    map_leaves,
+    tensors,
+    with_tensors,
+    worst_error,
+    write_hop,
+)
 from diffbuf_lib.live import choose_backend, streams_in_time
 from diffbuf_lib.registry import NETWORKS
 from tests.conftest import TINY, call, make_model, seeded
@@ -121,15 +129,31 @@ def test_a_graph_of_other_weights_is_refused(exported):
     assert worst_error(other, exported.folder / "hop.onnx", hops=8) > 1e-2
 
 
+def test_a_state_that_is_no_tree_of_tensors_is_refused(exported, monkeypatch, tmp_path):
+    if not isinstance(exported.model.network, ToyNet):
+        pytest.skip("once is enough")
+
+    class Hidden:
+        num_bytes = 0
+
+        def __init__(self, memory):
+            self.frame = memory.frame
+
+    start = exported.model.network.start
+    monkeypatch.setattr(exported.model.network, "start", lambda *a, **o: Hidden(start(*a, **o)))
+    with pytest.raises(ConfigError, match=r"1e-04.*toy_export|cannot be exported"):
+        write_hop(exported.model, tmp_path / "hop.onnx")
+
+
 def test_a_graph_that_no_longer_agrees_is_made_again(exported, cache, monkeypatch):
     monkeypatch.setattr(diffbuf_lib.graph, "worst_error", lambda *_, **__: 1.0)
     made = []
 
-    def write_hop(model, path, delay):
+    def write(model, path, delay):
         made.append(delay)
         path.write_bytes(b"new")
 
-    monkeypatch.setattr(diffbuf_lib.graph, "write_hop", write_hop)
+    monkeypatch.setattr(diffbuf_lib.graph, "write_hop", write)
     assert diffbuf_lib.graph.cached_graph(exported.model, 4) == cache
     assert (cache.read_bytes(), made) == (b"new", [4])
 
