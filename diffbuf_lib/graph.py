@@ -181,14 +181,14 @@ def write_hop(
             ) from error
     assert program is not None
     program.save(path, external_data=False)
-    error = worst_error(model, path, delay, hops)
-    if not error <= LIMIT:
+    worst = worst_error(model, path, delay, hops)
+    if not worst <= LIMIT:
         raise ConfigError(
-            f"the graph differs from the model by {error:.1e} of the peak, more than {LIMIT:.0e}: "
-            f"see what StreamingNetwork.start asks of the state of model.name "
-            f"{model.cfg.model.name}, and avoid complex products in its sde"
+            f"the graph differs from the model by {worst:.1e} of the peak, more than {LIMIT:.0e}: "
+            f"see what StreamingNetwork.start asks of the memory of model.name "
+            f"{model.cfg.model.name}; an SDE must be linear in its spectra"
         )
-    return error
+    return worst
 
 
 class _Call(nn.Module):
