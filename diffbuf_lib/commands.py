@@ -216,6 +216,7 @@ class Enhance(Command, name="enhance"):
     overwrite: bool = False  # make outputs again that are there
     seed: int = 0  # of the diffusion noise
     device: str = "auto"  # auto, cpu or cuda
+    backend: Literal["torch", "onnx"] = "torch"  # onnx: faster on a CPU, of a block_causal model
 
     def __call__(self) -> None:
         from diffbuf_lib.enhance import FilesFailedError, enhance_path
@@ -250,11 +251,12 @@ class Stream(Command, name="stream"):
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: for the network of a block_causal model
     seed: int = 0  # of the diffusion noise
     device: Literal["file", "mic"] = "file"  # mic: microphone to headphones, until Ctrl-C
+    backend: Literal["torch", "onnx", "auto"] = "torch"  # auto: the faster, as a short test decides
 
     def __call__(self) -> None:
         import torch
 
-        from diffbuf_lib.live import choose_threads, run_microphone, stream_path
+        from diffbuf_lib.live import choose_backend, choose_threads, run_microphone, stream_path
         from diffbuf_lib.model import load_model
         from diffbuf_lib.streaming import OnlineEnhancer
 
@@ -262,13 +264,17 @@ class Stream(Command, name="stream"):
             if (value := getattr(self, flag)) is not None and value < 1:
                 raise ConfigError(f"--{flag} {value}: give at least 1")
         model = load_model(self.model, "cpu")
+        backend = self.backend
+        if backend == "auto":
+            backend, why = choose_backend(model, self.delay)
+            print(f"backend: {backend}{why and f' ({why})'}", file=sys.stderr)
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         else:
-            print(f"threads: {choose_threads(model, self.delay)}", file=sys.stderr)
+            print(f"threads: {choose_threads(model, self.delay, backend)}", file=sys.stderr)
         enhancer = OnlineEnhancer(
             model, seed=self.seed, delay=self.delay, compiled=self.compiled,
-            precision=self.precision,
+            precision=self.precision, backend=backend,
         )  # fmt: skip
         if self.device == "mic":
             report = run_microphone(enhancer)
@@ -278,6 +284,46 @@ class Stream(Command, name="stream"):
                 channels=self.channels, repair=self.repair,
             )  # fmt: skip
         print(report, file=sys.stderr)
+
+
+class Export(Command, name="export"):
+    """Write an ONNX graph of a model's hop and a script that streams it without torch."""
+
+    model: Positional[str]  # folder of a trained model, a run's folder, or a name
+    output: Annotated[Path, arg(aliases=["-o"])]  # folder
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"  # of the graph; its error is printed
+    delay: int | None = None  # output delay, 1 to buffer_size frames (data prediction)
+
+    def __call__(self) -> None:
+        from diffbuf_lib.export import export_model
+        from diffbuf_lib.model import load_model
+
+        model = load_model(self.model, "cpu")
+        print(export_model(model, self.output, precision=self.precision, delay=self.delay))
+
+
+class ServeBench(Command, name="serve-bench"):
+    """Count the streams that one core keeps up with in one call, every deadline kept."""
+
+    model: str = DEFAULT_MODEL  # folder of a trained model, a run's folder, or a name
+    backends: tuple[Literal["torch", "onnx"], ...] = ("torch", "onnx")  # to try
+    hops: int = 125  # that are timed
+
+    def __call__(self) -> None:
+        import torch
+
+        from diffbuf_lib.live import streams_in_time
+        from diffbuf_lib.model import load_model
+
+        model = load_model(self.model, "cpu")
+        torch.set_num_threads(1)
+        print(f"{torch.backends.cpu.get_cpu_capability()}, one thread, {self.hops} hops")
+        for backend in self.backends:
+            streams, report = streams_in_time(model, backend, self.hops)
+            print(
+                f"{backend:6} {streams:4} streams in time; p50 {report.quantile(0.5):.1f}, worst "
+                f"{report.quantile(1):.1f} of {report.hop_ms:.1f} ms"
+            )
 
 
 class Scoring(Command):

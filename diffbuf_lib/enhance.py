@@ -16,6 +16,7 @@ import torch
 from diffbuf_lib.data.audio import audio_output, list_audio, output_names, refuse_same_file
 from diffbuf_lib.data.reader import CONVERTIBLE, READABLE, AudioReader, Block, ffmpeg_line
 from diffbuf_lib.errors import DataError, DiffbufError
+from diffbuf_lib.graph import Backend
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.streaming import OnlineEnhancer
 
@@ -35,6 +36,7 @@ def enhance_file(
     seed: int = 0,
     channels: Literal["mono", "keep"] = "mono",
     repair: bool = False,
+    backend: Backend = "torch",
 ) -> None:
     """Enhance one file; memory does not grow with its length.
 
@@ -49,6 +51,7 @@ def enhance_file(
         seed: of the diffusion noise.
         channels: "mono" averages them, as in training; "keep" enhances each by itself.
         repair: take NaN and Inf as zeros instead of refusing the file.
+        backend: as in `OnlineEnhancer`.
 
     Raises:
         DataError: a file that cannot be read or written, or that holds NaN.
@@ -57,7 +60,7 @@ def enhance_file(
     refuse_same_file(source, destination)
     with AudioReader(source, repair=repair) as file:
         streams = file.channels if channels == "keep" else 1
-        enhancer = OnlineEnhancer(model, seed=seed, batch=streams)
+        enhancer = OnlineEnhancer(model, seed=seed, batch=streams, backend=backend)
         with audio_output(destination, file.sample_rate, streams) as out:
             for block in _enhanced(enhancer, model.cfg.audio.sample_rate, file):
                 out.write(block)
