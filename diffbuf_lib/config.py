@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import reprlib
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from importlib import import_module
@@ -30,6 +31,7 @@ from pydantic import (
 
 from diffbuf_lib import registry
 from diffbuf_lib.errors import ConfigError
+from diffbuf_lib.foreign import is_foreign, translate
 from diffbuf_lib.registry import Registry
 
 
@@ -58,6 +60,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"config file {path} is not plain YAML: {reason}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"config file {path} holds {_short(tree)}, not `section: ...` mappings")
+    if is_foreign(tree):
+        theirs = translate(tree, {name for name, *_ in describe_keys()})
+        warnings.warn(theirs.report(str(path)), stacklevel=2)
+        tree = theirs.tree
     tree = reduce(_with_override, overrides, tree)
     # Here only: a config that came with someone's checkpoint or capsule imports nothing.
     plugins = tree.get("plugins")
