@@ -234,8 +234,10 @@ class ModelConfig(Section):
         "sigma(t) added, in squares); null: they are not divided",
         gt=0,
     )
-    output_scale: Literal["sigma", "time", "none"] = key(
-        "sigma", "the network's output is divided by sigma(t), by t, or by 1"
+    output_scale: Literal["sigma", "time", "time_inside", "none"] = key(
+        "sigma",
+        "the network's output is divided by sigma(t), by t, or by 1; time_inside: by t before "
+        "the last layer of ncsnpp, as in its authors' checkpoints",
     )
     x0_output: Literal["spectrum", "mask"] = key(
         "spectrum", "data prediction: the output is x0_hat, or M in (1 + M) Y"
@@ -243,6 +245,15 @@ class ModelConfig(Section):
     options: Annotated[Any, _own_keys(registry.NETWORKS, "name", "model.options")] = key(
         {}, "keys of a network from outside this package"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.output_scale == "time_inside" and self.name != "ncsnpp":
+            raise ValueError(
+                f"output_scale time_inside needs the last layer of ncsnpp, and model.name is "
+                f"{self.name}: take time"
+            )
+        return self
 
 
 class DiffusionBufferConfig(Section):

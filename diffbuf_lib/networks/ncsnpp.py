@@ -37,6 +37,7 @@ class NCSNpp(nn.Module):
         channel_multipliers: channels of each level over base_channels.
         num_res_blocks: residual blocks of each level on the way down; one more on the way up.
         dropout: probability, in every residual block.
+        divide_by_time: divide by t before the last layer, whose bias is thus not divided.
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class NCSNpp(nn.Module):
         channel_multipliers: Sequence[int] = (1, 2, 2, 2),
         num_res_blocks: int = 1,
         dropout: float = 0.0,
+        divide_by_time: bool = False,
     ) -> None:
         super().__init__()
+        self.divide_by_time = divide_by_time
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         self.stride = 2 ** (len(widths) - 1)  # frames and bins of a step of the coarsest level
 
@@ -96,7 +99,8 @@ class NCSNpp(nn.Module):
     @classmethod
     def from_config(cls, cfg: ModelConfig) -> Self:
         """Make the network of `cfg.model`."""
-        return cls(cfg.base_channels, cfg.channel_multipliers, cfg.num_res_blocks, cfg.dropout)
+        sizes = (cfg.base_channels, cfg.channel_multipliers, cfg.num_res_blocks, cfg.dropout)
+        return cls(*sizes, divide_by_time=cfg.output_scale == "time_inside")
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Run the U-Net.
@@ -115,8 +119,11 @@ class NCSNpp(nn.Module):
         missing_bins, missing_frames = -bins % self.stride, -frames % self.stride
         if missing_bins or missing_frames:
             x = F.pad(x, (missing_frames, 0, 0, missing_bins))
-        out = self._unet(x, self.embed_time(frame_times(t, x.shape[-1])))
-        return out[:, :, :bins, -Kb:]
+        out = self._unet(x, self.embed_time(frame_times(t, x.shape[-1])))[:, :, :bins, -Kb:]
+        if self.divide_by_time:
+            out = out / t[:, None, None]
+        result: Tensor = self.last(out)
+        return result
 
     def _unet(self, x: Tensor, time: Tensor) -> Tensor:
         h = self.first(x)
@@ -128,8 +135,8 @@ class NCSNpp(nn.Module):
         out: Tensor | None = None
         for up in self.up:
             h, out = up(h, out, skips, time)
-        result: Tensor = self.last(out)
-        return result
+        assert out is not None
+        return out
 
 
 class DownStage(nn.Module):
