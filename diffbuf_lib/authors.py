@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from diffbuf_lib.config import Config, build_config
 from diffbuf_lib.errors import CheckpointError, ConfigError
 from diffbuf_lib.model import DiffusionBufferModel
+from diffbuf_lib.foreign import put
 from diffbuf_lib.training.folder import apply_weights, load_tensors, plain_names
 
 
@@ -56,7 +57,7 @@ def import_checkpoint(path: str | Path, *, raw: bool = False) -> Imported:
         raise CheckpointError(f"{path}: {error}") from None
     weights = _weights(content, raw, path, notes)
     model = DiffusionBufferModel(cfg)
-    names = {"ncsnpp": _ncsnpp_names, "bc_ncsnpp": _ncsnpp_names}[cfg.model.name](model.network)
+    names = {"ncsnpp": _ncsnpp_names, "bc_ncsnpp": _bc_ncsnpp_names}[cfg.model.name](model.network)
     apply_weights(model, _renamed(weights, names, model.network, path), path)
     if unknown:
         notes.append(f"not read, since they are objects: {', '.join(sorted(unknown))}")
@@ -161,7 +162,7 @@ def _config_tree(hyper: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for theirs, ours in _TAKEN.items():
         if theirs in hyper:
-            _put(tree, ours, hyper[theirs])
+            put(tree, ours, hyper[theirs])
     model, buffer = tree.setdefault("model", {}), tree.setdefault("diffusion_buffer", {})
     inner = "time_inside" if backbone == "ncsnpp" else "time"
     model |= {"name": backbone, **_widths(hyper)}
@@ -235,13 +236,6 @@ def _int(hyper: Mapping[str, Any], key: str) -> int:
     if not isinstance(value, int):
         raise ConfigError(f"hyper_parameters has {key} {value!r:.40}, not a whole number")
     return value
-
-
-def _put(tree: dict[str, Any], path: str, value: Any) -> None:
-    *sections, name = path.split(".")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-    tree[name] = value
 
 
 # Their tensors under our names.
@@ -343,4 +337,22 @@ def _ncsnpp_names(network: Any) -> dict[str, str]:
             names[f"{theirs}.GroupNorm_0"] = f"{ours}.norm"
         else:
             names |= {f"{theirs}.{part}": f"{ours}.{name}" for part, name in _BLOCK.items()}
+    return names
+
+
+def _bc_ncsnpp_names(network: Any) -> dict[str, str]:
+    """Return, for their modules, ours."""
+    names = {
+        "temp_enc": "embed_time",
+        "temp_enc.lin_layer1.lin_layer": "embed_time.hidden",
+        "temp_enc.lin_layer2.lin_layer": "embed_time.out",
+        "in_layer": "first",
+        "out_layers.0": "norm_out",
+        "out_layers.2": "conv_out",
+        "out_layers.3": "last",
+    }
+    for theirs, ours in (("down", "down"), ("bottleneck", "middle"), ("up", "up")):
+        for i in range(len(getattr(network, ours))):
+            block = f"{theirs}_layers.{i}"
+            names |= {f"{block}.{part}": f"{ours}.{i}.{name}" for part, name in _BLOCK.items()}
     return names

@@ -1,4 +1,4 @@
-"""Configs of Music-Source-Separation-Training, whose users have trained the Diffusion Buffer with it.
+"""Configs of Music-Source-Separation-Training, with which many train the Diffusion Buffer.
 
 `load_config` takes such a file as it is: `TABLE` says what becomes of each of its keys, and
 `Translation.report` what was taken as what. A key that is in neither project's list is told and
@@ -153,11 +153,11 @@ def translate(tree: Mapping[str, Any], known: set[str]) -> Translation:
             found.unknown.append(f"{key}: {_shown(value)}")
         elif row is None:
             found.same.append(key)
-            _put(found.tree, key, value)
+            put(found.tree, key, value)
         elif not row.ours:
             found.ignored[key] = row.why
         else:
-            _put(found.tree, row.ours, _made(row, value))
+            put(found.tree, row.ours, _made(row, value))
             found.taken[row.ours] = (f"{key}: {_shown(value)}", row.why)
     _settle(found, theirs)
     return found
@@ -211,7 +211,8 @@ def _shown(value: Any) -> str:
     return reprlib.repr(value) if isinstance(value, dict | list) else str(value)[:80]
 
 
-def _put(tree: dict[str, Any], path: str, value: Any) -> None:
+def put(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Set a key path of nested dictionaries."""
     *sections, name = path.split(".")
     for section in sections:
         inner = tree.get(section)

@@ -127,6 +127,7 @@ for _name, _class in (
     ("conv", "ConvNet"),
     ("ncsnpp", "NCSNpp"),
     ("block_causal", "BlockCausal"),
+    ("bc_ncsnpp", "BlockCausalNCSNpp"),
 ):
     NETWORKS.add(_name, f"diffbuf_lib.networks.{_name}:{_class}.from_config")
 for _name, _target, _states in (
