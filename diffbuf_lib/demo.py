@@ -37,9 +37,6 @@ def run_demo(
         results_path: the run's folder; report.html, whose path is returned, and audio/ go there.
         say: told in one line what comes next.
         progress: show progress bars on stderr.
-
-    Raises:
-        DiffbufError: as in `build_demo`, `train` and `evaluate`.
     """
     say(f"1/4  dataset: {data_path}")
     build_demo(data_path, progress=progress)

@@ -65,7 +65,7 @@ def test_a_frame_is_drawn_at_the_middle_of_its_window(center, first):
     wave = torch.zeros(1, 4000)
     wave[0, round(times[3] * 16000)] = 1
     spec = Spectral(**audio.stft.model_dump(), alpha=1)(wave)[0]
-    image = figures.spectra({"click": spec}, audio).axes[0].images[0]
+    image = plots.spectra({"click": spec}, audio).axes[0].images[0]
     left, right, low, high = image.get_extent()
     column = image.get_array().sum(0).argmax()
     assert left + (column + 0.5) * (right - left) / spec.shape[-1] == pytest.approx(times[3])

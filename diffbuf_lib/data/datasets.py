@@ -48,7 +48,7 @@ def open_dataset(
 
 def find_layout(root: Path) -> Any | None:
     """Return the dataset_type that fits a folder; None if none does."""
-    return next((entry.name for entry in LAYOUTS if entry.load().fits(root)), None)
+    return next((entry.name for entry in LAYOUTS.values() if entry.load().fits(root)), None)
 
 
 def collate(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -121,7 +121,7 @@ class BufferSampler:
         """
         Kb = self.t.shape[0]
         V = torch.zeros(batch, num_bins, self.num_frames, dtype=dtype, device=self.t.device)
-        z = complex_normal((batch, num_bins, Kb), generator, self.t.device, dtype)
+        z = complex_normal((batch, num_bins, Kb), generator, dtype, device=self.t.device)
         V[..., -Kb:] = self.next_std * z
         memory = None
         if self.start_memory is not None:
@@ -145,7 +145,7 @@ class BufferSampler:
         """
         Kb = self.t.shape[0]
         R = self._levelled(state, R)
-        z = complex_normal((*R.shape, Kb + 1), generator, R.device, R.dtype)
+        z = complex_normal((*R.shape, Kb + 1), generator, R.dtype, device=R.device)
         entering = R + self.std[-1] * z[..., -1]
         state.V = torch.cat([state.V[..., 1:], entering.unsqueeze(-1)], dim=-1)
         state.Y = torch.cat([state.Y[..., 1:], R.unsqueeze(-1)], dim=-1)

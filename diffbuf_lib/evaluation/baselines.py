@@ -109,7 +109,7 @@ def make_baselines(names: Sequence[str]) -> dict[str, Baseline]:
         MissingExtraError: its package is missing; the message has the command that installs it.
     """
     chosen = {name: BASELINES[name] for name in names if name != NOISY}
-    return {name: chosen[name].load()() for name in BASELINES.names() if name in chosen}
+    return {name: chosen[name].load()() for name in BASELINES if name in chosen}
 
 
 def _import(package: str, baseline: str) -> Any:

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from torch import Tensor
 
-from diffbuf_lib.config import AudioConfig, STFTConfig
+from diffbuf_lib.config import STFTConfig
 from diffbuf_lib.diffusion.spectral import Spectral
 
 Array = npt.NDArray[np.floating[Any]]
@@ -31,7 +31,6 @@ WIDTH = 9.0  # inches: 810 pixels, which fit a notebook's page beside its margin
 DPI = 90
 RED = "#b00020"  # of errors and limits
 DYNAMIC_RANGE = 70  # dB below the loudest bin that a spectrogram shows
-COMPRESSED_RANGE = 45  # dB for a compressed spectrum; alpha 0.5 halves a range in dB
 COLOUR_MAP = "magma"  # perceptually uniform: survives grey print and colour blindness
 _FAINTEST = 1e-5  # magnitude that is drawn for an exact zero
 _QUIETEST_TOP = -40.0  # dB; silence is dark, whatever it is shown beside
@@ -40,77 +39,10 @@ _LOWEST_PEAK = 1e-4  # what is quieter is not raised to _PEAK: it is silence
 
 
 def spectrograms(waves: Mapping[str, Tensor], sample_rate: int, stft: STFTConfig) -> Figure:
-    """Draw signals one below the other, on one time axis; 0 dB is a full-scale sine.
-
-    Args:
-        waves: title and signal [T], full scale 1; all of one length.
-        sample_rate: Hz.
-        stft: frames and bins of the picture.
-    """
+    """Draw signals [T] by title, all of one length, on one time axis; 0 dB: a full-scale sine."""
     figure, panels = stack(len(waves), 1.9 * len(waves) + 0.5)
     image = draw_spectra(panels, analyse(waves, stft), sample_rate, centred(stft))
     add_colour_bar(image, panels)
-    return figure
-
-
-def spectra(spectra: Mapping[str, Tensor], audio: AudioConfig) -> Figure:
-    """Draw compressed spectra [F, K] complex, all of one shape, on one time axis and dB scale."""
-    figure, panels = stack(len(spectra), 1.9 * len(spectra) + 0.5)
-    image = draw_spectra(panels, spectra, audio.sample_rate, audio.stft, COMPRESSED_RANGE)
-    add_colour_bar(image, panels)
-    return figure
-
-
-def buffer_spectra(
-    spectra: Mapping[str, Tensor], t: Tensor, sigma: Tensor, audio: AudioConfig
-) -> Figure:
-    """Draw spectra with the buffer marked, and below them diffusion time and sigma of every frame.
-
-    Args:
-        spectra: title and spectrum [F, K] complex, such as Y, S and V; all of one shape.
-        t: [Kb], diffusion times of the last Kb frames.
-        sigma: [Kb], of the same frames.
-        audio: gives Hz and seconds.
-    """
-    figure, panels = stack(len(spectra) + 1, 1.75 * len(spectra) + 2.0)
-    *pictures, below = panels
-    image = draw_spectra(pictures, spectra, audio.sample_rate, audio.stft, COMPRESSED_RANGE)
-    add_colour_bar(image, panels)  # beside the lowest too: one time axis
-    K, Kb = next(iter(spectra.values())).shape[-1], t.shape[-1]
-    times = frame_times(K, audio.sample_rate, audio.stft)
-    half = audio.stft.hop_length / audio.sample_rate / 2  # s
-    for values, name in ((t, "diffusion time t"), (sigma, "noise sigma(t)")):
-        whole = np.concatenate([np.zeros(K - Kb), to_numpy(values)])
-        below.plot(times, whole, ".-", markersize=4, linewidth=1, label=name)
-    below.legend(frameon=False, loc="upper left")
-    below.set(ylabel="t, sigma", ylim=(-0.05, 1.05))
-    below.grid(alpha=0.3)
-    edge = times[K - Kb] - half
-    for axes in panels:
-        colour = "0.3" if axes is below else "white"
-        axes.axvline(edge, color=colour, linestyle="--", linewidth=1.2)
-    below.axvspan(edge, times[-1] + half, color="C1", alpha=0.12, linewidth=0)
-    below.set_title(f"the buffer: the last {Kb} of {K} frames", loc="right", size=9)
-    return figure
-
-
-def curves(
-    series: Sequence[tuple[str, Sequence[float], Sequence[float]]],
-    *,
-    xlabel: str,
-    ylabel: str,
-    log: bool = False,
-) -> Figure:
-    """Draw named curves (name, x, y) on one pair of axes; log: of the y axis."""
-    figure = Figure(figsize=(7.5, 3), dpi=DPI, layout="constrained")
-    axes = figure.subplots()
-    for index, (name, x, y) in enumerate(series):
-        marker = "o" if len(x) < 30 else None
-        axes.plot(x, y, label=name, marker=marker, markersize=3, color=f"C{index}", linewidth=1.2)
-    axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
-    axes.grid(alpha=0.3)
-    if len(series) > 1:
-        axes.legend(frameon=False)
     return figure
 
 
@@ -125,8 +57,7 @@ def scale_of(values: Iterable[float | None]) -> str:
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
     """Return the running mean over the last `window` values, fewer at the start."""
-    total = np.cumsum([0.0, *values])
-    ends = np.arange(1, len(total))
+    total, ends = np.cumsum([0.0, *values]), np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
     smoothed: list[float] = ((total[ends] - total[starts]) / (ends - starts)).tolist()
     return smoothed
@@ -160,14 +91,8 @@ def draw_level(
 ) -> AxesImage:
     """Draw one picture [F, K] of levels or magnitudes with axes in kHz and seconds.
 
-    Args:
-        axes: where to draw.
-        level: [F, K].
-        sample_rate: Hz.
-        stft: that the picture was made with.
-        vmin: the value that is darkest; None for the smallest.
-        vmax: the value that is brightest; None for the largest.
-        first: number of the first frame in its clip.
+    From vmin (None: the smallest value), which is darkest, to vmax; `first` is the number of the
+    first frame in its clip.
     """
     bins, frames = level.shape
     times = frame_times(first + frames, sample_rate, stft)[first:]
@@ -232,18 +157,16 @@ def to_numpy(tensor: Tensor) -> Array:
     return array
 
 
-def to_png(figure: Figure) -> bytes:
-    """Return the figure as a PNG file's bytes."""
+def to_png(figure: Figure, **options: Any) -> bytes:
+    """Return the figure as a PNG file's bytes; options as for `Figure.savefig`."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, **{"format": "png", **options})
     return buffer.getvalue()
 
 
 def to_jpeg(figure: Figure) -> bytes:
     """Return the figure as a JPEG file's bytes: a tenth of a spectrogram's PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="jpeg", pil_kwargs={"quality": 88})
-    return buffer.getvalue()
+    return to_png(figure, format="jpeg", pil_kwargs={"quality": 88})
 
 
 def to_pixels(figure: Figure) -> npt.NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""Courses: of a training run, and of a stream's hops.
+"""The course of a training run.
 
 Lines of a run are those of its history (`read_history`) or `StepRecord.to_dict()`: one with "loss"
 is a step, one with "valid" that is not None a validation.
@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from diffbuf_lib.config import AudioConfig
-from diffbuf_lib.figures import DPI, analyse, centred, draw_spectra, scale_of, smooth, stack
+from diffbuf_lib.figures import DPI, analyse, centred, draw_spectra, scale_of, smooth
 
 Line = Mapping[str, Any]
 
@@ -33,18 +33,14 @@ def training_progress(
 ) -> Figure:
     """Draw where a run stands: loss, validation score, gradient norm, learning rate, one clip.
 
-    Args:
-        lines: of the run, oldest first; may be empty.
-        clip: title and signal [T], full scale 1, of one validation clip, such as mix, estimate and
-            target; drawn on one dB scale.
-        audio: sample rate and frames of the pictures.
-        metric: which score of the validations to draw, or "loss".
-        clip_step: the step after which the estimate was made, for its title.
+    `lines` are those of the run so far; `clip` has signals [T] by title, such as mix, estimate and
+    target; `metric` is a score of the validations, or "loss"; `clip_step` the estimate's step.
     """
     # Fixed margins: constrained layout takes longer than all of the drawing.
     figure = Figure(figsize=(10, 5.6), dpi=DPI)
-    edges = {"left": 0.06, "right": 0.92, "top": 0.94, "bottom": 0.09}
-    grid = figure.add_gridspec(2, 12, hspace=0.42, wspace=6, **edges)
+    grid = figure.add_gridspec(
+        2, 12, hspace=0.42, wspace=6, left=0.06, right=0.92, top=0.94, bottom=0.09
+    )
     steps, valid = split_history(lines)
     loss = figure.add_subplot(grid[0, :5])
     _draw_loss(loss, steps, valid)
@@ -61,34 +57,6 @@ def training_progress(
     places = grid[1, :].subgridspec(1, len(clip))
     _draw_clip([figure.add_subplot(places[0, i]) for i in range(len(clip))], titles, audio)
     return figure
-
-
-def stream_course(
-    waves: Mapping[str, Tensor], frame_ms: Sequence[float], audio: AudioConfig
-) -> Figure:
-    """Draw what went into a stream and came out of it, above the time that every hop took.
-
-    Args:
-        waves: title and signal [T], full scale 1, of a stream so far.
-        frame_ms: time that each hop took, ms.
-        audio: gives Hz and seconds.
-    """
-    figure, (*panels, course) = stack(len(waves) + 1, 2 + 1.7 * len(waves))
-    draw_spectra(panels, analyse(waves, audio.stft), audio.sample_rate, centred(audio.stft))
-    if frame_ms:
-        draw_hops(course, frame_ms, 1000 * audio.stft.hop_length / audio.sample_rate)
-        course.legend(frameon=False, fontsize=8, loc="upper right")
-    else:
-        course.set_axis_off()
-    return figure
-
-
-def draw_hops(axes: Axes, frame_ms: Sequence[float], hop_ms: float) -> None:
-    """Draw the time of every hop of a stream beside the time that it lasts, both in ms."""
-    axes.plot(np.arange(len(frame_ms)) * hop_ms / 1000, frame_ms, linewidth=0.8, color="C0")
-    axes.set(xlabel="time in the stream (s)", ylabel="time for one hop (ms)", yscale="log")
-    axes.axhline(hop_ms, color="C3", linestyle="--", label="a hop lasts this long")
-    axes.grid(alpha=0.3)
 
 
 def split_history(lines: Iterable[Line]) -> tuple[list[Line], list[Line]]:

@@ -220,16 +220,6 @@ class WorkerPanel(Panel, Generic[Item]):
         self._shown = True
 
 
-def slider_look(description: str, width: int = 310) -> dict[str, Any]:
-    """Return what all sliders share: they act when they are let go; three of 310 px fit a page."""
-    return {
-        "description": description,
-        "continuous_update": False,
-        "style": {"description_width": "80px"},
-        "layout": widgets.Layout(width=f"{width}px"),
-    }
-
-
 def label(name: str, width: str) -> widgets.Label:
     """Return a line of text with a CSS class of its own."""
     line = widgets.Label(layout=widgets.Layout(width=width))

@@ -91,7 +91,7 @@ def test_the_doctor_accepts_every_config(path):
 
 
 @pytest.mark.law
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.names())
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_doctor_accepts_every_optimizer(paths, optimizer):
     findings = examine_paths(**paths, overrides=[f"training.optimizer={optimizer}"])
     assert not has_error(findings), render(findings)

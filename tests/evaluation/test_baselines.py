@@ -11,7 +11,7 @@ from diffbuf_lib.evaluation.baselines import make_baselines
 from diffbuf_lib.registry import BASELINES
 from tests.evaluation.conftest import RATE, noisy_voice
 
-NAMES = BASELINES.names()
+NAMES = list(BASELINES)
 
 
 def lag(estimate, target):

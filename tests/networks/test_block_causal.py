@@ -7,6 +7,7 @@ from diffbuf_lib.config import load_config
 from diffbuf_lib.networks import can_stream, make_network
 from diffbuf_lib.networks.block_causal import BlockCausal
 from diffbuf_lib.networks.layers import TimeConv
+from tests.conftest import awake
 
 pytestmark = pytest.mark.law
 
@@ -16,10 +17,7 @@ F_, K, KB = 32, 24, 5
 def small_net(dtype=torch.float64, **changes) -> BlockCausal:
     torch.manual_seed(0)
     net = BlockCausal(**{"base_channels": 4, "channel_multipliers": (1, 2), **changes})
-    for parameter in net.parameters():
-        if parameter.ndim > 1 and not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.2)
-    return net.eval().to(dtype)
+    return awake(net, 0.2).eval().to(dtype)
 
 
 def influence(function, x):

@@ -7,6 +7,7 @@ from scipy import signal
 from diffbuf_lib.networks.conv import ConvNet
 from diffbuf_lib.networks.layers import FrameTimeEmbedding, Resample, num_groups_for
 from diffbuf_lib.networks.ncsnpp import NCSNpp
+from tests.conftest import awake
 
 pytestmark = pytest.mark.law
 
@@ -14,10 +15,7 @@ pytestmark = pytest.mark.law
 def small_ncsnpp(**changes):
     torch.manual_seed(0)
     net = NCSNpp(**{"base_channels": 8, "channel_multipliers": (1, 2, 2), **changes})
-    for parameter in net.parameters():
-        if parameter.ndim > 1 and not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
-    return net.eval()
+    return awake(net, 0.1).eval()
 
 
 def test_the_papers_reduction_has_18_28_million_parameters():
