@@ -449,7 +449,7 @@ class DataResample(Command, name="data resample"):
     rate: int = 16000  # Hz
 
     def __call__(self) -> None:
-        from diffbuf_lib.data.resampling import resample_folder
+        from diffbuf_lib.data.audio import resample_folder
 
         print(resample_folder(self.source, self.out_path, self.rate, progress=True))
 

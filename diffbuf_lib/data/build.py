@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from diffbuf_lib.data import audio
 from diffbuf_lib.data.mixing import is_silent, mix_pair
-from diffbuf_lib.errors import DataError
+from diffbuf_lib.errors import DataError, DiffbufError
 
 STEMS = ("mixture", "vocals", "noise")
 _LIBRISPEECH = (
@@ -38,6 +38,7 @@ _TRIES = 20  # excerpts drawn from one file before the loudest is taken
 _LOUD_ENOUGH = 0.3  # of the file's RMS (about -10 dB): an excerpt below it is mostly a pause
 _RESAMPLING_MARGIN = 0.05  # s read on both sides of an excerpt, where the filter rings
 _Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 # The part of a noise file that a split may use: path below noise_dir, first sample, end.
 _Region = tuple[str, int, int]
 
@@ -48,8 +49,7 @@ def _rising(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
-_Decibels = Annotated[float, Field(ge=-100, le=100)]
-_Metres = Annotated[float, Field(ge=0.01, le=10000)]
+_Range = Annotated[tuple[_Item, _Item], AfterValidator(_rising)]
 
 
 class Recipe(BaseModel, frozen=True, extra="forbid"):
@@ -60,8 +60,8 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     seconds: float = Field(1.0, ge=0.01, le=3600)  # of their clips; shorter speech is padded
     sample_rate: int = Field(16000, ge=1000)  # Hz, of the files that are written
     # Lowest and highest input SNR, dB; nearest and farthest talker, m.
-    snr: Annotated[tuple[_Decibels, _Decibels], AfterValidator(_rising)] = (-30.0, 0.0)
-    distance: Annotated[tuple[_Metres, _Metres], AfterValidator(_rising)] = (5.0, 20.0)
+    snr: _Range[Annotated[float, Field(ge=-100, le=100)]] = (-30.0, 0.0)
+    distance: _Range[Annotated[float, Field(ge=0.01, le=10000)]] = (5.0, 20.0)
     seed: int = Field(0, ge=0)  # of everything drawn
     test: int = Field(0, ge=0)  # test samples
     test_seconds: float = Field(6.0, ge=0.01, le=3600)  # of the test clips
@@ -88,17 +88,15 @@ def build_dnlm(
     Test shares speakers and noise with valid. All speech files are used before any is used twice.
 
     Raises:
-        DataError: an option out of its limits; too few files to split; a source file that cannot
-            be used; a full disk; or an `out_dir` that was built with other options.
+        DataError: an option out of its limits; too few or unusable source files; a full disk; or
+            an `out_dir` that was built with other options.
     """
     speech_dir, noise_dir, out_dir = Path(speech_dir), Path(noise_dir), Path(out_dir)
     try:
         recipe = Recipe(**options)
     except ValidationError as error:
-        name, message = str(error.errors()[0]["loc"][0]), error.errors()[0]["msg"]
-        raise DataError(
-            f"{name} {options[name]} is refused ({message}): change --{name}"
-        ) from error
+        name, message = error.errors()[0]["loc"][0], error.errors()[0]["msg"]
+        raise DataError(f"{name} {options[str(name)]}: {message}: change --{name}") from error
     # Of folders inside each other, noise would count as speech, or results as sources.
     folders = {"speech_dir": speech_dir, "noise_dir": noise_dir, "out_dir": out_dir}
     for (inner, folder), (outer, around) in permutations(folders.items(), 2):
@@ -107,16 +105,14 @@ def build_dnlm(
     samples = _plan(speech_dir, noise_dir, out_dir, recipe)
     marker = out_dir / "build.json"
     if not marker.exists() and any((out_dir / name).exists() for name in ("train", "valid")):
-        raise DataError(
-            f"{out_dir} holds a dataset without build.json, made elsewhere: choose another folder"
-        )
-    digest = hashlib.sha256()  # of names and sizes of all sources, wherever the folders lie
+        raise DataError(f"{out_dir} holds a dataset without build.json: choose another folder")
+    sources = hashlib.sha256()  # names and sizes of all, wherever the folders lie
     for folder in (speech_dir, noise_dir):
         for path in audio.list_audio(folder):
             name = path.relative_to(folder).as_posix()
-            digest.update(f"{name}\t{path.stat().st_size}\n".encode())
-        digest.update(b"\0")
-    claim(marker, {**recipe.model_dump(mode="json"), "sources": digest.hexdigest()})
+            sources.update(f"{name}\t{path.stat().st_size}\n".encode())
+        sources.update(b"\0")
+    claim(marker, {**recipe.model_dump(mode="json"), "sources": sources.hexdigest()})
     make_samples(samples, processes=processes, progress=progress)
     return out_dir
 
@@ -172,13 +168,11 @@ def make_samples(
     samples = list(samples)
     todo = [s for s in samples if not all((s.folder / f"{x}.wav").is_file() for x in STEMS)]
     if processes is None:
-        affinity = getattr(os, "sched_getaffinity", None)
-        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-        processes = min(cores, len(todo) // _SAMPLES_WORTH_A_PROCESS)
+        processes = min(cores(), len(todo) // _SAMPLES_WORTH_A_PROCESS)
     run_parallel(make_sample, todo, processes, desc="clips", disable=not progress)
     for split, made in groupby(samples, key=lambda sample: sample.split):
-        content = {split.name: [sample.record for sample in made]}
-        _write_json(split.folder / "metadata.json", content)
+        records = {split.name: [sample.record for sample in made]}
+        audio.write_json(split.folder / "metadata.json", records)
 
 
 def make_sample(sample: Sample) -> None:
@@ -191,8 +185,7 @@ def make_sample(sample: Sample) -> None:
     try:
         mixture = mix_pair(speech, noise, record["input_snr"], record["speech_distance"])
     except DataError as error:
-        noise_file = split.noise_dir / record["noise_source"]
-        raise DataError(f"{speech_file} with {noise_file}: {error}") from error
+        raise DataError(f"{speech_file} with {record['noise_source']}: {error}") from error
     target, noise = (torch.round(wave * 32768) / 32768 for wave in (mixture.target, mixture.noise))
     # Written to a temporary folder, then renamed: a folder called sample_* is a finished one.
     temporary = sample.folder.with_name(f".{sample.folder.name}.tmp")
@@ -207,68 +200,89 @@ def make_sample(sample: Sample) -> None:
 
 
 def claim(marker: Path, parameters: dict[str, Any]) -> None:
-    """Save a build's parameters as `marker`, or raise DataError if it holds others."""
+    """Save what a folder is made of as `marker`, or raise DataError if it holds something else."""
     folder, fix = marker.parent, "choose another folder, or delete this one"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        before = dict(json.loads(marker.read_bytes())) if marker.exists() else None
+        if not marker.exists():
+            audio.write_json(marker, parameters)
+        before = dict(json.loads(marker.read_bytes()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{marker} cannot be made or read ({error}): {fix}") from error
-    if before is None:
-        return _write_json(marker, parameters)
     for key, value in parameters.items():
         if before.get(key) != value:
-            other = f"{key} {before.get(key)}, not {value}"
+            other = f"{key} {before.get(key)!s:.80}, not {value!s:.80}"
             what = "other speech or noise files" if key == "sources" else other
-            raise DataError(f"{folder} was built with {what}: {fix}")
+            raise DataError(f"{folder} was made with {what}: {fix}")
+
+
+def cores() -> int:
+    """Return how many of this machine's cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def run_parallel(
-    function: Callable[[_Item], None], items: Sequence[_Item], processes: int, **bar: Any
+    function: Callable[[_Item], Any], items: Sequence[_Item], processes: int, **bar: Any
 ) -> None:
-    """Call `function(item)` for every item; from two processes on, in worker processes.
-
-    `bar` has the options of tqdm. Raises DataError of `function`, or if a worker was killed.
-    """
-    processes = min(processes, len(items))
-    # A DataLoader's workers compute with one thread, and end when this process does.
-    loader: DataLoader[Any] = DataLoader(
-        items,  # type: ignore[arg-type]  # any sequence will do
-        batch_size=None,
-        num_workers=processes if processes > 1 else 0,  # 0 is this process
-        collate_fn=partial(_attempt, function),
-    )
+    """Call `function(item)` for every item as `parallel` does; `bar` has the options of tqdm."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the workers: the last bit of a sum depends on it
     try:
-        for error in tqdm(loader, **bar):
-            if error is not None:
-                raise error
-    except RuntimeError as error:
-        raise DataError(
-            f"a worker process failed ({str(error).splitlines()[0]}), perhaps for lack of memory: "
-            "run again with processes=1; what is finished is kept"
-        ) from error
+        for _ in tqdm(parallel(function, items, processes), total=len(items), **bar):
+            pass
     finally:
         torch.set_num_threads(threads)
 
 
-def _attempt(function: Callable[[_Item], None], item: _Item) -> DataError | None:
+def parallel(
+    function: Callable[[_Item], _Result],
+    items: Sequence[_Item],
+    processes: int,
+    context: str | None = None,  # how processes are started; None for the system's way
+) -> Iterator[_Result]:
+    """Yield `function(item)` of every item in turn; from two processes on, of worker processes.
+
+    Raises:
+        DiffbufError: that of `function`; DataError if a worker was killed.
+    """
+    processes = min(processes, len(items))
+    workers = processes if processes > 1 else 0  # 0 is this process
+    # A DataLoader's workers compute with one thread, and end when this process does.
+    loader: DataLoader[Any] = DataLoader(
+        items,  # type: ignore[arg-type]  # any sequence will do
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=partial(_attempt, function),
+        multiprocessing_context=context if workers else None,
+    )
+    try:
+        for result in loader:
+            if isinstance(result, DiffbufError):
+                raise result
+            yield result
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise DataError(
+            f"a worker process was killed ({str(error).splitlines()[0]}), most likely for lack of "
+            "memory: go on with the same command and fewer --processes; what is finished is kept"
+        ) from error
+
+
+def _attempt(function: Callable[[_Item], _Result], item: _Item) -> _Result | DiffbufError:
     """Return the error, which a DataLoader would wrap into its traceback."""
     try:
-        function(item)
-    except DataError as error:
+        return function(item)
+    except DiffbufError as error:
         return error
-    return None
 
 
 def download_librispeech(out_dir: str | Path, subset: str = "train-clean-100") -> Path:
     """Download `out_dir/LibriSpeech/<subset>` (Panayotov et al., ICASSP 2015; CC BY 4.0).
 
     Subsets are dev-clean (0.3 GB), train-clean-100 (6 GB) and so on; one that is there is kept.
-
-    Raises:
-        DataError: an unknown subset, no network, or a full disk.
+    DataError for an unknown subset, without a network, or for a full disk.
     """
     if subset not in _LIBRISPEECH:
         raise DataError(f"subset {subset!r} of LibriSpeech is none of {', '.join(_LIBRISPEECH)}")
@@ -286,11 +300,10 @@ def download_librispeech(out_dir: str | Path, subset: str = "train-clean-100") -
         final.parent.mkdir(parents=True, exist_ok=True)
         os.replace(work / "LibriSpeech" / subset, final)
     except (OSError, RuntimeError, EOFError) as error:  # URLError is an OSError
-        reason = " ".join(str(error).split())
         raise DataError(
-            f"LibriSpeech {subset} cannot be downloaded to {out_dir} ({reason}): check the network "
-            f"and the disk, or unpack the archive from https://www.openslr.org/12 as {final}; "
-            "without a network, `diffbuf data demo` makes a small dataset"
+            f"LibriSpeech {subset} cannot be downloaded to {out_dir} ({audio.reason(error)}): "
+            f"check the network, or unpack it from https://www.openslr.org/12 as {final}; "
+            "`diffbuf data demo` needs none"
         ) from error
     shutil.rmtree(work, ignore_errors=True)
     return final
@@ -298,25 +311,27 @@ def download_librispeech(out_dir: str | Path, subset: str = "train-clean-100") -
 
 def _plan(speech_dir: Path, noise_dir: Path, out_dir: Path, recipe: Recipe) -> list[Sample]:
     """Decide which sources each split draws from, and draw."""
+    counts = {"train": recipe.train, "valid": recipe.valid, "test": recipe.test}
     seconds = (recipe.seconds, recipe.seconds, recipe.test_seconds)
-    counts = (recipe.train, recipe.valid, recipe.test)
     frames = [round(length * recipe.sample_rate) for length in seconds]
-    fraction = sum(counts[1:]) / sum(counts)
-    longest = max(frames[i] if counts[i] else 0 for i in (1, 2))
-    speech = _split_speech(speech_dir, fraction, recipe)
-    noise = _split_noise(noise_dir, fraction, recipe, (frames[0], longest))
+    fraction = (recipe.valid + recipe.test) / sum(counts.values())
+    longest = max(frames[1] if recipe.valid else 0, frames[2] if recipe.test else 0)
+    sources = {
+        speech_dir: _split_speech(speech_dir, fraction, recipe),
+        noise_dir: _split_noise(noise_dir, fraction, recipe, (frames[0], longest)),
+    }
     shared = recipe.model_dump(include={"sample_rate", "snr", "distance", "seed"})
     samples: list[Sample] = []
-    for i, name in enumerate(("train", "valid", "test")):
-        for what, folder, found in (("speech", speech_dir, speech), ("noise", noise_dir, noise)):
-            if counts[i] and not found[min(i, 1)]:
+    for i, (name, count) in enumerate(counts.items()):
+        speech, noise = (found[min(i, 1)] for found in sources.values())
+        for folder, found in sources.items():
+            if count and not found[min(i, 1)]:
                 raise DataError(
-                    f"too few {what} files in {folder} ({len(found[0] + found[1])}) for {name}: "
-                    "check the path, add .wav or .flac files, or change --valid (or valid_speakers)"
+                    f"too few files in {folder} ({len(found[0] + found[1])}) for {name}: add .wav "
+                    "or .flac files, or change --valid (or valid_speakers)"
                 )
         folders = out_dir / name, speech_dir, noise_dir
-        split = Split(name, i, counts[i], frames[i], *folders, **shared)
-        samples += draw_samples(split, speech[min(i, 1)], noise[min(i, 1)])
+        samples += draw_samples(Split(name, i, count, frames[i], *folders, **shared), speech, noise)
     return samples
 
 
@@ -328,9 +343,7 @@ def _split_speech(folder: Path, fraction: float, recipe: Recipe) -> list[list[st
     if held is None:
         held = _hold_out(sorted(set(speaker_of.values())), fraction, recipe.seed)
     elif unknown := sorted(set(held) - set(speaker_of.values())):
-        raise DataError(
-            f"valid_speakers {unknown[0]!r} is not in {folder}: name a speaker's folder (or file)"
-        )
+        raise DataError(f"valid_speakers {unknown[0]!r} is no speaker (or file) of {folder}")
     order = np.random.default_rng([recipe.seed, 10]).permutation(len(names))
     parts: list[list[str]] = [[], []]
     for name in (names[i] for i in order):
@@ -368,8 +381,8 @@ def _split_noise(
             needed = _noise_frames(count, recipe.sample_rate, info.sample_rate)
             if stop - start < needed:
                 raise DataError(
-                    f"noise file {info.path} offers {stop - start} samples, and a clip takes "
-                    f"{needed}: remove it, add longer noise, or lower --seconds"
+                    f"{info.path} offers {stop - start} samples, and a clip takes {needed}: "
+                    "remove it, add longer noise, or lower --seconds"
                 )
             found.append((info.path.relative_to(folder).as_posix(), start, stop))
     return regions
@@ -421,7 +434,3 @@ def _noise_frames(frames: int, sample_rate: int, file_rate: int) -> int:
     if file_rate == sample_rate:
         return frames
     return int(np.ceil((frames / sample_rate + 2 * _RESAMPLING_MARGIN) * file_rate))
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    audio.write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())

@@ -29,9 +29,7 @@ def open_dataset(
 ) -> ClipDataset:
     """Open a folder of `LAYOUTS[dataset_type]` as the config says; training crops at random.
 
-    Raises:
-        ConfigError: another dataset_type.
-        DataError: a folder that does not fit it.
+    Raises ConfigError for another dataset_type, DataError for a folder that does not fit it.
     """
     layout: type[ClipDataset] = LAYOUTS[dataset_type].load()
     return layout(
@@ -54,8 +52,7 @@ def find_layout(root: Path) -> Any | None:
 def collate(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Stack items (mix, target), [C, T] each, into a batch of [B, C, T] each, for a DataLoader.
 
-    Raises:
-        DataError: items of different shapes.
+    DataError for items of different shapes.
     """
     shapes = {tuple(wave.shape) for item in items for wave in item}
     for axis, what, fix in (
@@ -72,11 +69,8 @@ def collate(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
     """Pairs (mix, target) of clips of one length; what is below `root` is a subclass's matter.
 
-    Item `i` depends on (seed, epoch, i) only: not on the order of reading or on workers.
-
-    Raises:
-        DataError: no such folder, nothing in it, an incomplete pair, or another layout than this
-            class reads; the message names the --dataset_type that fits.
+    Item `i` depends on (seed, epoch, i) only: not on the order of reading or on workers. DataError
+    for a folder that is missing, empty or of another layout; it names the --dataset_type that fits.
     """
 
     holds: str  # what a folder of this layout has in it, for error messages
@@ -95,8 +89,6 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
     ) -> None:
         if chunk_size < 1:
             raise DataError(f"chunk_size {chunk_size} is below 1 sample: raise audio.chunk_size")
-        if seed < 0:
-            raise DataError(f"seed {seed} is below 0: raise training.seed")
         self.root, self.chunk_size, self.sample_rate = Path(root), chunk_size, sample_rate
         self.training, self.seed = training, seed
         self.leading_zeros = leading_zeros if training else 0
@@ -139,8 +131,6 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, from 0; set it before a DataLoader's iterator is made."""
-        if epoch < 0:
-            raise DataError(f"epoch {epoch} is negative: count epochs from 0")
         self._epoch.fill_(epoch)
 
     def name(self, i: int) -> str:
@@ -153,8 +143,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         """Read item `i`: mix and target, [C, T] float32 each, T = chunk_size, full scale 1.
 
-        Raises:
-            DataError: a file cannot be read, or the files of the pair do not match.
+        DataError if a file cannot be read, or the files of the pair do not match.
         """
         index = range(len(self))[i]  # from 0
         epoch = int(self._epoch) if self.training else 0
@@ -162,13 +151,13 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
 
     def check_pair(self, mix: AudioInfo, target: AudioInfo) -> int:
         """Check that two files belong together, and return their length in samples."""
+        may_trim = self._may_trim(mix, target)
         for what, ours, theirs, fix in (
             ("Hz", mix.sample_rate, target.sample_rate, "resample one of them"),
             ("channels", mix.channels, target.channels, "bring both to one number of channels"),
-            ("samples", mix.frames, target.frames, "cut both to the same length, or raise "
-             "data.pair_tolerance"),
-        ):  # fmt: skip
-            if ours != theirs and not (what == "samples" and self._may_trim(mix, target)):
+            ("samples", mix.frames, target.frames, "cut them alike, or raise data.pair_tolerance"),
+        ):
+            if ours != theirs and not (what == "samples" and may_trim):
                 raise DataError(
                     f"{mix.path} has {ours} {what} but {target.path} has {theirs}: {fix}"
                 )
@@ -177,23 +166,23 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
 
     def _may_trim(self, mix: AudioInfo, target: AudioInfo) -> bool:
         """Return whether two lengths are almost equal, as encoders leave them; say so once."""
-        almost = abs(mix.frames - target.frames) <= self.pair_tolerance
-        if almost and not self._trimmed:
+        difference = abs(mix.frames - target.frames)
+        if 0 < difference <= self.pair_tolerance and not self._trimmed:
             self._trimmed = True
             warnings.warn(
                 f"{mix.path} has {mix.frames} samples and {target.path} {target.frames}: such "
                 f"pairs are trimmed to the shorter (data.pair_tolerance is {self.pair_tolerance})",
                 stacklevel=2,
             )
-        return almost
+        return difference <= self.pair_tolerance
 
     def _nothing_found(self) -> DataError:
         """Explain why a folder does not fit this layout, and what would."""
         here = f"{self.root} has no {self.holds}"
-        if number := find_layout(self.root):  # not this one, unless it is empty
-            other = LAYOUTS[number].load()
-            if not isinstance(self, other):
-                return DataError(f"{here}, but {other.holds}: use --dataset_type {number}")
+        number = find_layout(self.root)  # not this one, unless it is empty
+        if number and not isinstance(self, LAYOUTS[number].load()):
+            other = LAYOUTS[number].load().holds
+            return DataError(f"{here}, but {other}: use --dataset_type {number}")
         for split in (self.root / name for name in ("train", "valid", "test")):
             if find_layout(split):
                 return DataError(f"{here}: its splits are one level down, so use {split}")
@@ -213,15 +202,11 @@ class DNLMDataset(ClipDataset):
 
 
 def _stem(folder: Path, stem: str) -> Path:
-    wanted = {f"{stem}{extension}" for extension in audio.EXTENSIONS}
-    found = sorted(path for path in folder.iterdir() if path.name.lower() in wanted)
-    if len(found) > 1:
-        names = " and ".join(path.name for path in found)
-        raise DataError(f"{folder} has both {names}: remove one of them")
-    if not found:
-        raise DataError(
-            f"{folder} has no {stem}.wav (or .flac): add it, or remove the folder {folder.name}"
-        )
+    wanted = [f"{stem}{extension}" for extension in audio.EXTENSIONS]
+    found = [path for path in folder.iterdir() if path.name.lower() in wanted]
+    if len(found) != 1:
+        has = " and ".join(sorted(path.name for path in found)) or "neither"
+        raise DataError(f"{folder} has {has} of {' and '.join(wanted)}: it takes one of them")
     return found[0]
 
 
@@ -233,16 +218,9 @@ class PairedFolderDataset(ClipDataset):
     parts = ("clean/", "noisy/")
 
     def _find(self) -> Sequence[tuple[Path, ...]]:
-        clean, noisy = (
-            {
-                path.relative_to(folder).with_suffix(path.suffix.lower()).as_posix(): path
-                for path in list_audio(folder)
-            }
-            for folder in (self.root / "clean", self.root / "noisy")
-        )
+        clean, noisy = (_by_name(self.root / name) for name in ("clean", "noisy"))
         for ours, theirs, missing in ((clean, noisy, "noisy"), (noisy, clean, "clean")):
-            alone = sorted(set(ours) - set(theirs))
-            if alone:
+            if alone := sorted(set(ours) - set(theirs)):
                 more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
                 raise DataError(
                     f"{self.root / missing} lacks {', '.join(alone[:3])}{more}: clean/ and noisy/ "
@@ -251,16 +229,19 @@ class PairedFolderDataset(ClipDataset):
         return [(noisy[name], clean[name]) for name in sorted(clean)]
 
 
+def _by_name(folder: Path) -> dict[str, Path]:
+    files = ((path.relative_to(folder), path) for path in list_audio(folder))
+    return {name.with_suffix(name.suffix.lower()).as_posix(): path for name, path in files}
+
+
 @LAYOUTS.register(3)
 class MixingDataset(ClipDataset):
     """Files below `speech/` mixed with excerpts of those below `noise/`, by the DN-LM recipe.
 
     Every speech file is one item; all else is drawn, keyed by (seed, epoch, index). Validation
-    mixes as in epoch 0 and takes speech from the start of the file, unless that is silent.
-
-    The SNR is that of the whole chunk, before leading zeros push its end out. Rooms are impulse
-    responses drawn from the files below `rooms/`, direct sound at sample 0. Raises DataError as
-    `ClipDataset`; or snr is no range; or rooms are asked for and not there.
+    mixes as in epoch 0 and takes speech from the start of the file, unless that is silent. The SNR
+    is that of the whole chunk, before leading zeros push its end out. Rooms are impulse responses
+    drawn from the files below `rooms/`, direct sound at sample 0.
     """
 
     holds = "speech/ and noise/ folders, mixed while training"
@@ -286,25 +267,24 @@ class MixingDataset(ClipDataset):
 
     @staticmethod
     def options(cfg: Config) -> dict[str, Any]:
-        """Return what is set by the config's section data."""
+        """Return what the config's section data sets."""
         data = cfg.data
-        snr, distance = (data.snr_min, data.snr_max), (data.distance_min, data.distance_max)
-        others = {name: getattr(data, name) for name in ("speed", "tilt", "room_probability")}
-        return {"snr": snr, "distance": distance, **others}
+        found = {name: getattr(data, name) for name in ("speed", "tilt", "room_probability")}
+        found["snr"] = (data.snr_min, data.snr_max)
+        return found | {"distance": (data.distance_min, data.distance_max)}
 
     def _find(self) -> Sequence[tuple[Path, ...]]:
-        speech = self._list("speech", "is mixed")
-        self.noise_files = self._list("noise", "is mixed")
-        use = f"data.room_probability is {self.room_probability}"
-        self.room_files = self._list("rooms", use) if self.room_probability else []
-        return [(path,) for path in speech]
-
-    def _list(self, name: str, use: str) -> list[Path]:
-        folder = self.root / name
-        found = list_audio(folder) if folder.is_dir() else []
-        if not found:
-            raise DataError(f"{folder} holds no .wav or .flac file, and {use}: add some")
-        return found
+        names = ("speech", "noise", "rooms") if self.room_probability else ("speech", "noise")
+        found: dict[str, list[Path]] = {"rooms": []}
+        for folder in (self.root / name for name in names):
+            found[folder.name] = list_audio(folder) if folder.is_dir() else []
+            if not found[folder.name]:
+                raise DataError(
+                    f"{folder} holds no .wav or .flac file: add some (rooms: or set "
+                    "data.room_probability=0)"
+                )
+        self.noise_files, self.room_files = found["noise"], found["rooms"]
+        return [(path,) for path in found["speech"]]
 
     def _load(self, index: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         (speech_file,) = self.items[index]
@@ -341,17 +321,13 @@ class MixingDataset(ClipDataset):
         info = read_info(path)
         check_rate(info, self.sample_rate)
         if not is_speech and info.frames < length:  # short speech is padded
-            raise DataError(
-                f"noise file {path} has {info.frames} samples, fewer than audio.chunk_size "
-                f"{length}: remove it or lower audio.chunk_size"
-            )
+            raise DataError(f"{path} has {info.frames} samples: audio.chunk_size takes {length}")
         for attempt in range(_TRIES):
             from_start = is_speech and attempt == 0 and not self.training
             zeros = self.leading_zeros if is_speech else 0
             crop = draw_crop(info.frames, length, zeros, None if from_start else rng)
-            frames = min(info.frames - crop.start, length)
-            wave = apply_crop(path, Crop(0, crop.start, frames), length)
-            if not is_silent(wave):
+            whole = crop._replace(zeros=0, frames=min(info.frames - crop.start, length))
+            if not is_silent(wave := apply_crop(path, whole, length)):
                 return wave, crop.zeros
         raise DataError(f"{path} is silent in {_TRIES} drawn excerpts: remove it")
 

@@ -50,7 +50,6 @@ def build_demo(
     are 16 kHz mono. Valid and test speak with the English, Italian and Japanese recordings, and
     train with piper and the other languages (whether these share voices is not known). The drones
     are disjoint as well. Sources stay in `sources/{speech,noise}`, which `MixingDataset` reads.
-
     The same arguments give the same bytes, but for other builds of onnxruntime.
 
     Raises:
@@ -93,10 +92,7 @@ def _package(name: str) -> Path:
     """Find an installed package, without importing it (one is a pytest plugin)."""
     spec = find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise MissingExtraError(
-            f"the demo set needs the package {name}, which is not installed: "
-            "pip install 'diffbuf[demo]'"
-        )
+        raise MissingExtraError(f"the demo set needs {name}: pip install 'diffbuf[demo]'")
     return Path(next(iter(spec.submodule_search_locations)))
 
 

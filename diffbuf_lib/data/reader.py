@@ -42,22 +42,19 @@ _UNREAD = 0x7FC0D1FF  # a NaN that no decoder writes
 _SEEKS_EXACTLY = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC")
 _TAG_BYTES = 128  # of ID3, at an MP3's end
 _DECODED_AT_A_TIME = 4096  # samples
+_GUESSED = 2**62  # samples, from here on: libsndfile does not know
+_AGAIN = "fetch or make it again"
 _RATES = (1000, 1_000_000)  # Hz; what is outside is no sound, but a damaged header
 
 
 class AudioReader:
-    """An audio file, decoded from front to back; close it, or use it in a `with` statement.
+    """An audio file, decoded from front to back; use it in a `with` statement.
+
+    NaN and Inf are refused, or with `repair` taken as zeros.
 
     Attributes:
-        path: of the file.
-        sample_rate: Hz.
-        channels: how many.
         promised: samples that the header promises; None if it says nothing that can be trusted.
         position: samples that were read.
-
-    Args:
-        path: a file that libsndfile reads.
-        repair: take NaN and Inf as zeros instead of refusing the file.
 
     Raises:
         DataError: the file is missing, empty or no audio.
@@ -98,14 +95,10 @@ class AudioReader:
         return self._file.subtype in SUBTYPES.values() and self._file.format != "FLAC"
 
     def blocks(self, size: int, *, mono: bool = False) -> Iterator[Block]:
-        """Yield the file from here to its end.
-
-        Args:
-            size: samples of a block; all but the last are as long.
-            mono: average the channels.
+        """Yield the file from here to its end, `size` samples a block but for the last.
 
         Yields:
-            [T, C] float32, full scale 1; [T, 1] if mono.
+            [T, C] float32, full scale 1; if mono [T, 1], the channels' average.
 
         Raises:
             DataError: no sample can be decoded, or the file holds NaN or Inf.
@@ -113,8 +106,8 @@ class AudioReader:
         while len(block := self.read(size)):
             yield self._mix(block) if mono else block
         if self.position == 0:
-            reason = self._problem or "nothing in it can be decoded"
-            raise DataError(f"{self.path} has no samples ({reason}): fetch or make it again")
+            why = self._problem or "nothing in it can be decoded"
+            raise DataError(f"{self.path} has no samples ({why}): {_AGAIN}")
 
     def read(self, frames: int) -> Block:
         """Read up to so many samples, [T, C] float32; fewer only at the end of what is there."""
@@ -130,19 +123,16 @@ class AudioReader:
             self.position += len(part)
         return self._checked(np.concatenate(parts))
 
-    def seek(self, start: int) -> None:
-        """Go on from sample `start`: at once where that is exact, else by decoding up to it."""
-        again = start < self.position
-        if start != self.position and self._file.format in _SEEKS_EXACTLY:
+    def skip_to(self, start: int) -> None:
+        """Go forward to sample `start`: at once where that is exact, else by decoding up to it."""
+        if start > self.position and self._file.format in _SEEKS_EXACTLY:
             try:
                 self._file.seek(start)
                 self.position, self._decoded = start, self._decoded[:0]
             except soundfile.SoundFileError:  # a codec that cannot, or the file is cut before
-                again = True
-        if again and self.position != start:
-            self._file.close()
-            self._file, _ = _open(self.path)
-            self.position, self._problem, self._decoded = 0, "", self._decoded[:0]
+                self._file.close()
+                self._file, _ = _open(self.path)
+                self.position, self._problem, self._decoded = 0, "", self._decoded[:0]
         repair, self.repair = self.repair, True  # what is passed over may hold anything
         while self.position < start and len(
             self.read(min(start - self.position, _DECODED_AT_A_TIME))
@@ -157,26 +147,21 @@ class AudioReader:
 
     def complaints(self) -> list[str]:
         """Say, a line each, what was wrong with the file; after the last block."""
-        lines = []
-        promised = self.promised
+        said, promised, read = [], self.promised, f"{self.position} samples"
         if promised is not None and promised > self.position:
-            lines.append(f"{self.path}: only {self.position} of {promised} samples are there")
+            said.append(f"only {self.position} of {promised} samples are there")
         elif self._problem:
-            lines.append(f"{self.path}: {self.position} samples were read, then: {self._problem}")
+            said.append(f"{read} were read, then: {self._problem}")
         elif self._sizes:
-            lines.append(
-                f"{self.path}: sizes in its header are wrong; {self.position} samples read"
-            )
+            said.append(f"sizes in its header are wrong; {read} read")
         if self.repaired:
-            lines.append(f"{self.path}: {self.repaired} NaN or Inf values count as zeros")
+            said.append(f"{self.repaired} NaN or Inf values count as zeros")
         mix, apart = self._power
         if mix < 0.25 * apart:
             drop = f"{10 * math.log10(apart / mix):.0f} dB" if mix else "all of it"
-            lines.append(
-                f"{self.path}: its channels cancel, and their mono mix loses {drop}: "
-                "give --channels keep"
-            )
-        return lines
+            cancel = f"its channels cancel, and their mono mix loses {drop}"
+            said.append(f"{cancel}: give --channels keep")
+        return [f"{self.path}: {line}" for line in said]
 
     def warn(self) -> None:
         """Warn of every complaint."""
@@ -236,24 +221,8 @@ class _SoundFile(soundfile.SoundFile):
     next frame needs of the last, and fails at the end of a FLAC of unknown length.
     """
 
-    def __init__(self, source: bytes | _Disguise) -> None:
-        self._source = source
-        try:
-            super().__init__(source)
-        except soundfile.SoundFileError:
-            self._close_source()
-            raise
-
     def seekable(self) -> bool:
         return False
-
-    def close(self) -> None:
-        super().close()
-        self._close_source()
-
-    def _close_source(self) -> None:
-        if isinstance(self._source, _Disguise):
-            self._source.close()
 
 
 class _Disguise(io.FileIO):
@@ -264,6 +233,9 @@ class _Disguise(io.FileIO):
         self._patch = b"" if riff_size is None else struct.pack("<I", riff_size)
         self._size = factor * super().seek(0, os.SEEK_END)
         self._at = 0
+
+    def __del__(self) -> None:
+        self.close()  # libsndfile leaves that to who opened it
 
     def seek(self, offset: int, whence: int = 0) -> int:
         self._at = max((0, self._at, self._size)[whence] + offset, 0)
@@ -287,70 +259,57 @@ class _Disguise(io.FileIO):
 
 def _open(path: Path) -> tuple[_SoundFile, int | None]:
     """Open a file, and return how many samples libsndfile counts; None where it guesses."""
+    unread, convert = f"{path} cannot be read as audio", f"convert it with {ffmpeg_line(path)}"
     try:
         size = path.stat().st_size
         if not path.is_file():
             raise DataError(f"{path} is not a file: check the path")
         if size == 0:
-            raise DataError(f"{path} is empty (0 bytes): fetch or make it again")
+            raise DataError(f"{path} is empty (0 bytes): {_AGAIN}")
         with path.open("rb") as raw:
             head = raw.read(12)
-        _refuse_foreign(path, head)
+        if _is_foreign(path, head):
+            raise DataError(f"{unread} (AAC, MP4, WebM or WMA): {convert}")
         file = _SoundFile(os.fsencode(path))
+        count = file.frames
         if file.format == "MP3" and not _has_frame_count(path):
             # Its length is guessed from the file's size and the first frame, and nothing is decoded
             # beyond: of a larger file all of it is.
             file.close()
-            file = _SoundFile(_Disguise(path, factor=64))
-            return _sensible(path, file), None
-        if file.frames == 0 and head[:4] == b"RIFF" and has_more_than_it_says(path):
+            file, count = _SoundFile(_Disguise(path, factor=64)), _GUESSED
+        elif count == 0 and head[:4] == b"RIFF" and has_more_than_it_says(path):
             file.close()
             file = _SoundFile(_Disguise(path, riff_size=8))  # as libsndfile knows unclosed files
+            count = file.frames
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: check the path") from None
+    except DataError:
+        raise
     except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        hint = (
-            f"convert it with {ffmpeg_line(path)}"
-            if _is_foreign(path)
-            else "fetch or make it again"
-        )
-        raise DataError(f"{path} cannot be read as audio ({reason(error)}): {hint}") from error
-    if file.frames < 1:
+        fix = convert if path.suffix.lower() in CONVERTIBLE else _AGAIN
+        raise DataError(f"{unread} ({reason(error)}): {fix}") from error
+    rate, problem = file.samplerate, ""
+    if count < 1:
+        problem = "has no samples"
+    elif not _RATES[0] <= rate <= _RATES[1]:
+        problem = f"has a sample rate of {rate} Hz, outside {_RATES[0]} to {_RATES[1]}"
+    if problem:
         file.close()
-        raise DataError(f"{path} has no samples: remove it, or make it again")
-    return _sensible(path, file), file.frames if file.frames < 2**62 else None
+        raise DataError(f"{path} {problem}: {_AGAIN}")
+    return file, count if count < _GUESSED else None
 
 
-def _sensible(path: Path, file: _SoundFile) -> _SoundFile:
-    """Refuse what only a damaged header says."""
-    if not _RATES[0] <= file.samplerate <= _RATES[1]:
-        file.close()
-        raise DataError(
-            f"{path} has a sample rate of {file.samplerate} Hz, outside {_RATES[0]} to "
-            f"{_RATES[1]}: fetch or make it again"
-        )
-    return file
-
-
-def _is_foreign(path: Path) -> bool:
-    return path.suffix.lower() in CONVERTIBLE
-
-
-def _refuse_foreign(path: Path, head: bytes) -> None:
-    """Refuse AAC, which looks like MP3, and containers by their first bytes."""
-    adts = _is_foreign(path) and len(head) > 1 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0
-    if adts or head[4:8] == b"ftyp" or head[:4] in (b"\x1a\x45\xdf\xa3", b"\x30\x26\xb2\x75"):
-        raise DataError(
-            f"{path} cannot be read as audio (AAC, MP4, WebM or WMA): "
-            f"convert it with {ffmpeg_line(path)}"
-        )
+def _is_foreign(path: Path, head: bytes) -> bool:
+    """Tell AAC, which looks like MP3, and containers by their first bytes."""
+    adts = len(head) > 1 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0
+    box = head[4:8] == b"ftyp" or head[:4] in (b"\x1a\x45\xdf\xa3", b"\x30\x26\xb2\x75")
+    return box or (adts and path.suffix.lower() in CONVERTIBLE)
 
 
 def ffmpeg_line(path: Path) -> str:
     """Return the command that makes a .wav of a file."""
-    wav = path.with_suffix(".wav") if _is_foreign(path) else path.with_name(path.name + ".wav")
+    foreign = path.suffix.lower() in CONVERTIBLE
+    wav = path.with_suffix(".wav") if foreign else path.with_name(f"{path.name}.wav")
     return f"ffmpeg -i {shlex.quote(str(path))} {shlex.quote(str(wav))}"
 
 
@@ -359,10 +318,8 @@ def _has_frame_count(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(10)
         if head[:3] == b"ID3" and len(head) == 10:
-            size = sum(
-                (byte & 0x7F) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True)
-            )
-            file.seek(10 + size)
+            a, b, c, d = (byte & 0x7F for byte in head[6:])
+            file.seek(10 + (a << 21 | b << 14 | c << 7 | d))
             head = b""
-        head += file.read(2048)
-    return b"Xing" in head[:2048] or b"Info" in head[:2048]
+        head = (head + file.read(2048))[:2048]
+    return b"Xing" in head or b"Info" in head

@@ -13,10 +13,8 @@ SUBTYPES = {
     (3, 32): "FLOAT", (3, 64): "DOUBLE", (6, 8): "ALAW", (7, 8): "ULAW",
 }  # fmt: skip
 """What libsndfile calls the codec of a format tag and a number of bits."""
-SIZE_UNKNOWN = 0x7FFFF000
-"""From here on a size in a header is a placeholder of who wrote to a pipe."""
-LARGEST_RIFF = 0xFFFFFFFF
-"""Bytes that the header of a WAV can count."""
+SIZE_UNKNOWN = 0x7FFFF000  # from here on, a size is a placeholder of who wrote to a pipe
+LARGEST_RIFF = 0xFFFFFFFF  # bytes that the header of a WAV can count
 
 
 class WavHeader(NamedTuple):
@@ -68,12 +66,11 @@ def has_more_than_it_says(path: Path) -> bool:
         except DataError:
             return False
         rest = file.read(8)
-        size = path.stat().st_size - file.tell()
-    if header.num_bytes is not None or not rest:
-        return False
-    name = rest[:4]
-    is_chunk = len(rest) == 8 and name.isascii() and name.decode("ascii").isprintable()
-    return not (is_chunk and struct.unpack("<I", rest[4:])[0] <= size)
+        left = path.stat().st_size - file.tell()
+    if header.num_bytes is not None or len(rest) < 8:
+        return header.num_bytes is None and bool(rest)
+    name, size = struct.unpack("<4sI", rest)
+    return size > left or not all(32 <= byte < 127 for byte in name)
 
 
 def make_plain_wav(path: Path, channels: int) -> None:

@@ -8,10 +8,10 @@ from importlib import import_module
 from typing import Any, Protocol
 
 import numpy as np
-import soxr
 import torch
 from torch import Tensor
 
+from diffbuf_lib.data.audio import resample
 from diffbuf_lib.errors import DataError, MissingExtraError
 from diffbuf_lib.registry import BASELINES
 
@@ -25,9 +25,7 @@ class Baseline(Protocol):
 
     latency_ms: float | None  # until the first sample comes out; None if it needs the whole clip
 
-    def __call__(self, mix: Tensor, rate: int, /) -> Tensor:
-        """Enhance [T] float32 at `rate` Hz; returns [T]."""
-        ...
+    def __call__(self, mix: Tensor, rate: int, /) -> Tensor: ...  # noqa: D102
 
 
 class SpectralGate:
@@ -69,18 +67,15 @@ class DeepFilterNet:
             self._weights = str(package.model_path()).encode()
         except (OSError, RuntimeError) as error:
             raise MissingExtraError(
-                f"baseline deepfilternet cannot run on this machine ({error}): take it out of "
-                "--baselines"
+                f"baseline deepfilternet cannot run here ({error}): take it out of --baselines"
             ) from error
 
     def __call__(self, mix: Tensor, rate: int) -> Tensor:
         """Enhance [T] float32 at `rate` Hz; returns [T]."""
-        length = len(mix)
-        up = soxr.resample(mix.numpy(), rate, self.RATE, quality="HQ").astype(np.float32)
+        up = resample(mix[None], rate, self.RATE)[0].numpy()
         late = self._stream(np.concatenate([up, np.zeros(self.DELAY, np.float32)]))
-        aligned = late[self.DELAY : self.DELAY + len(up)]
-        down = soxr.resample(aligned, self.RATE, rate, quality="HQ").astype(np.float32)[:length]
-        return torch.from_numpy(np.pad(down, (0, length - len(down))))
+        aligned = torch.from_numpy(late[None, self.DELAY : self.DELAY + len(up)])
+        return resample(aligned, self.RATE, rate)[0, : len(mix)]
 
     def _stream(self, samples: Any) -> Any:
         """Push [T] samples through a fresh state, a frame at a time; returns at least [T]."""
@@ -104,9 +99,8 @@ class DeepFilterNet:
 def make_baselines(names: Sequence[str]) -> dict[str, Baseline]:
     """Make baselines by name, in the registry's order; `noisy` is left out.
 
-    Raises:
-        ConfigError: an unknown name.
-        MissingExtraError: its package is missing; the message has the command that installs it.
+    ConfigError for an unknown name; MissingExtraError, with the command that installs it, for a
+    package that is missing.
     """
     chosen = {name: BASELINES[name] for name in names if name != NOISY}
     return {name: chosen[name].load()() for name in BASELINES if name in chosen}

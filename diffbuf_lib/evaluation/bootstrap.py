@@ -75,17 +75,16 @@ def summarise(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, Any]:
     methods = list(dict.fromkeys(row.method for row in rows))
     bands: dict[str, Any] = {}
     for name, clips in group(snrs).items():
-        bands[name] = {"clips": len(clips), "columns": {}}
+        columns: dict[str, Any] = {}
         for metric in metrics:
-            known = [row for row in rows if metric in row.values]
-            table = {
-                method: {row.clip: row.values[metric] for row in known if row.method == method}
-                for method in methods
-            }
-            found = compare_methods(table, clips)
+            table: dict[str, dict[str, float]] = {method: {} for method in methods}
+            for row in rows:
+                if metric in row.values:
+                    table[row.method][row.clip] = row.values[metric]
+            columns[metric] = found = compare_methods(table, clips)
             for intervals in found["methods"].values():
                 intervals.update({key: x and x._asdict() for key, x in intervals.items()})
-            bands[name]["columns"][metric] = found
+        bands[name] = {"clips": len(clips), "columns": columns}
     return {
         "clips": len(snrs),
         "methods": methods,
@@ -104,13 +103,9 @@ def compare_methods(
 ) -> dict[str, Any]:
     """Compare methods by one metric on those of `clips` for which all of them have a score.
 
-    Args:
-        table: method -> clip -> score; diffbuf and noisy are among the methods.
-        clips: of one band.
-
-    Returns:
-        How many clips count; and for each method the intervals of its mean, its gain over the noisy
-        input, and our model's lead over it, paired clip by clip.
+    The table is method -> clip -> score; diffbuf and noisy are among the methods. Returns how many
+    clips count; and for each method the intervals of its mean, its gain over the noisy input, and
+    our model's lead over it, paired clip by clip.
     """
     common = [clip for clip in clips if all(clip in scores for scores in table.values())]
 
@@ -171,20 +166,16 @@ def compare_folders(
 ) -> list[Difference]:
     """Compare one method (noisy, a baseline or diffbuf) in two folders of `diffbuf evaluate`.
 
-    Raises:
-        DataError: no such folder or method, no metric in common, or other clips; the message names
-            clips that differ.
+    DataError for no such folder or method, no metric in common, or other clips, which it names.
     """
     (metrics, one), (metrics_b, other) = (_read(path, method) for path in (a, b))
     for left, right, path in ((one, other, b), (other, one, a)):
-        if alone := sorted(left.keys() - right.keys()):
-            raise DataError(
-                f"{path} lacks {', '.join(alone[:_NAMED])}: evaluate both on the same clips"
-            )
+        if alone := ", ".join(sorted(left.keys() - right.keys())[:_NAMED]):
+            raise DataError(f"{path} lacks {alone}: evaluate both on the same clips")
     if changed := [clip for clip, row in one.items() if row.checksum != other[clip].checksum]:
         raise DataError(
-            f"{', '.join(changed[:_NAMED])} are not the same sound in {a} and {b}: evaluate both "
-            "on the same data, with the same --seconds"
+            f"{', '.join(changed[:_NAMED])} differ in {a} and {b}: evaluate both on the same data, "
+            "with the same --seconds"
         )
     common = [metric for metric in metrics if metric in metrics_b]
     if not common:
@@ -194,11 +185,10 @@ def compare_folders(
         for band, clips in group({clip: row.snr for clip, row in one.items()}).items():
             scores = [(one[clip].values, other[clip].values) for clip in clips]
             pairs = [(x[metric], y[metric]) for x, y in scores if metric in x and metric in y]
-            mean_a, mean_b = np.mean(pairs, axis=0).tolist() if pairs else (None, None)
+            means = np.mean(pairs, axis=0).tolist() if pairs else (None, None)
             difference = bootstrap((y - x for x, y in pairs), seed=seed)
             better = sum(y > x for x, y in pairs) / max(len(pairs), 1)
-            row = Difference(metric, band, mean_a, mean_b, difference, better, len(clips))
-            found.append(row)
+            found.append(Difference(metric, band, *means, difference, better, len(clips)))
     return found
 
 

@@ -19,17 +19,13 @@ import hashlib
 import json
 import math
 import os
-import signal
 import sys
 import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,8 +34,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffbuf_lib.data import ClipDataset, DNLMDataset, open_dataset, read_audio, read_info
-from diffbuf_lib.data.audio import text_of, write_bytes
-from diffbuf_lib.errors import CheckpointError, ConfigError, DataError
+from diffbuf_lib.data.audio import write_json
+from diffbuf_lib.data.build import claim, cores, parallel
+from diffbuf_lib.errors import ConfigError, DataError
 from diffbuf_lib.evaluation.baselines import NOISY, OURS, make_baselines
 from diffbuf_lib.evaluation.bootstrap import summarise
 from diffbuf_lib.evaluation.page import write_page
@@ -70,23 +67,18 @@ def evaluate(
 ) -> Iterator[ScoredClip]:
     """Enhance and score the clips (at most `limit`) of a dataset that is not opened for training.
 
-    Neither batch_size nor the device changes the noise that a clip is enhanced with.
-
-    Raises:
-        DataError: a clip that cannot be read, or a limit below 1.
-        ConfigError, MissingExtraError: a metric that is unknown or unavailable.
+    Neither batch_size nor the device changes the noise that a clip is enhanced with. Raises
+    DataError and ConfigError as in `Job.evaluator`.
     """
     evaluator = Evaluator(model, dataset, metrics, limit=limit, seed=seed)
-    indices = range(len(evaluator.names))
-    for start in range(0, len(indices), batch_size):
-        yield from evaluator.run(indices[start : start + batch_size])
+    for start in range(0, len(evaluator.names), batch_size):
+        yield from evaluator.run(range(len(evaluator.names))[start : start + batch_size])
 
 
 class Evaluator:
     """Enhances and scores clips. What it finds of a clip does not depend on those beside it.
 
-    Clips have the dataset's chunk_size, or with `longest` are whole files of so many samples at
-    most.
+    Clips have the dataset's chunk_size, or with `longest` are files of so many samples at most.
     """
 
     def __init__(
@@ -169,9 +161,10 @@ class Evaluator:
 
     def _name(self, noisy: Path) -> str:
         path = noisy.relative_to(self.dataset.root)
-        if isinstance(self.dataset, DNLMDataset):
-            return text_of(path.parent)
-        return text_of(Path(*(path.parts[1:] or path.parts)))  # without noisy/ or speech/
+        # The folder in DN-LM; else without noisy/ or speech/.
+        dnlm = isinstance(self.dataset, DNLMDataset)
+        named = path.parent if dnlm else Path(*(path.parts[1:] or path.parts))
+        return os.fsencode(named.as_posix()).decode("utf-8", "backslashreplace")
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -242,8 +235,8 @@ def evaluate_folder(
     the cores of this machine). `page` is for report.html, `progress` for a bar on stderr.
 
     Raises:
-        DiffbufError: as in `Job.evaluator`; a clip that cannot be read; a folder that belongs to
-            another evaluation; or a process was killed.
+        DiffbufError: as in `Job.evaluator`; a clip that cannot be read; a folder that is in use or
+            belongs to another evaluation; or a process was killed.
     """
     if processes is not None and processes < 1:
         raise ConfigError(f"--processes {processes}: give at least 1")
@@ -251,15 +244,15 @@ def evaluate_folder(
     lock = FolderLock(folder)
     lock.acquire()
     try:
-        _check_arguments(job, evaluator, folder)
-        done = _score_rest(job, evaluator, folder, processes or _cores(), progress)
+        claim(folder / "arguments.json", _arguments(job, evaluator))
+        done = _score_rest(job, evaluator, folder, processes or cores(), progress)
         every = {(row.clip, row.method): row for rows, _ in done for row in rows}
         rows = [every[clip, method] for clip in evaluator.names for method in evaluator.methods]
         summary = summarise(rows, evaluator.metrics)
         found = Evaluation(rows, summary, _timing(job, evaluator, done))
         write_scores(folder / "scores.csv", rows, evaluator.metrics)
-        _write_json(folder / "summary.json", found.summary)
-        _write_json(folder / "timing.json", found.timing)
+        write_json(folder / "summary.json", found.summary)
+        write_json(folder / "timing.json", found.timing)
         if page:
             write_page(
                 folder / "report.html", "evaluation", _examples(evaluator, rows),
@@ -271,30 +264,18 @@ def evaluate_folder(
         lock.release()
 
 
-def _check_arguments(job: Job, evaluator: Evaluator, folder: Path) -> None:
-    """Write all that the scores depend on, or refuse a folder that was begun with other ones.
-
-    Where model and data lie does not matter.
-    """
+def _arguments(job: Job, evaluator: Evaluator) -> dict[str, Any]:
+    """Return all that the scores depend on; where model and data lie does not matter."""
     clips = list(zip(evaluator.names, evaluator.lengths, strict=True))
     listing = "\n".join(f"{name} {length}" for name, length in clips)
-    arguments: dict[str, Any] = {
+    given = ("dataset_type", "seconds", "limit", "delay", "seed")
+    return {
         "model": f"with config and weights {fingerprint(evaluator.model)}",
         "data": f"{len(clips)} clips ({hashlib.sha256(listing.encode()).hexdigest()[:16]})",
         "metrics": evaluator.metrics,
         "baselines": list(evaluator.baselines),
-        **{key: getattr(job, key) for key in ("dataset_type", "seconds", "limit", "delay", "seed")},
+        **{key: getattr(job, key) for key in given},
     }
-    path = folder / "arguments.json"
-    if not path.exists():
-        _write_json(path, arguments)
-    before = json.loads(path.read_text(encoding="utf-8"))
-    for key, now in arguments.items():
-        if before.get(key) != now:
-            raise CheckpointError(
-                f"results folder {folder} was begun with {key} {before.get(key)!s:.80}, and now it "
-                f"is {now!s:.80}: choose another --results_path, or give the arguments of then"
-            )
 
 
 def _score_rest(
@@ -326,32 +307,16 @@ def _score_rest(
 def _score_batches(
     job: Job, evaluator: Evaluator, batches: Sequence[list[int]], processes: int
 ) -> Generator[Batch, None, None]:
-    """Yield batches as they are done, in any order; CheckpointError if a process was killed.
+    """Yield batches as they are done; DataError if a process was killed.
 
     Several processes are fresh ones (spawn: a fork would copy torch's threads in whatever state
-    they are, which rules out tqdm's `process_map`), so a script that calls this needs
-    `if __name__ == "__main__":`.
+    they are), so a script that calls this needs `if __name__ == "__main__":`.
     """
     if processes == 1 or len(batches) < 2:
         yield from (_score_batch(evaluator, batch) for batch in batches)
         return
-    pool = ProcessPoolExecutor(
-        min(processes, len(batches)),
-        mp_context=get_context("spawn"),
-        initializer=_start_process,
-        initargs=(max(1, _cores() // processes),),
-    )
-    try:
-        futures = [pool.submit(_score_in_process, job, batch) for batch in batches]
-        for future in as_completed(futures):
-            yield future.result()
-    except BrokenProcessPool as error:
-        raise CheckpointError(
-            f"one of {processes} processes was killed, most likely for want of memory: the same "
-            "command goes on where it stopped; give it fewer --processes or a smaller --batch_size"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    task = functools.partial(_score_in_process, job, max(1, cores() // processes))
+    yield from parallel(task, batches, processes, "spawn")
 
 
 def _score_batch(evaluator: Evaluator, indices: Sequence[int]) -> Batch:
@@ -368,12 +333,8 @@ def _score_batch(evaluator: Evaluator, indices: Sequence[int]) -> Batch:
 _evaluator_of = functools.cache(Job.evaluator)
 
 
-def _start_process(threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's matter
+def _score_in_process(job: Job, threads: int, indices: list[int]) -> Batch:
     torch.set_num_threads(threads)
-
-
-def _score_in_process(job: Job, indices: list[int]) -> Batch:
     return _score_batch(_evaluator_of(job), indices)
 
 
@@ -410,16 +371,6 @@ def _examples(evaluator: Evaluator, rows: Sequence[Row]) -> list[tuple[str, Scor
     places = {"Worst": 0, "Median": (len(gains) - 1) // 2, "Best": len(gains) - 1}
     chosen = {gains[place]: word for word, place in places.items()}  # each clip once
     clips = evaluator.run([i for _, i in chosen])
-    words = [
-        f"{word}: {gain:+.2f} gain in {label_of(metric)}" for (gain, _), word in chosen.items()
-    ]
-    return list(zip(words, clips, strict=True))[::-1]
-
-
-def _write_json(path: Path, value: Any) -> None:
-    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def _cores() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    gain_in = f"gain in {label_of(metric)}"
+    headings = (f"{word}: {gain:+.2f} {gain_in}" for (gain, _), word in chosen.items())
+    return list(zip(headings, clips, strict=True))[::-1]

@@ -54,16 +54,16 @@ def write_page(
         players = {name: figures.data_uri(wav, "audio/wav") for name, wav in wavs.items()}
         scores = [["", *map(label_of, metrics)]]
         for method, found in clip.scores.items():
-            known = found.values
-            scores.append([method, *(f"{known[m]:.2f}" if m in known else "-" for m in metrics)])
+            cells = (f"{found.values[m]:.2f}" if m in found.values else "-" for m in metrics)
+            scores.append([method, *cells])
         picture = _as_png(figures.spectrograms(waves, rate, audio.stft))
         shown.append((heading, clip, players, picture, scores))
     versions = {name: metadata.version(name) for name in _PACKAGES}
     page = _PAGES.get_template(f"{template}.html.jinja").render(
         clips=shown, metrics=metrics, versions={"python": platform.python_version(), **versions},
         machine=f"{platform.machine()}, {torch.get_num_threads()} threads", as_png=_as_png,
-        means_table=means_table, gains_table=gains_table, gains_picture=_gains_picture,
-        label_of=label_of, **values,
+        means_table=means_table, gains_table=gains_table, speed_tables=speed_tables,
+        gains_picture=_gains_picture, label_of=label_of, **values,
     )  # fmt: skip
     write_bytes(path, page.encode())
 
@@ -88,13 +88,7 @@ def overview(found: Mapping[str, Any], timing: Mapping[str, Any]) -> str:
     if len(found["bands"]) > 2:
         metric = next(iter(found["bands"]["all"]["columns"]))
         lines.append(f"\n{format_table(gains_table(found, metric))}")
-    speed = [["", "real-time factor", "latency"]]
-    for method, one in timing["methods"].items():
-        latency = "whole clip" if one["latency_ms"] is None else f"{one['latency_ms']:.0f} ms"
-        speed.append([method, f"{one['real_time_factor']:.3f}", latency])
-    work = [[name, f"{seconds:.1f}"] for name, seconds in timing["seconds"].items()]
-    lines.append(f"\n{format_table(speed)}")
-    lines.append(f"\n{format_table([['work', 'seconds of all processes'], *work])}")
+    lines += [f"\n{format_table(table)}" for table in speed_tables(timing)]
     return "\n".join(lines)
 
 
@@ -109,6 +103,17 @@ def differences(found: Iterable[Difference]) -> str:
             shown = [f"{row.a:.2f}", f"{row.b:.2f}", gain, f"{row.better:.0%}"]
         rows.append([label_of(row.column), row.band, *shown, f"{scored} of {row.clips}"])
     return format_table(rows)
+
+
+def speed_tables(timing: Mapping[str, Any]) -> tuple[Table, Table]:
+    """Return how fast every method was, and where the time went, longest first."""
+    speed = [["", "real-time factor", "latency"]]
+    for method, one in timing["methods"].items():
+        latency = "whole clip" if one["latency_ms"] is None else f"{one['latency_ms']:.0f} ms"
+        speed.append([method, f"{one['real_time_factor']:.3f}", latency])
+    work = sorted(timing["seconds"].items(), key=lambda item: -item[1])
+    rows = [[name, f"{seconds:.1f}"] for name, seconds in work]
+    return speed, [["work", "seconds of all processes"], *rows]
 
 
 def means_table(found: Mapping[str, Any]) -> Table:
@@ -161,14 +166,12 @@ def _gains_picture(found: Mapping[str, Any], metrics: Sequence[str]) -> str:
     """Draw the gain of every method over the noisy input against input SNR, a panel a metric."""
     bands = {name: band["columns"] for name, band in found["bands"].items() if name != "all"}
     methods = found["methods"][1:]
-    panels: dict[str, dict[str, list[Mark]]] = {}
-    for metric in metrics[:_PANELS]:
-        curves = panels[metric] = {method: [] for method in methods}
-        for place, columns in enumerate(bands.values()):
-            for index, method in enumerate(methods):
-                x = place + 0.12 * (index - (len(methods) - 1) / 2)  # side by side
-                if gain := columns[metric]["methods"][method]["gain"]:
-                    curves[method].append((x, gain, ""))
+    panels: dict[str, dict[str, list[Mark]]] = {metric: {} for metric in metrics[:_PANELS]}
+    for metric, curves in panels.items():
+        for index, method in enumerate(methods):
+            aside = 0.12 * (index - (len(methods) - 1) / 2)
+            gains = [columns[metric]["methods"][method]["gain"] for columns in bands.values()]
+            curves[method] = [(x + aside, gain, "") for x, gain in enumerate(gains) if gain]
     figure = draw_panels(panels, "input SNR (dB)")
     for axes in figure.axes:
         axes.set_ylabel(f"gain in {axes.get_ylabel()}")

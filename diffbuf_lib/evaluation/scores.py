@@ -113,9 +113,7 @@ def score(estimate: Tensor, target: Tensor, rate: int, metrics: Iterable[str]) -
 def check_scoring(metrics: Sequence[str], rate: int) -> list[str]:
     """Check that metrics can be computed at a rate in Hz; return them, dnsmos as four.
 
-    Raises:
-        ConfigError, MissingExtraError: no metric, one that is given twice, or as in
-            `check_metrics`.
+    ConfigError for no metric or one that is given twice; else as `check_metrics`.
     """
     names = [one for name in metrics for one in (DNSMOS if name == "dnsmos" else (name,))]
     if not names or len(set(names)) < len(names):
@@ -153,16 +151,14 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def read_scores(folder: str | Path) -> tuple[list[str], list[Row]]:
     """Return the metrics and the rows (without reasons) of a results folder's scores.csv.
 
-    Raises:
-        DataError: there is none.
+    DataError if there is none.
     """
     try:
         with open(Path(folder) / "scores.csv", encoding="utf-8", newline="") as file:
             lines = list(csv.DictReader(file))
     except OSError:
         raise DataError(
-            f"{folder} has no scores.csv: give a folder that diffbuf evaluate --results_path "
-            "wrote, and let it finish"
+            f"{folder} has no scores.csv: give a folder that diffbuf evaluate has finished"
         ) from None
     metrics = [name for name in lines[0] if name not in (*_FIXED, "undefined")]
     rows = []
@@ -193,12 +189,8 @@ def _dnsmos(estimate: Tensor) -> dict[str, float]:
     return {name: float(scores[f"{name.removeprefix('dnsmos_')}_mos"]) for name in DNSMOS}
 
 
-def _dnsmos_column(name: str, estimate: Tensor, target: Tensor, sample_rate: int) -> float:
-    return _dnsmos(estimate)[name]
-
-
 dnsmos_ovrl, dnsmos_sig, dnsmos_bak, dnsmos_p808 = (
-    functools.partial(_dnsmos_column, name) for name in DNSMOS
+    lambda estimate, target, sample_rate, name=name: _dnsmos(estimate)[name] for name in DNSMOS
 )
 
 

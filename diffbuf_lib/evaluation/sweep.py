@@ -79,10 +79,8 @@ def run_sweep(
 
     `auto` varies the delay of a data-prediction model, else the buffer size; without values, those
     of the papers that fit are tried. The job says all but model, delay, overrides and baselines;
-    `say` is told in a line what comes next.
-
-    Raises:
-        DiffbufError: as in `evaluate_folder`; or a value that a model cannot have.
+    `say` is told in a line what comes next. Raises DiffbufError as `evaluate_folder`, or for a
+    value that a model cannot have.
     """
     results_path = Path(results_path)
     settings = [found for model in models for found in _settings(model, job, vary, values)]
@@ -92,16 +90,16 @@ def run_sweep(
         folder = results_path / "points" / name
         found = evaluate_folder(one, folder, processes=processes, page=False, progress=progress)
         buffer, speed = cfg.diffusion_buffer, found.timing["methods"][OURS]
-        scores = {}
-        for metric, table in found.summary["bands"]["all"]["columns"].items():
-            ours, noisy = table["methods"][OURS], table["methods"][NOISY]["mean"]
-            scores[metric] = ours | {"noisy": noisy, "clips": table["clips"]}
-        point = Point(
+        scores = {
+            metric: table["methods"][OURS]
+            | {"noisy": table["methods"][NOISY]["mean"], "clips": table["clips"]}
+            for metric, table in found.summary["bands"]["all"]["columns"].items()
+        }
+        points.append(Point(
             one.model, cfg.training.loss, found.timing["parameters"], varied,
             buffer.buffer_size, one.delay or buffer.buffer_size, buffer.t_max,
             speed["latency_ms"], speed["real_time_factor"], scores,
-        )  # fmt: skip
-        points.append(point)
+        ))  # fmt: skip
     write_csv(results_path / "sweep.csv", _csv_rows(points))
     write_bytes(results_path / "sweep.png", figures.to_png(_draw(points)))
     return points
@@ -156,8 +154,8 @@ def _csv_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
         for metric, found in settings.pop("scores").items():
             mean, gain, noisy = (found[key] or {} for key in ("mean", "gain", "noisy"))
             ends = {key: mean.get(key) for key in ("mean", "low", "high")}
-            beside = {"gain": gain.get("mean"), "noisy": noisy.get("mean")}
-            rows.append({**settings, "metric": metric, **ends, **beside, "clips": found["clips"]})
+            ends |= {"gain": gain.get("mean"), "noisy": noisy.get("mean"), "clips": found["clips"]}
+            rows.append({**settings, "metric": metric, **ends})
     return rows
 
 

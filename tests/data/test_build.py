@@ -185,10 +185,10 @@ def test_folders_that_do_not_fit(tmp_path, sources, save, noise_wave):
     save(tmp_path / "lonely" / "a.wav", noise_wave(0, 16000))
     for arguments, message in (
         ((tmp_path / "none", noise, tmp_path / "out"), "none does not exist"),
-        ((tmp_path / "empty", noise, tmp_path / "out"), "too few speech files"),
-        ((speech, tmp_path / "empty", tmp_path / "out"), "too few noise files"),
+        ((tmp_path / "empty", noise, tmp_path / "out"), "too few files in .*(empty|lonely)"),
+        ((speech, tmp_path / "empty", tmp_path / "out"), "too few files in .*empty"),
         ((speech, noise, speech / "out"), "out_dir .* lies inside speech_dir"),
-        ((tmp_path / "lonely", noise, tmp_path / "out"), "too few speech files"),
+        ((tmp_path / "lonely", noise, tmp_path / "out"), "too few files in .*lonely"),
     ):
         with pytest.raises(DataError, match=message):
             build_dnlm(*arguments, **SMALL)

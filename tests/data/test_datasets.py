@@ -167,8 +167,6 @@ def test_folders_that_do_not_fit_name_what_would(tmp_path, make_dnlm):
             if own != number:
                 refused(lambda kind=kind, r=root: kind(r), f"--dataset_type {number}")
     refused(lambda: DNLMDataset(roots[1], 0), "audio.chunk_size")
-    refused(lambda: DNLMDataset(roots[1], seed=-1), "training.seed")
-    refused(lambda: DNLMDataset(roots[1]).set_epoch(-1), "epoch -1")
     refused(lambda: MixingDataset(roots[1], snr=(3.0, 1.0)), "data.snr_min")
     (roots[1] / "sample_00000" / "vocals.wav").unlink()
     refused(lambda: DNLMDataset(roots[1]), "sample_00000", "vocals.wav")

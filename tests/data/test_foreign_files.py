@@ -21,9 +21,8 @@ from diffbuf_lib.data import (
     read_audio,
     read_info,
 )
-from diffbuf_lib.data.audio import check_rate
+from diffbuf_lib.data.audio import check_rate, resample_folder
 from diffbuf_lib.data.reader import AudioReader
-from diffbuf_lib.data.resampling import resample_folder
 from diffbuf_lib.enhance import enhance_file
 from diffbuf_lib.errors import DataError, DiffbufError
 from diffbuf_lib.evaluation.evaluate import Evaluator

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from diffbuf_lib.data import DNLMDataset, PairedFolderDataset
-from diffbuf_lib.errors import CheckpointError, ConfigError, DataError
+from diffbuf_lib.errors import ConfigError, DataError
 from diffbuf_lib.evaluation import compare_folders, evaluate_folder
 from diffbuf_lib.evaluation.evaluate import Evaluator
 from diffbuf_lib.evaluation.scores import read_scores
@@ -97,7 +97,7 @@ def test_other_arguments_or_weights_are_refused_and_a_moved_model_is_not(job, tm
     run(job, tmp_path / "r", page=False)
     before = scores_of(tmp_path / "r")
     for change, key in (({"seed": 1}, "seed"), ({"metrics": ("sdr",)}, "metrics")):
-        with pytest.raises(CheckpointError, match=key):
+        with pytest.raises(DataError, match=key):
             run(replace(job, **change), tmp_path / "r")
     moved = shutil.copytree(model_path, tmp_path / "elsewhere")
     run(replace(job, model=str(moved)), tmp_path / "r", page=False)
@@ -106,18 +106,18 @@ def test_other_arguments_or_weights_are_refused_and_a_moved_model_is_not(job, tm
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] += 1e-3
     model.save_pretrained(moved)
-    with pytest.raises(CheckpointError, match="model"):
+    with pytest.raises(DataError, match="model"):
         run(replace(job, model=str(moved)), tmp_path / "r", page=False)
 
 
-def kill_worker(job, indices):
+def kill_worker(*job):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_killed_process_is_told_and_what_was_scored_stays(job, tmp_path, monkeypatch):
     home = sys.modules[evaluate_folder.__module__]
     monkeypatch.setattr(home, "_score_in_process", kill_worker)
-    with pytest.raises(CheckpointError, match="--processes"):
+    with pytest.raises(DataError, match="--processes"):
         run(job, tmp_path / "r", processes=2, page=False)
     monkeypatch.undo()
     assert len(run(job, tmp_path / "r", page=False).rows) == 6 * 2
