@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickle
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffbuf_lib.config import Config, build_config
+from diffbuf_lib.config import build_config
 from diffbuf_lib.errors import CheckpointError, ConfigError
-from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.foreign import put
+from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.training.folder import apply_weights, load_tensors, plain_names
 
 
@@ -84,6 +84,9 @@ class _Inert:
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        return self
 
     def __setstate__(self, _: Any) -> None:
         pass

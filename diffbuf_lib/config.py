@@ -44,16 +44,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: no such file, not YAML, an unknown key, or a value out of its limits.
     """
     path = Path(path)
-    try:
-        tree = _parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        reason = error.strerror
-        raise ConfigError(f"config file {path}: {reason}: check --config_path") from error
-    except ValueError as error:
-        reason = _one_line(str(error))
-        raise ConfigError(f"config file {path} is not plain YAML: {reason}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"config file {path} holds {_short(tree)}, not `section: ...` mappings")
+    tree = read_tree(path)
     if is_foreign(tree):
         theirs = translate(tree, {name for name, *_ in describe_keys()})
         warnings.warn(theirs.report(str(path)), stacklevel=2)
@@ -70,6 +61,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
                 "it, or set PYTHONPATH to its folder"
             ) from error
     return build_config(tree, source=str(path))
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """Read a YAML file as it is, whatever project's; ConfigError if that cannot be."""
+    try:
+        tree = _parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = error.strerror
+        raise ConfigError(f"config file {path}: {reason}: check --config_path") from error
+    except ValueError as error:
+        reason = _one_line(str(error))
+        raise ConfigError(f"config file {path} is not plain YAML: {reason}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file {path} holds {_short(tree)}, not `section: ...` mappings")
+    return tree
 
 
 def build_config(

@@ -31,7 +31,7 @@ KNOWN = {key for key, *_ in describe_keys()}
 def test_their_file_is_taken_as_it_is_and_told_once(tmp_path):
     path = tmp_path / "theirs.yaml"
     path.write_text(THEIRS)
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="Separation") as told:
         cfg = load_config(path, ["training.lr=0.5"])
     assert len(told) == 1
     for key in ("training.novel_key", "inference.num_overlap", "sde.diffusion.theta", "0.7"):
@@ -66,5 +66,8 @@ def test_our_configs_are_not_taken_for_theirs_and_bad_values_are_refused(tmp_pat
         assert not is_foreign(yaml.safe_load(path.read_text()))
     path = tmp_path / "theirs.yaml"
     path.write_text(THEIRS.replace("down_blocks: 3", "down_blocks: many"))
-    with pytest.warns(UserWarning), pytest.raises(ConfigError, match="channel_multipliers"):
+    with (
+        pytest.warns(UserWarning, match="Separation"),
+        pytest.raises(ConfigError, match="channel_multipliers"),
+    ):
         load_config(path)

@@ -116,9 +116,7 @@ class Resample(nn.Module):
         channels = x.shape[1]
         kernel = self.kernel.to(x.dtype).expand(channels, 1, -1, -1)
         resample = F.conv2d if self.direction == "down" else F.conv_transpose2d
-        out: Tensor = resample(
-            x, kernel, stride=self.stride, padding=self.padding, groups=channels
-        )
+        out: Tensor = resample(x, kernel, stride=self.stride, padding=self.padding, groups=channels)
         return out
 
 
