@@ -170,6 +170,9 @@ def _config_tree(hyper: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     inner = "time_inside" if backbone == "ncsnpp" else "time"
     model |= {"name": backbone, **_widths(hyper)}
     model["output_scale"] = _one_of(hyper, "output_scale", {"time": inner, "no": "none"})
+    # Their scale is a view of their times, in which they set history frames to 1: so the network
+    # was trained and is evaluated with history at t = 1.
+    model["history_time"] = float(get("output_scale") == "time")
     stft = tree.setdefault("audio", {}).setdefault("stft", {})
     stft["win_length"] = stft.get("n_fft")
     stft["window"] = _one_of(hyper, "window", {"hann": "hann", "sqrthann": "sqrt_hann"})

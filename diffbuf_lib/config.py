@@ -222,6 +222,9 @@ class ModelConfig(Section):
     output_scale: Literal["sigma", "time", "time_inside", "none"] = key(
         "sigma", "the output is divided by it; time_inside: before ncsnpp's last layer"
     )
+    history_time: float = key(
+        0.0, "ncsnpp, bc_ncsnpp: time of history; 1 in their authors' checkpoints", ge=0, le=1
+    )
     x0_output: Literal["spectrum", "mask"] = key(
         "spectrum", "data prediction: the output is x0_hat, or M in (1 + M) Y"
     )
@@ -231,10 +234,12 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.output_scale == "time_inside" and self.name != "ncsnpp":
+        inside = self.output_scale == "time_inside"
+        networks = ("ncsnpp",) if inside else ("ncsnpp", "bc_ncsnpp")
+        if (inside or self.history_time) and self.name not in networks:
             raise ValueError(
-                f"output_scale time_inside needs the last layer of ncsnpp, and model.name is "
-                f"{self.name}: take time"
+                f"output_scale {self.output_scale} with history_time {self.history_time} is of "
+                f"{' and '.join(networks)}: with model.name {self.name} take time and 0"
             )
         return self
 

@@ -142,6 +142,7 @@ def test_every_tensor_finds_its_place(tmp_path, hyper, prefix):
     assert cfg.model.name == ("bc_ncsnpp" if hyper else "ncsnpp")
     assert cfg.training.loss == ("data_prediction" if hyper else "weighted_score")
     assert cfg.diffusion_buffer.time_sampling == ("linspace" if hyper else "random")
+    assert cfg.model.history_time == 1
     assert (cfg.diffusion_buffer.buffer_size, cfg.num_frames, cfg.audio.num_frames) == (3, 16, 16)
 
 

@@ -74,6 +74,7 @@ class BlockCausalNCSNpp(nn.Module):
         channel_multipliers: channels of each level over base_channels; a level has half the bins
             and half the frames of the one before.
         dropout: probability, in every residual block.
+        history_time: diffusion time of frames before the buffer.
     """
 
     def __init__(
@@ -81,8 +82,10 @@ class BlockCausalNCSNpp(nn.Module):
         base_channels: int = 128,
         channel_multipliers: Sequence[int] = (1, 2, 2, 2, 2),
         dropout: float = 0.0,
+        history_time: float = 0.0,
     ) -> None:
         super().__init__()
+        self.history_time = history_time
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         last = len(widths) - 1
         self.block = 2**last  # frames, and bins of a step of the coarsest level
@@ -110,7 +113,7 @@ class BlockCausalNCSNpp(nn.Module):
                 f"num_res_blocks {cfg.num_res_blocks}: bc_ncsnpp has one a level; set "
                 "model.num_res_blocks to 1"
             )
-        return cls(cfg.base_channels, cfg.channel_multipliers, cfg.dropout)
+        return cls(cfg.base_channels, cfg.channel_multipliers, cfg.dropout, cfg.history_time)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Run all frames of a window in parallel.
@@ -161,7 +164,7 @@ class BlockCausalNCSNpp(nn.Module):
         x = F.pad(x, (0, 0, 0, -bins % self.block))
         # A frame of the time's convolutions on either side: history, or nothing.
         begun = int(past is not None and bool(past.kept))
-        time = self.embed_time(frame_times(t, x.shape[-1] + begun))
+        time = self.embed_time(frame_times(t, x.shape[-1] + begun, self.history_time))
         time = F.pad(time, (1 - begun, 1))  # [B, E, 1 + K + 1]
 
         h = self.first(x, past)

@@ -54,9 +54,9 @@ class NormAct(nn.GroupNorm):
         return F.silu(super().forward(x))
 
 
-def frame_times(t: Tensor, num_frames: int) -> Tensor:
-    """Give every frame its time: those of the buffer, [B, Kb], and 0 before it, [B, K]."""
-    return F.pad(t, (num_frames - t.shape[-1], 0))
+def frame_times(t: Tensor, num_frames: int, history: float = 0.0) -> Tensor:
+    """Give every frame its time, [B, K]: those of the buffer, [B, Kb], and `history` before it."""
+    return F.pad(t, (num_frames - t.shape[-1], 0), value=history)
 
 
 def num_groups_for(channels: int) -> int:
