@@ -52,13 +52,16 @@ def import_checkpoint(path: str | Path, *, raw: bool = False) -> Imported:
         )
     notes: list[str] = []
     try:
-        cfg = build_config(_config_tree(hyper, notes), source=str(path))
+        model = DiffusionBufferModel(build_config(_config_tree(hyper, notes), source=str(path)))
+        weights = _joined(_chosen(content, raw, notes))
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    weights = _weights(content, raw, path, notes)
-    model = DiffusionBufferModel(cfg)
-    names = {"ncsnpp": _ncsnpp_names, "bc_ncsnpp": _bc_ncsnpp_names}[cfg.model.name](model.network)
-    apply_weights(model, _renamed(weights, names, model.network, path), path)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise CheckpointError(f"{path} is not as the authors' code writes it: {reason}") from error
+    name, network = model.cfg.model.name, model.network
+    names = (_ncsnpp_names if name == "ncsnpp" else _bc_ncsnpp_names)(network)
+    apply_weights(model, _renamed(weights, names, network, path), path)
     if unknown:
         notes.append(f"not read, since they are objects: {', '.join(sorted(unknown))}")
     rest = sorted(content.keys() - {"state_dict", "hyper_parameters", "ema"})
@@ -135,15 +138,15 @@ _LOSSES = {
     "onestep": "data_prediction",
     "data_pred_loss": "data_prediction",
 }
-_MUST_BE = {  # options of theirs that nothing here does
+_SDES = {  # their options, and ours
+    "bbed": {"theta": "theta", "k": "k"},
+    "ouve": {"theta": "gamma", "sigma_min": "sigma_min", "sigma_max": "sigma_max"},
+}
+_MUST_BE = {  # nothing here does what other values ask for
+    **dict.fromkeys(("discriminative", "abs_pe", "bwr"), False),
+    **dict.fromkeys(("causal", "fir"), True),
+    **dict.fromkeys(("dilation_freq", "num_resnet_blocks"), 1),
     "transform_type": "exponent",
-    "discriminative": False,
-    "abs_pe": False,
-    "bwr": False,
-    "causal": True,
-    "fir": True,
-    "dilation_freq": 1,
-    "num_resnet_blocks": 1,
     "time_emb_reduction": "conv",
     "activation": "silu",
 }
@@ -162,72 +165,69 @@ def _config_tree(hyper: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     for key, value in _MUST_BE.items():
         if get(key, value) != value:
             raise ConfigError(f"{key} {get(key)!r:.40} of {backbone} is not here, only {value!r}")
-    tree: dict[str, Any] = {}
-    for theirs, ours in _TAKEN.items():
-        if theirs in hyper:
-            put(tree, ours, hyper[theirs])
-    model, buffer = tree.setdefault("model", {}), tree.setdefault("diffusion_buffer", {})
-    inner = "time_inside" if backbone == "ncsnpp" else "time"
-    model |= {"name": backbone, **_widths(hyper)}
-    model["output_scale"] = _one_of(hyper, "output_scale", {"time": inner, "no": "none"})
-    # Their scale is a view of their times, in which they set history frames to 1: so the network
-    # was trained and is evaluated with history at t = 1.
-    model["history_time"] = float(get("output_scale") == "time")
-    stft = tree.setdefault("audio", {}).setdefault("stft", {})
-    stft["win_length"] = stft.get("n_fft")
-    stft["window"] = _one_of(hyper, "window", {"hann": "hann", "sqrthann": "sqrt_hann"})
-    tree["audio"]["chunk_size"] = (_int(hyper, "num_frames") - 1) * _int(hyper, "hop_length")
-    tree["sde"] = _sde(hyper)
-    tree.setdefault("training", {})["loss"] = _one_of(hyper, "loss_type", _LOSSES)
-
     low, high = hyper["diff_buffer_range"]
-    buffer["buffer_size"] = low if high - low == 1 else _int(hyper, "diff_buffer_length_inference")
-    if high - low != 1:
-        notes.append(f"buffer_size drawn from {low} to {high - 1} there; {buffer['buffer_size']}")
-    buffer["t_max"] = get("T_sampling", 1.0)
-    buffer["time_sampling"] = "linspace" if get("fixed_buffer_steps") else "random"
-    if get("sde") == "bbed" and buffer["t_max"] != 1:
+    size, t_max = low if high - low == 1 else hyper["diff_buffer_length_inference"], 1.0
+    if get("sde") == "bbed" and (t_max := hyper["T_sampling"]) != 1:
         notes.append(
-            f"trained with the mean at t / {buffer['t_max']}, which contradicts the drift; here, "
-            "as in their evaluation, it is at t"
+            f"trained with the mean at t / {t_max}, which contradicts the drift; here, as in "
+            "their evaluation, it is at t"
         )
+    if high - low != 1:
+        notes.append(f"buffer_size was drawn from {low} to {high - 1}; here it is {size}")
     for key, value in (("normalize", "not"), ("remove_bins", 0)):
         if get(key, value) != value:
             notes.append(f"{key} {get(key)}: not done here, so levels differ from their training")
+
+    options = {ours: hyper[key] for key, ours in _one_of(hyper, "sde", _SDES).items()}
+    scales = {"time": "time_inside" if backbone == "ncsnpp" else "time", "no": "none"}
+    windows = {"hann": "hann", "sqrthann": "sqrt_hann"}
+    tree: dict[str, Any] = {
+        "audio": {
+            "chunk_size": (hyper["num_frames"] - 1) * hyper["hop_length"],
+            "stft": {"win_length": hyper["n_fft"], "window": _one_of(hyper, "window", windows)},
+        },
+        "model": {
+            "name": backbone,
+            **_widths(hyper),
+            "output_scale": _one_of(hyper, "output_scale", scales),
+            # Their scale is a view of their times, in which they set history frames to 1: so the
+            # network was trained, and is evaluated, with history at t = 1.
+            "history_time": float(hyper["output_scale"] == "time"),
+        },
+        "diffusion_buffer": {
+            "buffer_size": size,
+            "t_max": t_max,
+            "time_sampling": "linspace" if get("fixed_buffer_steps") else "random",
+        },
+        "sde": {"type": hyper["sde"], "diffusion": options},
+        "training": {"loss": _one_of(hyper, "loss_type", _LOSSES)},
+    }
+    for theirs, ours in _TAKEN.items():
+        if theirs in hyper:
+            put(tree, ours, hyper[theirs])
     return tree
 
 
 def _widths(hyper: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of `model` that say how wide and deep it is."""
     if hyper["backbone"] == "ncsnpp":
-        multipliers = list(hyper.get("ch_mult", ()))
-        if not 1 <= len(multipliers) <= 4:
+        base, multipliers, blocks = hyper["nf"], hyper["ch_mult"], hyper["num_res_blocks"]
+        if len(multipliers) > 4:
             raise ConfigError(
                 f"ch_mult {multipliers} has {len(multipliers)} levels, and from the fifth on their "
                 "network has attention that is not here: at most 4"
             )
-        base, blocks = _int(hyper, "nf"), _int(hyper, "num_res_blocks")
     else:
-        channels, strides = list(hyper.get("channels", ())), list(hyper.get("strides", ()))
-        odd = [c for c in channels if c % channels[0] or c % 32]
-        if odd or not channels or strides != [2] * (len(channels) - 1):
+        channels, strides = hyper["channels"], hyper["strides"]
+        base, blocks = channels[0], 1
+        multipliers = [c // base for c in channels]
+        odd = [c for c in channels if c % base or c % 32]
+        if odd or strides != [2] * (len(channels) - 1):
             raise ConfigError(
                 f"channels {channels} with strides {strides} are not here: multiples of 32 and of "
                 "the first, and strides of 2"
             )
-        base, blocks = channels[0], 1
-        multipliers = [c // base for c in channels]
     return {"base_channels": base, "channel_multipliers": multipliers, "num_res_blocks": blocks}
-
-
-def _sde(hyper: Mapping[str, Any]) -> dict[str, Any]:
-    names = {
-        "bbed": {"theta": "theta", "k": "k"},
-        "ouve": {"theta": "gamma", "sigma_min": "sigma_min", "sigma_max": "sigma_max"},
-    }
-    found = _one_of(hyper, "sde", names)
-    options = {ours: hyper[theirs] for theirs, ours in found.items() if theirs in hyper}
-    return {"type": hyper["sde"], "diffusion": options}
 
 
 def _one_of(hyper: Mapping[str, Any], key: str, choices: Mapping[str, Any]) -> Any:
@@ -237,42 +237,44 @@ def _one_of(hyper: Mapping[str, Any], key: str, choices: Mapping[str, Any]) -> A
     return choices[value]
 
 
-def _int(hyper: Mapping[str, Any], key: str) -> int:
-    value = hyper.get(key)
-    if not isinstance(value, int):
-        raise ConfigError(f"hyper_parameters has {key} {value!r:.40}, not a whole number")
-    return value
-
-
 # Their tensors under our names.
 
 
-def _weights(
-    content: Mapping[str, Any], raw: bool, path: Path, notes: list[str]
-) -> dict[str, Tensor]:
+_CONSTANTS = ("counts", "inv_div")  # of their norms, which are no parameters
+
+
+def _chosen(content: Mapping[str, Any], raw: bool, notes: list[str]) -> dict[str, Tensor]:
     """Return the network's weights by their names: averaged ones, or those beside them."""
     state = {n: t for n, t in content["state_dict"].items() if isinstance(t, Tensor)}
     state = {n: t for n, t in state.items() if "dnn." in n} or state  # beside it: a loss's windows
     state = plain_names(state)
-    ema = content.get("ema")
-    ema = ema if isinstance(ema, dict) else {}
     # Saved at a validation, `state_dict` holds the averaged weights too, and these the others.
-    chosen = ema.get("collected_params" if raw else "shadow_params")
+    chosen = content.get("ema", {}).get("collected_params" if raw else "shadow_params")
+    averaged = "as training left them" if raw else "averaged" if chosen else "none is averaged"
+    notes.append(f"weights: {averaged}")
     if not chosen:
-        if not raw:
-            notes.append("no averaged weights in the file: those of state_dict are taken")
         return state
-    names = [n for n in state if n.rpartition(".")[2] not in ("counts", "inv_div")]
+    names = [n for n in state if n.rpartition(".")[2] not in _CONSTANTS]
     if len(chosen) != len(names):  # some versions of torch_ema keep only what is trained
         names = [n for n in names if n.rpartition(".")[2] != "W"]
-    wrong = [n for n, t in zip(names, chosen, strict=False) if t.shape != state[n].shape]
-    if len(chosen) != len(names) or wrong:
-        raise CheckpointError(
-            f"{path}: its {len(chosen)} averaged weights are not those of its {len(names)} "
-            f"parameters{f', first at {wrong[0]}' if wrong else ''}; --raw takes the others"
+    if [t.shape for t in chosen] != [state[n].shape for n in names]:
+        raise ConfigError(
+            f"its {len(chosen)} averaged weights are not those of its {len(names)} parameters; "
+            "--raw takes the others"
         )
-    notes.append(f"weights: {'as training left them' if raw else 'averaged'}")
     return {**state, **dict(zip(names, chosen, strict=True))}
+
+
+def _joined(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Make one 1x1 convolution of attention's NIN_0 to NIN_2, [in, out] each, and one of NIN_3."""
+    joined = {name: tensor for name, tensor in weights.items() if ".NIN_" not in name}
+    for first in (name for name in weights if name.endswith(".NIN_0.W")):
+        prefix = first.removesuffix(".NIN_0.W")
+        W, b = ([weights[f"{prefix}.NIN_{i}.{leaf}"] for i in range(4)] for leaf in "Wb")
+        joined[f"{prefix}.qkv.weight"] = torch.cat(W[:3], dim=1).T
+        joined[f"{prefix}.qkv.bias"] = torch.cat(b[:3])
+        joined[f"{prefix}.out.weight"], joined[f"{prefix}.out.bias"] = W[3].T, b[3]
+    return joined
 
 
 _BLOCK = {
@@ -291,29 +293,15 @@ def _renamed(
 ) -> dict[str, Tensor]:
     """Give the tensors of their modules, `names`, the names and shapes of ours."""
     ours, found, strange = network.state_dict(), dict[str, Tensor](), list[str]()
-    joined: dict[str, dict[str, Tensor]] = {}
     for name, tensor in weights.items():
         module, _, leaf = name.rpartition(".")
-        if leaf in ("counts", "inv_div"):  # buffers of constants
-            continue
-        if ".NIN_" in name:  # a 1x1 convolution, [in, out]; the first three are one of ours
-            joined.setdefault(name[:-3], {})[name[-3:]] = tensor.T if leaf == "W" else tensor
-            continue
-        target = f"{names.get(module, '?')}.{_LEAVES.get(leaf, leaf)}"
-        if target not in ours:
+        target = f"{names.get(module)}.{_LEAVES.get(leaf, leaf)}"
+        if target in ours:
+            shape = ours[target].shape  # a norm's is [1, C, 1, 1] there, a 1x1's may lack the ones
+            same = tensor.squeeze().shape == ours[target].squeeze().shape
+            found[target] = tensor.reshape(shape) if same else tensor
+        elif leaf not in _CONSTANTS:
             strange.append(name)
-        elif tensor.numel() == ours[target].numel():
-            tensor = tensor.reshape(ours[target].shape)  # a norm's [1, C, 1, 1]
-        found[target] = tensor
-    for prefix, parts in joined.items():
-        attention = names.get(prefix.rpartition(".")[0], "?")
-        for leaf, short in (("weight", "W"), ("bias", "b")):
-            qkv = [parts.get(f"{i}.{short}", torch.empty(0)) for i in range(4)]
-            found[f"{attention}.qkv.{leaf}"] = torch.cat(qkv[:3])
-            found[f"{attention}.out.{leaf}"] = qkv[3]
-            for target in (f"{attention}.qkv.{leaf}", f"{attention}.out.{leaf}"):
-                if target in ours and found[target].numel() == ours[target].numel():
-                    found[target] = found[target].reshape(ours[target].shape)
     if strange:
         raise CheckpointError(
             f"{path}: {len(strange)} tensors have no place in a network of its hyper_parameters, "
@@ -340,7 +328,8 @@ def _ncsnpp_names(network: Any) -> dict[str, str]:
         if ours.endswith("add_input"):
             names[f"{theirs}.Conv_0"] = ours
         elif ours == "attention":
-            names[f"{theirs}.GroupNorm_0"] = f"{ours}.norm"
+            for part, name in (("GroupNorm_0", "norm"), ("qkv", "qkv"), ("out", "out")):
+                names[f"{theirs}.{part}"] = f"{ours}.{name}"
         else:
             names |= {f"{theirs}.{part}": f"{ours}.{name}" for part, name in _BLOCK.items()}
     return names
