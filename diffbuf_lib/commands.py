@@ -17,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, dataclass_transform
 
+import yaml
 from tqdm import tqdm
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -503,11 +504,12 @@ class ImportConfig(Command, name="config import"):
         tree, source = read_tree(self.config_path), str(self.config_path)
         if not is_foreign(tree):
             raise ConfigError(f"{source} is no config of another project: use it as it is")
-        theirs = translate(tree, {key for key, *_ in describe_keys()})
-        build_config(theirs.tree, source=source)
+        ours, table = translate(tree, {key for key, *_ in describe_keys()})
+        build_config(ours, source=source)
+        comment = "".join(f"# {line}\n" for line in [f"From {source}", *table.splitlines()])
         with _new(self.output):
-            self.output.write_text(theirs.to_yaml(self.config_path.name), encoding="utf-8")
-        print(f"{theirs.report(source)}\n{self.output}")
+            self.output.write_text(comment + yaml.safe_dump(ours, sort_keys=False), "utf-8")
+        print(f"{table}\n{self.output}")
 
 
 class Import(Command, name="import"):

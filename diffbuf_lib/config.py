@@ -46,9 +46,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     tree = read_tree(path)
     if is_foreign(tree):
-        theirs = translate(tree, {name for name, *_ in describe_keys()})
-        warnings.warn(theirs.report(str(path)), stacklevel=2)
-        tree = theirs.tree
+        tree, table = translate(tree, {name for name, *_ in describe_keys()})
+        write = "a file of ours: diffbuf config import THEIRS.yaml -o OURS.yaml"
+        told = f"{path} is a config of Music-Source-Separation-Training, taken as it is\n{table}"
+        warnings.warn(f"{told}\n{write}", stacklevel=2)
     tree = reduce(_with_override, overrides, tree)
     # Here only: a config that came with someone's checkpoint or capsule imports nothing.
     plugins = tree.get("plugins")
