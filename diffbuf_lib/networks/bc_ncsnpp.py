@@ -271,7 +271,11 @@ class CausalConv(nn.Conv2d):
 
 
 class CausalConvTranspose(nn.ConvTranspose2d):
-    """Its transpose: a frame reaches itself and later ones; zeros above and below the band."""
+    """Its transpose: a frame reaches itself and later ones; zeros above and below the band.
+
+    Written as a convolution, which a CPU has a fast routine for: with stride 2, of w[0] x[i] +
+    w[2] x[i - 1] and w[1] x[i], which are then put side by side.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__(in_channels, out_channels, 3, stride=(1, stride))
@@ -280,8 +284,13 @@ class CausalConvTranspose(nn.ConvTranspose2d):
         """[B, C, F, K] to [B, C', F, stride * K]."""
         stride = self.stride[1]
         rows = _with_past(self, x, 2 // stride, past)
-        out = super().forward(rows)[:, :, 1:-1]
-        return out[..., 2 : 2 + stride * x.shape[-1]]
+        w = self.weight.transpose(0, 1).flip(2, 3)  # [C', C, 3, 3], the last tap first
+        if stride == 1:
+            return F.conv2d(rows, w, self.bias, padding=(1, 0))
+        kernel = torch.stack([w[..., ::2], F.pad(w[..., 1:2], (1, 0))], dim=1).flatten(0, 1)
+        assert self.bias is not None
+        out = F.conv2d(rows, kernel, self.bias.repeat_interleave(2), padding=(1, 0))
+        return out.unflatten(1, (-1, 2)).movedim(2, -1).flatten(3)
 
 
 def _with_past(layer: nn.Module, x: Tensor, frames: int, past: Past | None) -> Tensor:
