@@ -85,22 +85,12 @@ class _Inert:
     def __new__(cls, *_: Any, **__: Any) -> Any:
         return object.__new__(cls)
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
     def __call__(self, *_: Any, **__: Any) -> Any:
         return self
 
-    def __setstate__(self, _: Any) -> None:
-        pass
+    def _nothing(self, *_: Any, **__: Any) -> None: ...
 
-    def __setitem__(self, _: Any, __: Any) -> None:
-        pass
-
-    def append(self, _: Any) -> None:
-        """Take what a pickled list holds."""
-
-    extend = append
+    __init__ = __setstate__ = __setitem__ = append = extend = _nothing  # what pickles call
 
 
 def _inert_pickle(unknown: set[str]) -> Any:
