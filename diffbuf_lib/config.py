@@ -131,28 +131,19 @@ def _names(choices: Registry) -> AfterValidator:
 def _own_keys(choices: Registry, by: str, path: str) -> BeforeValidator:
     """Return what checks the own keys, at `path`, of what the key `by` beside them chooses."""
 
-    def check(value: Any, info: ValidationInfo) -> Any:
+    def check(given: Any, info: ValidationInfo) -> Any:
         name = info.data.get(by)  # None if it was refused
-        return value if name is None else _options(choices, name, value, path)
+        section = None if name is None else choices[name].options or Section
+        if section is None or type(given) is section:
+            return given
+        try:
+            return section.model_validate(given)
+        except ValidationError as error:
+            hint = f"with {choices.key} {name} the names are {', '.join(section.model_fields)}"
+            problems = [_describe(problem, section, path, hint) for problem in error.errors()[:5]]
+            raise ValueError("; ".join(problems)) from None
 
     return BeforeValidator(check)
-
-
-def _options(choices: Registry, name: str, given: Any, path: str) -> Section:
-    """Check the own config keys of a choice.
-
-    Raises:
-        ValueError: an unknown key or a bad value, in one line.
-    """
-    section = choices[name].options or Section
-    if isinstance(given, section):
-        return given
-    try:
-        return section.model_validate(given)
-    except ValidationError as error:
-        hint = f"with {choices.key} {name} the names are {', '.join(section.model_fields)}"
-        problems = [_describe(problem, section, path, hint) for problem in error.errors()[:5]]
-        raise ValueError("; ".join(problems)) from None
 
 
 class STFTConfig(Section):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -70,10 +71,8 @@ def stream_path(
                 f"{source if file else 'stdin'} is at {found} Hz and the model at {cfg.sample_rate}"
                 " Hz: a live stream is not resampled; diffbuf enhance takes any rate"
             )
-        sink: Callable[[Tensor], object]
-        if output == PIPE:
-            sink = lambda samples: write_pcm(sys.stdout.buffer, samples)  # noqa: E731
-        else:
+        sink: Callable[[Tensor], object] = partial(write_pcm, sys.stdout.buffer)
+        if output != PIPE:
             if source != PIPE:
                 refuse_same_file(source, output)
             out = opened.enter_context(audio_output(output, cfg.sample_rate, 1, atomic=False))
@@ -100,8 +99,7 @@ def run_microphone(enhancer: OnlineEnhancer) -> LiveReport:
             f"--device mic needs sounddevice ({error}): pip install 'diffbuf[mic]', and on Linux "
             "apt install libportaudio2"
         ) from None
-    cfg = enhancer.model.cfg.audio
-    hop = cfg.stft.hop_length
+    rate, hop = enhancer.model.cfg.audio.sample_rate, enhancer.model.cfg.audio.stft.hop_length
     lost = 0
 
     def recorded(card: Any) -> Iterator[Tensor]:
@@ -113,7 +111,7 @@ def run_microphone(enhancer: OnlineEnhancer) -> LiveReport:
 
     try:
         with sounddevice.Stream(
-            samplerate=cfg.sample_rate, blocksize=hop, channels=1, dtype="float32"
+            samplerate=rate, blocksize=hop, channels=1, dtype="float32"
         ) as card:
             report = run_live(
                 enhancer, recorded(card), lambda out: card.write(out.unsqueeze(1).numpy())

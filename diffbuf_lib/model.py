@@ -55,19 +55,13 @@ class DiffusionBufferModel(
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.cfg = cfg
-        self.spectral = Spectral.from_config(
-            cfg.audio.stft, cfg.preprocessing.magnitude_compression
-        )
+        stft, compression = cfg.audio.stft, cfg.preprocessing.magnitude_compression
+        self.spectral = Spectral.from_config(stft, compression)
         # Enhancement always centres its frames: with frames that start at sample 0 the first
         # samples lie under one window's flank, where overlap-add blows up a modified spectrum.
-        self.framing = Spectral.from_config(
-            cfg.audio.stft.model_copy(update={"center": True}),
-            cfg.preprocessing.magnitude_compression,
-        )
-        seconds = cfg.preprocessing.level_seconds
-        self.level = (
-            None if seconds is None else RunningLevel(seconds, cfg.audio.sample_rate, self.spectral)
-        )
+        self.framing = Spectral.from_config(stft.model_copy(update={"center": True}), compression)
+        seconds, rate = cfg.preprocessing.level_seconds, cfg.audio.sample_rate
+        self.level = RunningLevel(seconds, rate, self.spectral) if seconds else None
         self.sde = make_sde(cfg.sde)
         self.network = make_network(cfg.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loss_map = LOSSES[cfg.training.loss].load()
@@ -172,14 +166,14 @@ class DiffusionBufferModel(
                 "audio.chunk_size"
             )
         real = torch.float64 if mix.dtype == torch.float64 else torch.float32
-        kind: dict[str, Any] = {"device": mix.device, "dtype": real}
-        noise = {**kind, "dtype": real.to_complex()}
-        t = draw_times(self.cfg.diffusion_buffer, B, generator, **kind)
-        z = complex_normal((B, num_bins, Kb), generator, **noise)
+        given = (generator, mix.device, real)
+        noise = (generator, mix.device, real.to_complex())
+        t = draw_times(self.cfg.diffusion_buffer, B, *given)
+        z = complex_normal((B, num_bins, Kb), *noise)
         if not self.cfg.training.own_estimate:
             return Draws(t, z)
-        first_z = complex_normal((B, num_bins, K), generator, **noise)
-        own = uniform((B, 1, 1), generator, **kind)[:, 0, 0] < self.cfg.training.own_estimate
+        first_z = complex_normal((B, num_bins, K), *noise)
+        own = uniform((B, 1, 1), *given)[:, 0, 0] < self.cfg.training.own_estimate
         return Draws(t, z, first_z, own)
 
     def _what_is_perturbed(

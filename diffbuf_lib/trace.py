@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
+from pydantic_core import to_jsonable_python
 from torch import Tensor
 
 
@@ -164,17 +165,11 @@ def format_table(table: list[list[str]], left: int = 1) -> str:
 
 def to_plain(value: Any) -> Any:
     """Return a value as JSON can hold it: NaN and infinities become None, paths strings."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return to_plain(asdict(value))
-    if isinstance(value, Mapping):
-        return {str(key): to_plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [to_plain(item) for item in value]
-    if hasattr(value, "tolist"):  # tensors, numpy's arrays and scalars
-        return to_plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)
+
+    def others(other: Any) -> Any:  # tensors, numpy's arrays and scalars
+        return other.tolist() if hasattr(other, "tolist") else str(other)
+
+    return to_jsonable_python(value, inf_nan_mode="null", fallback=others)
 
 
 def _values(tensor: Tensor) -> Tensor:

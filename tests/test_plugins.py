@@ -22,10 +22,9 @@ from diffbuf_lib.errors import ConfigError, NonFiniteError
 from diffbuf_lib.registry import LOSSES, METRICS, NETWORKS, OPTIMIZERS, SDES
 from diffbuf_lib.training import train
 from tests.conftest import TINY, seeded, stream
+from tests.training.helpers import Clips, fit
 
 pytestmark = pytest.mark.law
-NAMES = ((NETWORKS, "toy_net"), (SDES, "toy_sde"), (LOSSES, "toy_loss"))
-NAMES += ((OPTIMIZERS, "toy_optimizer"), (METRICS, "toy_metric"))
 
 
 class ToyOptions(Section):
@@ -112,36 +111,23 @@ def toy_metric(estimate, target, sample_rate):
     return -20 * math.log10(float((estimate - target).abs().mean()) + 1e-9)
 
 
-class Clips:
-    """Eight clips of noise; one of them can be broken."""
-
-    def __init__(self, broken: int | None = None) -> None:
-        self.broken = broken
-
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, index):
-        target = 0.1 * torch.randn(1, 1600, generator=seeded(index))
-        mix = target + 0.1 * torch.randn(1, 1600, generator=seeded(100 + index))
-        return (mix * math.nan, target) if index == self.broken else (mix, target)
-
+class Named(Clips):
     def name(self, index):
         return f"clip {index}"
 
-    def set_epoch(self, epoch):
-        pass
+
+TOYS = (
+    (NETWORKS, "toy_net", ToyNet, ToyOptions, {}),
+    (SDES, "toy_sde", ToySDE, RateOptions, {"t_limit": 1.0}),
+    (LOSSES, "toy_loss", toy_loss, None, {"predicts": "data"}),
+    (OPTIMIZERS, "toy_optimizer", ToyOptimizer, None, {"states": 1}),
+    (METRICS, "toy_metric", toy_metric, None, {"unit": "dB"}),
+)
 
 
 @pytest.fixture
 def cfg():
-    for (choices, name), target, options, facts in zip(
-        NAMES,
-        (ToyNet, ToySDE, toy_loss, ToyOptimizer, toy_metric),
-        (ToyOptions, RateOptions, None, None, None),
-        ({}, {"t_limit": 1.0}, {"predicts": "data"}, {"states": 1}, {"unit": "dB"}),
-        strict=True,
-    ):
+    for choices, name, target, options, facts in TOYS:
         choices.register(name, options=options, **facts)(target)
     yield build_config(
         TINY,
@@ -153,15 +139,16 @@ def cfg():
             "training.metrics=[toy_metric]",
             "training.metric_for_scheduler=toy_metric",
             "training.num_steps=2",
+            "audio.chunk_size=4000",
         ],
     )
-    for choices, name in NAMES:
+    for choices, name, *_ in TOYS:
         del choices[name]
 
 
 def test_they_train_under_the_doctor_and_stream_as_a_whole(cfg, tmp_path):
-    assert not has_error(examine(cfg, Clips(), Clips(), results_path=tmp_path))
-    records = list(train(cfg, Clips(), Clips(), tmp_path / "run", device="cpu"))
+    assert not has_error(examine(cfg, Named(8), Named(8), results_path=tmp_path))
+    records = list(train(cfg, Named(8), Named(8), tmp_path / "run", device="cpu"))
     assert len(records) == 2
     assert math.isfinite(records[-1].valid["toy_metric"])
     model = DiffusionBufferModel.from_pretrained(tmp_path / "run" / "model").eval().double()
@@ -176,7 +163,7 @@ def test_they_train_under_the_doctor_and_stream_as_a_whole(cfg, tmp_path):
 
 def test_a_step_that_fails_is_replayed(cfg, tmp_path):
     with pytest.raises(NonFiniteError, match="clip 3"):
-        list(train(cfg.override("training.num_steps=4"), Clips(3), None, tmp_path, device="cpu"))
+        fit(cfg.override("training.num_steps=4"), tmp_path, train_set=Named(8, bad=[3]))
     (folder,) = tmp_path.glob("capsule_*")
     result = Capsule.load(folder).replay()
     assert result.reproduced

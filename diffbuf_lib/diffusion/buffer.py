@@ -63,7 +63,7 @@ def draw_times(
     """
     if cfg.time_sampling == "linspace":
         return inference_times(cfg, device, dtype).expand(batch, -1)
-    u = uniform((batch, cfg.buffer_size), generator, device=device, dtype=dtype)
+    u = uniform((batch, cfg.buffer_size), generator, device, dtype)
     u[:, 0] = 0
     return (cfg.t_eps + (cfg.t_max - cfg.t_eps) * u).sort(dim=-1).values
 
@@ -82,23 +82,27 @@ def next_times(t: Tensor) -> Tensor:
     return torch.cat([t.new_zeros(1), t[:-1]])
 
 
-def uniform(shape: tuple[int, ...], generator: Generators = None, **options: Any) -> Tensor:
-    """Draw uniformly from [0, 1); options as for torch.rand."""
-    return _draw(torch.rand, shape, generator, options)
+def uniform(
+    shape: tuple[int, ...],
+    generator: Generators = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Draw uniformly from [0, 1); the arguments are those of `complex_normal`, with a real type."""
+    return _draw(torch.rand, shape, generator, device=device, dtype=dtype)
 
 
 def complex_normal(
     shape: tuple[int, ...],
     generator: Generators = None,
+    device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.complex64,
-    **options: Any,
 ) -> Tensor:
     """Draw CN(0, 1): total variance 1, which torch.randn gives complex types (1/2 in each part).
 
-    A sequence of generators needs one for each of the B examples of the shape [B, ...], on their
-    device. Options as for torch.randn.
+    A sequence of generators, on the device, needs one for each of the B examples of [B, ...].
     """
-    return _draw(torch.randn, shape, generator, {"dtype": dtype, **options})
+    return _draw(torch.randn, shape, generator, device=device, dtype=dtype)
 
 
 def reverse_step(x: Tensor, y: Tensor, score: Tensor, t: Tensor, z: Tensor, sde: SDE) -> Tensor:
@@ -141,10 +145,10 @@ def renoise_step(
 
 
 def _draw(
-    sample: Callable[..., Tensor], shape: tuple[int, ...], generator: Generators, options: Any
+    sample: Callable[..., Tensor], shape: tuple[int, ...], generator: Generators, **kind: Any
 ) -> Tensor:
     if generator is None or isinstance(generator, torch.Generator):
-        return sample(shape, generator=generator, **options)
+        return sample(shape, generator=generator, **kind)
     if len(generator) != shape[0]:
         raise ShapeError(f"{len(generator)} generators were given for a batch of {shape[0]}")
-    return torch.stack([sample(shape[1:], generator=each, **options) for each in generator])
+    return torch.stack([sample(shape[1:], generator=each, **kind) for each in generator])

@@ -69,20 +69,21 @@ def num_groups_for(channels: int) -> int:
 
 def conv3x3(in_channels: int, out_channels: int, *, zero: bool = False) -> nn.Conv2d:
     """Make a 3x3 convolution that keeps the size; `zero` starts the block as the identity."""
-    return _initialised(nn.Conv2d(in_channels, out_channels, 3, padding=1), zero)
+    return initialised(nn.Conv2d(in_channels, out_channels, 3, padding=1), zero)
 
 
 def conv1x1(in_channels: int, out_channels: int, *, zero: bool = False) -> nn.Conv2d:
     """Make a 1x1 convolution."""
-    return _initialised(nn.Conv2d(in_channels, out_channels, 1), zero)
+    return initialised(nn.Conv2d(in_channels, out_channels, 1), zero)
 
 
 def linear(in_channels: int, out_channels: int, *, zero: bool = False) -> nn.Linear:
     """Make a linear layer over the last axis; `zero` starts it as zero."""
-    return _initialised(nn.Linear(in_channels, out_channels), zero)
+    return initialised(nn.Linear(in_channels, out_channels), zero)
 
 
-def _initialised(layer: Layer, zero: bool) -> Layer:
+def initialised(layer: Layer, zero: bool) -> Layer:
+    """Start a layer's weights as zero, or by Xavier's rule, and its biases as zero."""
     (nn.init.zeros_ if zero else nn.init.xavier_uniform_)(layer.weight)
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)
@@ -136,7 +137,7 @@ class TimeConv(nn.Module):
     def __init__(self, channels: int, dilation: int, *, zero: bool = False) -> None:
         super().__init__()
         self.dilation = dilation
-        self.over_bins = _initialised(
+        self.over_bins = initialised(
             nn.Conv2d(3 * channels, channels, (1, 3), padding=(0, 1)), zero
         )
 

@@ -36,14 +36,10 @@ _REQUESTS = {
 
 
 class Panel:
-    """Widgets over one picture.
+    """Rows of widgets over one picture, described in words for readers who cannot see it.
 
     It is displayed as one bundle of both, since a page that runs no widgets (a rendered notebook,
     a code host) shows the picture alone.
-
-    Args:
-        controls: rows of widgets above the picture.
-        description: in a few words what the picture shows, for readers who cannot see it.
     """
 
     def __init__(self, controls: Sequence[widgets.Widget], description: str) -> None:

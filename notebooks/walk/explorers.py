@@ -20,8 +20,9 @@ from diffbuf_lib.diffusion.buffer import complex_normal, inference_times, pertur
 from diffbuf_lib.diffusion.sde import make_sde
 from diffbuf_lib.diffusion.spectral import Spectral
 from diffbuf_lib.errors import ConfigError
-from diffbuf_lib.figures import Players, spectrograms
+from diffbuf_lib.figures import spectrograms
 from diffbuf_lib.notebook.panels import Panel
+from walk.listening import Players
 from walk.plots import buffer_spectra, noise_schedule, refused
 
 _COLOURS = {"error": "#b00020", "warning": "#9a5b00"}

@@ -20,8 +20,8 @@ from diffbuf_lib.figures import (
     decibels,
     draw_level,
     scale_of,
+    write_in_the_middle,
 )
-from diffbuf_lib.figures.progress import write_in_the_middle
 from diffbuf_lib.trace import Trace
 
 _RATIO_RANGE = 40  # dB that a picture shows of what is neither signal nor spectrum

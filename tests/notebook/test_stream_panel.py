@@ -58,14 +58,6 @@ def test_stop_gives_what_was_taken(model):
     assert not panel.buttons["start"].disabled
 
 
-def test_what_the_thread_raises_is_raised_again(model):
-    panel = StreamPanel(model, wave(), realtime=False)
-    model.network.register_forward_pre_hook(lambda *_: 1 / 0)
-    panel.start()
-    with pytest.raises(ZeroDivisionError):
-        panel.wait(timeout=60)
-
-
 def test_only_signals_are_streamed_and_a_score_model_has_one_delay(model):
     for shape in ((1, 100), (0,)):
         with pytest.raises(ShapeError):
