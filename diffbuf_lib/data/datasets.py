@@ -47,7 +47,9 @@ def open_dataset(
 def open_datasets(
     dataset_type: int, roots: Sequence[str | Path], cfg: Config, *, training: bool
 ) -> ClipDataset:
-    """Open one folder, or several as one."""
+    """Open one folder, or several as one; DataError for none."""
+    if not roots:
+        raise DataError("no dataset folder is given: check --data_path and --valid_path")
     parts = [open_dataset(dataset_type, root, cfg, training=training) for root in roots]
     return parts[0] if len(parts) == 1 else JoinedDataset(parts)
 
