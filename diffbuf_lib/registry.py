@@ -109,6 +109,7 @@ for _name, _class in (
     ("ncsnpp", "NCSNpp"),
     ("block_causal", "BlockCausal"),
     ("recurrent", "Recurrent"),
+    ("bc_ncsnpp", "BlockCausalNCSNpp"),
 ):
     _target = f"diffbuf_lib.networks.{_name}:{_class}.from_config"
     NETWORKS.add(_name, _target, many_buffers=_name == "recurrent")

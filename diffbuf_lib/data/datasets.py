@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.data import audio
@@ -43,6 +43,16 @@ def open_dataset(
         attenuation=cfg.data.attenuation,
         **layout.options(cfg),
     )
+
+
+def open_datasets(
+    dataset_type: int, roots: Sequence[str | Path], cfg: Config, *, training: bool
+) -> ClipDataset:
+    """Open one folder, or several as one; DataError for none."""
+    if not roots:
+        raise DataError("no dataset folder is given: check --data_path and --valid_path")
+    parts = [open_dataset(dataset_type, root, cfg, training=training) for root in roots]
+    return parts[0] if len(parts) == 1 else JoinedDataset(parts)
 
 
 def find_layout(root: Path) -> Any | None:
@@ -187,6 +197,27 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
             if find_layout(split):
                 return DataError(f"{here}: its splits are one level down, so use {split}")
         return DataError(f"{here}: check the path, or make the data with `diffbuf data build`")
+
+
+class JoinedDataset(ClipDataset):
+    """Several datasets, one after the other."""
+
+    def __init__(self, datasets: Sequence[ClipDataset]) -> None:
+        self.datasets = datasets
+        self.joined: ConcatDataset[tuple[Tensor, Tensor]] = ConcatDataset(datasets)
+        self.items = self._find()
+
+    def _find(self) -> Sequence[tuple[Path, ...]]:
+        return [files for dataset in self.datasets for files in dataset.items]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of all."""
+        for dataset in self.datasets:
+            dataset.set_epoch(epoch)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        """Read item `i` of all."""
+        return self.joined[i]
 
 
 @LAYOUTS.register(1)

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from diffbuf_lib import load_config
+from diffbuf_lib.config import build_config
 from diffbuf_lib.data import (
     DNLMDataset,
     MixingDataset,
     PairedFolderDataset,
     collate,
     open_dataset,
+    open_datasets,
     read_audio,
 )
 from diffbuf_lib.data.datasets import draw_crop
@@ -312,6 +314,20 @@ def test_mixing_refuses_noise_that_does_not_fit(to_mix, samples, channels, rate,
     for path in (to_mix / "noise").iterdir():
         save(path, noise_wave(0, samples, channels), rate)
     refused(lambda: MixingDataset(to_mix, CHUNK)[0], part)
+
+
+def test_several_folders_are_one_dataset(make_dnlm, tmp_path):
+    roots = [make_dnlm([9000] * 2, root=tmp_path / "a"), make_dnlm([9000] * 3, root=tmp_path / "b")]
+    cfg = build_config({"audio": {"chunk_size": 8000}, "diffusion_buffer": {"buffer_size": 5}})
+    joined = open_datasets(1, roots, cfg, training=True)
+    parts = [open_dataset(1, root, cfg, training=True) for root in roots]
+    assert len(joined) == 5
+    for epoch in (0, 3):
+        for dataset in (joined, *parts):
+            dataset.set_epoch(epoch)
+        for i, (part, k) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]):
+            assert joined.name(i) == parts[part].name(k)
+            torch.testing.assert_close(joined[i], parts[part][k], rtol=0, atol=0)
 
 
 def test_open_dataset_passes_the_config_on(make_dnlm, paired, to_mix):
