@@ -152,8 +152,8 @@ def parity(bench: Bench) -> Iterator[Row]:
         for stage in ("Y", "V", "score", "loss"):
             pair = [getattr(trace, stage) for trace in traces]
             yield _agreement(f"{cfg.model.name}: {stage}", pair, 1e-3)
-        gradients = [torch.cat([p.grad.flatten().cpu() for p in m.parameters() if p.grad is not None])
-                     for m in models]  # fmt: skip
+        found = [[p.grad for p in model.parameters() if p.grad is not None] for model in models]
+        gradients = [torch.cat([grad.flatten().cpu() for grad in one]) for one in found]
         yield _agreement(f"{cfg.model.name}: gradients", gradients, 1e-2)
     outputs = []
     for model in models:
