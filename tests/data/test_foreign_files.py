@@ -306,7 +306,7 @@ class Passing:
 
     latency_samples = worst_latency_samples = 0
 
-    def __init__(self, model, seed=0, batch=1):
+    def __init__(self, model, seed=0, batch=1, **options):
         self.model, self.batch = model, batch
         self.state = SimpleNamespace(bad=0, num_bytes=0)
 
