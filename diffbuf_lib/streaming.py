@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffbuf_lib.diffusion.sampler import BufferSampler, BufferState
 from diffbuf_lib.errors import ConfigError, ShapeError
-from diffbuf_lib.graph import Backend, GraphSampler, cached_graph
+from diffbuf_lib.graph import Backend, GraphSampler, cached_graph, tensors
 from diffbuf_lib.model import DiffusionBufferModel, evaluating
 from diffbuf_lib.networks import Precision
 
@@ -38,8 +38,7 @@ class StreamState:
     @property
     def num_bytes(self) -> int:
         """Memory of one batch of streams, bytes."""
-        own = (self.waiting, self.overlap, self.envelope)
-        return self.buffer.num_bytes + sum(tensor.nbytes for tensor in own)
+        return sum(tensor.nbytes for tensor in tensors(self))
 
 
 class OnlineEnhancer:

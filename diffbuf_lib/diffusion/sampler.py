@@ -39,13 +39,6 @@ class BufferState:
     level: Tensor | None = None  # [B, 2], the sums of the running level, if there is one
     scales: Tensor | None = None  # [B, 1, Kb], what the buffer's frames were divided by
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the state, bytes."""
-        tensors = (self.V, self.Y, self.level, self.scales)
-        own = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-        return own + (self.memory.num_bytes if self.memory is not None else 0)
-
 
 class BufferSampler:
     """Moves a buffer along a stream of noisy frames.
