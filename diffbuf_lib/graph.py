@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +23,11 @@ from torch import Tensor, nn
 from diffbuf_lib.data.audio import atomic_file
 from diffbuf_lib.diffusion.buffer import Generators
 from diffbuf_lib.diffusion.sampler import BufferSampler, BufferState
-from diffbuf_lib.errors import ConfigError, MissingExtraError
+from diffbuf_lib.errors import ConfigError, need
 from diffbuf_lib.model import DiffusionBufferModel, evaluating, fingerprint
 from diffbuf_lib.networks import can_stream
 
+_INSTALL = "pip install 'diffbuf[export]'"
 Backend = Literal["torch", "onnx"]
 OPSET = 18
 LIMIT = 1e-4  # of the peak: the largest error that a graph may have
@@ -47,7 +47,7 @@ class GraphSampler:
     def __init__(self, sampler: BufferSampler, path: Path) -> None:
         self.t, self.delay = sampler.t, sampler.delay
         self.start, self.draw = sampler.start, sampler.draw
-        runtime = _extra("onnxruntime")
+        runtime = need("onnxruntime", "ONNX", _INSTALL)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         self.session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -149,7 +149,7 @@ def write_hop(
         MissingExtraError: onnx or onnxscript is not installed.
     """
     for package in ("onnx", "onnxscript"):
-        _extra(package)
+        need(package, "ONNX", _INSTALL)
     sampler = hop_sampler(model, delay)
 
     def hop(given: list[Tensor]) -> list[Tensor]:
@@ -299,12 +299,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def _extra(package: str) -> Any:
-    try:
-        return import_module(package)
-    except ImportError:
-        raise MissingExtraError(
-            f"ONNX needs the {package} package: pip install 'diffbuf[export]'"
-        ) from None

@@ -12,7 +12,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -23,7 +22,7 @@ from torch import Tensor
 from diffbuf_lib.data.audio import audio_output, refuse_same_file
 from diffbuf_lib.data.reader import AudioReader
 from diffbuf_lib.data.riff import WavHeader, read_wav_header
-from diffbuf_lib.errors import ConfigError, DataError, MissingExtraError
+from diffbuf_lib.errors import ConfigError, DataError, MissingExtraError, need
 from diffbuf_lib.graph import Backend
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.streaming import OnlineEnhancer
@@ -93,13 +92,8 @@ def run_microphone(enhancer: OnlineEnhancer) -> LiveReport:
         MissingExtraError: the sounddevice package is not installed.
         ConfigError: no sound card, or one that does not take the model's rate.
     """
-    try:
-        sounddevice: Any = import_module("sounddevice")
-    except (ImportError, OSError) as error:  # OSError: the package without PortAudio
-        raise MissingExtraError(
-            f"--device mic needs sounddevice ({error}): pip install 'diffbuf[mic]', and on Linux "
-            "apt install libportaudio2"
-        ) from None
+    install = "pip install 'diffbuf[mic]', and on Linux apt install libportaudio2"
+    sounddevice = need("sounddevice", "--device mic", install)
     rate, hop = enhancer.model.cfg.audio.sample_rate, enhancer.model.cfg.audio.stft.hop_length
     lost = 0
 
