@@ -36,12 +36,8 @@ LIMIT = 1e-4  # of the peak: the largest error that a graph may have
 class GraphSampler:
     """A `BufferSampler` whose hops ONNX Runtime runs, on as many threads as torch has now.
 
-    Args:
-        sampler: of the same model; draws the noise and begins the streams.
-        path: the graph, from `write_hop`.
-
-    Raises:
-        MissingExtraError: onnxruntime is not installed.
+    The graph at `path` is from `write_hop`; the sampler of the same model draws the noise and
+    begins the streams. MissingExtraError without onnxruntime.
     """
 
     def __init__(self, sampler: BufferSampler, path: Path) -> None:
@@ -87,14 +83,12 @@ def cached_graph(model: DiffusionBufferModel, delay: int | None = None) -> Path:
 def hop_sampler(model: DiffusionBufferModel, delay: int | None = None) -> BufferSampler:
     """Return the sampler of a model whose hop can be a graph.
 
-    Raises:
-        ConfigError: a network that cannot stream, or a model that is not in float32 on the CPU.
+    ConfigError for a network that cannot stream, or a model that is not in float32 on the CPU.
     """
     if not can_stream(model.network):
         raise ConfigError(
-            f"model.name {model.cfg.model.name} has no hop to export: it computes all "
-            f"{model.cfg.num_frames} frames of its window again for each new one; take a network "
-            "that remembers its history, such as block_causal"
+            f"model.name {model.cfg.model.name} computes all {model.cfg.num_frames} frames for "
+            "each new one: a hop is exported of networks that can stream, such as block_causal"
         )
     sampler = model.sampler(delay)
     if sampler.t.dtype != torch.float32 or sampler.t.device.type != "cpu":
@@ -138,10 +132,7 @@ def write_hop(
     """Write the graph of a hop: noisy, noise, state.0, ... to clean, next.0, ...
 
     noisy and clean are [batch, F, 2], compressed spectra, real and imaginary; noise is [batch, F,
-    Kb + 1, 2] of variance 1/2.
-
-    Returns:
-        `worst_error` of so many hops.
+    Kb + 1, 2] of variance 1/2. Returns `worst_error` of so many hops.
 
     Raises:
         ConfigError: a network that cannot stream, whose step torch.export cannot trace, or whose
