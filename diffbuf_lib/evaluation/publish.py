@@ -24,15 +24,9 @@ def write_model(
 ) -> Path:
     """Write what belongs on the hub under a name into a folder: weights, config and README.md.
 
-    Args:
-        model: a trained one.
-        name: owner/name.
-        folder: to write to.
-        evaluation: results folder of `diffbuf evaluate` of this model, for the card's scores.
-
     Raises:
         ConfigError: a name that the hub does not take, or an evaluation of another model.
-        DataError: no evaluation is there.
+        DataError: `evaluation` is no results folder of `diffbuf evaluate`.
     """
     try:
         validate_repo_id(name)
@@ -58,11 +52,7 @@ def write_model(
 
 
 def send(folder: Path, name: str, *, private: bool = False) -> str:
-    """Send a folder to the hub; return its address there.
-
-    Raises:
-        ConfigError: no account, no right to write, or no network.
-    """
+    """Send a folder to the hub; return its address. ConfigError without account or network."""
     api = HfApi()
     try:
         address = api.create_repo(name, private=private, exist_ok=True)
@@ -88,16 +78,12 @@ def _scores(model: DiffusionBufferModel, evaluation: Path) -> tuple[str, dict[st
     if fingerprint(model) not in arguments["model"]:
         what = f"{evaluation} is an evaluation of another model ({arguments['model']})"
         raise ConfigError(f"{what}: evaluate this one, {fingerprint(model)}")
-    means = {
-        column: table["methods"][OURS]["mean"]
-        for column, table in found["bands"]["all"]["columns"].items()
-    }
     results = [
         EvalResult(
             task_type="audio-to-audio", dataset_type="own", dataset_name=arguments["data"],
             metric_type=column, metric_name=label_of(column), metric_value=mean["mean"],
         )
-        for column, mean in means.items()
-        if mean is not None
+        for column, table in found["bands"]["all"]["columns"].items()
+        if (mean := table["methods"][OURS]["mean"]) is not None
     ]  # fmt: skip
     return overview(found, timing), {"eval_results": results}

@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,11 +31,10 @@ from diffbuf_lib.training.signals import isolated
 from diffbuf_lib.training.step import Engine, make_accelerator
 
 LR_RANGE = (1e-6, 1.0)
-_FEWEST = 10  # steps of a range test: three a decade at least would be better
+_FEWEST = 10  # steps of a range test
 
 
-@dataclass(frozen=True)
-class Rehearsal:
+class Rehearsal(NamedTuple):
     """What a run would begin with, in one process."""
 
     cfg: Config

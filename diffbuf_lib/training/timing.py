@@ -13,27 +13,20 @@ import torch
 from torch.profiler import profile, record_function
 
 from diffbuf_lib.config import Config
-from diffbuf_lib.errors import DataError
 from diffbuf_lib.training.feed import ClipSource, Stream, seed_everything
 from diffbuf_lib.training.rehearsal import rehearsal
 from diffbuf_lib.training.step import precision_on, validate
 
 PARTS = ("waiting for data", "copying", "forward", "backward", "optimizer", "validation")
-_WARM_UP = 3  # steps in which memory is taken and readers start
-_TRACED = 3  # steps in the trace file: each is some ten thousand calls
+_WARM_UP = _TRACED = 3  # steps in which memory is taken and readers start; and in a trace file
 _BAR = 40  # characters
-_WAITING = "the device waits for files: raise training.num_workers (now {0.num_workers})"
-# Parts in the order in which they are looked at: the share of a step from which on one is to blame,
-# the key, and what to do.
+# Looked at in this order: a part, the share of a step from which on it is to blame, key and words.
 _ADVICE = (
-    ("waiting for data", 0.2, "training.num_workers", _WAITING),
-    ("copying", 0.15, "training.batch_size", "copies to the device are small and many: raise "
-     "training.batch_size (now {0.batch_size})"),
-    ("validation", 0.25, "training.valid_every", "validations take much of a run: raise "
-     "training.valid_every (now {0.valid_every}), or lower training.valid_clips ({0.valid_clips})"),
-    ("optimizer", 0.25, "training.batch_size", "updates cost much beside so few clips: raise "
-     "training.batch_size (now {0.batch_size}) or training.accumulation_steps"),
-)  # fmt: skip
+    ("waiting for data", 0.2, "training.num_workers", "raise {key} (now {value})"),
+    ("copying", 0.15, "training.batch_size", "fewer and larger copies: raise {key} (now {value})"),
+    ("validation", 0.25, "training.valid_every", "raise {key} (now {value}), or lower valid_clips"),
+    ("optimizer", 0.25, "training.batch_size", "more clips an update: raise {key} (now {value})"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,27 +49,20 @@ class Timing:
         training, shares = self.cfg.training, self.shares
         for part, limit, key, words in _ADVICE:
             if shares.get(part, 0) >= limit:
-                return f"{shares[part]:.0%} {part}: {words.format(training)}", key
-        busy = shares["forward"] + shares["backward"]
+                value = getattr(training, key.removeprefix("training."))
+                return f"{shares[part]:.0%} {part}: {words.format(key=key, value=value)}", key
+        computing = f"{shares['forward'] + shares['backward']:.0%} computing"
         if self.device.type == "cuda" and precision_on(training, self.device) == "no":
-            return (
-                f"{busy:.0%} computing, in float32: set training.use_amp=true",
-                "training.use_amp",
-            )
-        what = "nothing stands in its way; a smaller network (model.base_channels, now "
-        return (
-            f"{busy:.0%} computing: {what}{self.cfg.model.base_channels}) or a shorter "
-            "audio.chunk_size would make it faster",
-            "model.base_channels",
-        )
+            return f"{computing}, in float32: set training.use_amp=true", "training.use_amp"
+        key, size = "model.base_channels", self.cfg.model.base_channels
+        return f"{computing}: only a smaller network ({key}, now {size}) would be faster", key
 
     def __str__(self) -> str:
-        lines = [
-            f"{part:17} {1000 * value:8.1f} ms {self.shares[part]:4.0%}  "
-            + "#" * round(_BAR * self.shares[part])
-            for part, value in self.seconds.items()
-        ]
-        return "\n".join([*lines, f"{'a step':17} {1000 * sum(self.seconds.values()):8.1f} ms"])
+        rows = [(part, s, self.shares[part]) for part, s in self.seconds.items()]
+        rows.append(("a step", sum(self.seconds.values()), 1.0))
+        lines = (f"{part:17}{1000 * s:9.1f} ms {share:4.0%}  " for part, s, share in rows)
+        bars = ("#" * round(_BAR * share) for *_, share in rows)
+        return "\n".join(line + bar for line, bar in zip(lines, bars, strict=True))
 
 
 class _Stopwatch:
@@ -109,47 +95,34 @@ def time_steps(
     steps: int = 20,
     trace: Path | None = None,
 ) -> Timing:
-    """Make some training steps and a validation, and take their times.
+    """Make some training steps and a validation, with arguments as for `train`; take their times.
 
-    Readers that are ahead hide a slow disk for as long as their queue lasts, two batches each.
-
-    Args:
-        cfg: the config.
-        train_set: as for `train`.
-        device: as for `train`.
-        valid_set: the same; None leaves validation out.
-        start_check_point: weights to begin with.
-        steps: how many; a few more are made before.
-        trace: file for torch's trace of a few steps more, to be opened in a browser at
-            chrome://tracing or ui.perfetto.dev.
+    Readers that are ahead hide a slow disk for as long as their queue lasts, two batches each. Into
+    `trace` goes torch's trace of a few steps more, for ui.perfetto.dev.
     """
-    if steps < 1:
-        raise DataError(f"--steps {steps}: give at least 1")
     with rehearsal(cfg, train_set, device, start_check_point) as stage:
         engine, accelerator = stage.engine, stage.engine.accelerator
         engine.phase = watch = _Stopwatch(accelerator.device)
         clips = stage.read()
 
-        def step(number: int) -> None:
-            batches = []
-            for _ in range(stage.plan.accumulation):
-                with watch("waiting for data"):
-                    waves = next(clips)
-                with watch("copying"):
-                    batches.append(stage.batch(*waves))
-            seed_everything(cfg.training.seed, Stream.STEP, number, 0)
-            engine.step(batches)
+        def make(steps: int) -> None:
+            for number in range(steps):
+                batches = []
+                for _ in range(stage.plan.accumulation):
+                    with watch("waiting for data"):
+                        waves = next(clips)
+                    with watch("copying"):
+                        batches.append(stage.batch(*waves))
+                seed_everything(cfg.training.seed, Stream.STEP, number, 0)
+                engine.step(batches)
 
-        for number in range(_WARM_UP):
-            step(number)
+        make(_WARM_UP)
         watch.seconds.clear()
-        for number in range(_WARM_UP, _WARM_UP + steps):
-            step(number)
-        seconds = {part: watch.seconds[part] / steps for part in PARTS[:-1]}
+        make(max(1, steps))
+        seconds = {part: watch.seconds[part] / max(1, steps) for part in PARTS[:-1]}
         if trace is not None:
             with profile(acc_events=True) as profiler:
-                for number in range(_TRACED):
-                    step(number)
+                make(_TRACED)
             profiler.export_chrome_trace(str(trace))
         if valid_set is not None and len(valid_set):
             with watch("validation"):

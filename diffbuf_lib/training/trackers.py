@@ -3,13 +3,10 @@
 `training.trackers` names them; they are Accelerate's. One that fails is told of in one warning and
 left out from then on: it stops no run. W&B and trackio work without a network or an account: the
 one then writes to <results>/wandb, which `wandb sync` sends, the other to TRACKIO_DIR.
-
-A tracker of your own is a class of these methods, `@TRACKERS.register("mine")`.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -27,6 +24,7 @@ from torch import Tensor
 from diffbuf_lib.config import Config
 from diffbuf_lib.data.audio import write_json
 from diffbuf_lib.data.reader import reason
+from diffbuf_lib.errors import need
 from diffbuf_lib.registry import TRACKERS
 
 NOTES = "trackers.json"  # of a results folder: what its run is called at each service
@@ -37,10 +35,11 @@ class Tracker(Protocol):
 
     Attributes:
         link: where to see the run, an address or a command; "" if that goes without saying.
+        name: of the run, by which it goes on after a stop.
     """
 
     link: str
-    name: str  # of the run, by which it goes on after a stop
+    name: str
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Take finite numbers by name, such as train/loss."""
@@ -79,18 +78,14 @@ class Trackers:
             yield
         except Exception as error:  # whatever a service meets: the run is worth more
             self._open.pop(name, None)
-            fix = f"pip install 'diffbuf[{name}]'" if isinstance(error, ImportError) else ""
-            what = f"tracker {name} is left out from here on: {type(error).__name__}"
-            told = f"{what}: {reason(error)[:300]}: {fix or 'or take it out of training.trackers'}"
-            warnings.warn(told, stacklevel=2)
+            what = f"{type(error).__name__}: {reason(error)[:300]}"
+            warnings.warn(f"tracker {name} is left out from here on: {what}", stacklevel=2)
 
 
 def tracked(folder: Path) -> dict[str, dict[str, str]]:
     """Return name and link of a folder's run at each service that it was told to."""
-    try:
-        notes: dict[str, dict[str, str]] = json.loads((folder / NOTES).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
+    path = folder / NOTES
+    notes: dict[str, dict[str, str]] = json.loads(path.read_text()) if path.is_file() else {}
     return notes
 
 
@@ -101,9 +96,10 @@ class _TensorBoard:
 
     def __init__(self, cfg: Config, folder: Path, step: int) -> None:
         purge = step + 1 if step else None  # points of a run that went further before a resume
-        self._tracker = TensorBoardTracker("tensorboard", folder, purge_step=purge, max_queue=100)
-        self._tracker.start()
-        self._writer = self._tracker.tracker
+        tracker = TensorBoardTracker("tensorboard", folder, purge_step=purge, max_queue=100)
+        tracker.start()
+        self._writer = tracker.tracker
+        self.text, self.close = self._writer.add_text, self._writer.close
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -115,29 +111,22 @@ class _TensorBoard:
         self._writer.add_image("spectrogram", picture, step, dataformats="HWC")
         self._writer.flush()
 
-    def text(self, name: str, text: str, step: int) -> None:
-        self._writer.add_text(name, text, step)
-
-    def close(self) -> None:
-        self._tracker.finish()
-
 
 class _Service:
     """W&B or trackio: their calls are alike."""
 
-    _identity: tuple[str, ...] = ("name",)  # the arguments by which a stopped run is found again
+    _module: Any
 
-    def __init__(self, tracker: Any, cfg: Config, folder: Path, step: int, **options: Any) -> None:
-        self._module: Any = importlib.import_module(tracker.name)
-        known = tracked(folder).get(tracker.name) if step else None
+    def __init__(self, kind: Any, cfg: Config, folder: Path, step: int, **options: Any) -> None:
+        known = tracked(folder).get(kind.name) if step else None
         fresh = re.sub(r"[^\w.-]", "_", f"{folder.resolve().name}-{secrets.token_hex(3)}")
-        self.name = known["name"] if known else fresh
-        project = cfg.training.tracker_project
+        self.name, project = known["name"] if known else fresh, cfg.training.tracker_project
+        if kind is WandBTracker:
+            options["id"] = self.name
         config = {**cfg.to_dict(), "results_path": str(folder)}
-        same = dict.fromkeys(self._identity, self.name)
-        self._tracker = tracker(project, config=config, resume="allow", **same, **options)
-        self._tracker.start()
-        self._run: Any = self._tracker.tracker
+        tracker = kind(project, name=self.name, config=config, resume="allow", **options)
+        tracker.start()
+        self._run, self.close = tracker.tracker, tracker.finish
         self.link = f"trackio show --project {project}"
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
@@ -153,31 +142,23 @@ class _Service:
     def text(self, name: str, text: str, step: int) -> None:
         self._run.log({name: text}, step=step)
 
-    def close(self) -> None:
-        self._tracker.finish()
-
 
 class _WandB(_Service):
     """Weights & Biases: online with a key and a network, else offline in <results>/wandb."""
 
-    _identity = ("name", "id")
-
     def __init__(self, cfg: Config, folder: Path, step: int) -> None:
-        options = {"dir": str(folder), **self._mode()}
-        super().__init__(WandBTracker, cfg, folder, step, **options)
+        self._module = need("wandb", "tracker wandb", "pip install 'diffbuf[wandb]'")
+        options = {} if os.environ.get("WANDB_MODE") else self._mode()
+        super().__init__(WandBTracker, cfg, folder, step, dir=str(folder), **options)
         self.link = f"wandb sync {shlex.quote(str(Path(self._run.dir).parent))}"
         self.link = self.link if self._run.offline else self._run.url
 
     def _mode(self) -> dict[str, str]:
-        """Leave the mode to W&B, or go offline where it would ask for a key, or fail."""
-        if os.environ.get("WANDB_MODE"):
-            return {}
+        """Go offline where W&B would ask for a key and wait, or fail."""
         try:
-            if importlib.import_module("wandb").login(prompt=False):
+            if self._module.login(prompt=False):
                 return {}
             why = "no API key"
-        except ImportError:
-            raise
         except Exception as error:  # no network, or a key that it does not know
             why = reason(error)[:200]
         warnings.warn(f"tracker wandb is offline ({why}): `wandb sync` sends it", stacklevel=2)
@@ -188,5 +169,6 @@ class _Trackio(_Service):
     """trackio: a database in TRACKIO_DIR, which `trackio show` opens."""
 
     def __init__(self, cfg: Config, folder: Path, step: int) -> None:
+        self._module = need("trackio", "tracker trackio", "pip install 'diffbuf[trackio]'")
         # No dashboard within a notebook: it would start a server of its own.
         super().__init__(TrackioTracker, cfg, folder, step, embed=False)
