@@ -43,7 +43,7 @@ def write_model(
     text = PAGES.get_template("card.md.jinja").render(
         name=name, cfg=cfg, scores=scores,
         hop_ms=1000 * cfg.audio.stft.hop_length / cfg.audio.sample_rate,
-        latency_ms=1000 * OnlineEnhancer(model).latency_samples / cfg.audio.sample_rate,
+        latency_ms=1000 * OnlineEnhancer(model).worst_latency_samples / cfg.audio.sample_rate,
         parameters=sum(p.numel() for p in model.parameters()),
     )  # fmt: skip
     model.save_pretrained(folder)
