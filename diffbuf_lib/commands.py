@@ -138,6 +138,7 @@ class Train(Command, name="train"):
         keys = ["num_workers", "metrics", "metric_for_scheduler", "seed", "on_nonfinite"]
         flags = {key: getattr(self, key) for key in [*keys, "overfit_batches"]}
         flags |= {"num_steps": self.max_steps}
+        flags["trackers"] = ["tensorboard", "wandb"] if self.wandb_key else None
         given = [f"training.{k}={json.dumps(v)}" for k, v in flags.items() if v is not None]
         return load_config(self.config_path, [*given, *self.overrides])
 
