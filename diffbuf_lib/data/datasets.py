@@ -29,8 +29,11 @@ def open_dataset(
 ) -> ClipDataset:
     """Open a folder of `LAYOUTS[dataset_type]` as the config says; training crops at random.
 
-    Raises ConfigError for another dataset_type, DataError for a folder that does not fit it.
+    Shards are known by themselves, in a folder or at a URL such as s3://bucket/train. Raises
+    ConfigError for another dataset_type, DataError for a folder that does not fit it.
     """
+    if "://" in str(root) or (Path(root) / "index.npy").is_file():
+        dataset_type = 4
     layout: type[ClipDataset] = LAYOUTS[dataset_type].load()
     return layout(
         root,
@@ -97,14 +100,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         # In shared memory, so that worker processes which outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._lengths: dict[int, int] = {}  # samples of the items whose headers have been checked
-        if not self.root.is_dir():
-            raise DataError(
-                f"dataset folder {self.root} does not exist: check the path, or make it with "
-                "`diffbuf data demo` or `diffbuf data build`"
-            )
-        self.items: Sequence[tuple[Path, ...]] = self._find() if self.fits(self.root) else []
-        if not self.items:
-            raise self._nothing_found()
+        self.items: Sequence[tuple[Path, ...]] = self._open()
 
     @classmethod
     def fits(cls, root: Path) -> bool:
@@ -115,6 +111,16 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
     def options(cfg: Config) -> dict[str, Any]:
         """Return the arguments, beside those of `ClipDataset`, that a config sets."""
         return {}
+
+    def _open(self) -> Sequence[tuple[Path, ...]]:
+        if not self.root.is_dir():
+            raise DataError(
+                f"dataset folder {self.root} does not exist: check the path, or make it with "
+                "`diffbuf data demo` or `diffbuf data build`"
+            )
+        if not self.fits(self.root) or not (items := self._find()):
+            raise self._nothing_found()
+        return items
 
     @abstractmethod
     def _find(self) -> Sequence[tuple[Path, ...]]:
@@ -136,6 +142,19 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
     def name(self, i: int) -> str:
         """Return the files of item `i`, for error messages."""
         return " + ".join(str(path) for path in self.items[i])
+
+    def label(self, i: int) -> str:
+        """Return what tables call item `i`: where it lies below noisy/ or speech/."""
+        path = self.items[i][0].relative_to(self.root)
+        return _text(Path(*(path.parts[1:] or path.parts)))
+
+    def length(self, i: int) -> int:
+        """Return the samples of item `i` as a whole; warn where a header promises others."""
+        return self.check_pair(*(read_info(path, decode=True) for path in self.items[i]))
+
+    def read(self, i: int, frames: int) -> list[Tensor]:
+        """Return the first samples of item `i`, uncut by chunks: mix and target, [C, T]."""
+        return [read_audio(path, 0, frames)[0] for path in self.items[i]]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -189,7 +208,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         return DataError(f"{here}: check the path, or make the data with `diffbuf data build`")
 
 
-@LAYOUTS.register(1)
+@LAYOUTS.register(1, pairs=True)
 class DNLMDataset(ClipDataset):
     """One split of DN-LM: `sample_*/mixture.wav` is the mix, `sample_*/vocals.wav` the target."""
 
@@ -199,6 +218,10 @@ class DNLMDataset(ClipDataset):
     def _find(self) -> Sequence[tuple[Path, ...]]:
         folders = sorted(path for path in self.root.glob("sample_*") if path.is_dir())
         return [(_stem(folder, "mixture"), _stem(folder, "vocals")) for folder in folders]
+
+    def label(self, i: int) -> str:
+        """Return the sample's folder."""
+        return _text(self.items[i][0].parent.relative_to(self.root))
 
 
 def _stem(folder: Path, stem: str) -> Path:
@@ -210,7 +233,7 @@ def _stem(folder: Path, stem: str) -> Path:
     return found[0]
 
 
-@LAYOUTS.register(2)
+@LAYOUTS.register(2, pairs=True)
 class PairedFolderDataset(ClipDataset):
     """`noisy/NAME` is the mix and `clean/NAME` the target, at any depth, for every NAME."""
 

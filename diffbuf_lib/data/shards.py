@@ -1,0 +1,358 @@
+"""Clips in shards: tar files of FLAC pairs and an index, in a folder or wherever fsspec reads.
+
+shard-00000.tar   NAME.mix.flac and NAME.target.flac of so many clips, in the folder's order
+shard-00000.npy   where they stand in it: rows of `row_type`
+index.npy         all of these together; written last, so a folder without it is not finished
+metadata.json     the folder's own, if it has one
+
+Any tar reads the shards. A clip is one range of bytes, and its CRC-32 is in the index: what is
+damaged, cut short or half read is never trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import tarfile
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+
+from diffbuf_lib.config import Config
+from diffbuf_lib.data import audio
+from diffbuf_lib.data.build import check_part, claim, cores, run_parallel
+from diffbuf_lib.data.datasets import ClipDataset, draw_crop, find_layout, place_crop
+from diffbuf_lib.data.reader import reason
+from diffbuf_lib.errors import DataError, MissingExtraError
+from diffbuf_lib.registry import LAYOUTS
+
+INDEX = "index.npy"
+CLIPS = 1000  # in a shard: of 1 s about 40 MB
+_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # s before another try of what a network may have spoilt
+_BLOCK = 512  # bytes, of a tar file
+
+# What `make` gives of a clip: its name, and the files of mix and target.
+Source = tuple[str, Path, Path]
+
+
+def row_type(longest: int) -> np.dtype[Any]:
+    """Return what the index holds of a clip; names are UTF-8 of so many bytes at most."""
+    return np.dtype([
+        ("shard", "<u4"), ("offset", "<u8"),  # where the mix's FLAC begins
+        ("mix", "<u4"), ("start", "<u4"), ("target", "<u4"),  # bytes; start: of target, from offset
+        ("frames", "<u4"), ("rate", "<u4"),  # samples; Hz
+        ("crc", "<u4"), ("name", f"S{longest}"),  # of both FLACs, one after the other
+    ])  # fmt: skip
+
+
+def pack_folder(
+    source: str | Path,
+    out_path: str | Path,
+    *,
+    clips: int = CLIPS,
+    part: str = "1/1",
+    processes: int | None = None,
+    progress: bool = False,
+) -> Path:
+    """Write a folder of pairs, or each of its splits train, valid and test, as shards.
+
+    Samples of 16 bits stay what they are, others are rounded to 24. Part i of n writes every n-th
+    shard, and whoever comes last the index; a stopped packing goes on when started again.
+
+    Raises:
+        DataError: no folder of pairs, a pair that does not match, another packing, a full disk.
+    """
+    source, out_path = Path(source), Path(out_path)
+    splits = [source / name for name in ("train", "valid", "test") if find_layout(source / name)]
+    for folder in [source] if find_layout(source) else splits or [source]:
+        layout = find_layout(folder)
+        if layout is None or not LAYOUTS[layout].facts.get("pairs"):
+            raise DataError(
+                f"{folder} holds no pairs of mix and target files to pack: check the path, or make "
+                "them of speech/ and noise/ with `diffbuf data build`"
+            )
+        dataset: ClipDataset = LAYOUTS[layout].load()(folder)
+        dataset.sample_rate = audio.read_info(dataset.items[0][0]).sample_rate
+        out = out_path if folder == source else out_path / folder.name
+        names = [dataset.label(i) for i in range(len(dataset))]
+        write_shards(
+            out, names, partial(_checked, dataset), clips=clips, part=part, processes=processes,
+            progress=progress,
+        )  # fmt: skip
+        if (folder / "metadata.json").is_file():
+            shutil.copyfile(folder / "metadata.json", out / "metadata.json")
+    return out_path
+
+
+def write_shards(
+    out: Path,
+    names: Sequence[str],
+    make: Callable[[int], Source],
+    *,
+    clips: int = CLIPS,
+    part: str = "1/1",
+    processes: int | None = None,
+    progress: bool = False,
+    remove: bool = False,
+) -> None:
+    """Write the clips `make(0)`, `make(1)`, ...; `remove` the folders of their files then."""
+    if clips < 1:
+        raise DataError(f"--clips {clips}: a shard holds at least 1")
+    longest = max(len(os.fsencode(name)) for name in names)
+    digest = hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+    claim(out / "pack.json", {"format": 1, "clips": len(names), "a_shard": clips, "names": digest})
+    numbers = range(-(-len(names) // clips))
+    todo = [k for k in check_part(part, numbers) if not _shard(out, k).with_suffix(".npy").exists()]
+    write = partial(_write_shard, out, len(names), make, clips, row_type(longest), remove)
+    run_parallel(write, todo, processes or cores(), desc="shards", disable=not progress)
+    rows = [_shard(out, k).with_suffix(".npy") for k in numbers]
+    if all(path.exists() for path in rows):
+        _save(out / INDEX, np.concatenate([np.load(path) for path in rows]))
+
+
+def _checked(dataset: ClipDataset, i: int) -> Source:
+    mix, target = dataset.items[i]
+    dataset.check_pair(audio.read_info(mix), audio.read_info(target))
+    return dataset.label(i), mix, target
+
+
+def _write_shard(
+    out: Path,
+    count: int,
+    make: Callable[[int], Source],
+    clips: int,
+    dtype: np.dtype[Any],
+    remove: bool,
+    number: int,
+) -> None:
+    rows, path = [], _shard(out, number)
+    sources = [make(i) for i in range(number * clips, min((number + 1) * clips, count))]
+    with audio.writing(path), audio.atomic_file(path, sync=False) as temporary:
+        # Without times and owners: the same clips are the same bytes.
+        with tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar:
+            for name, *files in sources:
+                waves, rates = zip(*(audio.read_audio(file) for file in files), strict=True)
+                frames = min(wave.shape[-1] for wave in waves)
+                starts, sizes, crc = [], [], 0
+                for stem, file, wave in zip(("mix", "target"), files, waves, strict=True):
+                    flac = _to_flac(file, wave[:, :frames], rates[0])
+                    entry = tarfile.TarInfo(f"{name}.{stem}.flac")
+                    entry.size = len(flac)
+                    tar.addfile(entry, io.BytesIO(flac))
+                    starts.append(tar.offset - -(-len(flac) // _BLOCK) * _BLOCK)
+                    sizes.append(len(flac))
+                    crc = zlib.crc32(flac, crc)
+                place = (number, starts[0], sizes[0], starts[1] - starts[0], sizes[1])
+                rows.append((*place, frames, rates[0], crc, os.fsencode(name)))
+    _save(path.with_suffix(".npy"), np.array(rows, dtype))
+    for _, mix, _ in sources if remove else ():
+        shutil.rmtree(mix.parent, ignore_errors=True)
+
+
+def _to_flac(path: Path, wave: Tensor, rate: int) -> bytes:
+    steps = wave.double() * 32768
+    exact = torch.equal(steps, steps.round()) and float(steps.max()) < 32768
+    flac = path.with_suffix(".flac")
+    return audio.encode_audio(flac, wave, rate, "PCM_16" if exact else "PCM_24")
+
+
+def _save(path: Path, rows: Any) -> None:
+    content = io.BytesIO()
+    np.save(content, rows, allow_pickle=False)
+    audio.write_bytes(path, content.getvalue())
+
+
+def _shard(out: Path, number: int) -> Path:
+    return out / f"shard-{number:05d}.tar"
+
+
+@LAYOUTS.register(4)
+class ShardDataset(ClipDataset):
+    """Shards of `diffbuf data pack`, in a folder or at a URL: the clips of the folder they were.
+
+    What is read from elsewhere stays in a file on this machine, up to a limit: always the first
+    clips of the index. An epoch's order is random, so no choice is better, and no process has to
+    count what the others keep.
+    """
+
+    holds = "index.npy and shard-*.tar of `diffbuf data pack`"
+    parts = (INDEX,)
+
+    def __init__(
+        self,
+        root: str | Path,
+        chunk_size: int = 16000,
+        *,
+        cache_path: str | None = None,  # folder of the cache (data.cache_path)
+        cache_gb: float = 10.0,  # its limit (data.cache_gb)
+        **shared: Any,  # the other arguments of `ClipDataset`
+    ) -> None:
+        self.url = str(root).rstrip("/")
+        self.is_remote = "://" in self.url
+        self._cache: Path | None = None
+        self._cached = 0  # clips at the front of the index that it keeps
+        self._limit = cache_gb * 1e9
+        self._folder = Path(cache_path or Path.home() / ".cache" / "diffbuf").expanduser()
+        self._ahead: dict[int, bytes] = {}
+        super().__init__(root, chunk_size, **shared)
+
+    @staticmethod
+    def options(cfg: Config) -> dict[str, Any]:
+        """Return what is set by the config's section data."""
+        return {"cache_path": cfg.data.cache_path, "cache_gb": cfg.data.cache_gb}
+
+    def _open(self) -> Sequence[tuple[Path, ...]]:
+        """Read the index; clips are no files, so the list is of empty tuples."""
+        where = f"{self.url}/{INDEX}"
+        try:
+            if self.is_remote:
+                with _waiting(where):
+                    system, path = fsspec.core.url_to_fs(where)
+                    content = system.cat_file(path)
+                self.index = np.load(io.BytesIO(content), allow_pickle=False)
+            else:
+                self.index = np.load(where, mmap_mode="r", allow_pickle=False)
+            if self.index.dtype.names != row_type(1).names or not len(self.index):
+                raise ValueError("it is no index of shards")
+        except (ValueError, OSError, EOFError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{where} cannot be read ({reason(error)}): pack it again") from error
+        if other := set(np.unique(self.index["rate"]).tolist()) - {self.sample_rate}:
+            raise DataError(
+                f"{where} holds clips of {other.pop()} Hz but audio.sample_rate is "
+                f"{self.sample_rate}: `diffbuf data resample` and pack again, or set it"
+            )
+        self._sizes = self.index["start"].astype(np.int64) + self.index["target"]  # bytes
+        self._places = np.cumsum(self._sizes) - self._sizes  # in the cache
+        if self.is_remote and self._limit > 0:
+            self._cached = int(np.searchsorted(self._places + self._sizes, self._limit, "right"))
+            digest = hashlib.sha256(f"{self.url} {zlib.crc32(content)}".encode()).hexdigest()
+            self._cache = self._folder / f"{digest[:16]}.clips"
+        return [()] * len(self.index)
+
+    def _find(self) -> Sequence[tuple[Path, ...]]:
+        return self._open()
+
+    def name(self, i: int) -> str:
+        """Return shard and clip."""
+        return f"{self.url}/{_shard(Path(), self.index['shard'][i])}:{self.label(i)}"
+
+    def label(self, i: int) -> str:
+        """Return what the clip was called in its folder."""
+        return bytes(self.index["name"][i]).decode("utf-8", "backslashreplace")
+
+    def length(self, i: int) -> int:
+        """Return the samples of a clip."""
+        return int(self.index["frames"][i])
+
+    def read(self, i: int, frames: int) -> list[Tensor]:
+        """Read a clip's first samples: mix and target, [C, T]."""
+        return self._decode(i, 0, frames)
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Fetch the clips that will be asked for next, side by side."""
+        self._ahead = dict(zip(indices, self.fetch(indices), strict=True))
+
+    def fetch(self, indices: Sequence[int]) -> list[bytes]:
+        """Return the bytes of clips, from the cache or from where they lie.
+
+        Raises:
+            DataError: an object is gone, forbidden, short or damaged, also after some tries.
+        """
+        found = {i: data for i in indices if (data := self._from_cache(i))}
+        for wait in (*(_WAITS if self.is_remote else ()), None):
+            missing = [i for i in dict.fromkeys(indices) if i not in found]
+            if not missing:
+                break
+            problems = self._from_store(missing, found)
+            lasting = [i for i in problems if wait is None or _lasts(problems[i])]
+            if lasting:
+                error = problems[lasting[0]]
+                kind = MissingExtraError if isinstance(error, ImportError) else DataError
+                raise kind(f"{self.name(lasting[0])}: {_explain(error)}") from error
+            if problems:
+                time.sleep(wait or 0)
+        return [found[i] for i in indices]
+
+    def _from_store(self, indices: Sequence[int], found: dict[int, bytes]) -> dict[int, Exception]:
+        """Put clips into `found` and the cache; return what went wrong with the others."""
+        rows = self.index[np.asarray(indices)]
+        paths = [f"{self.url}/{_shard(Path(), number)}" for number in rows["shard"]]
+        starts = rows["offset"].astype(int).tolist()
+        ends = (rows["offset"].astype(np.int64) + self._sizes[np.asarray(indices)]).tolist()
+        try:
+            system, _ = fsspec.core.url_to_fs(self.url)
+            paths = [system._strip_protocol(path) for path in paths]
+            answers = system.cat_ranges(paths, starts, ends, on_error="return")
+        except Exception as error:  # of what lies between here and there
+            answers = [error] * len(paths)
+        problems = {}
+        for i, answer in zip(indices, answers, strict=True):
+            if isinstance(answer, BaseException):
+                problems[i] = answer if isinstance(answer, Exception) else OSError(str(answer))
+            elif len(answer) < self._sizes[i]:
+                text = f"only {len(answer)} of the clip's {self._sizes[i]} bytes are there"
+                problems[i] = EOFError(text)
+            elif not self._is_whole(i, answer):
+                problems[i] = EOFError("its bytes are not those that were packed")
+            else:
+                found[i] = answer
+                self._to_cache(i, answer)
+        return problems
+
+    def _is_whole(self, i: int, data: bytes) -> bool:
+        row = self.index[i]
+        crc = zlib.crc32(data[row["start"] :], zlib.crc32(data[: row["mix"]]))
+        return len(data) == self._sizes[i] and crc == int(row["crc"])
+
+    def _from_cache(self, i: int) -> bytes | None:
+        """Return a clip that lies in the cache; what was never or half written fails its CRC."""
+        if self._cache is None or i >= self._cached or not self._cache.exists():
+            return None
+        with open(self._cache, "rb") as file:
+            data = os.pread(file.fileno(), int(self._sizes[i]), int(self._places[i]))
+        return data if self._is_whole(i, data) else None
+
+    def _to_cache(self, i: int, data: bytes) -> None:
+        if self._cache is None or i >= self._cached:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self._cache, os.O_WRONLY | os.O_CREAT, 0o666)
+            try:
+                os.pwrite(descriptor, data, int(self._places[i]))
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            warnings.warn(f"no cache in {self._folder} ({reason(error)})", stacklevel=2)
+            self._cache = None
+
+    def _load(self, index: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        random = rng if self.training else None
+        crop = draw_crop(self.length(index), self.chunk_size, self.leading_zeros, random)
+        waves = self._decode(index, crop.start, max(crop.frames, 1))
+        mix, target = (place_crop(wave, crop, self.chunk_size) for wave in waves)
+        return mix, target
+
+    def _decode(self, i: int, start: int, frames: int) -> list[Tensor]:
+        data, row = self._ahead.pop(i, None) or self.fetch([i])[0], self.index[i]
+        waves = []
+        for flac in (data[: row["mix"]], data[row["start"] :]):
+            with soundfile.SoundFile(io.BytesIO(flac)) as file:
+                file.seek(start)
+                wave = file.read(frames, "float32", always_2d=True)  # [T, C]
+            waves.append(torch.from_numpy(np.ascontiguousarray(wave.T)))
+        return waves
