@@ -12,6 +12,7 @@ import sys
 import tempfile
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, dataclass_transform
@@ -55,8 +56,8 @@ class Train(Command, name="train"):
 
     config_path: Path  # YAML config of the experiment
     results_path: Path  # folder for checkpoints, logs and the model
-    data_path: Path  # training data
-    valid_path: Path | None = None  # validation data; without it nothing is validated
+    data_path: str  # training data: a folder, or shards also at s3://, gs://, hf://, https://
+    valid_path: str | None = None  # validation data; without it nothing is validated
     model_type: Literal["diffusion_buffer"] = "diffusion_buffer"  # the only one
     dataset_type: int = 1  # 1 sample_*/{mixture,vocals}.wav; 2 clean/, noisy/; 3 speech/, noise/
     device_ids: tuple[int, ...] = (0,)  # one GPU; for several start with torchrun; or the CPU
@@ -159,8 +160,8 @@ class Doctor(Command, name="doctor"):
     """Look at machine, data, config and model before training; exit status 1 on an error."""
 
     config_path: Path  # YAML config of the experiment
-    data_path: Path  # training data
-    valid_path: Path | None = None  # validation data
+    data_path: str  # training data
+    valid_path: str | None = None  # validation data
     dataset_type: int = 1  # as in train
     results_path: Path | None = None  # where the run will write; default: the current folder
     device: str = "auto"  # auto, cpu, cuda or cuda:N
@@ -288,7 +289,7 @@ class Stream(Command, name="stream"):
 class Scoring(Command):
     """What `evaluate` and `sweep` have in common."""
 
-    data_path: Path  # dataset folder
+    data_path: str  # dataset folder, or shards
     dataset_type: int = 1  # as in train
     seconds: float | None = None  # length of a clip at most; default: whole clips
     limit: int | None = None  # only the first clips
@@ -302,7 +303,7 @@ class Scoring(Command):
         from diffbuf_lib.evaluation import Job
 
         flags = self.flags("data_path", "results_path", "processes", *without)
-        return Job(data_path=str(self.data_path), **flags, **more)
+        return Job(data_path=self.data_path, **flags, **more)
 
 
 class Evaluate(Scoring, name="evaluate"):
@@ -436,16 +437,32 @@ class DataBuild(Command, name="data build"):
     snr: tuple[float, float] = (-30.0, 0.0)  # lowest and highest input SNR, dB
     distance: tuple[float, float] = (5.0, 20.0)  # nearest and farthest speaker, m
     seed: int = 0  # of everything drawn
+    part: str = "1/1"  # of a job array: 2/8 makes the second of eight shares
+    shards: int = 0  # write shards of so many clips instead of folders, as `data pack` does
     processes: int | None = None  # how many work side by side; default: this machine's cores
 
     def __call__(self) -> None:
         from diffbuf_lib.data import build_dnlm
+        from diffbuf_lib.data.shards import build_shards
 
-        options = self.flags("speech_path", "noise_path", "out_path")
-        built = build_dnlm(
-            self.speech_path, self.noise_path, self.out_path, **options, progress=True
-        )
-        print(built)
+        options = self.flags("speech_path", "noise_path", "out_path", "shards")
+        build = partial(build_shards, clips=self.shards) if self.shards else build_dnlm
+        print(build(self.speech_path, self.noise_path, self.out_path, **options, progress=True))
+
+
+class DataPack(Command, name="data pack"):
+    """Write a folder of pairs, or its splits, as shards: tar files of FLAC and an index."""
+
+    source: Positional[Path]  # folder of dataset_type 1 or 2, or one of train/, valid/, test/
+    out_path: Annotated[Path, arg(aliases=["-o"])]  # folder to make
+    clips: int = 1000  # in a shard
+    part: str = "1/1"  # of a job array: 2/8 writes the second of eight shares
+    processes: int | None = None  # how many work side by side; default: this machine's cores
+
+    def __call__(self) -> None:
+        from diffbuf_lib.data.shards import pack_folder
+
+        print(pack_folder(**self.flags(), progress=True))
 
 
 class DataResample(Command, name="data resample"):

@@ -332,6 +332,11 @@ class DataConfig(Section):
         0.0, "share of clips whose speech goes through a room of rooms/", ge=0, le=1
     )
 
+    cache_path: str | None = key(
+        None, "folder that keeps what is read of remote shards; null: ~/.cache/diffbuf"
+    )
+    cache_gb: float = key(10.0, "GB that it keeps of a set of shards at most", ge=0)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         for low, high in (("snr_min", "snr_max"), ("distance_min", "distance_max")):

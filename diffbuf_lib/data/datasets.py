@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -233,6 +234,10 @@ def _stem(folder: Path, stem: str) -> Path:
     return found[0]
 
 
+def _text(path: Path) -> str:
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+
+
 @LAYOUTS.register(2, pairs=True)
 class PairedFolderDataset(ClipDataset):
     """`noisy/NAME` is the mix and `clean/NAME` the target, at any depth, for every NAME."""
@@ -381,5 +386,9 @@ def draw_crop(
 
 def apply_crop(path: Path, crop: Crop, chunk_size: int) -> Tensor:
     """Read a crop of an audio file that has its samples: [C, chunk_size] float32, full scale 1."""
-    wave, _ = read_audio(path, crop.start, max(crop.frames, 1))
+    return place_crop(read_audio(path, crop.start, max(crop.frames, 1))[0], crop, chunk_size)
+
+
+def place_crop(wave: Tensor, crop: Crop, chunk_size: int) -> Tensor:
+    """Put a crop's samples, [C, T], where they stand in the chunk."""
     return pad(wave[:, : crop.frames], (crop.zeros, chunk_size - crop.zeros - crop.frames))

@@ -21,6 +21,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,19 @@ from torch import Tensor
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.data import audio
-from diffbuf_lib.data.build import check_part, claim, cores, run_parallel
+from diffbuf_lib.data.build import (
+    Sample,
+    claim,
+    cores,
+    make_sample,
+    prepare,
+    run_parallel,
+    take_part,
+    write_records,
+)
 from diffbuf_lib.data.datasets import ClipDataset, draw_crop, find_layout, place_crop
 from diffbuf_lib.data.reader import reason
-from diffbuf_lib.errors import DataError, MissingExtraError
+from diffbuf_lib.errors import DataError, DiffbufError, MissingExtraError
 from diffbuf_lib.registry import LAYOUTS
 
 INDEX = "index.npy"
@@ -96,6 +106,32 @@ def pack_folder(
     return out_path
 
 
+def build_shards(
+    speech_dir: str | Path,
+    noise_dir: str | Path,
+    out_path: str | Path,
+    *,
+    clips: int = CLIPS,
+    part: str = "1/1",
+    processes: int | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Path:
+    """Write what `build_dnlm` makes as shards, the same as of `pack_folder` afterwards.
+
+    No more than the samples of a shard a process lie on the disk meanwhile. Raises as `build_dnlm`.
+    """
+    samples = prepare(speech_dir, noise_dir, out_path, **options)
+    for split, found in groupby(samples, key=lambda sample: sample.split):
+        made = list(found)
+        write_shards(
+            split.folder, [sample.folder.name for sample in made], partial(_made, made),
+            clips=clips, part=part, processes=processes, progress=progress, remove=True,
+        )  # fmt: skip
+        write_records(split.folder, made)
+    return Path(out_path)
+
+
 def write_shards(
     out: Path,
     names: Sequence[str],
@@ -110,11 +146,11 @@ def write_shards(
     """Write the clips `make(0)`, `make(1)`, ...; `remove` the folders of their files then."""
     if clips < 1:
         raise DataError(f"--clips {clips}: a shard holds at least 1")
-    longest = max(len(os.fsencode(name)) for name in names)
-    digest = hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+    longest = max(len(name.encode()) for name in names)
+    digest = hashlib.sha256("\0".join(names).encode()).hexdigest()
     claim(out / "pack.json", {"format": 1, "clips": len(names), "a_shard": clips, "names": digest})
     numbers = range(-(-len(names) // clips))
-    todo = [k for k in check_part(part, numbers) if not _shard(out, k).with_suffix(".npy").exists()]
+    todo = [k for k in take_part(numbers, part) if not _shard(out, k).with_suffix(".npy").exists()]
     write = partial(_write_shard, out, len(names), make, clips, row_type(longest), remove)
     run_parallel(write, todo, processes or cores(), desc="shards", disable=not progress)
     rows = [_shard(out, k).with_suffix(".npy") for k in numbers]
@@ -128,6 +164,12 @@ def _checked(dataset: ClipDataset, i: int) -> Source:
     return dataset.label(i), mix, target
 
 
+def _made(samples: Sequence[Sample], i: int) -> Source:
+    make_sample(samples[i])
+    folder = samples[i].folder
+    return folder.name, folder / "mixture.wav", folder / "vocals.wav"
+
+
 def _write_shard(
     out: Path,
     count: int,
@@ -139,23 +181,26 @@ def _write_shard(
 ) -> None:
     rows, path = [], _shard(out, number)
     sources = [make(i) for i in range(number * clips, min((number + 1) * clips, count))]
-    with audio.writing(path), audio.atomic_file(path, sync=False) as temporary:
+    with (
+        audio.writing(path),
+        audio.atomic_file(path, sync=False) as temporary,
         # Without times and owners: the same clips are the same bytes.
-        with tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar:
-            for name, *files in sources:
-                waves, rates = zip(*(audio.read_audio(file) for file in files), strict=True)
-                frames = min(wave.shape[-1] for wave in waves)
-                starts, sizes, crc = [], [], 0
-                for stem, file, wave in zip(("mix", "target"), files, waves, strict=True):
-                    flac = _to_flac(file, wave[:, :frames], rates[0])
-                    entry = tarfile.TarInfo(f"{name}.{stem}.flac")
-                    entry.size = len(flac)
-                    tar.addfile(entry, io.BytesIO(flac))
-                    starts.append(tar.offset - -(-len(flac) // _BLOCK) * _BLOCK)
-                    sizes.append(len(flac))
-                    crc = zlib.crc32(flac, crc)
-                place = (number, starts[0], sizes[0], starts[1] - starts[0], sizes[1])
-                rows.append((*place, frames, rates[0], crc, os.fsencode(name)))
+        tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar,
+    ):
+        for name, *files in sources:
+            waves, rates = zip(*(audio.read_audio(file) for file in files), strict=True)
+            frames = min(wave.shape[-1] for wave in waves)
+            starts, sizes, crc = [], [], 0
+            for stem, file, wave in zip(("mix", "target"), files, waves, strict=True):
+                flac = _to_flac(file, wave[:, :frames], rates[0])
+                entry = tarfile.TarInfo(f"{name}.{stem}.flac")
+                entry.size = len(flac)
+                tar.addfile(entry, io.BytesIO(flac))
+                starts.append(tar.offset - -(-len(flac) // _BLOCK) * _BLOCK)
+                sizes.append(len(flac))
+                crc = zlib.crc32(flac, crc)
+            place = (number, starts[0], sizes[0], starts[1] - starts[0], sizes[1])
+            rows.append((*place, frames, rates[0], crc, name.encode()))
     _save(path.with_suffix(".npy"), np.array(rows, dtype))
     for _, mix, _ in sources if remove else ():
         shutil.rmtree(mix.parent, ignore_errors=True)
@@ -214,21 +259,16 @@ class ShardDataset(ClipDataset):
         return {"cache_path": cfg.data.cache_path, "cache_gb": cfg.data.cache_gb}
 
     def _open(self) -> Sequence[tuple[Path, ...]]:
-        """Read the index; clips are no files, so the list is of empty tuples."""
         where = f"{self.url}/{INDEX}"
+        content = _download(where) if self.is_remote else b""
         try:
             if self.is_remote:
-                with _waiting(where):
-                    system, path = fsspec.core.url_to_fs(where)
-                    content = system.cat_file(path)
                 self.index = np.load(io.BytesIO(content), allow_pickle=False)
             else:
                 self.index = np.load(where, mmap_mode="r", allow_pickle=False)
             if self.index.dtype.names != row_type(1).names or not len(self.index):
                 raise ValueError("it is no index of shards")
         except (ValueError, OSError, EOFError) as error:
-            if isinstance(error, DataError):
-                raise
             raise DataError(f"{where} cannot be read ({reason(error)}): pack it again") from error
         if other := set(np.unique(self.index["rate"]).tolist()) - {self.sample_rate}:
             raise DataError(
@@ -241,10 +281,10 @@ class ShardDataset(ClipDataset):
             self._cached = int(np.searchsorted(self._places + self._sizes, self._limit, "right"))
             digest = hashlib.sha256(f"{self.url} {zlib.crc32(content)}".encode()).hexdigest()
             self._cache = self._folder / f"{digest[:16]}.clips"
-        return [()] * len(self.index)
+        return self._find()
 
     def _find(self) -> Sequence[tuple[Path, ...]]:
-        return self._open()
+        return [()] * len(self.index)  # clips are no files
 
     def name(self, i: int) -> str:
         """Return shard and clip."""
@@ -252,7 +292,7 @@ class ShardDataset(ClipDataset):
 
     def label(self, i: int) -> str:
         """Return what the clip was called in its folder."""
-        return bytes(self.index["name"][i]).decode("utf-8", "backslashreplace")
+        return bytes(self.index["name"][i]).decode()
 
     def length(self, i: int) -> int:
         """Return the samples of a clip."""
@@ -281,8 +321,7 @@ class ShardDataset(ClipDataset):
             lasting = [i for i in problems if wait is None or _lasts(problems[i])]
             if lasting:
                 error = problems[lasting[0]]
-                kind = MissingExtraError if isinstance(error, ImportError) else DataError
-                raise kind(f"{self.name(lasting[0])}: {_explain(error)}") from error
+                raise _explained(self.name(lasting[0]), error) from error
             if problems:
                 time.sleep(wait or 0)
         return [found[i] for i in indices]
@@ -356,3 +395,35 @@ class ShardDataset(ClipDataset):
                 wave = file.read(frames, "float32", always_2d=True)  # [T, C]
             waves.append(torch.from_numpy(np.ascontiguousarray(wave.T)))
         return waves
+
+
+def _download(where: str) -> bytes:
+    for wait in (*_WAITS, None):
+        try:
+            system, path = fsspec.core.url_to_fs(where)
+            content: bytes = system.cat_file(path)
+            return content
+        except Exception as error:  # of what lies between here and there
+            if wait is None or _lasts(error):
+                raise _explained(where, error) from error
+        time.sleep(wait)
+    raise AssertionError
+
+
+def _lasts(error: Exception) -> bool:
+    """Return whether waiting changes nothing."""
+    lasting = (FileNotFoundError, PermissionError, ImportError, ValueError)
+    return isinstance(error, lasting) or "Credentials" in type(error).__name__
+
+
+def _explained(name: str, error: Exception) -> DiffbufError:
+    why = reason(error)
+    if isinstance(error, ImportError):
+        return MissingExtraError(f"{name}: {why}; for s3:// pip install 'diffbuf[remote]'")
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{name} is not there: check the path, or pack or copy it again")
+    if isinstance(error, EOFError):
+        return DataError(f"{name} is damaged or short: {why}: pack or copy the shard again")
+    if _lasts(error):
+        return DataError(f"{name} is refused ({why}): check path and credentials (environment)")
+    return DataError(f"{name} cannot be read ({type(error).__name__}: {why}), also after a while")

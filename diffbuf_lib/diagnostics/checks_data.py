@@ -144,7 +144,8 @@ def shared_targets(first: Any, second: Any, seconds: float = 2.0) -> list[tuple[
     """
 
     def targets(dataset: Any) -> list[Path]:
-        return [files[-1] for files in dataset.items] if isinstance(dataset, ClipDataset) else []
+        items = dataset.items if isinstance(dataset, ClipDataset) else ()
+        return [files[-1] for files in items if files]
 
     heads: dict[Any, list[Path]] = defaultdict(list)
     for path in targets(second):

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffbuf_lib.data import ClipDataset, DNLMDataset, open_dataset, read_audio, read_info
+from diffbuf_lib.data import ClipDataset, open_dataset
 from diffbuf_lib.data.audio import write_json
 from diffbuf_lib.data.build import claim, cores, parallel
 from diffbuf_lib.errors import ConfigError, DataError
@@ -101,13 +101,11 @@ class Evaluator:
         self.metrics = check_scoring(metrics, self.rate)
         self.baselines = make_baselines(baselines)
         self.methods = [NOISY, *self.baselines, OURS]
-        items = dataset.items[:limit]
-        self.names = [self._name(files[0]) for files in items]
-        self.lengths = [dataset.chunk_size] * len(items)  # samples
+        clips = range(len(dataset))[:limit]
+        self.names = [dataset.label(i) for i in clips]
+        self.lengths = [dataset.chunk_size] * len(clips)  # samples
         if longest is not None:
-            pairs = ([read_info(path, decode=True) for path in pair] for pair in items)
-            frames = (dataset.check_pair(*pair) for pair in pairs)
-            self.lengths = [min(longest, length) for length in frames]
+            self.lengths = [min(longest, dataset.length(i)) for i in clips]
         self.seconds: dict[str, float] = defaultdict(float)  # by kind of work, so far
 
     def run(self, indices: Sequence[int]) -> list[ScoredClip]:
@@ -125,8 +123,7 @@ class Evaluator:
     def read(self, i: int) -> ScoredClip:
         """Read clip `i`, without estimates and scores."""
         if self.whole:
-            length = self.lengths[i]
-            mix, target = (read_audio(path, 0, length)[0] for path in self.dataset.items[i])
+            mix, target = self.dataset.read(i, self.lengths[i])
         else:
             mix, target = self.dataset[i]
         return ScoredClip(i, self.names[i], mix.mean(0), target.mean(0))
@@ -158,13 +155,6 @@ class Evaluator:
                 batches.append([])
             batches[-1].append(i)
         return batches
-
-    def _name(self, noisy: Path) -> str:
-        path = noisy.relative_to(self.dataset.root)
-        # The folder in DN-LM; else without noisy/ or speech/.
-        dnlm = isinstance(self.dataset, DNLMDataset)
-        named = path.parent if dnlm else Path(*(path.parts[1:] or path.parts))
-        return os.fsencode(named.as_posix()).decode("utf-8", "backslashreplace")
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

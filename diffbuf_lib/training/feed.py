@@ -189,6 +189,8 @@ class ClipReader(Dataset[Any]):
         # An unreadable clip is a value, since torch would make text of an exception's traceback.
         name, worker = "", get_worker_info()
         try:
+            if prefetch := getattr(self.dataset, "prefetch", None):  # shards: all side by side
+                prefetch(indices)
             items = []
             for index in indices:
                 name = self.dataset.name(index)
