@@ -11,7 +11,8 @@ LIBRARY = Path(__file__).parents[1] / "diffbuf_lib"
 # From the bottom up: a part imports only from groups to the left of its own.
 LAYERS = (
     "errors pretrained | registry | config trace | data diffusion | networks | model | streaming"
-    " | live figures | enhance training | diagnostics evaluation | demo | notebook commands | cli"
+    " | live figures launch | enhance training | diagnostics evaluation | demo"
+    " | notebook commands | cli"
 )
 LEVEL = {part: i for i, line in enumerate(LAYERS.split("|")) for part in line.split()}
 

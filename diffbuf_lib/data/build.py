@@ -83,7 +83,7 @@ def build_dnlm(
     """Make `{train,valid,test}/sample_00000/{mixture,vocals,noise}.wav` and `metadata.json`.
 
     Any number of processes and parts writes the same bytes, and an interrupted build goes on when
-    called again with the same arguments. Other rates are resampled, several channels averaged to one.
+    called again with the same arguments. Other rates are resampled, and channels averaged to one.
 
     Speech of train and valid is disjoint: by speaker (the first level below `speech_dir` at which
     there are two folders), or by file. Noise is disjoint by file, or by time if there is only one.
