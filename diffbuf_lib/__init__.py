@@ -10,22 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffbuf_lib.config import Config, load_config
-    from diffbuf_lib.data import DNLMDataset
-    from diffbuf_lib.model import DiffusionBufferModel
-    from diffbuf_lib.streaming import OnlineEnhancer
-    from diffbuf_lib.trace import Trace
+    from diffbuf_lib.config import Config as Config
+    from diffbuf_lib.config import load_config as load_config
+    from diffbuf_lib.data import DNLMDataset as DNLMDataset
+    from diffbuf_lib.model import DiffusionBufferModel as DiffusionBufferModel
+    from diffbuf_lib.streaming import OnlineEnhancer as OnlineEnhancer
+    from diffbuf_lib.trace import Trace as Trace
 
 __version__ = "0.1.0"
-__all__ = [
-    "Config",
-    "DNLMDataset",
-    "DiffusionBufferModel",
-    "OnlineEnhancer",
-    "Trace",
-    "__version__",
-    "load_config",
-]
 _HOMES = {
     "Config": "config",
     "DNLMDataset": "data",
@@ -34,6 +26,7 @@ _HOMES = {
     "Trace": "trace",
     "load_config": "config",
 }
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

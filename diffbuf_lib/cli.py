@@ -70,7 +70,7 @@ def _dispatch(args: list[str]) -> None:
     name = " ".join(args[:words]).replace("_", "-")
     if name not in COMMANDS and {"-h", "--help"} & set(args[:words]):
         print("usage: diffbuf COMMAND ...; diffbuf COMMAND --help describes its flags\n")
-        for entry in COMMANDS:
+        for entry in COMMANDS.values():
             print(f"  {entry.name:14}  {entry.target.__doc__.splitlines()[0]}")
         return
     parse(COMMANDS[name].load(), args[words:], f"diffbuf {name}")()

@@ -103,7 +103,9 @@ class Train(Command, name="train"):
                     if model:
                         model.report(record.step)
                     if record.valid:
-                        say(f"step {record.step}  epoch {record.epoch}  {_scores(record.valid)}")
+                        scored = [k for k in record.valid if not k.endswith("_clips")]
+                        scores = "  ".join(f"{k} {record.valid[k]:.3f}" for k in scored)
+                        say(f"step {record.step}  epoch {record.epoch}  {scores}")
         except KeyboardInterrupt:
             say(f"stopped; the same command with --resume goes on from {self.results_path}")
             raise
@@ -151,10 +153,6 @@ class Train(Command, name="train"):
 
         board = self.results_path / "tensorboard" / "stats"
         return RecordingModel(cfg, say, shapes=self.log_shapes, every=self.log_stats, board=board)
-
-
-def _scores(valid: dict[str, float]) -> str:
-    return "  ".join(f"{k} {v:.3f}" for k, v in valid.items() if not k.endswith("_clips"))
 
 
 class Launch(Command, name="launch"):
@@ -256,11 +254,9 @@ class Enhance(Command, name="enhance"):
         from diffbuf_lib.model import load_model
 
         model = load_model(self.model, self.device)
+        options = self.flags("source", "output", "model", "device")
         try:
-            for _, written in enhance_path(
-                model, self.source, self.output, seed=self.seed, channels=self.channels,
-                repair=self.repair, overwrite=self.overwrite,
-            ):  # fmt: skip
+            for _, written in enhance_path(model, self.source, self.output, **options):
                 print(written, flush=True)
         except FilesFailedError as failed:
             print(failed, file=sys.stderr)
@@ -294,14 +290,13 @@ class Stream(Command, name="stream"):
         from diffbuf_lib.model import load_model
         from diffbuf_lib.streaming import OnlineEnhancer
 
-        if self.threads is not None:
-            if self.threads < 1:
-                raise ConfigError(f"--threads {self.threads}: give at least 1")
-            torch.set_num_threads(self.threads)
-        if self.channels < 1 or (self.rate is not None and self.rate < 1):
-            raise ConfigError("--rate and --channels start at 1")
+        for flag in ("threads", "rate", "channels"):
+            if (value := getattr(self, flag)) is not None and value < 1:
+                raise ConfigError(f"--{flag} {value}: give at least 1")
         model = load_model(self.model, "cpu")
-        if self.threads is None:
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        else:
             print(f"threads: {choose_threads(model, self.delay)}", file=sys.stderr)
         enhancer = OnlineEnhancer(
             model, seed=self.seed, delay=self.delay, compiled=self.compiled,
@@ -373,7 +368,7 @@ class Compare(Command, name="compare"):
         from diffbuf_lib.evaluation import compare_folders
         from diffbuf_lib.evaluation.page import differences
 
-        found = compare_folders(self.a, self.b, method=self.method, seed=self.seed)
+        found = compare_folders(**self.flags())
         print(f"a: {self.a}\nb: {self.b}")
         print(f"{self.method}; 95 % intervals of the paired difference in brackets")
         print(differences(found))
@@ -476,9 +471,10 @@ class DataBuild(Command, name="data build"):
         from diffbuf_lib.data import build_dnlm
         from diffbuf_lib.data.shards import build_shards
 
+        paths = self.speech_path, self.noise_path, self.out_path
         options = self.flags("speech_path", "noise_path", "out_path", "shards")
         build = partial(build_shards, clips=self.shards) if self.shards else build_dnlm
-        print(build(self.speech_path, self.noise_path, self.out_path, **options, progress=True))
+        print(build(*paths, **options, progress=True))
 
 
 class DataPack(Command, name="data pack"):

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from functools import reduce
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import (
@@ -34,14 +34,9 @@ from diffbuf_lib.registry import Registry
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML config file.
+    """Read a YAML config file, such as `configs/debug.yaml`; every default is filled in.
 
-    Args:
-        path: a file such as `configs/debug.yaml`.
-        overrides: `key.path=value` strings, applied in order; the value is read as YAML.
-
-    Returns:
-        The checked config, with every default filled in.
+    `overrides` are `key.path=value` strings, applied in order; the value is read as YAML.
 
     Raises:
         ConfigError: no such file, not YAML, an unknown key, or a value out of its limits.
@@ -49,10 +44,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     try:
         tree = _parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist: check --config_path") from None
     except OSError as error:
-        raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from error
+        reason = error.strerror
+        raise ConfigError(f"config file {path}: {reason}: check --config_path") from error
     except ValueError as error:
         reason = _one_line(str(error))
         raise ConfigError(f"config file {path} is not plain YAML: {reason}") from error
@@ -62,22 +56,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     # Here only: a config that came with someone's checkpoint or capsule imports nothing.
     plugins = tree.get("plugins")
     for plugin in plugins if isinstance(plugins, list) else ():  # else build_config refuses it
-        _import_plugin(plugin, path)
+        try:
+            import_module(str(plugin))
+        except ImportError as error:
+            raise ConfigError(
+                f"plugins of {path}: module {_short(plugin)} cannot be imported ({error}): install "
+                "it, or set PYTHONPATH to its folder"
+            ) from error
     return build_config(tree, source=str(path))
 
 
 def build_config(
     tree: dict[str, Any], overrides: Sequence[str] = (), source: str = "the config"
 ) -> Config:
-    """Check a config given as nested dictionaries; `load_config` without the file.
+    """Check nested dictionaries, which stay as they are; `load_config` without the file.
 
-    Args:
-        tree: nested dictionaries, as YAML would give them. Not changed.
-        overrides: `key.path=value` strings.
-        source: what error messages call the config.
-
-    Raises:
-        ConfigError: as in `load_config`.
+    `source` is what error messages call the config.
     """
     try:
         return Config.model_validate(reduce(_with_override, overrides, tree))
@@ -88,22 +82,27 @@ def build_config(
         raise ConfigError(f"{source} is nested too deeply, or holds itself") from None
 
 
-def _import_plugin(name: Any, path: Path) -> None:
-    try:
-        import_module(str(name))
-    except ImportError as error:
-        raise ConfigError(
-            f"plugins of {path}: module {_short(name)} cannot be imported ({error}): install it, "
-            "or set PYTHONPATH to its folder"
-        ) from error
-
-
 class Section(BaseModel):
     """What every part of a config is: frozen, and closed to unknown keys."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
     )
+    at_most: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Pairs of keys, by their whole paths: the first is not larger than the second."""
+    below: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Pairs of keys of which the first is smaller than the second."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        for pair in (*self.at_most, *self.below):
+            low, high = (getattr(self, path.rpartition(".")[2]) for path in pair)
+            if low is None or high is None or low < high or (low == high and pair in self.at_most):
+                continue
+            raise ValueError(
+                f"{pair[0]} {low} is too large for {pair[1]} {high}: lower one or raise the other"
+            )
+        return self
 
 
 def key(default: Any, description: str, **limits: Any) -> Any:
@@ -119,32 +118,19 @@ def _names(choices: Registry) -> AfterValidator:
 def _own_keys(choices: Registry, by: str, path: str) -> BeforeValidator:
     """Return what checks the own keys, at `path`, of what the key `by` beside them chooses."""
 
-    def check(value: Any, info: ValidationInfo) -> Any:
+    def check(given: Any, info: ValidationInfo) -> Any:
         name = info.data.get(by)  # None if it was refused
-        return value if name is None else _options(choices, name, value, path)
+        section = None if name is None else choices[name].options or Section
+        if section is None or type(given) is section:
+            return given
+        try:
+            return section.model_validate(given)
+        except ValidationError as error:
+            hint = f"with {choices.key} {name} the names are {', '.join(section.model_fields)}"
+            problems = [_describe(problem, section, path, hint) for problem in error.errors()[:5]]
+            raise ValueError("; ".join(problems)) from None
 
     return BeforeValidator(check)
-
-
-def _options(choices: Registry, name: str, given: Any, path: str) -> Section:
-    """Check the own config keys of a choice.
-
-    Raises:
-        ValueError: an unknown key or a bad value, in one line.
-    """
-    section = choices[name].options or NoOptions
-    if isinstance(given, section):
-        return given
-    try:
-        return section.model_validate(given)
-    except ValidationError as error:
-        hint = f"with {choices.key} {name} the names are {', '.join(section.model_fields)}"
-        problems = [_describe(problem, section, path, hint) for problem in error.errors()[:5]]
-        raise ValueError("; ".join(problems)) from None
-
-
-class NoOptions(Section):
-    """The options of a choice that has none."""
 
 
 class STFTConfig(Section):
@@ -155,20 +141,10 @@ class STFTConfig(Section):
     hop_length: int = key(256, "samples from one frame to the next", ge=1)
     window: Literal["hann", "hamming", "sqrt_hann"] = key("hann", "periodic window")
     center: bool = key(True, "frame k is centred on sample k * hop (else it starts there)")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.win_length > self.n_fft:
-            raise ValueError(
-                f"win_length {self.win_length} is larger than n_fft {self.n_fft}: "
-                "lower audio.stft.win_length or raise audio.stft.n_fft"
-            )
-        if self.hop_length > self.win_length:
-            raise ValueError(
-                f"hop_length {self.hop_length} is larger than win_length {self.win_length}, so "
-                "samples between frames would be lost: lower audio.stft.hop_length"
-            )
-        return self
+    at_most = (
+        ("audio.stft.win_length", "audio.stft.n_fft"),
+        ("audio.stft.hop_length", "audio.stft.win_length"),  # else samples would be lost
+    )
 
     def num_frames(self, samples: int) -> int:
         """STFT frames of a signal of `samples` samples: 1 + T // hop, or 1 + (T - n_fft) // hop."""
@@ -202,19 +178,14 @@ class PreprocessingConfig(Section):
 
     magnitude_compression: CompressionConfig = CompressionConfig()
     level_seconds: float | None = key(
-        None,
-        "s, time constant of the running level that every frame is divided by, so that how loud a "
-        "recording is does not matter; null: frames keep their level",
-        gt=0,
+        None, "s, time constant of the running level that frames are divided by; null: none", gt=0
     )
 
 
 class ModelConfig(Section):
     """The network."""
 
-    name: Annotated[str, _names(registry.NETWORKS)] = key(
-        "ncsnpp", "which network; block_causal is the one for streams"
-    )
+    name: Annotated[str, _names(registry.NETWORKS)] = key("ncsnpp", "block_causal is for streams")
     base_channels: int = key(96, "channels of the first level", ge=4, multiple_of=4)
     channel_multipliers: tuple[Annotated[int, Field(ge=1)], ...] = key(
         (1, 2, 2, 2), "not conv: base_channels times this, one a level", min_length=1
@@ -224,13 +195,10 @@ class ModelConfig(Section):
     dropout: float = key(0.0, "probability", ge=0, lt=1)
     data_scale: float | None = key(
         None,
-        "size of the compressed spectra, by which V and Y are divided for the network (V with "
-        "sigma(t) added, in squares); null: they are not divided",
+        "size of compressed spectra: the network's V (with sigma) and Y are divided by it",
         gt=0,
     )
-    output_scale: Literal["sigma", "time", "none"] = key(
-        "sigma", "the network's output is divided by sigma(t), by t, or by 1"
-    )
+    output_scale: Literal["sigma", "time", "none"] = key("sigma", "the output is divided by it")
     x0_output: Literal["spectrum", "mask"] = key(
         "spectrum", "data prediction: the output is x0_hat, or M in (1 + M) Y"
     )
@@ -243,26 +211,15 @@ class DiffusionBufferConfig(Section):
     """The buffer: the last B frames, at rising diffusion times."""
 
     buffer_size: int = key(20, "B, frames; the output delay is B - 1 hops")
-    num_frames: int | None = key(
-        None, "K, frames that the network sees online; null: those of chunk_size"
-    )
+    num_frames: int | None = key(None, "K, frames of the window online; null: of chunk_size")
     t_eps: float = key(0.03, "smallest diffusion time of the buffer", gt=0, lt=1)
     t_max: float = key(0.8, "largest diffusion time of the buffer", gt=0, le=1)
     time_sampling: Literal["random", "linspace"] = key(
         "random", "how training draws the times; inference always takes linspace"
     )
-    leading_zeros: bool = key(
-        True, "put K - 1 zero frames before a training clip, so that training sees starts"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.t_eps >= self.t_max:
-            raise ValueError(
-                f"t_eps {self.t_eps} is not below t_max {self.t_max}: "
-                "lower diffusion_buffer.t_eps or raise diffusion_buffer.t_max"
-            )
-        return self
+    leading_zeros: bool = key(True, "K - 1 zero frames before a training clip: it shows starts")
+    at_most = (("diffusion_buffer.buffer_size", "diffusion_buffer.num_frames"),)
+    below = (("diffusion_buffer.t_eps", "diffusion_buffer.t_max"),)
 
 
 class BBEDDiffusion(Section):
@@ -290,15 +247,7 @@ class OUVEDiffusion(Section):
     gamma: float = key(1.5, "stiffness of the drift towards Y", gt=0)
     sigma_min: float = key(0.05, "smallest noise scale", gt=0)
     sigma_max: float = key(0.5, "largest noise scale", gt=0)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.sigma_min >= self.sigma_max:
-            raise ValueError(
-                f"sigma_min {self.sigma_min} is not below sigma_max {self.sigma_max}: "
-                "lower sde.diffusion.sigma_min"
-            )
-        return self
+    below = (("sde.diffusion.sigma_min", "sde.diffusion.sigma_max"),)
 
 
 registry.SDES.add("bbed", "diffbuf_lib.diffusion.sde:BBED", options=BBEDDiffusion, t_limit=1.0)
@@ -309,7 +258,7 @@ class SDEConfig(Section):
     """The stochastic differential equation between clean and noisy."""
 
     type: Annotated[str, _names(registry.SDES)] = key(
-        "bbed", "which SDE: bbed (Brownian bridge) or ouve (Ornstein-Uhlenbeck)"
+        "bbed", "Brownian bridge; ouve: Ornstein-Uhlenbeck"
     )
     diffusion: Annotated[Any, _own_keys(registry.SDES, "type", "sde.diffusion")] = key(
         {}, "the SDE's own keys"
@@ -319,33 +268,19 @@ class SDEConfig(Section):
 class DataConfig(Section):
     """Pairs of files, and those that are mixed while training (dataset_type 3)."""
 
-    pair_tolerance: int = key(
-        400, "samples by which a pair's lengths may differ: both are trimmed", ge=0
-    )
+    pair_tolerance: int = key(400, "samples by which a pair may differ in length: cut", ge=0)
     snr_min: float = key(-30.0, "dB, smallest drawn SNR", ge=-100, le=100)
     snr_max: float = key(0.0, "dB, largest drawn SNR", ge=-100, le=100)
     distance_min: float = key(5.0, "m, nearest talker", ge=0.01, le=10000.0)
     distance_max: float = key(20.0, "m, farthest talker", ge=0.01, le=10000.0)
     speed: float = key(0.0, "largest drawn change of the speech's speed and pitch", ge=0, le=0.5)
     tilt: float = key(0.0, "dB per octave, largest drawn spectral tilt of the speech", ge=0, le=12)
-    room_probability: float = key(
-        0.0, "share of clips whose speech goes through a room of rooms/", ge=0, le=1
-    )
-
+    room_probability: float = key(0.0, "share of clips with speech in a room of rooms/", ge=0, le=1)
     cache_path: str | None = key(
         None, "folder that keeps what is read of remote shards; null: ~/.cache/diffbuf"
     )
     cache_gb: float = key(10.0, "GB that it keeps of a set of shards at most", ge=0)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        for low, high in (("snr_min", "snr_max"), ("distance_min", "distance_max")):
-            if getattr(self, low) > getattr(self, high):
-                raise ValueError(
-                    f"{low} {getattr(self, low)} is above {high} {getattr(self, high)}: "
-                    f"lower data.{low}"
-                )
-        return self
+    at_most = (("data.snr_min", "data.snr_max"), ("data.distance_min", "data.distance_max"))
 
 
 class TrainingConfig(Section):
@@ -353,22 +288,13 @@ class TrainingConfig(Section):
 
     loss: Annotated[str, _names(registry.LOSSES)] = key("score", "see diffbuf_lib.diffusion.losses")
     own_estimate: float = key(
-        0.0,
-        "data_prediction: share of clips whose V is made of the network's own first estimate, as "
-        "online, instead of the clean signal; costs a second call",
-        ge=0,
-        le=1,
+        0.0, "data_prediction: share of clips with V of a first estimate, as online", ge=0, le=1
     )
     from_noisy: bool = key(
-        False,
-        "data_prediction: V is made of Y alone, so that nothing of S is in it: a first stage in "
-        "which the network learns to denoise, at half the cost of own_estimate",
+        False, "data_prediction: V is made of Y alone: a first stage, at half own_estimate's cost"
     )
     snr_weight: float = key(
-        0.0,
-        "data_prediction: adds this times the error of the linear spectrum in dB re the clean "
-        "clip, its negative SNR: compressed, strong tones count little",
-        ge=0,
+        0.0, "data_prediction: adds this times the negative SNR, in dB, of the spectrum", ge=0
     )
     optimizer: Annotated[str, _names(registry.OPTIMIZERS)] = key(
         "adam", "torch.optim; muon: see diffbuf_lib.training.optimizer"
@@ -378,9 +304,7 @@ class TrainingConfig(Section):
     ] = key({}, "keys of an optimizer from outside this package")
     lr: float = key(0.0001, "learning rate", gt=0)
     lr_schedule: Literal["plateau", "linear"] = key(
-        "plateau",
-        "plateau: falls when validation gains nothing; linear: to zero over the last 70 % of the "
-        "run",
+        "plateau", "plateau: falls when validation stands still; linear: to zero in the last 70 %"
     )
     warmup_steps: int = key(0, "linear: steps in which lr rises", ge=0)
     weight_decay: float = key(0.0, "of the optimizer", ge=0)
@@ -404,13 +328,12 @@ class TrainingConfig(Section):
         ("si_sdr",), "scores of the enhanced validation clips", min_length=1
     )
     metric_for_scheduler: str = key(
-        "si_sdr",
-        "what lowers the learning rate, stops early and picks the best: loss, or one of metrics",
+        "si_sdr", "what lowers lr, stops early and picks the best: loss, or one of metrics"
     )
     patience: int = key(10, "validations without gain before lr is lowered", ge=0)
     reduce_factor: float = key(0.5, "lr is multiplied by this", gt=0, lt=1)
     early_stopping: int | None = key(
-        None, "validations without gain before the run ends; null: never", ge=1
+        None, "validations without gain that end a run; null: none", ge=1
     )
     valid_every: int = key(1, "epochs from one validation to the next", ge=1)
     valid_clips: int = key(16, "clips enhanced and scored a validation", ge=1)
@@ -420,7 +343,7 @@ class TrainingConfig(Section):
     @property
     def predicts_data(self) -> bool:
         """Whether the loss takes the network's output for x0_hat rather than for a score."""
-        return bool(registry.LOSSES[self.loss].facts.get("predicts") == "data")
+        return registry.LOSSES[self.loss].facts.get("predicts") == "data"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -446,9 +369,7 @@ class TrainingConfig(Section):
 class Config(Section):
     """One experiment."""
 
-    plugins: tuple[str, ...] = key(
-        (), "modules to import first: they register networks, losses, ... of your own"
-    )
+    plugins: tuple[str, ...] = key((), "modules to import first, with your networks, losses, ...")
     audio: AudioConfig = AudioConfig()
     preprocessing: PreprocessingConfig = PreprocessingConfig()
     model: ModelConfig = ModelConfig()
@@ -469,8 +390,8 @@ class Config(Section):
             )
         if buffer.buffer_size < 1:
             raise ValueError(
-                f"Buffer size must be at least 1. diffusion_buffer.buffer_size is "
-                f"{buffer.buffer_size}: raise it"
+                "Buffer size must be at least 1. Raise diffusion_buffer.buffer_size "
+                f"{buffer.buffer_size}"
             )
         if buffer.buffer_size > frames:
             raise ValueError(
@@ -483,11 +404,6 @@ class Config(Section):
             raise ValueError(
                 f"t_max {buffer.t_max} is where sde.type {self.sde.type} ends and sigma is 0, so "
                 f"1 / sigma is infinite: lower diffusion_buffer.t_max below {limit:g}"
-            )
-        if buffer.num_frames is not None and buffer.num_frames < buffer.buffer_size:
-            raise ValueError(
-                f"num_frames {buffer.num_frames} is smaller than buffer_size "
-                f"{buffer.buffer_size}: raise diffusion_buffer.num_frames"
             )
         return self
 
@@ -516,19 +432,17 @@ class Config(Section):
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-def describe_keys() -> Iterator[tuple[str, str, str]]:
+def describe_keys(
+    section: type[BaseModel] = Config, prefix: str = ""
+) -> Iterator[tuple[str, str, str]]:
     """Yield (key path, default, description with its unit) of every config key."""
-    yield from _describe_section(Config, "")
-
-
-def _describe_section(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
     for name, field in section.model_fields.items():
         path, default = f"{prefix}{name}", field.get_default()
         if path == "sde.diffusion":
-            for entry in registry.SDES:
-                yield from _describe_section(entry.options or NoOptions, f"{path}.")
+            for entry in registry.SDES.values():
+                yield from describe_keys(entry.options or Section, f"{path}.")
         elif isinstance(default, Section):
-            yield from _describe_section(type(default), f"{path}.")
+            yield from describe_keys(type(default), f"{path}.")
         else:
             yield path, str(default), field.description or ""
 
@@ -595,10 +509,7 @@ def _one_line(text: str) -> str:
 def _nearest(path: str, section: Any, keys: list[str], hint: str) -> str:
     """Return `; did you mean ...?`, or the valid names, for an unknown key."""
     for key in keys[:-1]:
-        field = section.model_fields.get(key)
-        section = type(field.get_default()) if field else None
-        if section is None or not issubclass(section, Section):
-            return ""
+        section = type(section.model_fields[key].get_default())
     names = list(section.model_fields)
     close = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.5)
     if close:
@@ -606,6 +517,4 @@ def _nearest(path: str, section: Any, keys: list[str], hint: str) -> str:
     if hint:
         return f": {hint}"
     elsewhere = [known for known, *_ in describe_keys() if known.endswith(f".{keys[-1]}")]
-    return (
-        f": did you mean {elsewhere[0]}?" if elsewhere else f": valid names are {', '.join(names)}"
-    )
+    return f": did you mean {elsewhere[0]}?" if elsewhere else f": the names are {', '.join(names)}"

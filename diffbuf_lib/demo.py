@@ -9,7 +9,7 @@ from diffbuf_lib.config import Config
 from diffbuf_lib.data import DNLMDataset, build_demo, open_dataset, write_audio
 from diffbuf_lib.evaluation import evaluate, summary
 from diffbuf_lib.evaluation.page import write_page
-from diffbuf_lib.figures.progress import training_progress
+from diffbuf_lib.figures import training_progress
 from diffbuf_lib.model import load_model
 from diffbuf_lib.pretrained import DEFAULT as DEFAULT_MODEL
 from diffbuf_lib.training import train
@@ -37,9 +37,6 @@ def run_demo(
         results_path: the run's folder; report.html, whose path is returned, and audio/ go there.
         say: told in one line what comes next.
         progress: show progress bars on stderr.
-
-    Raises:
-        DiffbufError: as in `build_demo`, `train` and `evaluate`.
     """
     say(f"1/4  dataset: {data_path}")
     build_demo(data_path, progress=progress)

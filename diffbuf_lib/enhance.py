@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,6 @@ from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.streaming import OnlineEnhancer
 
 BLOCK_SECONDS = 4.0
-_NAMED = 5  # files that a message names before it only counts
 
 
 class FilesFailedError(DataError):
@@ -37,14 +36,14 @@ def enhance_file(
 ) -> None:
     """Enhance one file; memory does not grow with its length.
 
-    The output is of the input's rate and length. A .wav is written as 32-bit float, so that
-    nothing is clipped, a .flac as 24 bit. Where the header promises other samples than can be
-    decoded, those that can be are taken, with a warning.
+    The output is of the input's rate and length, whole or not there: a .wav of 32-bit floats, so
+    that nothing is clipped, or a .flac of 24 bits. Where the header promises other samples than can
+    be decoded, those that can be are taken, with a warning.
 
     Args:
         model: any DiffusionBufferModel.
         source: a file that libsndfile reads.
-        destination: .wav or .flac; written whole or not at all.
+        destination: .wav or .flac.
         seed: of the diffusion noise.
         channels: "mono" averages them, as in training; "keep" enhances each by itself.
         repair: take NaN and Inf as zeros instead of refusing the file.
@@ -73,15 +72,9 @@ def enhance_path(
 ) -> Iterator[tuple[Path, Path]]:
     """Enhance a file, or every file below a folder that libsndfile reads into a like folder.
 
-    In a folder, outputs that are there are not made again, files that fail do not keep the others
-    from their turn, and what is no .flac becomes a .wav. What else looks like audio is warned of.
-
-    Args:
-        model: any DiffusionBufferModel.
-        source: file or folder.
-        destination: file, or folder outside of `source`.
-        overwrite: make outputs again that are there.
-        options: seed, channels and repair, as in `enhance_file`.
+    In a folder, outputs that are there are made again only with `overwrite`, files that fail do not
+    keep the others from their turn, and what is no .flac becomes a .wav. What else looks like audio
+    is warned of. Options as in `enhance_file`.
 
     Yields:
         (input, output) of each file when it has been written.
@@ -100,14 +93,12 @@ def enhance_path(
         yield source, destination
         return
     if destination.resolve().is_relative_to(source.resolve()):
-        raise DataError(
-            f"the output {destination} lies inside the input {source}: choose another folder"
-        )
+        raise DataError(f"{destination} lies inside the input {source}: choose another folder")
     left_out = list_audio(source, CONVERTIBLE)
     if left_out:
         warnings.warn(
-            f"left out, since they cannot be read: {_names(left_out)}; convert them, as with "
-            f"{ffmpeg_line(left_out[0])}",
+            f"{len(left_out)} files that cannot be read are left out, such as {left_out[0]}: "
+            f"convert them, as with {ffmpeg_line(left_out[0])}",
             stacklevel=2,
         )
     files = list_audio(source, READABLE)
@@ -117,8 +108,7 @@ def enhance_path(
     there = {target for target in targets if target.exists()} if not overwrite else set()
     if there:
         warnings.warn(
-            f"{len(there)} of {len(files)} outputs are there already and stay: --overwrite makes "
-            "them again",
+            f"{len(there)} of {len(files)} outputs are there and stay: --overwrite makes them anew",
             stacklevel=2,
         )
     failed = []
@@ -155,8 +145,3 @@ def _enhanced(enhancer: OnlineEnhancer, model_rate: int, file: AudioReader) -> I
         yield out
     # Rounding of the two rates, a sample or so.
     yield np.zeros((file.position - given, streams), np.float32)
-
-
-def _names(paths: Sequence[Path]) -> str:
-    more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
-    return ", ".join(map(str, paths[:_NAMED])) + more

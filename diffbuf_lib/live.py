@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -28,8 +29,7 @@ from diffbuf_lib.streaming import OnlineEnhancer
 
 PIPE = Path("-")
 # How files begin that would be noise if they were taken for raw samples.
-_NO_PCM = {b"fLaC": "FLAC", b"OggS": "Ogg", b"FORM": "AIFF", b"ID3": "MP3",
-           b"caff": "CAF", b".snd": "AU", b"riff": "Wave64"}  # fmt: skip
+_NO_PCM = (b"fLaC", b"OggS", b"FORM", b"ID3", b"caff", b".snd", b"riff")
 
 
 def stream_path(
@@ -46,8 +46,7 @@ def stream_path(
 
     Args:
         enhancer: of one stream.
-        source: a file of the model's sample rate, its channels averaged to mono; `-` for a WAV or
-            raw s16le PCM on stdin.
+        source: a file of the model's rate, its channels averaged; `-` for WAV or s16le on stdin.
         output: .wav, written as 32-bit float, or .flac; `-` for raw s16le on stdout.
         realtime: feed a file at its own pace. A pipe sets its own.
         rate: Hz, of raw PCM; None for the model's.
@@ -55,8 +54,7 @@ def stream_path(
         repair: take NaN and Inf in a file as zeros instead of refusing it.
 
     Raises:
-        DataError: a file that cannot be read or written, or of another sample rate; an output that
-            is the input.
+        DataError: a file that cannot be read or written, of another rate, or given as its output.
     """
     cfg = enhancer.model.cfg.audio
     hop = cfg.stft.hop_length
@@ -70,14 +68,11 @@ def stream_path(
             hops = (torch.from_numpy(block[:, 0]) for block in file.blocks(hop, mono=True))
         if found != cfg.sample_rate:
             raise DataError(
-                f"{'stdin' if file is None else source} is at {found} Hz and the model at "
-                f"{cfg.sample_rate} Hz: a live stream is not resampled; diffbuf enhance takes any "
-                "rate"
+                f"{source if file else 'stdin'} is at {found} Hz and the model at {cfg.sample_rate}"
+                " Hz: a live stream is not resampled; diffbuf enhance takes any rate"
             )
-        sink: Callable[[Tensor], object]
-        if output == PIPE:
-            sink = lambda samples: write_pcm(sys.stdout.buffer, samples)  # noqa: E731
-        else:
+        sink: Callable[[Tensor], object] = partial(write_pcm, sys.stdout.buffer)
+        if output != PIPE:
             if source != PIPE:
                 refuse_same_file(source, output)
             out = opened.enter_context(audio_output(output, cfg.sample_rate, 1, atomic=False))
@@ -101,11 +96,10 @@ def run_microphone(enhancer: OnlineEnhancer) -> LiveReport:
         sounddevice: Any = import_module("sounddevice")
     except (ImportError, OSError) as error:  # OSError: the package without PortAudio
         raise MissingExtraError(
-            f"--device mic needs the sounddevice package ({error}): pip install 'diffbuf[mic]', "
-            "and on Linux apt install libportaudio2"
+            f"--device mic needs sounddevice ({error}): pip install 'diffbuf[mic]', and on Linux "
+            "apt install libportaudio2"
         ) from None
-    cfg = enhancer.model.cfg.audio
-    hop = cfg.stft.hop_length
+    rate, hop = enhancer.model.cfg.audio.sample_rate, enhancer.model.cfg.audio.stft.hop_length
     lost = 0
 
     def recorded(card: Any) -> Iterator[Tensor]:
@@ -117,7 +111,7 @@ def run_microphone(enhancer: OnlineEnhancer) -> LiveReport:
 
     try:
         with sounddevice.Stream(
-            samplerate=cfg.sample_rate, blocksize=hop, channels=1, dtype="float32"
+            samplerate=rate, blocksize=hop, channels=1, dtype="float32"
         ) as card:
             report = run_live(
                 enhancer, recorded(card), lambda out: card.write(out.unsqueeze(1).numpy())
@@ -148,9 +142,9 @@ def run_live(
             sink(hop.ready)
             times.append(hop.milliseconds)
             missed += hop.late
-    bad = enhancer.state.bad
+    report = make_report(enhancer, times, missed, realtime)
     sink(enhancer.flush())
-    return make_report(enhancer, times, missed, realtime, bad)
+    return report
 
 
 class LiveHop(NamedTuple):
@@ -185,9 +179,9 @@ def live_hops(
 
 
 def make_report(
-    enhancer: OnlineEnhancer, times: Iterable[float], missed: int, realtime: bool, bad: int = 0
+    enhancer: OnlineEnhancer, times: Iterable[float], missed: int, realtime: bool
 ) -> LiveReport:
-    """Sum up a stream: milliseconds of its hops, how many were late, samples that were NaN."""
+    """Sum up a stream that is not flushed yet: milliseconds of its hops, how many were late."""
     cfg = enhancer.model.cfg.audio
     return LiveReport(
         hop_ms=1e3 * cfg.stft.hop_length / cfg.sample_rate,
@@ -196,7 +190,7 @@ def make_report(
         latency_ms=1e3 * enhancer.latency_samples / cfg.sample_rate,
         worst_latency_ms=1e3 * enhancer.worst_latency_samples / cfg.sample_rate,
         realtime=realtime,
-        bad=bad,
+        bad=enhancer.state.bad,
         state_bytes=enhancer.state.num_bytes,
         weight_bytes=sum(p.nbytes for p in enhancer.model.parameters()),
     )
@@ -212,9 +206,9 @@ class LiveReport:
     latency_ms: float  # algorithmic: samples to be pushed before the first comes out
     worst_latency_ms: float  # the longest that any sample waits for those after it
     realtime: bool  # whether the input was fed at its own pace
-    bad: int = 0  # samples that were NaN or Inf, and counted as zeros
-    state_bytes: int = 0  # memory of the stream
-    weight_bytes: int = 0  # memory of the model, shared by all streams
+    bad: int  # samples that were NaN or Inf, and counted as zeros
+    state_bytes: int  # memory of the stream
+    weight_bytes: int  # memory of the model, shared by all streams
 
     @property
     def real_time_factor(self) -> float:
@@ -260,13 +254,7 @@ def choose_threads(model: DiffusionBufferModel, delay: int | None = None) -> int
 def latency_report(
     model: DiffusionBufferModel, delay: int | None = None, hops: int = 50
 ) -> LiveReport:
-    """Measure one stream of noise on this machine: `hops` of it, after B that are not timed.
-
-    Args:
-        model: any; on the device where it is.
-        delay: d, 1 to B frames, of a data-prediction model; None for B.
-        hops: how many are timed.
-    """
+    """Measure one stream of noise on this machine: `hops` of it, after B that are not timed."""
     enhancer = OnlineEnhancer(model, delay=delay)
     warm = model.cfg.diffusion_buffer.buffer_size
     generator = torch.Generator().manual_seed(0)
@@ -278,13 +266,7 @@ def latency_report(
 def read_pipe(
     stream: BinaryIO, hop: int, rate: int, channels: int = 1
 ) -> tuple[int, Iterator[Tensor]]:
-    """Find out what comes from a pipe: a WAV, or else raw s16le PCM.
-
-    Args:
-        stream: the pipe.
-        hop: samples of a piece.
-        rate: Hz, if it is raw.
-        channels: interleaved, if it is raw.
+    """Find out what comes from a pipe: a WAV, or else raw s16le PCM of this rate and channels.
 
     Returns:
         Its rate, Hz; and pieces [hop] float32, full scale 1, channels averaged, as they arrive.
@@ -296,11 +278,11 @@ def read_pipe(
     while len(head) < 12 and (more := stream.read(12 - len(head))):
         head += more
     if head[:4] in (b"RIFF", b"RF64") and head[8:] == b"WAVE":
-        header, head = read_wav_header(stream), b""
-        return header.sample_rate, _pieces(stream, head, hop, header)
-    for magic, name in _NO_PCM.items():
-        if head.startswith(magic):
-            raise DataError(f"stdin is {name}: send WAV, as with ffmpeg -i pipe: -f wav pipe:")
+        header = read_wav_header(stream)
+        return header.sample_rate, _pieces(stream, b"", hop, header)
+    if head.startswith(_NO_PCM):
+        kind = head[:4].decode(errors="replace")
+        raise DataError(f"stdin begins with {kind}: send WAV, as with ffmpeg -i pipe: -f wav pipe:")
     header = WavHeader("PCM_16", rate, channels, 2 * channels, None)
     return rate, _pieces(stream, head, hop, header)
 

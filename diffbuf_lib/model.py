@@ -5,7 +5,7 @@
 """
 
 import hashlib
-import os
+import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -55,19 +55,13 @@ class DiffusionBufferModel(
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.cfg = cfg
-        self.spectral = Spectral.from_config(
-            cfg.audio.stft, cfg.preprocessing.magnitude_compression
-        )
+        stft, compression = cfg.audio.stft, cfg.preprocessing.magnitude_compression
+        self.spectral = Spectral.from_config(stft, compression)
         # Enhancement always centres its frames: with frames that start at sample 0 the first
         # samples lie under one window's flank, where overlap-add blows up a modified spectrum.
-        self.framing = Spectral.from_config(
-            cfg.audio.stft.model_copy(update={"center": True}),
-            cfg.preprocessing.magnitude_compression,
-        )
-        seconds = cfg.preprocessing.level_seconds
-        self.level = (
-            None if seconds is None else RunningLevel(seconds, cfg.audio.sample_rate, self.spectral)
-        )
+        self.framing = Spectral.from_config(stft.model_copy(update={"center": True}), compression)
+        seconds, rate = cfg.preprocessing.level_seconds, cfg.audio.sample_rate
+        self.level = RunningLevel(seconds, rate, self.spectral) if seconds else None
         self.sde = make_sde(cfg.sde)
         self.network = make_network(cfg.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loss_map = LOSSES[cfg.training.loss].load()
@@ -76,16 +70,15 @@ class DiffusionBufferModel(
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
         """Load a model, with the options of `huggingface_hub.PyTorchModelHubMixin`.
 
-        Args:
-            pretrained_model_name_or_path: a folder that `save_pretrained` wrote; diffbuf/NAME,
-                such as diffbuf/cpu-demo, which comes with the package; or a name on the hub.
-            options: such as revision.
+        From a folder that `save_pretrained` wrote, a run's folder (its model/ is taken), or by a
+        name: diffbuf/cpu-demo, which comes with the package, or one on the hub.
+
+        Raises:
+            ConfigError: no model is there, and it is no name that the hub could have.
         """
-        name = pretrained_model_name_or_path
-        bundled = pretrained.FOLDER / str(name).removeprefix("diffbuf/")
-        if str(name).startswith("diffbuf/") and bundled.is_dir():
-            name = bundled
-        loaded: Self = super().from_pretrained(name, **options)
+        location = _location(pretrained_model_name_or_path)
+        with redirect_stdout(io.StringIO()):  # huggingface_hub prints
+            loaded: Self = super().from_pretrained(location, **options)
         return loaded
 
     @property
@@ -141,23 +134,12 @@ class DiffusionBufferModel(
         if self.predicts_data:
             loss_map = self._in_data_units(loss_map)
         loss = loss_map.mean() + self._snr_loss(x0_hat, end)
+        loss = loss if first_loss is None else (loss + first_loss) / 2
         return Trace(
-            mix=mix,
-            target=target,
-            Y=Y,
-            S=S,
-            t=t,
-            sigma=sigma,
-            z=z,
-            V=V,
-            score=score,
-            x0_hat=x0_hat,
-            target_score=-z / sigma_z,
-            loss_map=loss_map,
-            loss=loss if first_loss is None else (loss + first_loss) / 2,
-            draws=draws,
+            mix=mix, target=target, Y=Y, S=S, t=t, sigma=sigma, z=z, V=V, score=score,
+            x0_hat=x0_hat, target_score=-z / sigma_z, loss_map=loss_map, loss=loss, draws=draws,
             level=level,
-        )
+        )  # fmt: skip
 
     def _spectra(self, mix: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return Y and S [B, F, K], and the level [B, K] that both were divided by, if any."""
@@ -188,11 +170,11 @@ class DiffusionBufferModel(
         noise = (generator, mix.device, real.to_complex())
         t = draw_times(self.cfg.diffusion_buffer, B, *given)
         z = complex_normal((B, num_bins, Kb), *noise)
-        share = self.cfg.training.own_estimate
-        if not share:
+        if not self.cfg.training.own_estimate:
             return Draws(t, z)
         first_z = complex_normal((B, num_bins, K), *noise)
-        return Draws(t, z, first_z, uniform((B, 1, 1), *given)[:, 0, 0] < share)
+        own = uniform((B, 1, 1), *given)[:, 0, 0] < self.cfg.training.own_estimate
+        return Draws(t, z, first_z, own)
 
     def _what_is_perturbed(
         self, Y: Tensor, S: Tensor, draws: Draws
@@ -343,11 +325,13 @@ class DiffusionBufferModel(
             ShapeError: not [B, C, T], or empty.
             ConfigError: a delay that this model cannot have.
         """
-        mono = _mono(mix).to(next(self.parameters()).dtype)
+        mono = _mono(mix).to(next(self.parameters()).dtype)  # [B, T]
         length, hop = mono.shape[-1], self.framing.hop_length
         # To a whole number of hops: else the last samples lie under the flank of one window, and
-        # the overlap-add would divide a modified spectrum by almost nothing.
-        Y = self.framing(F.pad(mono, (0, -length % hop)))
+        # the overlap-add would divide a modified spectrum by almost nothing. And all frames that
+        # begin within the signal, as a stream has them.
+        later = (self.framing.n_fft // 2 - 1) // hop
+        Y = self.framing(F.pad(mono, (0, -length % hop + later * hop)))
         sampler = self.sampler(delay)
         state = sampler.start(Y.shape[0], Y.shape[1], generator, Y.dtype)
         Y = F.pad(Y, (0, sampler.delay - 1))  # silence until the last frame has left the buffer
@@ -390,11 +374,10 @@ def resolve_device(name: str, *, fallback: bool = False) -> torch.device:
 def load_model(
     source: str | Path, device: str = "auto", overrides: Sequence[str] = ()
 ) -> DiffusionBufferModel:
-    """Load a trained model for use.
+    """Load a trained model for use, from where `DiffusionBufferModel.from_pretrained` takes it.
 
     Args:
-        source: a folder that `save_pretrained` wrote, a run's folder (its model/ is taken), or a
-            name such as diffbuf/cpu-demo, which comes with the package.
+        source: a folder, or a name.
         device: auto, cpu, cuda or cuda:N.
         overrides: `key.path=value` that change its config but not its weights, such as
             diffusion_buffer.buffer_size=10.
@@ -402,15 +385,13 @@ def load_model(
     Raises:
         ConfigError: no such model or device, or an override that its config refuses.
     """
-    where, location = resolve_device(device), _location(source)
+    where = resolve_device(device)
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # huggingface_hub prints
-            model = DiffusionBufferModel.from_pretrained(location)
+        model = DiffusionBufferModel.from_pretrained(source)
     except (OSError, HFValidationError) as error:  # what the hub raises, offline too, is an OSError
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"--model {source} is no folder here and could not be fetched as a name ({reason}): "
-            "give a folder that training wrote, such as results/demo/model"
+            f"model {source} is no folder here and could not be fetched as a name: {reason}"
         ) from error
     if overrides:
         changed = DiffusionBufferModel(model.cfg.override(*overrides))
@@ -429,23 +410,21 @@ def fingerprint(model: DiffusionBufferModel) -> str:
 
 
 def _location(source: str | Path) -> str | Path:
-    """Return the folder of a model, or the name of one that is not a folder here."""
-    folder = Path(source)
+    """Return the folder of a model, or the name of one that is not on this machine."""
+    folder, name = Path(source), str(source)
+    bundled = sorted(f"diffbuf/{path.parent.name}" for path in pretrained.FOLDER.glob("*/*.json"))
     for candidate in (folder, folder / "model"):
         if (candidate / "config.json").is_file():
             return candidate
-    bundled = sorted(path.name for path in pretrained.FOLDER.iterdir() if path.is_dir())
-    if str(source).startswith("diffbuf/") and folder.name not in bundled and not folder.exists():
+    if name in bundled:
+        return pretrained.FOLDER / folder.name
+    of_hub = re.fullmatch(r"(?!diffbuf/)[\w.-]+/[\w.-]+", name)
+    if folder.exists() or not of_hub:
         raise ConfigError(
-            f"--model {source} is unknown: the package comes with "
-            f"{', '.join(f'diffbuf/{name}' for name in bundled if name[0] != '_')}"
+            f"model {source}: no trained model is there; give a folder that training wrote, such "
+            f"as results/demo/model, or a name such as {' or '.join(bundled)}"
         )
-    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        return str(source)
-    raise ConfigError(
-        f"--model {source} holds no trained model: give a folder that training wrote, such as "
-        "results/demo/model, or a name such as diffbuf/cpu-demo"
-    )
+    return name
 
 
 def _check_batch(wave: Tensor) -> None:

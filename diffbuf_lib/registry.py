@@ -14,8 +14,8 @@ command line explains itself, without torch.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from operator import attrgetter
 from typing import Any, TypeVar
@@ -27,19 +27,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Entry:
-    """One choice.
+    """One choice."""
 
-    Attributes:
-        name: what a config calls it.
-        target: the object, or "module:attribute" to import it from.
-        options: the pydantic section of its own config keys; None if it has none.
-        facts: what others need to know of it; the registry says which facts there are.
-    """
-
-    name: str | int
-    target: Any
-    options: Any = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    name: str | int  # what a config calls it
+    target: Any  # the object, or "module:attribute" to import it from
+    options: Any  # the pydantic section of its own config keys; None if it has none
+    facts: Mapping[str, Any]  # what others need to know of it; the registry says which there are
 
     def load(self) -> Any:
         """Return the object."""
@@ -49,16 +42,16 @@ class Entry:
         return attrgetter(attribute)(import_module(module))
 
 
-class Registry:
+class Registry(dict[str | int, Entry]):
     """Choices by name; `key` is the config key or flag that chooses, for error messages."""
 
     def __init__(self, key: str) -> None:
+        super().__init__()
         self.key = key
-        self._entries: dict[str | int, Entry] = {}
 
     def add(self, name: str | int, target: Any, *, options: Any = None, **facts: Any) -> None:
         """Add a choice, or replace the one of that name (a notebook cell runs more than once)."""
-        self._entries[name] = Entry(name, target, options, facts)
+        self[name] = Entry(name, target, options, facts)
 
     def register(self, name: str | int, *, options: Any = None, **facts: Any) -> Callable[[T], T]:
         """Return a decorator that adds a class or function under a name."""
@@ -69,25 +62,9 @@ class Registry:
 
         return decorate
 
-    def remove(self, name: str | int) -> None:
-        """Forget a choice."""
-        del self._entries[name]
-
-    def names(self) -> list[str | int]:
-        """Return all names."""
-        return list(self._entries)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
-
-    def __iter__(self) -> Iterator[Entry]:
-        return iter(self._entries.values())
-
-    def __getitem__(self, name: str | int) -> Entry:
-        """Return the entry of a name; ConfigError with the names there are, if none has it."""
-        if name in self._entries:
-            return self._entries[name]
-        names = [str(known) for known in self._entries]
+    def __missing__(self, name: object) -> Entry:
+        """Raise ConfigError with the names there are."""
+        names = [str(known) for known in self]
         close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
         guess = f"; did you mean {close[0]}?" if close else ""
         raise ConfigError(
@@ -120,8 +97,11 @@ LAYOUTS = Registry("--dataset_type")
 BASELINES = Registry("--baselines")
 """() -> what `diffbuf evaluate` compares with: see `diffbuf_lib.evaluation.baselines.Baseline`."""
 
-for _name in ("score", "weighted_score", "data_prediction"):
-    _predicts = "data" if _name == "data_prediction" else "score"
+for _name, _predicts in (
+    ("score", "score"),
+    ("weighted_score", "score"),
+    ("data_prediction", "data"),
+):
     LOSSES.add(_name, f"diffbuf_lib.diffusion.losses:{_name}", predicts=_predicts)
 for _name, _class in (
     ("conv", "ConvNet"),
@@ -137,18 +117,15 @@ for _name, _target, _states in (
     ("muon", "diffbuf_lib.training.optimizer:Muon", 1),
 ):
     OPTIMIZERS.add(_name, _target, states=_states)
+_BY_EAR: dict[str, Any] = {"speech": True, "shortest": 0.25, "sample_rates": (16000,)}
 for _name, _label, _unit, _facts in (
     ("si_sdr", "SI-SDR", "dB", {}),
     ("sdr", "SDR", "dB", {}),
-    ("pesq", "PESQ", "1 to 4.6", {"package": "pesq", "shortest": 0.25}),
-    ("estoi", "ESTOI", "0 to 1", {"package": "pystoi", "shortest": 0.4}),
+    ("pesq", "PESQ", "1 to 4.6", {**_BY_EAR, "package": "pesq", "sample_rates": (8000, 16000)}),
+    ("estoi", "ESTOI", "0 to 1", {"speech": True, "package": "pystoi", "shortest": 0.4}),
 ):
-    _speech: dict[str, Any] = {
-        "speech": bool(_facts),
-        "sample_rates": (8000, 16000) if _name == "pesq" else (),
-    }
     _target = f"diffbuf_lib.training.metrics:{_name}"
-    METRICS.add(_name, _target, label=_label, unit=_unit, needs_target=True, **_speech, **_facts)
+    METRICS.add(_name, _target, label=_label, unit=_unit, needs_target=True, **_facts)
 for _name, _label, _package in (
     ("distillmos", "DistillMOS", "distillmos"),
     ("dnsmos_ovrl", "DNSMOS overall", "speechmos"),
@@ -156,9 +133,8 @@ for _name, _label, _package in (
     ("dnsmos_bak", "DNSMOS background", "speechmos"),
     ("dnsmos_p808", "DNSMOS P.808", "speechmos"),
 ):
-    _speech = {"speech": True, "shortest": 0.25, "sample_rates": (16000,)}
     _target = f"diffbuf_lib.evaluation.scores:{_name}"
-    METRICS.add(_name, _target, label=_label, unit="1 to 5", package=_package, **_speech)
+    METRICS.add(_name, _target, label=_label, unit="1 to 5", package=_package, **_BY_EAR)
 for _name, _target in (
     ("noisereduce", "SpectralGate"),
     ("noisereduce_nonstationary", "SpectralGate.nonstationary"),

@@ -25,10 +25,14 @@ class StreamState:
     buffer: BufferState  # the diffusion buffer and its history
     overlap: Tensor  # [B, n_fft] sum of the windowed output frames that overlap the next one
     envelope: Tensor  # [n_fft] sum of their squared windows
-    taken: int  # samples that were pushed
-    given: int  # samples that came out
-    to_drop: int  # output samples before the first input sample, still to be left out
-    bad: int = 0  # pushed samples that were NaN or Inf, and counted as zeros
+    num_bad: Tensor  # [], pushed samples that were NaN or Inf, and counted as zeros
+    given: int  # samples that came out; below 0, those before the first input sample, left out
+    taken: int = 0  # samples that were pushed
+
+    @property
+    def bad(self) -> int:
+        """`num_bad` as a number, for which a GPU has to be waited for."""
+        return int(self.num_bad)
 
     @property
     def num_bytes(self) -> int:
@@ -97,19 +101,17 @@ class OnlineEnhancer:
 
     def reset(self) -> None:
         """Forget the stream, and start the noise from the seed again."""
-        spectral, dtype = self.spectral, self.sampler.t.dtype
+        B, n_fft, zeros = self.batch, self.spectral.n_fft, self.sampler.t.new_zeros
+        dtype = self.sampler.t.dtype.to_complex()
         self.generator = torch.Generator(self.device).manual_seed(self.seed)
-        past = spectral.n_fft // 2  # frames are centred: the first begins before the stream
+        past = n_fft // 2  # frames are centred: the first begins before the stream
         self.state = StreamState(
-            waiting=torch.zeros(self.batch, past, device=self.device, dtype=dtype),
-            buffer=self.sampler.start(
-                self.batch, spectral.num_bins, self.generator, dtype.to_complex()
-            ),
-            overlap=torch.zeros(self.batch, spectral.n_fft, device=self.device, dtype=dtype),
-            envelope=torch.zeros(spectral.n_fft, device=self.device, dtype=dtype),
-            taken=0,
-            given=0,
-            to_drop=past,
+            waiting=zeros(B, past),
+            buffer=self.sampler.start(B, self.spectral.num_bins, self.generator, dtype),
+            overlap=zeros(B, n_fft),
+            envelope=zeros(n_fft),
+            num_bad=zeros((), dtype=torch.long),
+            given=-past,
         )
         self._as_given: Callable[[Tensor], Any] = lambda rows: rows[0] if len(rows) == 1 else rows
 
@@ -157,7 +159,7 @@ class OnlineEnhancer:
         scale = full.get(tensor.dtype)
         rows = rows.to(self.device, self.sampler.t.dtype) / (scale or 1.0)
         bad = ~rows.isfinite()
-        self.state.bad += int(bad.sum())
+        self.state.num_bad = self.state.num_bad + bad.sum()
 
         def as_given(out: Tensor) -> Any:
             if scale is not None:  # float64: float32 cannot hold the largest int32
@@ -175,16 +177,11 @@ class OnlineEnhancer:
             T' samples of the kind that was pushed last, so that the whole output is as long as the
             whole input.
         """
-        state = self.state
-        missing = state.taken - state.given
-        hop = self.spectral.hop_length
-        # Silence to a whole number of hops, one frame that ends after it, and the buffer's delay:
-        # what `enhance` sees.
-        tail = -state.taken % hop + self.spectral.n_fft
-        silence = torch.zeros(self.batch, tail, device=self.device, dtype=state.overlap.dtype)
-        ready = [self._advance(silence)]
+        state, missing = self.state, self.state.taken - max(0, self.state.given)
+        silence = state.overlap.new_zeros(self.batch, self.spectral.hop_length)
+        ready = [silence[:, :0]]
         while state.given < state.taken:
-            ready.append(self._advance(silence[:, :hop]))
+            ready.append(self._advance(silence))
         out = self._as_given(torch.cat(ready, dim=-1)[:, :missing])
         self.reset()
         return out
@@ -196,8 +193,7 @@ class OnlineEnhancer:
         n_fft, hop = spectral.n_fft, spectral.hop_length
         state.waiting = torch.cat([state.waiting, rows], dim=-1)
         window = spectral.window.to(rows.dtype)
-        ready = []
-        start = 0
+        ready, start = [rows[:, :0]], 0
         with evaluating(self.model):
             while state.waiting.shape[-1] - start >= n_fft:
                 frame = state.waiting[:, start : start + n_fft]
@@ -207,12 +203,9 @@ class OnlineEnhancer:
                 if state.buffer.pushed >= self.sampler.delay:
                     ready.append(self._synthesise(clean, window))
         state.waiting = state.waiting[:, start:]
-        out = torch.cat(ready, dim=-1) if ready else rows[:, :0]
-        dropped = min(state.to_drop, out.shape[-1])
-        state.to_drop -= dropped
-        out = out[:, dropped:]
-        state.given += out.shape[-1]
-        return out
+        out = torch.cat(ready, dim=-1)
+        first, state.given = max(0, -state.given), state.given + out.shape[-1]
+        return out[:, first:]
 
     def _synthesise(self, clean: Tensor, window: Tensor) -> Tensor:
         """Overlap-add one frame [B, F]; return the hop of samples that no later frame changes."""

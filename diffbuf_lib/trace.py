@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
+from pydantic_core import to_jsonable_python
 from torch import Tensor
 
 
@@ -19,17 +20,13 @@ from torch import Tensor
 class Draws:
     """All that is random in one training batch, as a value: the same draws give the same loss.
 
-    Attributes:
-        t: [B, Kb], diffusion times, rising.
-        z: [B, F, Kb] complex, the noise, CN(0, 1).
-        first_z: [B, F, K] complex, the noise of the first call with training.own_estimate.
-        own: [B] bool, the clips whose V is made of the network's own estimate.
+    The last two are for training.own_estimate.
     """
 
-    t: Tensor
-    z: Tensor
-    first_z: Tensor | None = None
-    own: Tensor | None = None
+    t: Tensor  # [B, Kb], diffusion times, rising
+    z: Tensor  # [B, F, Kb] complex, the noise, CN(0, 1)
+    first_z: Tensor | None = None  # [B, F, K] complex, the noise of the first call
+    own: Tensor | None = None  # [B] bool, the clips whose V is made of the network's own estimate
 
     def to(self, device: torch.device | str) -> Draws:
         """Return a copy on another device."""
@@ -45,42 +42,24 @@ class Draws:
 class Trace:
     """Every stage of one training batch; B examples, F bins, K frames, Kb of them in the buffer.
 
-    Attributes:
-        mix: [B, C, T], the noisy signal as it was given.
-        target: [B, C, T], the clean signal as it was given.
-        Y: [B, F, K] complex, compressed spectrum of the noisy signal.
-        S: [B, F, K] complex, compressed spectrum of the clean signal.
-        t: [B, Kb], diffusion times, rising.
-        sigma: [B, Kb], standard deviation of the noise at t.
-        z: [B, F, Kb] complex, the noise, CN(0, 1).
-        V: [B, F, K] complex, the perturbed input.
-        score: [B, F, Kb] complex, the network's estimate of grad log p.
-        x0_hat: [B, F, Kb] complex, its estimate of S in the buffer.
-        target_score: [B, F, Kb] complex, -z / sigma.
-        loss_map: [B, F, Kb], the loss of every bin; with data prediction in units of
-            model.data_scale^2, if that is given.
-        loss: scalar, the mean of loss_map; with training.own_estimate the mean of that and of
-            what the call before, on frames that have just entered, lost.
-        draws: all that was random: `trace(mix, target, draws=trace.draws)` gives this trace again.
-        level: [B, K], the running level that Y and S are divided by, RMS in full scale; None with
-            preprocessing.level_seconds null.
+    `trace(mix, target, draws=trace.draws)` gives the same trace again.
     """
 
-    mix: Tensor
-    target: Tensor
-    Y: Tensor
-    S: Tensor
-    t: Tensor
-    sigma: Tensor
-    z: Tensor
-    V: Tensor
-    score: Tensor
-    x0_hat: Tensor
-    target_score: Tensor
-    loss_map: Tensor
-    loss: Tensor
-    draws: Draws
-    level: Tensor | None = None
+    mix: Tensor  # [B, C, T], the noisy signal as it was given
+    target: Tensor  # [B, C, T], the clean signal as it was given
+    Y: Tensor  # [B, F, K] complex, compressed spectrum of the noisy signal
+    S: Tensor  # [B, F, K] complex, compressed spectrum of the clean signal
+    t: Tensor  # [B, Kb], diffusion times, rising
+    sigma: Tensor  # [B, Kb], standard deviation of the noise at t
+    z: Tensor  # [B, F, Kb] complex, the noise, CN(0, 1)
+    V: Tensor  # [B, F, K] complex, the perturbed input
+    score: Tensor  # [B, F, Kb] complex, the network's estimate of grad log p
+    x0_hat: Tensor  # [B, F, Kb] complex, its estimate of S in the buffer
+    target_score: Tensor  # [B, F, Kb] complex, -z / sigma
+    loss_map: Tensor  # [B, F, Kb], of every bin; of x0_hat in units of model.data_scale^2, if given
+    loss: Tensor  # scalar, the mean of loss_map, and with training.own_estimate of the first call's
+    draws: Draws  # all that was random
+    level: Tensor | None = None  # [B, K], what Y and S were divided by, RMS in full scale, if any
 
     def stages(self) -> dict[str, Tensor]:
         """Return every stage by name, in the order in which they are made."""
@@ -136,14 +115,8 @@ class Summary:
     def __iter__(self) -> Iterator[StageSummary]:
         return iter(self.rows)
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def __getitem__(self, name: str) -> StageSummary:
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(name)
+        return {row.name: row for row in self.rows}[name]
 
     @property
     def first_nonfinite(self) -> str | None:
@@ -151,15 +124,14 @@ class Summary:
         return next((row.name for row in self.rows if not row.finite), None)
 
     def __str__(self) -> str:
-        head = ["stage", "shape", "dtype", "device"]
-        numbers = ["min", "max", "mean", "std", "zeros", "NaN", "Inf"]
-        table = [head + numbers]
+        numbers = ("min", "max", "mean", "std", "zeros", "NaN", "Inf")
+        table = [["stage", "shape", "dtype", "device", *numbers]]
         for row in self.rows:
             values = [f"{value:.3g}" for value in (row.min, row.max, row.mean, row.std)]
             shape = "x".join(map(str, row.shape)) or "scalar"
             counts = [f"{row.zeros:.1%}", str(row.nan), str(row.inf)]
             table.append([row.name, shape, row.dtype, row.device, *values, *counts])
-        return format_table(table, left=len(head))
+        return format_table(table, left=4)
 
 
 def summarise(tensors: Mapping[str, Tensor]) -> Summary:
@@ -193,17 +165,11 @@ def format_table(table: list[list[str]], left: int = 1) -> str:
 
 def to_plain(value: Any) -> Any:
     """Return a value as JSON can hold it: NaN and infinities become None, paths strings."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return to_plain(asdict(value))
-    if isinstance(value, Mapping):
-        return {str(key): to_plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [to_plain(item) for item in value]
-    if hasattr(value, "tolist"):  # tensors, numpy's arrays and scalars
-        return to_plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)
+
+    def others(other: Any) -> Any:  # tensors, numpy's arrays and scalars
+        return other.tolist() if hasattr(other, "tolist") else str(other)
+
+    return to_jsonable_python(value, inf_nan_mode="null", fallback=others)
 
 
 def _values(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from matplotlib.figure import Figure
 from PIL import Image
 
 from diffbuf_lib import figures
@@ -66,7 +67,13 @@ def draw_curve(stages: list[list[dict[str, Any]]], path: Path) -> None:
         loss = figures.smooth([line["loss"] for line in steps], 100)
         series.append((f"{stage} stage", [before + line["step"] for line in steps], loss))
         before += len(steps)
-    figure = figures.curves(series, xlabel="step", ylabel="loss, mean of 100 steps")
+    figure = Figure(figsize=(7.5, 3), dpi=figures.DPI, layout="constrained")
+    axes = figure.subplots()
+    for name, x, y in series:
+        axes.plot(x, y, label=name, linewidth=1.2)
+    axes.set(xlabel="step", ylabel="loss, mean of 100 steps")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
     Image.fromarray(figures.to_pixels(figure)).quantize(64).save(path, optimize=True)
 
 

@@ -15,20 +15,12 @@ from diffbuf_lib.data import DNLMDataset, audio, read_info, riff
 from diffbuf_lib.enhance import FilesFailedError, enhance_file, enhance_path
 from diffbuf_lib.errors import DataError
 from diffbuf_lib.evaluation import evaluate, summary
-from tests.conftest import make_model
+from tests.conftest import make_model, stream
 
 
 @pytest.fixture
 def model(tiny_cfg):
     return make_model(tiny_cfg)
-
-
-@pytest.fixture
-def perfect_model(tiny_cfg, monkeypatch):
-    """A model that gives its input back: what then differs is the file's handling."""
-    model = make_model(tiny_cfg.override("training.loss=data_prediction"))
-    monkeypatch.setattr(model, "denoise", lambda V, Y, t: (Y[..., -4:], Y[..., -4:]))
-    return model
 
 
 def write(path, seconds=0.3, rate=16000, channels=1):
@@ -54,27 +46,12 @@ def test_rate_length_and_timing_are_kept(perfect_model, tmp_path, rate, channels
 @pytest.mark.law
 def test_a_file_is_a_stream_whatever_the_block(model, tmp_path, monkeypatch):
     wave = write(tmp_path / "in.wav")
-    enhancer = OnlineEnhancer(model, seed=4)
-    samples = torch.from_numpy(wave).float()
-    expected = torch.cat([enhancer.push(samples), enhancer.flush()])
+    expected = stream(OnlineEnhancer(model, seed=4), torch.from_numpy(wave).float())
     for seconds in (4.0, 0.0101):
         monkeypatch.setattr(enhance, "BLOCK_SECONDS", seconds)
         enhance_file(model, tmp_path / "in.wav", tmp_path / "out.wav", seed=4)
         out, _ = soundfile.read(tmp_path / "out.wav", dtype="float32")
         torch.testing.assert_close(torch.from_numpy(out), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_folders_keep_their_shape(model, tmp_path):
-    (tmp_path / "in" / "a").mkdir(parents=True)
-    write(tmp_path / "in" / "a" / "x.wav", 0.05)
-    write(tmp_path / "in" / "y.flac", 0.05)
-    written = [out for _, out in enhance_path(model, tmp_path / "in", tmp_path / "out")]
-    assert written == [tmp_path / "out" / "a" / "x.wav", tmp_path / "out" / "y.flac"]
-    with pytest.raises(DataError, match="lies inside the input"):
-        list(enhance_path(model, tmp_path / "in", tmp_path / "in" / "out"))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"no \.wav"):
-        list(enhance_path(model, tmp_path / "empty", tmp_path / "out"))
 
 
 @pytest.mark.law
@@ -119,6 +96,11 @@ def test_a_folder_goes_on_after_bad_files_and_a_rerun_after_what_is_done(model, 
     assert [target for _, target in again] == [out / "a" / "0.wav"]
     assert before == {path: path.stat().st_mtime_ns for path in done}
     assert len(list(enhance_path(model, source, out, overwrite=True))) == 6
+    with pytest.raises(DataError, match="lies inside the input"):
+        list(enhance_path(model, source, source / "out"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no \.wav"):
+        list(enhance_path(model, tmp_path / "empty", out))
 
 
 @pytest.mark.law

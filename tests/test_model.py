@@ -8,6 +8,8 @@ from diffbuf_lib.diffusion.buffer import perturb
 from diffbuf_lib.errors import ConfigError, ShapeError
 from tests.conftest import make_model, seeded
 
+DATA = "training.loss=data_prediction"
+
 
 @pytest.fixture
 def batch():
@@ -65,25 +67,8 @@ def test_data_scale_gives_the_network_inputs_of_unit_size(tiny_cfg, monkeypatch)
 
 
 @pytest.mark.law
-def test_a_cached_stream_scales_its_inputs_as_the_whole_does(tiny_cfg):
-    names = ("name=block_causal", "channel_multipliers=[1, 2]", "data_scale=0.05")
-    cfg = tiny_cfg.override(*(f"model.{n}" for n in names), "diffusion_buffer.num_frames=16")
-    model = make_model(cfg).double().eval()
-    R = torch.randn(20, 1, 32, dtype=torch.complex128, generator=seeded()) * 0.1
-
-    def frames(sampler):
-        generator = seeded(2)
-        state = sampler.start(1, 32, generator, R.dtype)
-        return torch.stack([sampler.step(state, r, generator) for r in R])
-
-    with torch.inference_mode():
-        cached, whole = frames(model.sampler()), frames(model.sampler(cached=False))
-    torch.testing.assert_close(cached, whole, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.law
 def test_own_estimate_makes_v_of_what_the_network_has_put_out(tiny_cfg):
-    cfg = tiny_cfg.override("training.loss=data_prediction", "training.own_estimate=0.5")
+    cfg = tiny_cfg.override(DATA, "training.own_estimate=0.5")
     model = make_model(cfg)
     mix, target = torch.randn(2, 200, 1, 800, generator=seeded()) * 0.1
     trace = model.trace(mix, target, seeded(1))
@@ -103,7 +88,7 @@ def test_own_estimate_makes_v_of_what_the_network_has_put_out(tiny_cfg):
 @pytest.mark.law
 def test_own_estimate_of_a_perfect_network_changes_nothing(tiny_cfg, monkeypatch):
     """Whose first estimate is S: then V is what it is without."""
-    cfg = tiny_cfg.override("training.loss=data_prediction", "training.own_estimate=1")
+    cfg = tiny_cfg.override(DATA, "training.own_estimate=1")
     model = make_model(cfg)
     mix, target = torch.randn(2, 2, 1, 800, generator=seeded()) * 0.1
     S = model.spectral(target[:, 0])
@@ -119,8 +104,7 @@ def test_own_estimate_of_a_perfect_network_changes_nothing(tiny_cfg, monkeypatch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_own_estimate_leaves_every_weight_its_gradient(tiny_cfg, batch, dtype):
     """The call without gradients must not leave its copies of the weights to the one with them."""
-    cfg = tiny_cfg.override("training.loss=data_prediction", "training.own_estimate=1")
-    model = make_model(cfg)
+    model = make_model(tiny_cfg.override(DATA, "training.own_estimate=1"))
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         model(*batch, seeded()).backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
@@ -128,8 +112,7 @@ def test_own_estimate_leaves_every_weight_its_gradient(tiny_cfg, batch, dtype):
 
 @pytest.mark.law
 def test_from_noisy_shows_the_network_nothing_of_the_clean_signal(tiny_cfg):
-    cfg = tiny_cfg.override("training.loss=data_prediction", "training.from_noisy=true")
-    model = make_model(cfg)
+    model = make_model(tiny_cfg.override(DATA, "training.from_noisy=true"))
     mix, *targets = torch.randn(3, 2, 1, 800, generator=seeded()) * 0.1
     one, other = (model.trace(mix, target, seeded(1)) for target in targets)
     assert torch.equal(one.V, other.V)
@@ -139,7 +122,7 @@ def test_from_noisy_shows_the_network_nothing_of_the_clean_signal(tiny_cfg):
 
 @pytest.mark.law
 def test_snr_weight_adds_the_error_in_decibels_of_the_linear_spectrum(tiny_cfg, batch):
-    cfg = tiny_cfg.override("training.loss=data_prediction")
+    cfg = tiny_cfg.override(DATA)
     plain = make_model(cfg).trace(*batch, seeded())
     model = make_model(cfg.override("training.snr_weight=0.5"))
     trace = model.trace(*batch, seeded())
@@ -153,13 +136,8 @@ def test_snr_weight_adds_the_error_in_decibels_of_the_linear_spectrum(tiny_cfg, 
 
 @pytest.mark.law
 def test_a_silent_clip_has_no_error_level(tiny_cfg, batch):
-    model = make_model(
-        tiny_cfg.override(
-            "training.loss=data_prediction", "training.snr_weight=1", "model.x0_output=mask"
-        )
-    )
-    mix, target = batch
-    mix, target = mix.clone(), target.clone()
+    model = make_model(tiny_cfg.override(DATA, "training.snr_weight=1", "model.x0_output=mask"))
+    mix, target = (wave.clone() for wave in batch)
     mix[0] = target[0] = 0  # digital silence: S, Y and x0_hat are 0
     loss = model(mix, target, seeded())
     loss.backward()
@@ -179,7 +157,7 @@ def test_output_scale(tiny_cfg, batch, scale):
 @pytest.mark.law
 def test_a_mask_multiplies_the_noisy_spectrum(tiny_cfg, batch):
     """x0_hat = (1 + M) Y; untrained, where M is 0, the model gives its input back."""
-    cfg = tiny_cfg.override("training.loss=data_prediction")
+    cfg = tiny_cfg.override(DATA)
     plain = make_model(cfg).trace(*batch, seeded())
     masked = make_model(cfg.override("model.x0_output=mask")).trace(*batch, seeded())
     torch.testing.assert_close(masked.x0_hat, (1 + plain.x0_hat) * plain.Y[..., -4:])
@@ -237,9 +215,7 @@ def test_a_future_sample_changes_no_past_output(tiny_cfg, loss, name):
 @pytest.mark.law
 def test_conditioning_is_the_window_of_v(tiny_cfg, monkeypatch):
     """With a network that returns nothing, V's history and Y are one stream of frames."""
-    cfg = tiny_cfg.override("training.loss=data_prediction")
-    model = make_model(cfg)
-    seen = []
+    model, seen = make_model(tiny_cfg.override(DATA)), []
 
     def perfect(V, Y, t):
         seen.append((V.clone(), Y.clone()))
@@ -257,11 +233,9 @@ def test_conditioning_is_the_window_of_v(tiny_cfg, monkeypatch):
 
 
 @pytest.mark.law
-def test_enhance_with_the_true_signal_returns_it(tiny_cfg, monkeypatch):
-    model = make_model(tiny_cfg.override("training.loss=data_prediction"))
-    monkeypatch.setattr(model, "denoise", lambda V, Y, t: (Y[..., -4:], Y[..., -4:]))
+def test_enhance_with_the_true_signal_returns_it(perfect_model):
     mix = torch.randn(2, 1, 1597)
-    torch.testing.assert_close(model.enhance(mix), mix, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(perfect_model.enhance(mix), mix, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.law

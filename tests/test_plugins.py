@@ -17,14 +17,14 @@ from diffbuf_lib import DiffusionBufferModel, OnlineEnhancer, load_config
 from diffbuf_lib.config import Section, build_config
 from diffbuf_lib.diagnostics import examine, has_error
 from diffbuf_lib.diagnostics.capsule import Capsule
+from diffbuf_lib.diffusion.sde import over_frequency
 from diffbuf_lib.errors import ConfigError, NonFiniteError
 from diffbuf_lib.registry import LOSSES, METRICS, NETWORKS, OPTIMIZERS, SDES
 from diffbuf_lib.training import train
-from tests.conftest import TINY, seeded
+from tests.conftest import TINY, seeded, stream
+from tests.training.helpers import Clips
 
 pytestmark = pytest.mark.law
-NAMES = ((NETWORKS, "toy_net"), (SDES, "toy_sde"), (LOSSES, "toy_loss"))
-NAMES += ((OPTIMIZERS, "toy_optimizer"), (METRICS, "toy_metric"))
 
 
 class ToyOptions(Section):
@@ -79,8 +79,7 @@ class ToySDE:
         self.rate = rate
 
     def mean(self, x0, y, t):
-        t = t.unsqueeze(-2) if t.ndim == x0.ndim - 1 and t.ndim else t
-        return x0 + t * (y - x0)
+        return x0 + over_frequency(t, x0) * (y - x0)
 
     def std(self, t):
         return self.rate * t
@@ -92,7 +91,7 @@ class ToySDE:
         return torch.full_like(t, self.rate)
 
     def denoised(self, xt, y, t):
-        t = t.unsqueeze(-2) if t.ndim == xt.ndim - 1 and t.ndim else t
+        t = over_frequency(t, xt)
         return (xt - t * y) / (1 - t)
 
 
@@ -112,36 +111,18 @@ def toy_metric(estimate, target, sample_rate):
     return -20 * math.log10(float((estimate - target).abs().mean()) + 1e-9)
 
 
-class Clips:
-    """Eight clips of noise; one of them can be broken."""
-
-    def __init__(self, broken: int | None = None) -> None:
-        self.broken = broken
-
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, index):
-        target = 0.1 * torch.randn(1, 1600, generator=seeded(index))
-        mix = target + 0.1 * torch.randn(1, 1600, generator=seeded(100 + index))
-        return (mix * math.nan, target) if index == self.broken else (mix, target)
-
-    def name(self, index):
-        return f"clip {index}"
-
-    def set_epoch(self, epoch):
-        pass
+TOYS = (
+    (NETWORKS, "toy_net", ToyNet, ToyOptions, {}),
+    (SDES, "toy_sde", ToySDE, RateOptions, {"t_limit": 1.0}),
+    (LOSSES, "toy_loss", toy_loss, None, {"predicts": "data"}),
+    (OPTIMIZERS, "toy_optimizer", ToyOptimizer, None, {"states": 1}),
+    (METRICS, "toy_metric", toy_metric, None, {"unit": "dB"}),
+)
 
 
 @pytest.fixture
 def cfg():
-    for (choices, name), target, options, facts in zip(
-        NAMES,
-        (ToyNet, ToySDE, toy_loss, ToyOptimizer, toy_metric),
-        (ToyOptions, RateOptions, None, None, None),
-        ({}, {"t_limit": 1.0}, {"predicts": "data"}, {"states": 1}, {"unit": "dB"}),
-        strict=True,
-    ):
+    for choices, name, target, options, facts in TOYS:
         choices.register(name, options=options, **facts)(target)
     yield build_config(
         TINY,
@@ -153,15 +134,17 @@ def cfg():
             "training.metrics=[toy_metric]",
             "training.metric_for_scheduler=toy_metric",
             "training.num_steps=2",
+            "audio.chunk_size=4000",
         ],
     )
-    for choices, name in NAMES:
-        choices.remove(name)
+    for choices, name, *_ in TOYS:
+        del choices[name]
 
 
 def test_they_train_under_the_doctor_and_stream_as_a_whole(cfg, tmp_path):
-    assert not has_error(examine(cfg, Clips(), Clips(), results_path=tmp_path))
-    records = list(train(cfg, Clips(), Clips(), tmp_path / "run", device="cpu"))
+    clips = Clips(8, length=1600)
+    assert not has_error(examine(cfg, clips, clips, results_path=tmp_path))
+    records = list(train(cfg, clips, clips, tmp_path / "run", device="cpu"))
     assert len(records) == 2
     assert math.isfinite(records[-1].valid["toy_metric"])
     model = DiffusionBufferModel.from_pretrained(tmp_path / "run" / "model").eval().double()
@@ -169,18 +152,19 @@ def test_they_train_under_the_doctor_and_stream_as_a_whole(cfg, tmp_path):
     signal = 0.1 * torch.randn(900, generator=seeded(), dtype=torch.float64)
     enhancer = OnlineEnhancer(model, seed=1, delay=2)
     assert enhancer.state.buffer.memory is not None
-    streamed = torch.cat([enhancer.push(signal[:77]), enhancer.push(signal[77:]), enhancer.flush()])
+    streamed = stream(enhancer, signal, [77])
     whole = model.enhance(signal[None, None], seeded(1), delay=2)[0, 0]
     torch.testing.assert_close(streamed, whole, rtol=1e-6, atol=1e-9)
 
 
 def test_a_step_that_fails_is_replayed(cfg, tmp_path):
-    with pytest.raises(NonFiniteError, match="clip 3"):
-        list(train(cfg.override("training.num_steps=4"), Clips(3), None, tmp_path, device="cpu"))
+    cfg, clips = cfg.override("training.num_steps=4"), Clips(8, bad=[3], length=1600)
+    with pytest.raises(NonFiniteError, match="clip_003"):
+        list(train(cfg, clips, None, tmp_path, device="cpu"))
     (folder,) = tmp_path.glob("capsule_*")
     result = Capsule.load(folder).replay()
     assert result.reproduced
-    assert "clip 3" in str(result.finding)
+    assert "clip_003" in str(result.finding)
 
 
 def test_a_plugin_is_imported_by_the_config_that_names_it(tmp_path, monkeypatch):
@@ -194,7 +178,7 @@ def test_a_plugin_is_imported_by_the_config_that_names_it(tmp_path, monkeypatch)
     try:
         assert load_config(tmp_path / "c.yaml").training.loss == "mine"
     finally:
-        LOSSES.remove("mine")
+        del LOSSES["mine"]
     with pytest.raises(ConfigError, match="no_such_plugin"):
         load_config(tmp_path / "c.yaml", ["plugins=[no_such_plugin]"])
     with pytest.raises(ConfigError, match="unknown"):  # a config of a checkpoint imports nothing

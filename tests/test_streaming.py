@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from diffbuf_lib import OnlineEnhancer
 from diffbuf_lib.config import build_config
 from diffbuf_lib.errors import ConfigError, ShapeError
-from tests.conftest import TINY, make_model, seeded
+from tests.conftest import TINY, make_model, seeded, stream
 
 pytestmark = pytest.mark.law
 
@@ -21,29 +21,22 @@ BLOCK_CAUSAL = (
 )
 
 
-def run(enhancer, signal, cuts):
-    pieces, start = [], 0
-    for cut in [*sorted(cuts), signal.shape[-1]]:
-        pieces.append(enhancer.push(signal[..., start:cut]))
-        start = max(start, cut)
-    return torch.cat([*pieces, enhancer.flush()], dim=-1)
-
-
 @settings(max_examples=25, deadline=None)
 @given(
     length=st.integers(1, 700),
     cuts=st.lists(st.integers(0, 700), max_size=6),
     loss=st.sampled_from(["weighted_score", "data_prediction"]),
     n_fft=st.sampled_from([62, 63, 64]),
+    hop=st.sampled_from([32, 13]),
     network=st.sampled_from([(), BLOCK_CAUSAL]),
 )
-def test_any_cut_gives_the_whole(length, cuts, loss, n_fft, network):
-    cfg = build_config(TINY, [f"training.loss={loss}", f"audio.stft.n_fft={n_fft}", *network])
+def test_any_cut_gives_the_whole(length, cuts, loss, n_fft, hop, network):
+    stft = (f"audio.stft.n_fft={n_fft}", f"audio.stft.hop_length={hop}")
     # In float64: compression takes a rounding error of 1e-16 in an empty bin to 1e-8.
-    model = make_model(cfg).double()
+    model = make_model(build_config(TINY, [f"training.loss={loss}", *stft, *network])).double()
     signal = torch.randn(length, generator=seeded(length), dtype=torch.float64) * 0.1
     whole = model.enhance(signal[None, None], seeded(7))[0, 0]
-    streamed = run(OnlineEnhancer(model, seed=7), signal, [min(cut, length) for cut in cuts])
+    streamed = stream(OnlineEnhancer(model, seed=7), signal, [min(cut, length) for cut in cuts])
     assert streamed.shape == signal.shape
     scale = whole.abs().max()
     assert (streamed - whole).abs().max() <= 1e-6 * scale
@@ -54,7 +47,10 @@ def test_float32_at_the_papers_stft(tiny_cfg):
     model, signal = make_model(cfg), torch.randn(9000) * 0.1
     whole = model.enhance(signal[None, None], seeded(2))[0, 0]
     torch.testing.assert_close(
-        run(OnlineEnhancer(model, seed=2), signal, [1, 700, 701, 5000]), whole, rtol=1e-5, atol=1e-5
+        stream(OnlineEnhancer(model, seed=2), signal, [1, 700, 701, 5000]),
+        whole,
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
@@ -76,34 +72,32 @@ def test_the_first_sample_comes_after_exactly_latency_samples(tiny_cfg, n_fft, h
 
 
 @pytest.mark.parametrize("delay", [1, 2, 4])
-def test_delay_is_chosen_when_the_stream_starts(tiny_cfg, monkeypatch, delay):
+def test_delay_is_chosen_when_the_stream_starts(perfect_model, delay):
     """A perfect data prediction gives the signal back, at every delay."""
-    model = make_model(tiny_cfg.override("training.loss=data_prediction"))
-    monkeypatch.setattr(model, "denoise", lambda V, Y, t: (Y[..., -4:], Y[..., -4:]))
-    enhancer = OnlineEnhancer(model, delay=delay)
+    enhancer = OnlineEnhancer(perfect_model, delay=delay)
     assert enhancer.latency_samples == 31 + (delay - 1) * 32
     signal = torch.randn(1000)
-    torch.testing.assert_close(run(enhancer, signal, [333]), signal, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stream(enhancer, signal, [333]), signal, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("network", [(), BLOCK_CAUSAL])
 def test_reset_flush_and_neighbours_leave_no_trace(tiny_cfg, network):
     model = make_model(tiny_cfg.override(*network))
     signal, other = torch.randn(2, 500)
-    fresh = run(OnlineEnhancer(model), signal, [])
+    fresh = stream(OnlineEnhancer(model), signal)
     a, b = OnlineEnhancer(model), OnlineEnhancer(model, seed=1)
     a.push(other)
     a.reset()
     first = [a.push(signal[:250]), b.push(other), a.push(signal[250:]), a.flush()]
     assert torch.equal(torch.cat([first[0], first[2], first[3]]), fresh)
-    assert torch.equal(run(a, signal, []), fresh)  # after flush
+    assert torch.equal(stream(a, signal), fresh)  # after flush
 
 
 @pytest.mark.parametrize("network", [(), BLOCK_CAUSAL])
 def test_streams_side_by_side(tiny_cfg, network):
     model = make_model(tiny_cfg.override(*network))
     signals = torch.randn(3, 400)
-    out = run(OnlineEnhancer(model, batch=3), signals, [100, 101])
+    out = stream(OnlineEnhancer(model, batch=3), signals, [100, 101])
     assert out.shape == signals.shape
     with pytest.raises(ShapeError, match=r"\[3, T\]"):
         OnlineEnhancer(model, batch=3).push(signals[:2])
@@ -123,7 +117,7 @@ def test_streams_side_by_side(tiny_cfg, network):
 def test_push_takes_what_people_have_and_gives_its_kind_back(tiny_cfg, make, kind):
     cfg = tiny_cfg.override("training.loss=data_prediction", "model.x0_output=mask")
     model, signal = make_model(cfg), 0.1 * torch.randn(700, generator=seeded())
-    plain = run(OnlineEnhancer(model), signal, [])
+    plain = stream(OnlineEnhancer(model), signal)
     enhancer, given = OnlineEnhancer(model), make(signal)
     pieces = [enhancer.push(given[..., :300]), enhancer.push(given[..., 300:]), enhancer.flush()]
     assert all(type(p) is type(given) and p.dtype == kind and p.ndim == given.ndim for p in pieces)
@@ -150,10 +144,9 @@ def test_a_bad_sample_counts_as_zero_and_is_counted(tiny_cfg, network, bad):
     zeroed[200:203] = 0
     signal[200:203] = bad
     enhancer = OnlineEnhancer(model)
-    out = [enhancer.push(signal)]
+    out = enhancer.push(signal)
     assert enhancer.state.bad == 3
-    out.append(enhancer.flush())
-    assert torch.equal(torch.cat(out), run(OnlineEnhancer(model), zeroed, []))
+    assert torch.equal(torch.cat([out, enhancer.flush()]), stream(OnlineEnhancer(model), zeroed))
 
 
 def test_after_an_error_a_stream_begins_anew(tiny_cfg, monkeypatch):
@@ -163,7 +156,7 @@ def test_after_an_error_a_stream_begins_anew(tiny_cfg, monkeypatch):
         patched.setattr(enhancer.sampler, "denoise", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             enhancer.push(signal)
-    assert torch.equal(run(enhancer, signal, []), run(OnlineEnhancer(model), signal, []))
+    assert torch.equal(stream(enhancer, signal), stream(OnlineEnhancer(model), signal))
 
 
 @pytest.mark.parametrize("delay", [1, 3, 4])
@@ -210,6 +203,13 @@ def test_cached_is_recomputed(tiny_cfg, loss, dtype, frames, tolerance):
     recomputed = frames_of(model.sampler(cached=False), R)
     cached = frames_of(model.sampler(), R)
     assert (cached - recomputed).abs().max() <= tolerance * recomputed.abs().max()
+
+
+def test_a_cached_stream_scales_its_inputs_as_the_whole_does(tiny_cfg):
+    model = make_model(tiny_cfg.override(*BLOCK_CAUSAL, "model.data_scale=0.05")).double().eval()
+    R = torch.randn(1, 32, 20, dtype=torch.complex128, generator=seeded()) * 0.1
+    cached, whole = frames_of(model.sampler(), R), frames_of(model.sampler(cached=False), R)
+    torch.testing.assert_close(cached, whole, rtol=1e-10, atol=1e-10)
 
 
 def test_cached_is_recomputed_over_the_whole_past(tiny_cfg):
@@ -277,10 +277,10 @@ def test_only_a_network_that_remembers_can_be_made_faster(tiny_cfg):
 def test_a_compiled_stream_is_the_same(tiny_cfg):
     model = make_model(tiny_cfg.override(*BLOCK_CAUSAL))
     signal = torch.randn(3000, generator=seeded(1)) * 0.1
-    plain = run(OnlineEnhancer(model, seed=3), signal, [1000])
+    plain = stream(OnlineEnhancer(model, seed=3), signal, [1000])
     enhancer = OnlineEnhancer(model, seed=3, compiled=True)
-    torch.testing.assert_close(run(enhancer, signal, [7, 500]), plain, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(run(enhancer, signal, []), plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stream(enhancer, signal, [7, 500]), plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stream(enhancer, signal), plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -95,19 +95,15 @@ def read_audio(path: str | Path, start: int = 0, frames: int | None = None) -> t
         known = file.frames
         wanted = frames if frames is not None else 1 if known is None else known - start
         if start < 0 or wanted < 1 or (known is not None and start + wanted > known):
-            raise DataError(
-                f"{path} has {known or 'fewer'} samples, so samples {start} to {start + wanted} "
-                "cannot be read: make the file again, or ask for a part that it has"
-            )
+            outside = f"{start} to {start + wanted} lie outside"
+            raise DataError(f"{path} has {known or 'fewer'} samples: {outside}, ask for others")
         file.skip_to(start)
         to_the_end = frames is None and known is None
         samples = file.read(_ENDLESS if to_the_end else wanted)  # [T, C]
         if len(samples) < wanted or (frames is None and file.is_cut):
             promised = wanted if frames is not None else (file.promised or wanted) - start
-            raise DataError(
-                f"{path} is cut short: {len(samples)} of {promised} samples from sample {start} "
-                "could be decoded: fetch or make it again"
-            )
+            there = f"{len(samples)} of {promised} samples from {start} on can be decoded"
+            raise DataError(f"{path} is cut short: {there}: fetch or make it again")
         return torch.from_numpy(np.ascontiguousarray(samples.T)), file.sample_rate
 
 
@@ -151,10 +147,7 @@ def _to_pcm(path: Path, samples: npt.NDArray[np.float64], subtype: str) -> npt.N
         raise DataError(f"{path}: subtype {subtype!r} is none of {', '.join([*_PCM, 'FLOAT'])}")
     peak = float(np.abs(samples).max())
     if peak > 1:
-        raise DataError(
-            f"{path}: the wave's peak {peak:.4g} is beyond full scale 1 and would be clipped: "
-            "scale it down, or write it with subtype FLOAT"
-        )
+        raise DataError(f"{path}: peak {peak:.4g} is above full scale 1: scale it, or write FLOAT")
     dtype, bits = _PCM[subtype]
     steps = np.minimum(np.round(samples * 2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1).astype(dtype)
     return steps << (8 * steps.itemsize - bits)
@@ -274,9 +267,8 @@ def check_rate(info: AudioInfo, expected: int) -> None:
     """Raise DataError for a file whose rate is not `expected`, Hz: nothing is resampled unasked."""
     if info.sample_rate != expected:
         raise DataError(
-            f"{info.path} has a sample rate of {info.sample_rate} Hz but audio.sample_rate is "
-            f"{expected}: copy the data with `diffbuf data resample IN OUT --rate {expected}`, or "
-            f"set audio.sample_rate={info.sample_rate}"
+            f"{info.path} has {info.sample_rate} Hz, not audio.sample_rate = {expected}: copy the "
+            f"data with `diffbuf data resample IN OUT --rate {expected}`, or change that key"
         )
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, permutations
@@ -267,8 +268,9 @@ def run_parallel(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the workers: the last bit of a sum depends on it
     try:
-        for _ in tqdm(parallel(function, items, processes), total=len(items), **bar):
-            pass
+        with naming_deaths():
+            for _ in tqdm(parallel(function, items, processes), total=len(items), **bar):
+                pass
     finally:
         torch.set_num_threads(threads)
 
@@ -279,13 +281,8 @@ def parallel(
     processes: int,
     context: str | None = None,  # how processes are started; None for the system's way
 ) -> Iterator[_Result]:
-    """Yield `function(item)` of every item in turn; from two processes on, of worker processes.
-
-    Raises:
-        DiffbufError: that of `function`; DataError if a worker was killed.
-    """
-    processes = min(processes, len(items))
-    workers = processes if processes > 1 else 0  # 0 is this process
+    """Yield `function(item)` of every item in turn; from two processes on, of worker processes."""
+    workers = min(processes, len(items)) if min(processes, len(items)) > 1 else 0  # 0: this one
     # A DataLoader's workers compute with one thread, and end when this process does.
     loader: DataLoader[Any] = DataLoader(
         items,  # type: ignore[arg-type]  # any sequence will do
@@ -294,18 +291,10 @@ def parallel(
         collate_fn=partial(_attempt, function),
         multiprocessing_context=context if workers else None,
     )
-    try:
-        for result in loader:
-            if isinstance(result, DiffbufError):
-                raise result
-            yield result
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        raise DataError(
-            f"a worker process was killed ({str(error).splitlines()[0]}), most likely for lack of "
-            "memory: go on with the same command and fewer --processes; what is finished is kept"
-        ) from error
+    for result in loader:
+        if isinstance(result, DiffbufError):
+            raise result
+        yield result
 
 
 def _attempt(function: Callable[[_Item], _Result], item: _Item) -> _Result | DiffbufError:
@@ -314,6 +303,20 @@ def _attempt(function: Callable[[_Item], _Result], item: _Item) -> _Result | Dif
         return function(item)
     except DiffbufError as error:
         return error
+
+
+@contextmanager
+def naming_deaths() -> Iterator[None]:
+    """Make a DataError of what torch raises, wherever this process is, when a worker was killed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise DataError(
+            f"a worker process was killed ({str(error).splitlines()[0]}), most likely for lack of "
+            "memory: go on with the same command and fewer --processes; what is finished is kept"
+        ) from error
 
 
 def download_librispeech(out_dir: str | Path, subset: str = "train-clean-100") -> Path:
@@ -354,7 +357,7 @@ def _plan(speech_dir: Path, noise_dir: Path, out_dir: Path, recipe: Recipe) -> l
     frames = [round(length * recipe.sample_rate) for length in seconds]
     fraction = (recipe.valid + recipe.test) / sum(counts.values())
     longest = max(frames[1] if recipe.valid else 0, frames[2] if recipe.test else 0)
-    sources = {
+    sources: dict[Path, list[list[Any]]] = {
         speech_dir: _split_speech(speech_dir, fraction, recipe),
         noise_dir: _split_noise(noise_dir, fraction, recipe, (frames[0], longest)),
     }

@@ -50,7 +50,7 @@ def open_dataset(
 
 def find_layout(root: Path) -> Any | None:
     """Return the dataset_type that fits a folder; None if none does."""
-    return next((entry.name for entry in LAYOUTS if entry.load().fits(root)), None)
+    return next((entry.name for entry in LAYOUTS.values() if entry.load().fits(root)), None)
 
 
 def collate(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -115,10 +115,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
 
     def _open(self) -> Sequence[tuple[Path, ...]]:
         if not self.root.is_dir():
-            raise DataError(
-                f"dataset folder {self.root} does not exist: check the path, or make it with "
-                "`diffbuf data demo` or `diffbuf data build`"
-            )
+            raise DataError(f"dataset folder {self.root} does not exist: see `diffbuf data --help`")
         if not self.fits(self.root) or not (items := self._find()):
             raise self._nothing_found()
         return items
@@ -171,30 +168,25 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
 
     def check_pair(self, mix: AudioInfo, target: AudioInfo) -> int:
         """Check that two files belong together, and return their length in samples."""
-        may_trim = self._may_trim(mix, target)
+        difference = abs(mix.frames - target.frames)  # encoders add or drop a few samples
         for what, ours, theirs, fix in (
             ("Hz", mix.sample_rate, target.sample_rate, "resample one of them"),
             ("channels", mix.channels, target.channels, "bring both to one number of channels"),
             ("samples", mix.frames, target.frames, "cut them alike, or raise data.pair_tolerance"),
         ):
-            if ours != theirs and not (what == "samples" and may_trim):
+            if ours != theirs and (what != "samples" or difference > self.pair_tolerance):
                 raise DataError(
                     f"{mix.path} has {ours} {what} but {target.path} has {theirs}: {fix}"
                 )
         check_rate(mix, self.sample_rate)
-        return min(mix.frames, target.frames)
-
-    def _may_trim(self, mix: AudioInfo, target: AudioInfo) -> bool:
-        """Return whether two lengths are almost equal, as encoders leave them; say so once."""
-        difference = abs(mix.frames - target.frames)
-        if 0 < difference <= self.pair_tolerance and not self._trimmed:
+        if difference and not self._trimmed:
             self._trimmed = True
             warnings.warn(
                 f"{mix.path} has {mix.frames} samples and {target.path} {target.frames}: such "
                 f"pairs are trimmed to the shorter (data.pair_tolerance is {self.pair_tolerance})",
                 stacklevel=2,
             )
-        return difference <= self.pair_tolerance
+        return min(mix.frames, target.frames)
 
     def _nothing_found(self) -> DataError:
         """Explain why a folder does not fit this layout, and what would."""
@@ -209,7 +201,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         return DataError(f"{here}: check the path, or make the data with `diffbuf data build`")
 
 
-@LAYOUTS.register(1, pairs=True)
+@LAYOUTS.register(1)
 class DNLMDataset(ClipDataset):
     """One split of DN-LM: `sample_*/mixture.wav` is the mix, `sample_*/vocals.wav` the target."""
 
@@ -238,7 +230,7 @@ def _text(path: Path) -> str:
     return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
 
-@LAYOUTS.register(2, pairs=True)
+@LAYOUTS.register(2)
 class PairedFolderDataset(ClipDataset):
     """`noisy/NAME` is the mix and `clean/NAME` the target, at any depth, for every NAME."""
 
@@ -250,10 +242,8 @@ class PairedFolderDataset(ClipDataset):
         for ours, theirs, missing in ((clean, noisy, "noisy"), (noisy, clean, "clean")):
             if alone := sorted(set(ours) - set(theirs)):
                 more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
-                raise DataError(
-                    f"{self.root / missing} lacks {', '.join(alone[:3])}{more}: clean/ and noisy/ "
-                    "must hold files of equal names, so add or remove them"
-                )
+                names = ", ".join(alone[:3]) + more
+                raise DataError(f"{self.root / missing} lacks {names}: add or remove files")
         return [(noisy[name], clean[name]) for name in sorted(clean)]
 
 
@@ -307,10 +297,12 @@ class MixingDataset(ClipDataset):
         for folder in (self.root / name for name in names):
             found[folder.name] = list_audio(folder) if folder.is_dir() else []
             if not found[folder.name]:
-                raise DataError(
-                    f"{folder} holds no .wav or .flac file: add some (rooms: or set "
-                    "data.room_probability=0)"
+                fix = (
+                    "add some, or set data.room_probability=0"
+                    if folder.name == "rooms"
+                    else "add some"
                 )
+                raise DataError(f"{folder} holds no .wav or .flac file: {fix}")
         self.noise_files, self.room_files = found["noise"], found["rooms"]
         return [(path,) for path in found["speech"]]
 
@@ -324,10 +316,8 @@ class MixingDataset(ClipDataset):
         speech = self._augment(audio.resample(speech, length, self.chunk_size), rng)
         noise, _ = self._excerpt(noise_file, self.chunk_size, rng, is_speech=False)
         if len(speech) != len(noise):
-            raise DataError(
-                f"{speech_file} has {len(speech)} channels but {noise_file} has {len(noise)}: "
-                "bring both to one number of channels"
-            )
+            counts = f"{speech_file} has {len(speech)} channels but {noise_file} has {len(noise)}"
+            raise DataError(f"{counts}: bring both to one number")
         mixture = mix_pair(speech, noise, snr_db, distance)
         # Zeros come last, so that the SNR is that of the whole chunk however short the rest is.
         mix, target = (pad(wave, (zeros, 0))[:, : self.chunk_size] for wave in mixture[:2])

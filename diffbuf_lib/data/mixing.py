@@ -43,15 +43,11 @@ def mix_pair(
     input SNR is `snr_db`; then, if anything exceeds full scale, all three take one factor. The SNR
     is set last, so `noise_distance` cannot be heard: it is here because the recipe names it.
 
-    Raises:
-        DataError: shapes differ, speech or noise is silent (take another excerpt), or a distance
-            is not positive.
+    DataError if shapes differ, one is silent (take another excerpt), or a distance is not positive.
     """
     if speech.shape != noise.shape:
-        raise DataError(
-            f"speech {tuple(speech.shape)} and noise {tuple(noise.shape)} differ in shape "
-            "[channels, time]: cut them to one length and one number of channels"
-        )
+        shapes = f"{tuple(speech.shape)} and noise {tuple(noise.shape)}"
+        raise DataError(f"speech {shapes} differ in shape: cut them to one")
     target = attenuate(peak_normalize(speech, "speech"), speech_distance)
     noise = attenuate(peak_normalize(noise, "noise"), noise_distance)
     noise = scale_to_snr(target, noise, snr_db)
@@ -67,10 +63,7 @@ def mix_pair(
 def peak_normalize(wave: Tensor, what: str = "wave") -> Tensor:
     """Scale a wave [C, T] so that its largest magnitude is 1; `what` names it if it is silent."""
     if is_silent(wave):
-        raise DataError(
-            f"the {what} is silent (peak below {SILENCE_PEAK:g} of full scale), so no SNR can be "
-            "set: take another excerpt, or remove the file"
-        )
+        raise DataError(f"the {what} is silent, so no SNR can be set: take another excerpt or file")
     return wave / wave.abs().max()
 
 

@@ -190,10 +190,8 @@ class AudioReader:
         bad = ~np.isfinite(block)
         if number := int(np.count_nonzero(bad)):
             if not self.repair:
-                raise DataError(
-                    f"{self.path} holds {number} NaN or Inf samples: make the file again, or take "
-                    "them as zeros with --repair of diffbuf enhance"
-                )
+                fix = "make it again, or take them as zeros with --repair of diffbuf enhance"
+                raise DataError(f"{self.path} holds {number} NaN or Inf samples: {fix}")
             self.repaired += number
             block[bad] = 0
         return block

@@ -50,9 +50,7 @@ def read_wav_header(stream: BinaryIO) -> WavHeader:
     tag, channels, rate, frame_bytes, bits = found
     subtype = SUBTYPES.get((tag, bits))
     if subtype is None or channels < 1 or frame_bytes != channels * bits // 8:
-        raise DataError(
-            f"a WAV of codec {tag:#06x} with {bits} bits is not read from a pipe: send 16-bit PCM"
-        )
+        raise DataError(f"a WAV of codec {tag:#06x} with {bits} bits is no PCM: send 16-bit PCM")
     known = long_size or (size if size < SIZE_UNKNOWN else 0)
     return WavHeader(subtype, rate, channels, frame_bytes, known or None)
 

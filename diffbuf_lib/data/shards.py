@@ -88,12 +88,12 @@ def pack_folder(
     splits = [source / name for name in ("train", "valid", "test") if find_layout(source / name)]
     for folder in [source] if find_layout(source) else splits or [source]:
         layout = find_layout(folder)
-        if layout is None or not LAYOUTS[layout].facts.get("pairs"):
+        dataset: ClipDataset | None = LAYOUTS[layout].load()(folder) if layout else None
+        if dataset is None or len(dataset.items[0]) != 2:
             raise DataError(
                 f"{folder} holds no pairs of mix and target files to pack: check the path, or make "
                 "them of speech/ and noise/ with `diffbuf data build`"
             )
-        dataset: ClipDataset = LAYOUTS[layout].load()(folder)
         dataset.sample_rate = audio.read_info(dataset.items[0][0]).sample_rate
         out = out_path if folder == source else out_path / folder.name
         names = [dataset.label(i) for i in range(len(dataset))]

@@ -88,7 +88,7 @@ def examine_paths(
         cfg = load_config(config_path, overrides)
     except ConfigError as error:
         return [from_error(error, "config", "nothing can be run with this config")]
-    sets: dict[str, Any] = {}
+    sets: dict[str, Any] = {"data": None, "valid": None}
     findings: list[Finding] = []
     for name, path in (("data", data_path), ("valid", valid_path)):
         try:
@@ -97,10 +97,9 @@ def examine_paths(
         except DataError as error:
             why = "training cannot start without its data"
             findings.append(from_error(error, f"{name}.open", why))
-    found = examine(
-        cfg, sets.get("data"), sets.get("valid"), device=device, results_path=results_path
+    return worst_first(
+        [*findings, *examine(cfg, *sets.values(), device=device, results_path=results_path)]
     )
-    return worst_first([*findings, *found])
 
 
 def _first_clip(dataset: Any) -> tuple[Tensor, Tensor] | None:

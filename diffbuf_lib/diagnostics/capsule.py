@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffbuf_lib.config import Config, build_config
 from diffbuf_lib.diagnostics.watch import ModuleWatch, watch_modules
-from diffbuf_lib.errors import CheckpointError, ConfigError
+from diffbuf_lib.errors import CheckpointError
 from diffbuf_lib.model import DiffusionBufferModel, resolve_device
 from diffbuf_lib.trace import Draws, StageSummary, Summary, summarise
 from diffbuf_lib.training.failure import FORMAT, BadValue, bad_files, bad_stages, bad_tensors
@@ -26,10 +26,9 @@ from diffbuf_lib.training.feed import Stream, seed_everything
 from diffbuf_lib.training.folder import apply_weights, load_tensors
 from diffbuf_lib.training.optimizer import make_optimizer
 from diffbuf_lib.training.signals import isolated
-from diffbuf_lib.training.step import gradient_norm
+from diffbuf_lib.training.step import DTYPES, gradient_norm
 
 _BEFORE = ("mix", "target", "Y", "S", "t", "sigma", "z", "V")  # stages before the network
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _ADVICE = {
     "file": "take the file out of the data, or make it again",
     "sigma": "raise diffusion_buffer.t_eps, or bring sde.diffusion closer to its defaults",
@@ -45,41 +44,29 @@ class Capsule:
     """A failed step; `load` reads one."""
 
     path: Path
-    record: Any  # what capsule.json holds, by attribute: step, epoch, files, error and so on
     cfg: Config  # of the run
+    record: Any  # what capsule.json shows, by attribute: step, epoch, files, error and so on
     batches: list[dict[str, Any]]  # mix, target and draws of every round
     state: dict[str, Any]  # model, ema, optimizer, scheduler and scaler, as in a checkpoint
     losses: list[float] | None  # of the rounds; None if the step raised an exception
-    grad_norm: float | None  # of the step; None as for losses
+    grad_norm: float  # of the step; NaN if there was none
 
     @classmethod
     def load(cls, path: str | Path) -> Capsule:
         """Read a capsule folder.
 
         Raises:
-            CheckpointError: no capsule, or a damaged one.
+            CheckpointError: no capsule, a damaged one, or one of another format.
             ConfigError: its config is not one of this library.
         """
         path = Path(path)
-        file = path / "capsule.json"
-        if not file.is_file():
-            raise CheckpointError(
-                f"{path} is not a capsule (it holds no capsule.json): give a capsule_<step> folder "
-                "of a results folder"
-            )
         content = load_tensors(path / "capsule.pt", "capsule")
-        try:
-            record = SimpleNamespace(**json.loads(file.read_text("utf-8")))
-            if record.format != FORMAT:
-                raise ValueError(f"it has format {record.format}, this library reads {FORMAT}")
-            cfg = build_config(record.config, source=f"the config of capsule {path}")
-            return cls(path, record, cfg, **content)
-        except ConfigError:
-            raise
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(
-                f"{file} cannot be read ({type(error).__name__}: {error}): copy the folder again"
-            ) from error
+        record = content.pop("record", {}) if isinstance(content, dict) else {}
+        if (found := record.get("format")) != FORMAT:
+            fix = "replay it with the diffbuf that wrote it"
+            raise CheckpointError(f"capsule {path} has format {found}, not {FORMAT}: {fix}")
+        cfg = build_config(record["config"], source=f"the config of capsule {path}")
+        return cls(path, cfg, SimpleNamespace(**record), **content)
 
     def replay(self, device: str = "cpu", *, model: nn.Module | None = None) -> Replay:
         """Make the failed step again, up to the first bad value.
@@ -103,37 +90,31 @@ class Capsule:
                 if again.finding is not None and precision != "no":
                     plain = Replay(self, model, where)
                     plain.make_step("no")
-                    again.advice = "in float32 the same batch is not finite either"
-                    if plain.finding is None:
-                        again.advice = (
-                            f"in float32 the same batch is finite (loss {plain.losses[0]:.4g}): "
-                            "set training.use_amp=false or training.amp_dtype=bf16"
-                        )
+                    again.advice = (
+                        "in float32 the same batch is not finite either"
+                        if plain.finding is not None
+                        else f"in float32 the same batch is finite (loss {plain.losses[0]:.4g}): "
+                        "set training.use_amp=false or training.amp_dtype=bf16"
+                    )
                 return again
         finally:
             torch.set_num_threads(threads)
 
 
+@dataclass
 class Replay:
-    """A step of a capsule made again, under watch; prints as a table.
+    """A step of a capsule made again, under watch; prints as a table."""
 
-    Attributes:
-        finding: the first bad value; None: nothing failed.
-        visits: a row for every stage and module output of a round, up to the first bad one.
-        losses: one a round, as far as the step got.
-        grad_norm: NaN where there was none.
-        error: what the step raised this time.
-        advice: what to change.
-    """
-
-    def __init__(self, capsule: Capsule, model: nn.Module, device: torch.device) -> None:
-        self.capsule, self.model, self.device = capsule, model, device
-        self.finding: BadValue | None = None
-        self.visits: list[StageSummary] = []
-        self.losses: list[float] = []
-        self.grad_norm = math.nan
-        self.error: Exception | None = None
-        self.advice = ""
+    capsule: Capsule
+    model: nn.Module
+    device: torch.device
+    finding: BadValue | None = None  # the first bad value; None: nothing failed
+    # A row for every stage and module output of a round, up to the first bad one.
+    visits: list[StageSummary] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # one a round, as far as the step got
+    grad_norm: float = math.nan
+    error: Exception | None = None  # what the step raised this time
+    advice: str = ""  # what to change
 
     @property
     def reproduced(self) -> bool:
@@ -142,17 +123,13 @@ class Replay:
         if record.cause == "error" or self.error is not None:
             return type(self.error).__name__ == record.error["type"]
         loss_is_bad = not all(map(math.isfinite, self.losses))
-        if record.cause == "loss":
-            return loss_is_bad
-        return not loss_is_bad and self.finding is not None
+        return self.finding is not None and loss_is_bad == (record.cause == "loss")
 
     @property
     def same_numbers(self) -> bool:
         """Whether losses and gradient norm, too, are those of the failed step to the bit."""
         capsule, now = self.capsule, list(self.losses)
-        if capsule.losses is None or capsule.grad_norm is None:
-            return self.reproduced
-        then = capsule.losses[: len(now)]
+        then = (capsule.losses or now)[: len(now)]  # none, if the step raised an exception
         if capsule.record.cause == "gradient" and capsule.record.processes == 1:
             then, now = [*then, capsule.grad_norm], [*now, self.grad_norm]
         return self.reproduced and [x.hex() for x in then] == [x.hex() for x in now]
@@ -173,10 +150,6 @@ class Replay:
 
     def make_step(self, precision: str, scale: float = 1.0) -> None:
         """Walk the rounds up to a bad value, and if there is none update the weights."""
-        self._walk(precision, scale)
-        self.advice = "" if self.finding is None else _ADVICE.get(self.finding.kind, "")
-
-    def _walk(self, precision: str, scale: float) -> None:
         record, seed = self.capsule.record, self.capsule.cfg.training.seed
         self.model.train()
         self.model.zero_grad()
@@ -184,29 +157,26 @@ class Replay:
         for round_ in range(len(self.capsule.batches)):
             self._make_round(round_, precision, scale)
             if self.error is not None or (self.finding and self.finding.kind != "gradient"):
-                return
-        for parameter in self.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad /= scale
-        self.grad_norm = gradient_norm(self.model).item()
-        if not math.isfinite(self.grad_norm) and self.finding is None:
-            detail = "finite everywhere, but their norm overflows"
-            self.finding = BadValue("gradient", "norm", detail)
-        if self.finding is None:
-            self._update()
+                break
+        else:
+            self._update(scale)
+        self.advice = "" if self.finding is None else _ADVICE.get(self.finding.kind, "")
 
     def _make_round(self, round_: int, precision: str, scale: float) -> None:
         batch, rounds = self.capsule.batches[round_], len(self.capsule.batches)
         mix, target = batch["mix"].to(self.device), batch["target"].to(self.device)
-        draws = Draws(**batch["draws"]).to(self.device)
-        dtype = _DTYPES.get(precision)
-        autocast = torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
-        with autocast:
-            stages = self._stages(mix, target, draws)
-        with watch_modules(self.model, gradients=True) as watch:
+        draws, model = Draws(**batch["draws"]).to(self.device), self.model
+        autocast = torch.autocast(
+            self.device.type, DTYPES.get(precision), enabled=precision in DTYPES
+        )
+        stages: dict[str, Tensor] = {}  # none if the trace fails: so will the step itself
+        fork = torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+        with suppress(Exception), torch.no_grad(), fork, autocast:
+            stages = model.trace(mix, target, draws=draws).stages()  # type: ignore[operator]
+        with watch_modules(model, gradients=True) as watch:
             try:
                 with autocast:
-                    loss = self.model(mix, target, draws=draws)
+                    loss = model(mix, target, draws=draws)
                 self.losses.append(float(loss.detach().float()))
                 (loss / rounds * scale).backward()
             except Exception as error:
@@ -221,15 +191,6 @@ class Replay:
                 self.visits = self.visits[: i + 1]
                 break
         self.finding = self.finding or found
-
-    def _stages(self, mix: Tensor, target: Tensor, draws: Draws) -> dict[str, Tensor]:
-        """Return the stages of the trace; none if it fails, as the step itself will then too."""
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            try:
-                return self.model.trace(mix, target, draws=draws).stages()  # type: ignore[operator]
-            except Exception:
-                return {}
 
     def _bad_values(
         self, before: dict[str, Tensor], watch: ModuleWatch, after: dict[str, Tensor], round_: int
@@ -253,16 +214,26 @@ class Replay:
                 detail = f"{bad} NaN or Inf, the first from the loss backwards"
                 yield BadValue("gradient", name, detail, round_)
 
-    def _update(self) -> None:
-        training = self.capsule.cfg.training
+    def _update(self, scale: float) -> None:
+        """Measure the whole gradient, and if it is finite make the optimizer's step."""
+        training, parameters = self.capsule.cfg.training, list(self.model.parameters())
+        for p in parameters:
+            if p.grad is not None:
+                p.grad /= scale
+        self.grad_norm = gradient_norm(self.model).item()
+        if self.finding is not None:
+            return
+        if not math.isfinite(self.grad_norm):
+            detail = "finite everywhere, but their norm overflows"
+            self.finding = BadValue("gradient", "norm", detail)
+            return
         try:
             optimizer = make_optimizer(training, self.model)
             optimizer.load_state_dict(self.capsule.state["optimizer"])
             if training.grad_clip is not None:
-                torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.grad_clip)
+                torch.nn.utils.clip_grad_norm_(parameters, training.grad_clip)
             optimizer.step()
+            self.finding = next(bad_tensors("weight", self.model.state_dict().items()), None)
         except Exception as error:
             self.error = error
             self.finding = BadValue("error", "the update", f"{type(error).__name__}: {error}")
-            return
-        self.finding = next(bad_tensors("weight", self.model.state_dict().items()), None)

@@ -28,6 +28,7 @@ from diffbuf_lib.diagnostics.findings import Finding, Severity, from_error, judg
 from diffbuf_lib.diffusion.sde import make_sde
 from diffbuf_lib.diffusion.spectral import Spectral
 from diffbuf_lib.errors import DataError
+from diffbuf_lib.training.feed import clip_error
 
 _FULL_SCALE = 0.999  # samples from here on count as clipped
 _LONGEST = 30  # seconds of a file that are read
@@ -82,18 +83,15 @@ def audit(dataset: Any, limit: int = 64, seconds: float = 2.0) -> Audit:
     facts, deadline = Audit(len(dataset), [], {}), time.monotonic() + seconds
     count = min(facts.size, limit)
     # Every eighth comes first, so that a sample cut short still spans the set.
-    for i in (i for start in range(8) for i in range(start, count, 8)):
+    for i in sorted(range(count), key=lambda i: i % 8):
         if (facts.clips or facts.broken) and time.monotonic() > deadline:
             break
         index = i * facts.size // count
         name = dataset.name(index) if hasattr(dataset, "name") else f"clip {index}"
         try:
             facts.clips.append(_read_clip(dataset, index, name))
-        except DataError as error:
-            facts.broken[name] = error
         except Exception as error:
-            reason = " ".join(str(error).split())
-            facts.broken[name] = DataError(f"{name}: {type(error).__name__}: {reason}")
+            facts.broken[name] = clip_error(name, error)
     return facts
 
 
@@ -137,23 +135,20 @@ def measure(wave: Tensor) -> WaveFacts:
     return WaveFacts(peak, rms, dc, offset, clipped, int((~wave.isfinite()).sum()), silent)
 
 
-def shared_targets(first: Any, second: Any, seconds: float = 2.0) -> list[tuple[str, str]]:
+def shared_targets(first: Any, second: Any) -> list[tuple[str, str]]:
     """Return the pairs of clips, one of each set, whose target files hold the same bytes.
 
-    Only of `ClipDataset`s anything is known; what takes longer than `seconds` is left out.
+    Only of `ClipDataset`s anything is known; after two seconds no further file is compared.
     """
-
-    def targets(dataset: Any) -> list[Path]:
-        items = dataset.items if isinstance(dataset, ClipDataset) else ()
-        return [files[-1] for files in items if files]
-
+    sets = (each.items if isinstance(each, ClipDataset) else () for each in (first, second))
+    targets, others = ([files[-1] for files in items if files] for items in sets)
     heads: dict[Any, list[Path]] = defaultdict(list)
-    for path in targets(second):
+    for path in others:
         heads[_head(path)].append(path)
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + 2
     return [
         (str(path), str(other))
-        for path in takewhile(lambda _: time.monotonic() < deadline, targets(first))
+        for path in takewhile(lambda _: time.monotonic() < deadline, targets)
         for other in heads.get(_head(path), ())
         if filecmp.cmp(path, other, shallow=False)
     ]
@@ -185,16 +180,14 @@ def check_data(cfg: Config, dataset: Any, valid_set: Any = None) -> Iterator[Fin
         check = "data.snr/mixing" if isinstance(dataset, MixingDataset) else "data.snr"
         yield judge(check, value, _SNR, bad=not _SNR[0] <= value["median"] <= _SNR[1])
     yield from _check_level(cfg, facts.clips)
-    if valid_set is None:
-        return
-    if not len(valid_set):
+    if valid_set is not None and not len(valid_set):
         yield judge("valid.size", 0, 1, bad=True)
-        return
-    yield from _check_set(cfg, audit(valid_set, limit=24, seconds=1.0), "valid")
-    pairs = shared_targets(dataset, valid_set)
-    both = len({other for _, other in pairs})
-    names = f": {pairs[0][1]} = {pairs[0][0]}" if pairs else ""
-    yield judge("valid.duplicates", both, 0, bad=both > 0, count=len(valid_set), names=names)
+    elif valid_set is not None:
+        yield from _check_set(cfg, audit(valid_set, limit=24, seconds=1.0), "valid")
+        pairs = shared_targets(dataset, valid_set)
+        both = len({other for _, other in pairs})
+        names = f": {pairs[0][1]} = {pairs[0][0]}" if pairs else ""
+        yield judge("valid.duplicates", both, 0, both > 0, count=len(valid_set), names=names)
 
 
 # Check, a number of a clip (None where it does not apply), its limit, and the share of clips above
@@ -275,7 +268,6 @@ def _check_level(cfg: Config, clips: Sequence[ClipFacts]) -> Iterator[Finding]:
     sounding = (power > 0).sum(dim=1).clamp_min(1)  # [N]: frames of zero padding do not count
     level = median((power.sum(dim=1) / sounding).sqrt().tolist())
     ratio = level / sigma
-    low, high = _LEVEL
     beta = float(f"{compression.beta * _GOOD_LEVEL / ratio:.2g}")
-    bad = not low <= ratio < high
+    bad = not _LEVEL[0] <= ratio < _LEVEL[1]
     yield judge("data.level", ratio, _LEVEL, bad=bad, level=level, sigma=sigma, beta=beta)

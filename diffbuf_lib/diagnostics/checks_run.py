@@ -16,20 +16,15 @@ import torch
 from torch import Tensor
 
 from diffbuf_lib.config import Config
+from diffbuf_lib.data.reader import reason
 from diffbuf_lib.diagnostics.findings import Finding, Severity, judge
 from diffbuf_lib.diagnostics.watch import watch_modules
 from diffbuf_lib.diffusion.sde import make_sde
 from diffbuf_lib.errors import DiffbufError
 from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.training.memory import (
-    MemoryEstimate,
-    SavedBytes,
-    estimate_step,
-    free_memory,
-    is_out_of_memory,
-    saved_bytes,
-)
+from diffbuf_lib.training import memory
 from diffbuf_lib.training.signals import isolated
+from diffbuf_lib.training.step import DTYPES, precision_on
 
 AUTHORS_SIGMA = 0.212  # the largest sigma of the authors' code, theta 0.08, k 2.6, t up to 1
 FP16_MAX, FP32_MAX = 65504.0, 3.4e38
@@ -39,7 +34,6 @@ _LITTLE_DISK = 2  # GiB: checkpoints, logs and a model of a large run
 _SCALES = (2.0**16, 2.0**8, 1.0)  # of the float16 loss: a scaler starts at the first
 _SLOW = 1.0  # seconds of a pass on one clip from which on there are fewer of them
 _LARGE = 8 * 96 * 63  # channels times frames from which on memory is estimated before it is taken
-_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_frames(cfg: Config) -> Iterator[Finding]:
@@ -50,10 +44,9 @@ def check_frames(cfg: Config) -> Iterator[Finding]:
     facts: dict[str, Any] = {"seconds": samples / rate, "bins": stft.n_fft // 2 + 1}
     yield judge("frames.count", frames, cfg=cfg, formula=formula, **facts)
     needed = (K - 1) * stft.hop_length + (0 if stft.center else stft.n_fft)
-    short = frames < K
-    yield judge("frames.window", K, frames, bad=short, needed=needed, seconds=needed / rate)
-    half = max(1, frames // 2)
-    yield judge("frames.buffer", Kb, half, bad=Kb > frames / 2, cfg=cfg)
+    facts = {"needed": needed, "seconds": needed / rate}
+    yield judge("frames.window", K, frames, bad=frames < K, **facts)
+    yield judge("frames.buffer", Kb, max(1, frames // 2), bad=Kb > frames / 2, cfg=cfg)
     hop_ms, window_ms = (1000 * length / rate for length in (stft.hop_length, stft.n_fft))
     buffer_ms = (Kb - 1) * hop_ms
     facts = {"buffer_ms": buffer_ms, "hops": Kb - 1, "hop_ms": hop_ms, "window_ms": window_ms}
@@ -69,8 +62,7 @@ def check_schedule(cfg: Config) -> Iterator[Finding]:
     yield _score_target(cfg, 1 / low if low > 0 else math.inf)
     if cfg.sde.type == "bbed":
         # The paper prints c = 0.08, its authors' code runs theta = c^2 = 0.08: 3.5 times the noise.
-        bridge = torch.linspace(0, 1, 1001, dtype=torch.float64)[1:-1]
-        high = float(sde.std(bridge).max())
+        high = float(sde.std(torch.linspace(0, 1, 1001, dtype=torch.float64)[1:-1]).max())
         ratio = high / AUTHORS_SIGMA
         far = not 1 / _FAR <= ratio <= _FAR
         yield judge("schedule.c_theta", high, AUTHORS_SIGMA, bad=far, ratio=ratio)
@@ -80,11 +72,10 @@ def check_schedule(cfg: Config) -> Iterator[Finding]:
 
 def _score_target(cfg: Config, largest: float) -> Finding:
     """Compare the largest score target, 1 / sigma, with what number formats can hold."""
-    training = cfg.training
-    limit = FP32_MAX**0.5 if training.loss == "score" else FP32_MAX  # that loss takes squares
+    limit = FP32_MAX**0.5 if cfg.training.loss == "score" else FP32_MAX  # it takes squares
     if not largest < limit:
         return judge("schedule.score_target/float32", largest, limit, bad=True, cfg=cfg)
-    in_float16 = training.use_amp and training.amp_dtype == "fp16"
+    in_float16 = cfg.training.use_amp and cfg.training.amp_dtype == "fp16"
     if in_float16 and largest > FP16_MAX and cfg.model.output_scale != "sigma":
         return judge("schedule.score_target/float16", largest, FP16_MAX, bad=True)
     near = FP16_MAX / 64
@@ -98,20 +89,19 @@ def check_machine(results_path: Path) -> Iterator[Finding]:
     yield judge("machine.versions", f"python {platform.python_version()}, {', '.join(versions)}")
     path = results_path.absolute()
     folder = next(p for p in (path, *path.parents) if p.exists())
-    if not os.access(folder, os.W_OK):
-        yield judge("machine.results", str(path), bad=True)
-        return
     free = shutil.disk_usage(folder).free / GIB
     yield judge("machine.disk", free, _LITTLE_DISK, bad=free < _LITTLE_DISK, folder=folder)
+    if not os.access(folder, os.W_OK):
+        yield judge("machine.results", str(path), bad=True)
 
 
 def check_device(cfg: Config, device: torch.device) -> Iterator[Finding]:
     """Say what training would run on, and in which precision where that is not as asked for."""
-    on_gpu, threads = device.type == "cuda", f"{torch.get_num_threads()} CPU threads"
-    name = torch.cuda.get_device_name(device) if on_gpu else threads
-    message = f"{name}: {free_memory(device) / GIB:.1f} GiB of memory are free"
+    name = f"{torch.get_num_threads()} CPU threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
+    message = f"{name}: {memory.free_memory(device) / GIB:.1f} GiB of memory are free"
     yield judge("machine.device", str(device), message=message)
-    if not on_gpu and cfg.training.use_amp and cfg.training.amp_dtype == "fp16":
+    if cfg.training.use_amp and precision_on(cfg.training, device) == "no":
         yield judge("machine.precision", "float32", "fp16")
 
 
@@ -122,7 +112,7 @@ class Pass(NamedTuple):
     grad_norm: float  # of all gradients together, after unscaling
     nonfinite: int  # elements of gradients that are NaN or Inf
     seconds: float  # of both passes
-    saved: SavedBytes  # what autograd kept
+    saved: memory.SavedBytes  # what autograd kept
     where: str = ""  # first stage and module with a non-finite value; empty if all is well
 
     @property
@@ -144,7 +134,7 @@ def run_pass(
     for scale in _SCALES if precision is torch.float16 else (1.0,):
         model.zero_grad()
         start = time.perf_counter()
-        with saved_bytes(model) as saved:
+        with memory.saved_bytes(model) as saved:
             with autocast:
                 loss = model(mix, target, torch.Generator(device).manual_seed(seed))
             (loss * scale).backward()
@@ -172,10 +162,10 @@ def check_model(
 
     The clip is mix and target, [C, T] float32, full scale 1, each; None takes noise.
     """
-    free = free_memory(device)
+    free = memory.free_memory(device)
     try:
         if cfg.model.base_channels * cfg.audio.num_frames > _LARGE:
-            rough = estimate_step(cfg)
+            rough = memory.estimate_step(cfg)
             if rough.largest_batch(free) < 1:
                 yield _check_memory(cfg, rough, free)
                 return
@@ -186,8 +176,8 @@ def check_model(
             mix, target = mix[None].to(device), target[None].to(device)
             yield from _check_passes(cfg, model, mix, target, free)
     except (MemoryError, RuntimeError, DiffbufError) as error:
-        check = "model.memory/fails" if is_out_of_memory(error) else "model.step/fails"
-        yield judge(check, bad=True, device=device, reason=" ".join(str(error).split())[:300])
+        check = "model.memory/fails" if memory.is_out_of_memory(error) else "model.step/fails"
+        yield judge(check, bad=True, device=device, reason=reason(error)[:300])
 
 
 def _check_passes(
@@ -195,23 +185,19 @@ def _check_passes(
 ) -> Iterator[Finding]:
     """Run in float32, then in the precision of the config; judge both, and the memory."""
     training, device = cfg.training, mix.device
-    count = sum(p.numel() for p in model.parameters())
-    yield judge("model.parameters", count, cfg=cfg)
+    yield judge("model.parameters", sum(p.numel() for p in model.parameters()), cfg=cfg)
     measured = plain = run_pass(model, mix, target, None)
     yield _check_pass("model.step", plain, "float32")
-    name = training.amp_dtype
-    mixed = training.use_amp and (device.type == "cuda" or name == "bf16")
-    if mixed and plain.seconds < 3 * _SLOW:
-        measured = run_pass(model, mix, target, _PRECISIONS[name])
+    name = precision_on(training, device)
+    if name in DTYPES and plain.seconds < 3 * _SLOW:
+        measured = run_pass(model, mix, target, DTYPES[name])
         # Mixed precision is blamed only for what float32 can do.
         yield _check_pass("model.step_amp" if plain.finite else "model.step", measured, name)
-    elif mixed:
+    elif name in DTYPES:
         yield judge("model.step_amp/skipped", plain.seconds, precision=name)
-    model.zero_grad()
-    yield _check_memory(cfg, estimate_step(cfg, model if measured.seconds < _SLOW else None), free)
-    seconds = measured.seconds
-    step = seconds * training.batch_size
-    yield judge("model.speed", step, seconds=seconds, device=device, cfg=cfg)
+    yield _check_memory(cfg, memory.step_memory(model, training.optimizer, measured.saved), free)
+    step = measured.seconds * training.batch_size
+    yield judge("model.speed", step, seconds=measured.seconds, device=device, cfg=cfg)
 
 
 def _check_pass(check: str, outcome: Pass, precision: str) -> Finding:
@@ -224,7 +210,7 @@ def _check_pass(check: str, outcome: Pass, precision: str) -> Finding:
     return judge(check, value, "finite", bad=bad, precision=precision, outcome=text)
 
 
-def _check_memory(cfg: Config, needed: MemoryEstimate, free: int) -> Finding:
+def _check_memory(cfg: Config, needed: memory.MemoryEstimate, free: int) -> Finding:
     """Compare what a step takes with what is free."""
     batch, fits = cfg.training.batch_size, needed.largest_batch(free)
     total = needed.total(batch if fits else 1)

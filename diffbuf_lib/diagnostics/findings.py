@@ -24,8 +24,8 @@ _WORDS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="
 class Finding:
     """One thing that was looked at.
 
-    An error means that training would fail or learn nonsense, a warning that it will run, worse or
-    slower than meant; info is good to know, and ok was looked at and is fine.
+    Error: training would fail or learn nonsense. Warning: it will run, worse or slower than meant.
+    Info is good to know; ok was looked at and is fine.
     """
 
     severity: Severity
@@ -70,10 +70,11 @@ def from_error(error: Exception, check: str, why: str) -> Finding:
     """Make a finding of one of this library's errors: the fix follows the last colon."""
     message, _, fix = str(error).rpartition(": ")
     known = {key for key, *_ in describe_keys()}
-    named = (key for key in re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+", fix) if key in known)
-    key, overrides = next(named, ""), re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+=\S+(?<![.,;])", fix)
+    keys = [key for key in re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+", fix) if key in known]
+    overrides = re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+=\S+(?<![.,;])", fix)
     if not message:
         message, fix = str(error), "see the message"
+    key = keys[0] if keys else ""
     return Finding("error", check, message, None, None, why, fix, key, tuple(overrides[:1]))
 
 
@@ -100,16 +101,14 @@ def render(findings: Sequence[Finding], *, colour: bool = False, width: int = 10
     wrapper = textwrap.TextWrapper(width, subsequent_indent=indent, break_on_hyphens=False)
     lines: list[str] = []
     for finding in findings:
+        parts = {"": finding.message, "why: ": finding.why, "fix: ": finding.fix}
+        parts["--set "] = " --set ".join(finding.overrides)
+        texts = [wrapper.fill(indent + word + text) for word, text in parts.items() if text]
         badge = f"{finding.severity:8}"
-        why = f"why: {finding.why}" if finding.why else ""
-        fix = f"fix: {finding.fix}" if finding.fix else ""
-        settings = " ".join(f"--set {override}" for override in finding.overrides)
-        body = "\n".join(
-            wrapper.fill(indent + text) for text in (finding.message, why, fix, settings) if text
-        )
         if colour:
             badge = f"\x1b[{_COLOURS[finding.severity]}m{badge}\x1b[0m"
-        lines.append(f"{badge}  {finding.check:{column}}{body[10 + column :]}")
+        body = "\n".join(texts)[10 + column :]
+        lines.append(f"{badge}  {finding.check:{column}}{body}")
     total = ", ".join(f"{count} {severity}" for severity, count in _counts(findings).items())
     return "\n".join([*lines, "", total])
 

@@ -52,12 +52,8 @@ def watch_modules(
 
     Args:
         model: any module; hooks are put on it and taken off again, whatever happens.
-        statistics: whether to note a row for every output; else only its finiteness is looked at,
-            which costs less.
-        gradients: whether to note the gradients of a backward pass within the block too.
-
-    Yields:
-        What was seen, filled as the model runs and still there after the block.
+        statistics: note a row for every output; else only its finiteness, which costs less.
+        gradients: note the gradients of a backward pass within the block too.
     """
     watch, handles = ModuleWatch(), []
 

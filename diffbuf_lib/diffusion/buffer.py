@@ -6,7 +6,8 @@ Lay, Makarov, Gerkmann 2025, section 3: V[k] = S[k] for k < K - B, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ def uniform(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Draw uniformly from [0, 1); the arguments are those of `complex_normal`, with a real type."""
-    return _draw(torch.rand, shape, generator, device, dtype)
+    return _draw(torch.rand, shape, generator, device=device, dtype=dtype)
 
 
 def complex_normal(
@@ -99,13 +100,9 @@ def complex_normal(
 ) -> Tensor:
     """Draw CN(0, 1): total variance 1, which torch.randn gives complex types (1/2 in each part).
 
-    Args:
-        shape: [B, ...]; a sequence of generators needs one for each of the B examples.
-        generator: see `Generators`.
-        device: where to draw and where the generators live.
-        dtype: complex.
+    A sequence of generators, on the device, needs one for each of the B examples of [B, ...].
     """
-    return _draw(torch.randn, shape, generator, device, dtype)
+    return _draw(torch.randn, shape, generator, device=device, dtype=dtype)
 
 
 def reverse_step(x: Tensor, y: Tensor, score: Tensor, t: Tensor, z: Tensor, sde: SDE) -> Tensor:
@@ -140,7 +137,7 @@ def renoise_step(
         x0_hat: [B, F, Kb] complex.
         y: noisy spectrum of the same frames, [B, F, Kb] complex.
         t: the times to go to, [Kb], `next_times` of those that the estimates were made at.
-        sigma: `sde.std(t)`, [Kb]: a stream's times never change, so it need not compute it again.
+        sigma: `sde.std(t)`, [Kb], which a stream knows: its times never change.
         z: CN(0, 1), [B, F, Kb] complex.
         sde: gives the mean.
     """
@@ -148,17 +145,10 @@ def renoise_step(
 
 
 def _draw(
-    sample: object,
-    shape: tuple[int, ...],
-    generator: Generators,
-    device: torch.device | str,
-    dtype: torch.dtype,
+    sample: Callable[..., Tensor], shape: tuple[int, ...], generator: Generators, **kind: Any
 ) -> Tensor:
-    assert callable(sample)
     if generator is None or isinstance(generator, torch.Generator):
-        drawn: Tensor = sample(shape, generator=generator, device=device, dtype=dtype)
-        return drawn
+        return sample(shape, generator=generator, **kind)
     if len(generator) != shape[0]:
         raise ShapeError(f"{len(generator)} generators were given for a batch of {shape[0]}")
-    rows = [sample(shape[1:], generator=g, device=device, dtype=dtype) for g in generator]
-    return torch.stack(rows)
+    return torch.stack([sample(shape[1:], generator=each, **kind) for each in generator])

@@ -23,11 +23,6 @@ class RunningLevel:
     L_k^2 = sum_j a^(n_k - n_j) p_j / sum_j a^(n_k - n_j) over the frames j <= k that are not
     silent, p_j their mean square, n_j their number among those, a = exp(-hop / seconds). Scaling a
     signal scales all its levels alike, from the first frame on.
-
-    Args:
-        seconds: time constant.
-        sample_rate: Hz.
-        spectral: of the frames.
     """
 
     def __init__(self, seconds: float, sample_rate: int, spectral: Spectral) -> None:

@@ -16,23 +16,14 @@ from diffbuf_lib.diffusion.spectral import Spectral
 
 
 class LossInputs(NamedTuple):
-    """What a loss is made of; all spectra are those of the buffer's frames.
+    """What a loss is made of; all spectra are those of the buffer's frames."""
 
-    Attributes:
-        score: [B, F, Kb] complex, the network's estimate of grad log p.
-        x0_hat: [B, F, Kb] complex, its estimate of S.
-        S: [B, F, Kb] complex, clean, compressed.
-        z: [B, F, Kb] complex, the noise, CN(0, 1).
-        sigma: [B, 1, Kb], its standard deviation.
-        spectral: takes compressed spectra back: `spectral.inverse(x0_hat, samples)`.
-    """
-
-    score: Tensor
-    x0_hat: Tensor
-    S: Tensor
-    z: Tensor
-    sigma: Tensor
-    spectral: Spectral
+    score: Tensor  # [B, F, Kb] complex, the network's estimate of grad log p
+    x0_hat: Tensor  # [B, F, Kb] complex, its estimate of S
+    S: Tensor  # [B, F, Kb] complex, clean, compressed
+    z: Tensor  # [B, F, Kb] complex, the noise, CN(0, 1)
+    sigma: Tensor  # [B, 1, Kb], its standard deviation
+    spectral: Spectral  # takes compressed spectra back: `spectral.inverse(x0_hat, samples)`
 
 
 def score(given: LossInputs) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,19 +22,6 @@ from diffbuf_lib.diffusion.buffer import (
 from diffbuf_lib.diffusion.level import RunningLevel
 from diffbuf_lib.diffusion.sde import SDE
 from diffbuf_lib.errors import ConfigError
-
-
-class Denoise(Protocol):
-    """The network with its output made a score and an estimate of x0."""
-
-    def __call__(
-        self, V: Tensor, Y: Tensor, t: Tensor, sigma: Tensor | None = None, memory: Any = None
-    ) -> tuple[Tensor, Tensor]:
-        """Take V and Y [B, F, K], t [B, Kb] to (score, x0_hat), each [B, F, Kb].
-
-        With `memory`, what a streaming network remembers, K is 1 + Kb: the frame that has just
-        become history, and the buffer. `sigma` [B, Kb] is `sde.std(t)`, if it is known.
-        """
 
 
 @dataclass
@@ -64,7 +51,8 @@ class BufferSampler:
     """Moves a buffer along a stream of noisy frames.
 
     Args:
-        denoise: the network.
+        denoise: V, Y and t (and sigma and memory, of a streaming network) -> (score, x0_hat); see
+            `DiffusionBufferModel.denoise`.
         sde: the SDE that it was trained with.
         t: diffusion times of the buffer, [Kb], rising.
         num_frames: K, frames that the network sees; at least Kb.
@@ -80,7 +68,7 @@ class BufferSampler:
 
     def __init__(
         self,
-        denoise: Denoise,
+        denoise: Callable[..., tuple[Tensor, Tensor]],
         sde: SDE,
         t: Tensor,
         num_frames: int,

@@ -119,11 +119,6 @@ class OUVE:
     e^{-gamma t} x0 + (1 - e^{-gamma t}) y, and
 
         sigma(t)^2 = smin^2 e^{-2 gamma t} (e^{2 (gamma + L) t} - 1) L / (gamma + L).
-
-    Args:
-        gamma: stiffness of the drift towards y.
-        sigma_min: smallest noise scale.
-        sigma_max: largest noise scale.
     """
 
     def __init__(self, gamma: float = 1.5, sigma_min: float = 0.05, sigma_max: float = 0.5) -> None:

@@ -17,16 +17,8 @@ class Spectral(nn.Module):
 
     With `center` frame k is centred on sample k * hop and the signal is continued by zeros on
     both sides, never by reflection: a stream starts from silence, so that the frames of a stream
-    are exactly those of the whole signal.
-
-    Args:
-        n_fft: FFT length in samples; F = n_fft // 2 + 1 bins.
-        hop_length: samples from one frame to the next.
-        win_length: window length in samples; None for n_fft.
-        window: hann, hamming or sqrt_hann, periodic.
-        center: whether frame k is centred on sample k * hop or starts there.
-        alpha: exponent of the magnitude.
-        beta: factor on the compressed magnitude.
+    are exactly those of the whole signal. Arguments are the keys of `STFTConfig`, in samples, and
+    of `CompressionConfig`; F = n_fft // 2 + 1 bins; win_length None is n_fft.
     """
 
     window: Tensor

@@ -103,7 +103,7 @@ def make_baselines(names: Sequence[str]) -> dict[str, Baseline]:
     package that is missing.
     """
     chosen = {name: BASELINES[name] for name in names if name != NOISY}
-    return {name: chosen[name].load()() for name in BASELINES.names() if name in chosen}
+    return {name: chosen[name].load()() for name in BASELINES if name in chosen}
 
 
 def _import(package: str, baseline: str) -> Any:

@@ -185,10 +185,11 @@ def compare_folders(
         for band, clips in group({clip: row.snr for clip, row in one.items()}).items():
             scores = [(one[clip].values, other[clip].values) for clip in clips]
             pairs = [(x[metric], y[metric]) for x, y in scores if metric in x and metric in y]
-            means = np.mean(pairs, axis=0).tolist() if pairs else (None, None)
+            a_mean, b_mean = np.mean(pairs, axis=0).tolist() if pairs else (None, None)
             difference = bootstrap((y - x for x, y in pairs), seed=seed)
             better = sum(y > x for x, y in pairs) / max(len(pairs), 1)
-            found.append(Difference(metric, band, *means, difference, better, len(clips)))
+            row = (metric, band, a_mean, b_mean, difference, better, len(clips))
+            found.append(Difference(*row))
     return found
 
 

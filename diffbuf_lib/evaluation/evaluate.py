@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from diffbuf_lib.data import ClipDataset, open_dataset
 from diffbuf_lib.data.audio import write_json
-from diffbuf_lib.data.build import claim, cores, parallel
+from diffbuf_lib.data.build import claim, cores, naming_deaths, parallel
 from diffbuf_lib.errors import ConfigError, DataError
 from diffbuf_lib.evaluation.baselines import NOISY, OURS, make_baselines
 from diffbuf_lib.evaluation.bootstrap import summarise
@@ -280,11 +280,12 @@ def _score_rest(
         entries = map(json.loads, whole.splitlines())
         done = [([Row(*row) for row in rows], seconds) for rows, seconds in entries]
         known = {row.clip for rows, _ in done for row in rows}
-        batches = evaluator.batches(job.batch_size)
-        left = [b for b in batches if not known.issuperset(evaluator.names[i] for i in b)]
+        every = evaluator.batches(job.batch_size)
+        left = [b for b in every if not known.issuperset(evaluator.names[i] for i in b)]
         total, begin = len(evaluator.names), len(evaluator.names) - sum(map(len, left))
         bar = tqdm(total=total, initial=begin, unit="clip", desc="evaluate", disable=not progress)
-        with bar, closing(_score_batches(job, evaluator, left, processes)) as scored:
+        batches = _score_batches(job, evaluator, left, processes)
+        with bar, naming_deaths(), closing(batches) as scored:
             for batch in scored:
                 file.write((json.dumps(batch) + "\n").encode())
                 file.flush()
@@ -297,7 +298,7 @@ def _score_rest(
 def _score_batches(
     job: Job, evaluator: Evaluator, batches: Sequence[list[int]], processes: int
 ) -> Generator[Batch, None, None]:
-    """Yield batches as they are done; DataError if a process was killed.
+    """Yield batches as they are done.
 
     Several processes are fresh ones (spawn: a fork would copy torch's threads in whatever state
     they are), so a script that calls this needs `if __name__ == "__main__":`.

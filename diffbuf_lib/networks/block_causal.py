@@ -40,27 +40,21 @@ STRIDE = 4  # bins of a level to one bin of the next
 
 @dataclass
 class History:
-    """What a stream keeps of its history, whatever its length.
+    """What a stream keeps of its history, whatever its length."""
 
-    Attributes:
-        past: for every residual block the inputs of its two convolutions over time at the last d
-            history frames, [B, d, F', C] each, d the convolution's dilation. Changed in place.
-        modulation: for every residual block what its norm is shifted and scaled by, [B, 1 + Kb,
-            1, 2 C]: history at t = 0, then the buffer's times. Constant along a stream.
-        run: makes a step of x, modulation and past.
-        precision: of the steps.
-    """
-
+    # Of every residual block the inputs of its two convolutions over time at the last d history
+    # frames, [B, d, F', C] each, d the convolution's dilation. Changed in place.
     past: list[tuple[Tensor, Tensor]]
+    # Of every residual block what its norm is shifted and scaled by, [B, 1 + Kb, 1, 2 C]: history
+    # at t = 0, then the buffer's times. Constant along a stream.
     modulation: list[Tensor]
-    run: Callable[[Tensor, list[Tensor], list[tuple[Tensor, Tensor]]], Tensor]
-    precision: str = "fp32"
+    run: Callable[[Tensor, list[Tensor], list[tuple[Tensor, Tensor]]], Tensor]  # makes a step
+    precision: str = "fp32"  # of the steps
 
     @property
     def num_bytes(self) -> int:
         """Memory, bytes."""
-        tensors = [*self.modulation, *(tensor for pair in self.past for tensor in pair)]
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(tensor.nbytes for tensors in (self.modulation, *self.past) for tensor in tensors)
 
 
 class BlockCausal(nn.Module):
@@ -72,13 +66,8 @@ class BlockCausal(nn.Module):
 
     `forward` has zero padding before its window, `start` endless silence (frames of V = Y = 0).
     The two agree exactly when the window shows all that a buffer frame can see, K - Kb >=
-    `receptive_field`, its frames from before the stream being silent.
-
-    Args:
-        base_channels: channels of the finest level.
-        channel_multipliers: channels of each level over base_channels.
-        num_res_blocks: residual blocks of each level on the way down, and again on the way up.
-        dropout: probability, in every residual block.
+    `receptive_field`, its frames from before the stream being silent. Arguments are keys of
+    `ModelConfig`; a level has num_res_blocks on the way down, and again on the way up.
     """
 
     def __init__(

@@ -13,12 +13,8 @@ from diffbuf_lib.networks.layers import FrameTimeEmbedding, NormAct, conv3x3, fr
 class ConvNet(nn.Module):
     """3x3 convolutions with residual connections and the time of every frame added to each.
 
-    For debugging, not for quality: it sees num_layers + 2 frames and bins to each side.
-
-    Args:
-        base_channels: channels of every hidden layer.
-        num_layers: hidden layers.
-        dropout: probability, after every hidden layer.
+    For debugging, not for quality: it sees num_layers + 2 frames and bins to each side. Arguments
+    are keys of `ModelConfig`; dropout comes after every hidden layer.
     """
 
     def __init__(self, base_channels: int = 16, num_layers: int = 4, dropout: float = 0.0) -> None:

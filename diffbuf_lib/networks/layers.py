@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
 class FrameTimeEmbedding(nn.Module):
@@ -66,23 +69,25 @@ def num_groups_for(channels: int) -> int:
 
 def conv3x3(in_channels: int, out_channels: int, *, zero: bool = False) -> nn.Conv2d:
     """Make a 3x3 convolution that keeps the size; `zero` starts the block as the identity."""
-    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-    return _initialised(conv, zero)
+    return initialised(nn.Conv2d(in_channels, out_channels, 3, padding=1), zero)
 
 
 def conv1x1(in_channels: int, out_channels: int, *, zero: bool = False) -> nn.Conv2d:
     """Make a 1x1 convolution."""
-    return _initialised(nn.Conv2d(in_channels, out_channels, 1), zero)
+    return initialised(nn.Conv2d(in_channels, out_channels, 1), zero)
 
 
-def _initialised(conv: nn.Conv2d, zero: bool) -> nn.Conv2d:
-    if zero:
-        nn.init.zeros_(conv.weight)
-    else:
-        nn.init.xavier_uniform_(conv.weight)
-    assert conv.bias is not None
-    nn.init.zeros_(conv.bias)
-    return conv
+def linear(in_channels: int, out_channels: int, *, zero: bool = False) -> nn.Linear:
+    """Make a linear layer over the last axis; `zero` starts it as zero."""
+    return initialised(nn.Linear(in_channels, out_channels), zero)
+
+
+def initialised(layer: Layer, zero: bool) -> Layer:
+    """Start a layer's weights as zero, or by Xavier's rule, and its biases as zero."""
+    (nn.init.zeros_ if zero else nn.init.xavier_uniform_)(layer.weight)
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class Resample(nn.Module):
@@ -123,16 +128,13 @@ class TimeConv(nn.Module):
     both kinds of frame: masking is exact, and in small maps this is faster than a (dilated) 3x3
     convolution followed by a causal one.
 
-    Args:
-        channels: channels of input and output.
-        dilation: d, frames.
-        zero: start as zero.
+    `channels` are those of input and output; `zero` starts it as zero.
     """
 
     def __init__(self, channels: int, dilation: int, *, zero: bool = False) -> None:
         super().__init__()
         self.dilation = dilation
-        self.over_bins = _initialised(
+        self.over_bins = initialised(
             nn.Conv2d(3 * channels, channels, (1, 3), padding=(0, 1)), zero
         )
 
@@ -169,17 +171,6 @@ def bias_and_gain(modulation: Tensor, num_history: int) -> tuple[Tensor, Tensor]
         modulation = torch.cat([history, modulation[:, 1:]], dim=1)
     bias, gain = modulation.chunk(2, dim=-1)
     return bias, 1 + gain
-
-
-def linear(in_channels: int, out_channels: int, *, zero: bool = False) -> nn.Linear:
-    """Make a linear layer over the last axis; `zero` starts it as zero."""
-    layer = nn.Linear(in_channels, out_channels)
-    if zero:
-        nn.init.zeros_(layer.weight)
-    else:
-        nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 class Merge(nn.Module):

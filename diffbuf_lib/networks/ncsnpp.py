@@ -30,13 +30,8 @@ class NCSNpp(nn.Module):
     With 96 channels, multipliers (1, 2, 2, 2) and one residual block a level it has 18.28 M
     parameters. A pyramid of the resampled input is added to the features of every level, and a
     pyramid of outputs is summed from the coarsest level up. The time embedding is a sequence over
-    frames, brought to each level's frame rate by a strided convolution.
-
-    Args:
-        base_channels: channels of the finest level.
-        channel_multipliers: channels of each level over base_channels.
-        num_res_blocks: residual blocks of each level on the way down; one more on the way up.
-        dropout: probability, in every residual block.
+    frames, brought to each level's frame rate by a strided convolution. Arguments are keys of
+    `ModelConfig`; a level has one residual block more on the way up than on the way down.
     """
 
     def __init__(

@@ -36,14 +36,10 @@ _REQUESTS = {
 
 
 class Panel:
-    """Widgets over one picture.
+    """Rows of widgets over one picture, described in words for readers who cannot see it.
 
     It is displayed as one bundle of both, since a page that runs no widgets (a rendered notebook,
     a code host) shows the picture alone.
-
-    Args:
-        controls: rows of widgets above the picture.
-        description: in a few words what the picture shows, for readers who cannot see it.
     """
 
     def __init__(self, controls: Sequence[widgets.Widget], description: str) -> None:
@@ -218,16 +214,6 @@ class WorkerPanel(Panel, Generic[Item]):
         except Exception as error:  # a picture that cannot be drawn must not cost a checkpoint
             self.error = self.error or error
         self._shown = True
-
-
-def slider_look(description: str, width: int = 310) -> dict[str, Any]:
-    """Return what all sliders share: they act when they are let go; three of 310 px fit a page."""
-    return {
-        "description": description,
-        "continuous_update": False,
-        "style": {"description_width": "80px"},
-        "layout": widgets.Layout(width=f"{width}px"),
-    }
 
 
 def label(name: str, width: str) -> widgets.Label:

@@ -13,7 +13,7 @@ import ipywidgets as widgets
 import torch
 
 from diffbuf_lib.config import Config
-from diffbuf_lib.figures.progress import training_progress
+from diffbuf_lib.figures import training_progress
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.notebook.panels import WorkerPanel, label
 from diffbuf_lib.training import StepRecord, load_weights, train

@@ -55,8 +55,7 @@ def open_workbench(
 
     Args:
         config: a YAML file.
-        data: a dataset's folder of any layout (`diffbuf_lib.data.LAYOUTS`), with its splits in
-            `train/` and `valid/` or without splits.
+        data: a folder of any layout of `diffbuf_lib.data.LAYOUTS`, or one of `train/` and `valid/`.
         overrides: config keys, as in `load_config`.
 
     Raises:
@@ -88,7 +87,7 @@ def open_workbench(
 def _open(folder: Path, cfg: Config, *, training: bool) -> ClipDataset:
     layout = find_layout(folder)
     if layout is None:
-        known = "; ".join(entry.load().holds for entry in LAYOUTS)
+        known = "; ".join(entry.load().holds for entry in LAYOUTS.values())
         raise DataError(
             f"{folder} holds no clips: DATA (or {DATA_VARIABLE}) must name a folder with {known}"
         )

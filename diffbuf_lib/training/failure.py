@@ -1,13 +1,13 @@
 """A step that failed: an error that says where, and a capsule beside it that can be replayed.
 
-capsule_<step>/capsule.json   step, epoch, files, error, config and so on, for people and machines
-capsule_<step>/capsule.pt     batches, draws, and the engine's state before the step
+capsule_<step>/capsule.pt     a record, batches, draws, and the engine's state before the step
+capsule_<step>/capsule.json   the record, for people: step, files, error, config and so on
 """
 
 from __future__ import annotations
 
 import json
-import platform
+import math
 import shlex
 import shutil
 import traceback
@@ -21,14 +21,15 @@ from torch import Tensor
 
 import diffbuf_lib
 from diffbuf_lib.config import Config
-from diffbuf_lib.data.audio import write_bytes
+from diffbuf_lib.data.audio import atomic_file
+from diffbuf_lib.data.reader import reason
 from diffbuf_lib.errors import DiffbufError, NonFiniteError, OutOfMemoryError
 from diffbuf_lib.trace import to_plain
 from diffbuf_lib.training.feed import Batch, ClipSource, EpochPlan, Stream, seed_everything
 from diffbuf_lib.training.memory import explain_out_of_memory, is_out_of_memory
 from diffbuf_lib.training.step import Engine, Outcome
 
-FORMAT = 2
+FORMAT = 3
 _KEPT = 3  # capsules of a run: the first one tells most, and a resumed run needs its newest
 
 
@@ -58,10 +59,10 @@ class BadValue(NamedTuple):
 
 @dataclass(frozen=True)
 class Failures:
-    """Names and saves the failed steps of a run."""
+    """Names the failed steps of a run, and saves them in its results folder."""
 
     cfg: Config
-    results: Path  # the results folder, where capsules go
+    results: Path
     engine: Engine
     plan: EpochPlan
     train_set: ClipSource
@@ -80,7 +81,7 @@ class Failures:
             what = f"the loss is {outcome.losses[bad][0].item()}"
         elif scale is not None and scale < 1:
             what = f"the gradient overflows float16 even at loss scale {scale:g}"
-        elif scale is None and not abs(outcome.grad_norm) < float("inf"):
+        elif scale is None and not math.isfinite(outcome.grad_norm):
             what = f"the loss is {outcome.loss:.4g} but the gradient norm is {outcome.grad_norm}"
         else:
             return None
@@ -88,15 +89,15 @@ class Failures:
         files = [f for rank, i in culprits for f in self._files(attempt, attempt.rounds[i], rank)]
         precision = self.engine.accelerator.mixed_precision.replace("no", "off")
         precision += "" if outcome.scale is None else f", loss scale {outcome.scale:g}"
-        message = (
-            f"{attempt}: {what}; batch {', '.join(files)}; lr {self.engine.lr:g}; "
-            f"mixed precision {precision}"
-        )
+        message = f"{attempt}: {what}; batch {', '.join(files)}; lr {self.engine.lr:g}; "
+        message += f"mixed precision {precision}"
         if self.rank == culprits[0][0]:
-            found = self._first_bad(attempt, cause)
+            try:
+                found = next(self._bad_values(attempt, cause), None)
+            except Exception as problem:  # such as a GPU that no longer answers
+                found = BadValue("error", type(problem).__name__, reason(problem))
             message += f". First bad value: {found}" if found is not None else ""
-            error = NonFiniteError(message)
-            message += self._save(attempt, error, cause, found, outcome)
+            message += self._save(attempt, NonFiniteError(message), cause, outcome)
         return NonFiniteError(f"{message}. The checkpoints are from before")
 
     def raised(self, attempt: Attempt, error: Exception) -> Exception:
@@ -105,7 +106,7 @@ class Failures:
         An error of this library, or one for want of memory, comes back as one line; any other is
         the same exception with a note, so that its type and traceback stay.
         """
-        capsule = self._save(attempt, error, "error")
+        capsule = self._save(attempt, error, "error", None)
         if is_out_of_memory(error):
             traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
             self.engine.optimizer.zero_grad()
@@ -122,15 +123,9 @@ class Failures:
         order = self.plan.order(attempt.epoch)
         return [self.train_set.name(order[p]) for p in self.plan.positions(round_, rank)]
 
-    def _first_bad(self, attempt: Attempt, cause: str) -> BadValue | None:
-        try:
-            return next(self._bad_values(attempt, cause), None)
-        except Exception as problem:  # such as a GPU that no longer answers
-            return BadValue("error", type(problem).__name__, _reason(problem))
-
     def _bad_values(self, attempt: Attempt, cause: str) -> Iterator[BadValue]:
         """Yield bad values, as far as one more forward pass can tell."""
-        model: Any = self.engine.model
+        model: Any = self.engine.model  # a DiffusionBufferModel
         for i, batch in enumerate(attempt.batches):
             files = self._files(attempt, attempt.rounds[i], self.rank)
             yield from bad_files(batch.mix, batch.target, files, i)
@@ -145,17 +140,10 @@ class Failures:
                 trace = model.trace(batch.mix, batch.target, _fresh(batch))
             yield from bad_stages(trace.stages(), i)
 
-    def _save(
-        self,
-        attempt: Attempt,
-        error: Exception,
-        cause: str,
-        found: BadValue | None = None,
-        outcome: Outcome | None = None,
-    ) -> str:
+    def _save(self, attempt: Attempt, error: Exception, cause: str, outcome: Outcome | None) -> str:
         """Write the capsule; return what the message says of it. Never fails."""
         engine = self.engine
-        model: Any = engine.model  # a DiffusionBufferModel
+        model: Any = engine.model
         record = {
             "format": FORMAT,
             "step": attempt.step,
@@ -166,30 +154,30 @@ class Failures:
             "cause": cause,  # loss or gradient, which is not finite, or error
             "error": {"type": type(error).__name__, "message": str(error)},
             "traceback": "".join(traceback.format_exception(error)).splitlines(),
-            "finding": None if found is None else found._asdict(),
-            "lr": engine.lr,
             "precision": engine.accelerator.mixed_precision,
             "scale": engine.scale if outcome is None else outcome.scale,
             "device": engine.accelerator.device.type,
             "threads": torch.get_num_threads(),
             "config": self.cfg.to_dict(),
             "versions": {"diffbuf": diffbuf_lib.__version__, "torch": str(torch.__version__)},
-            "system": platform.platform(),
         }
+        folder = self.results / f"capsule_{attempt.step}{f'_rank{self.rank}' if self.rank else ''}"
         try:
             batches = []
             for batch in attempt.batches:
                 draws = model.draw(batch.mix, _fresh(batch)).to_dict()
                 batches.append({"mix": batch.mix, "target": batch.target, "draws": draws})
             content = {
+                "record": record,
                 "batches": batches,
                 "state": engine.state_dict(),
                 "losses": None if outcome is None else outcome.losses[self.rank].tolist(),
-                "grad_norm": None if outcome is None else outcome.grad_norm,
+                "grad_norm": math.nan if outcome is None else outcome.grad_norm,
             }
-            folder = _write(self.results, record, content)
+            _write(folder, content)
         except Exception as problem:  # a full disk must not mask the first error
-            return f". No capsule was written: {type(problem).__name__}: {_reason(problem)}"
+            shutil.rmtree(folder, ignore_errors=True)
+            return f". No capsule was written: {type(problem).__name__}: {reason(problem)}"
         command = f"diffbuf replay {shlex.quote(str(folder))}"
         return f". Capsule: {folder}; `{command}` repeats the step"
 
@@ -227,30 +215,20 @@ def bad_tensors(
             yield BadValue(kind, name, f"{bad} of {value.numel()} are NaN or Inf", round_)
 
 
-def _write(results: Path, record: dict[str, Any], content: dict[str, Any]) -> Path:
-    """Write a capsule, whole or not at all, and remove those between the first and the newest."""
-    suffix = f"_rank{record['rank']}" if record["rank"] else ""
-    folder = results / f"capsule_{record['step']}{suffix}"
+def _write(folder: Path, content: dict[str, Any]) -> None:
+    """Write a capsule, and remove those between the run's first and newest ones."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    try:
-        torch.save(content, folder / "capsule.pt")
-        text = json.dumps(to_plain(record), indent=1, allow_nan=False)
-        write_bytes(folder / "capsule.json", text.encode())  # makes it one
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    others = [path for path in results.glob("capsule_*") if path != folder]
+    record = json.dumps(to_plain(content["record"]), indent=1, allow_nan=False)
+    (folder / "capsule.json").write_text(record, encoding="utf-8")
+    with atomic_file(folder / "capsule.pt") as temporary:  # makes it one
+        torch.save(content, temporary)
+    others = [path for path in folder.parent.glob("capsule_*") if path != folder]
     others.sort(key=lambda path: path.stat().st_mtime_ns)
     for path in others[1 : len(others) + 2 - _KEPT]:
         shutil.rmtree(path, ignore_errors=True)
-    return folder
 
 
 def _fresh(batch: Batch) -> list[torch.Generator]:
     """Return a batch's generators as they were before the step."""
     return [torch.Generator(g.device).manual_seed(g.initial_seed()) for g in batch.generators]
-
-
-def _reason(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or " ".join(str(error).split())

@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from diffbuf_lib.data import collate
+from diffbuf_lib.data.reader import reason
 from diffbuf_lib.errors import DataError
 
 
@@ -104,19 +105,19 @@ class EpochPlan:
             raise DataError("the training set holds no clip: check the path of the training data")
 
     @property
+    def examples_per_round(self) -> int:
+        """Examples that all processes together take in one round."""
+        return min(self.batch_size * self.processes, self.size)
+
+    @property
     def rounds(self) -> int:
         """Rounds of an epoch, at least 1."""
-        return max(1, self.size // (self.batch_size * self.processes))
+        return self.size // self.examples_per_round
 
     @property
     def steps(self) -> int:
         """Optimizer steps of an epoch, at least 1."""
         return -(-self.rounds // self.accumulation)
-
-    @property
-    def examples_per_round(self) -> int:
-        """Examples that all processes together take in one round."""
-        return min(self.batch_size * self.processes, self.size)
 
     def positions(self, round_: int, rank: int) -> list[int]:
         """Return where in the epoch's order the examples of one batch stand.
@@ -124,13 +125,11 @@ class EpochPlan:
         Example j of round b on process r of W: (b W + r) batch_size + j. So two processes with
         batches of 1 see, together, what one process with batches of 2 sees.
         """
-        if self.size >= self.batch_size * self.processes:
-            start = (round_ * self.processes + rank) * self.batch_size
-            return list(range(start, start + self.batch_size))
-        # Fewer examples than one round: equal shares, the last one filled up from the front, since
-        # all processes must have a batch, or the gradient exchange would wait for ever.
-        share = -(-self.size // self.processes)
-        return [(rank * share + j) % self.size for j in range(share)]
+        # A set smaller than one round is shared out equally and filled up from its front: all
+        # processes must have a batch, or the gradient exchange would wait for ever.
+        share = min(self.batch_size, -(-self.size // self.processes))
+        start = (round_ * self.processes + rank) * share
+        return [i % self.size for i in range(start, start + share)]
 
     def order(self, epoch: int) -> list[int]:
         """Return the shuffled indices of the training set in one epoch."""
@@ -199,13 +198,8 @@ class ClipReader(Dataset[Any]):
                 items.append(self.dataset[index])
             name = ", ".join(self.dataset.name(index) for index in indices)
             return collate(items)
-        except DataError as error:
-            named = any(part in str(error) for part in name.split(" + "))
-            return DataError(str(error) if named else f"{name}: {error}")
         except Exception as error:
-            problem = DataError(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}")
-            problem.add_note(traceback.format_exc())
-            return problem
+            return clip_error(name, error)
 
     def death(self, error: BaseException) -> DataError | None:
         """Return what to raise for torch's message of a reader's death; None for another error.
@@ -221,6 +215,16 @@ class ClipReader(Dataset[Any]):
             f"a process that reads clips died at {names}: lower training.num_workers (0 reads in "
             "the main process) or free memory, /dev/shm too"
         )
+
+
+def clip_error(name: str, error: Exception) -> DataError:
+    """Return the error of a clip that cannot be read: one line with its name."""
+    if isinstance(error, DataError):
+        named = any(part in str(error) for part in name.split(" + "))
+        return DataError(str(error) if named else f"{name}: {error}")
+    problem = DataError(f"{name}: {type(error).__name__}: {reason(error)}")
+    problem.add_note("".join(traceback.format_exception(error)))
+    return problem
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:

@@ -18,12 +18,11 @@ import math
 import os
 import pickle
 import shutil
-import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import filelock
 import torch
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.data.audio import atomic_file, wait_for_disk
+from diffbuf_lib.data.reader import reason
 from diffbuf_lib.errors import CheckpointError
 from diffbuf_lib.figures import spectrograms, to_pixels
 from diffbuf_lib.trace import to_plain
@@ -41,15 +41,15 @@ from diffbuf_lib.training.step import StepRecord, Validation
 FORMAT = 1
 """Of a checkpoint; raised when its content changes so that an older library cannot read it."""
 
-KEYS = frozenset(
-    {"format", "version", "config", "step", "epoch", "examples", "processes", "pending", "best"}
-    | {"bad_validations", "bad_batches", "model", "ema", "optimizer", "scheduler", "scaler"}
-)
+KEYS = {
+    *("format", "version", "config", "step", "epoch", "examples", "processes", "pending", "best"),
+    *("bad_validations", "bad_batches", "model", "ema", "optimizer", "scheduler", "scaler"),
+}
 """What a checkpoint holds. No state of random generators: all draws are keyed (see feed.py)."""
 
-_ENDS = ("training.num_epochs", "training.num_steps")  # a linear learning rate goes by them
-CHANGEABLE = {
-    *(*_ENDS, "training.early_stopping", "training.num_workers", "training.log_every"),
+_ENDS = frozenset({"training.num_epochs", "training.num_steps"})  # a linear rate goes by them
+CHANGEABLE = _ENDS | {
+    *("training.early_stopping", "training.num_workers", "training.log_every"),
     *("training.checkpoint_every", "training.on_nonfinite", "training.max_skipped"),
     "training.valid_clips",
 }
@@ -63,8 +63,11 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: it cannot be written; an older file at `path` is still there and whole.
     """
-    with _replaced(Path(path)) as file:
-        torch.save({"format": FORMAT, **state}, file)
+    path = Path(path)
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temporary:
+            torch.save({"format": FORMAT, **state}, temporary)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -77,15 +80,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     state = load_tensors(path, "checkpoint")
     if not isinstance(state, dict) or not KEYS.issubset(state):
-        raise CheckpointError(
-            f"{path} is not a training checkpoint of diffbuf: take checkpoints/last.pt or best.pt "
-            "of a results folder"
-        )
-    if state["format"] != FORMAT:
-        raise CheckpointError(
-            f"checkpoint {path} has format {state['format']}, written by diffbuf "
-            f"{state['version']}; this library reads format {FORMAT}: install that version"
-        )
+        raise CheckpointError(f"{path} is not a training checkpoint: take the last.pt of a run")
+    if (found := state["format"]) != FORMAT:
+        fix = f"install diffbuf {state['version']}, which wrote it"
+        raise CheckpointError(f"checkpoint {path} has format {found}, not {FORMAT}: {fix}")
     return state
 
 
@@ -103,36 +101,28 @@ def load_tensors(path: Path, what: str) -> Any:
                 raise zipfile.BadZipFile(damaged)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{what} {path} is refused: it holds more than tensors and plain values, and "
-            "reading it could run code; take a file that diffbuf has written"
-        ) from error
+        why = "it holds more than tensors and plain values, and reading it could run code"
+        raise CheckpointError(f"{what} {path} is refused: {why}; take one of diffbuf's") from error
     except Exception as error:  # whatever the zip and pickle readers meet in damaged bytes
-        raise CheckpointError(
-            f"{what} {path} is damaged or cut short: take another one, such as best.pt "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:80]})"
-        ) from error
+        why = f"damaged or cut short ({type(error).__name__}: {reason(error)[:80]})"
+        raise CheckpointError(f"{what} {path} is {why}: take another one") from error
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
     """Read only weights, wherever they come from.
 
-    Args:
-        path: a `save_pretrained` folder, a .safetensors file, a checkpoint of ours (its averaged
-            weights), or what others save: a state_dict, plain or under "state_dict" (Lightning),
-            its names behind module., model. or _orig_mod. (compiled) or not.
+    From a `save_pretrained` folder, a .safetensors file, a checkpoint of ours (its averaged
+    weights), or what others save: a state_dict, plain or under "state_dict" (Lightning), its names
+    behind module., model. or _orig_mod. (compiled) or not.
 
     Raises:
         CheckpointError: no such file, a damaged one, one without weights, or a pickle of more than
             tensors and plain values, which is never executed.
     """
     path = Path(path)
-    if path.is_dir() and not (path / "model.safetensors").is_file():
-        raise CheckpointError(
-            f"folder {path} holds no model.safetensors: give a checkpoint file or the model/ "
-            "folder of a results folder"
-        )
     file = path / "model.safetensors" if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        raise CheckpointError(f"{path} holds no model.safetensors: give a checkpoint or run/model")
     if file.suffix == ".safetensors":
         try:
             return _plain_names(load_file(file))
@@ -141,8 +131,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     state = load_tensors(path, "checkpoint")
     if isinstance(state, dict) and KEYS.issubset(state):
         prefix = "module."  # of the names in torch's AveragedModel
-        averaged = {name: t for name, t in state["ema"].items() if name.startswith(prefix)}
-        return {name.removeprefix(prefix): tensor for name, tensor in averaged.items()}
+        return {n.removeprefix(prefix): t for n, t in state["ema"].items() if n.startswith(prefix)}
     inner = state.get("state_dict", state) if isinstance(state, dict) else {}
     weights = {name: t for name, t in dict(inner).items() if isinstance(t, Tensor)}
     if not weights:
@@ -150,13 +139,13 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     return _plain_names(weights)
 
 
-def _plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Take wrappers' prefixes off names."""
-    plain = {name.replace("_orig_mod.", ""): tensor for name, tensor in weights.items()}
+    weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in weights.items()}
     for prefix in ("module.", "model.", "module."):
-        if all(name.startswith(prefix) for name in plain):
-            plain = {name.removeprefix(prefix): tensor for name, tensor in plain.items()}
-    return plain
+        if all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    return weights
 
 
 def apply_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
@@ -171,30 +160,22 @@ def apply_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str |
     try:
         model.load_state_dict(dict(weights))
     except RuntimeError as error:  # a line of title, then one for each kind of problem
-        problems = [line.strip().rstrip(".")[:300] for line in str(error).splitlines()[1:4]]
-        raise CheckpointError(
-            f"weights of {source} do not fit: {'; '.join(problems)}; make `model` equal"
-        ) from error
+        why = "; ".join(line.strip().rstrip(".")[:300] for line in str(error).splitlines()[1:4])
+        fix = "make `model` equal"
+        raise CheckpointError(f"weights of {source} do not fit: {why}; {fix}") from error
 
 
 @contextmanager
-def _replaced(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that takes the place of `path` once it is safely on the disk."""
+def _writing(path: Path) -> Iterator[None]:
+    """Turn the system's errors into one that names the file."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as temporary, open(temporary, "wb") as file:
-            yield file
+        yield
     except (OSError, RuntimeError) as error:  # torch's zip writer turns some OSErrors into these
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: Exception) -> CheckpointError:
-    cause = error if isinstance(error, OSError) else error.__context__
-    reason = cause.strerror if isinstance(cause, OSError) else None
-    return CheckpointError(
-        f"{path} cannot be written ({reason or error}): free space or choose another "
-        "--results_path; what was there before is untouched"
-    )
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise CheckpointError(
+            f"{path} cannot be written ({reason(cause)}): free space or choose another "
+            "--results_path; what was there before is untouched"
+        ) from error
 
 
 class ResultsFolder:
@@ -212,28 +193,24 @@ class ResultsFolder:
 
     def check_fresh(self) -> None:
         """Raise CheckpointError if a run lives here; it says how to go on or where else to go."""
-        for file in (self.config, self.history, self.last):
-            if file.exists():
-                raise CheckpointError(
-                    f"results folder {self.path} already holds a run ({file.name}): add --resume "
-                    "to go on with it, or choose another --results_path"
-                )
+        found = [file.name for file in (self.config, self.history, self.last) if file.exists()]
+        if found:
+            fix = "add --resume to go on with it, or choose another --results_path"
+            raise CheckpointError(f"folder {self.path} already holds a run ({found[0]}): {fix}")
 
     def load_last(self, cfg: Config) -> dict[str, Any]:
         """Return last.pt; CheckpointError if there is none or its run had another config."""
         if not self.last.is_file():
-            raise CheckpointError(
-                f"results folder {self.path} holds no checkpoints/last.pt to resume: check "
-                "--results_path, or leave out --resume to start there"
-            )
+            fix = "check --results_path, or leave out --resume to start there"
+            raise CheckpointError(f"{self.path} holds no checkpoints/last.pt to resume: {fix}")
         state = load_checkpoint(self.last)
         check_same_config(state["config"], cfg.to_dict(), self.path)
         return state
 
     def write_config(self, cfg: Config) -> None:
         """Write config.yaml."""
-        with _replaced(self.config) as file:
-            file.write(cfg.to_yaml().encode())
+        with _writing(self.config), atomic_file(self.config) as temporary:
+            temporary.write_text(cfg.to_yaml(), encoding="utf-8")
 
     def truncate_history(self, step: int, *, validated: bool) -> None:
         """Drop what comes after a checkpoint's step, whose validation may still be to come."""
@@ -243,21 +220,19 @@ class ResultsFolder:
             return line["step"] < step or (line["step"] == step and not repeated)
 
         kept = [line for line in read_history(self.history) if stays(line)]
-        with _replaced(self.history) as file:
-            file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+        with _writing(self.history), atomic_file(self.history) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def export_model(self, model: Any) -> None:
         """Write model/ through `save_pretrained`: the folder is the old or the new one."""
         try:
-            self.tidy()
-            model.save_pretrained(self._new)
-            wait_for_disk(self._new)
-            if self.model.exists():
-                self.model.rename(self._old)
-            self._new.rename(self.model)
-            wait_for_disk(self.path)
-        except OSError as error:
-            raise _unwritable(self.model, error) from error
+            with _writing(self.model):
+                model.save_pretrained(self._new)
+                wait_for_disk(self._new)
+                if self.model.exists():
+                    self.model.rename(self._old)
+                self._new.rename(self.model)
+                wait_for_disk(self.path)
         finally:
             self.tidy()
 
@@ -284,11 +259,9 @@ def check_same_config(old: Mapping[str, Any], new: Mapping[str, Any], path: Path
     ]
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise CheckpointError(
-            f"results folder {path} holds a run of another config: {'; '.join(changed[:3])}{more}. "
-            "Set them back, or choose another --results_path (--start_check_point takes over the "
-            "weights)"
-        )
+        what = f"folder {path} holds a run of another config: {'; '.join(changed[:3])}{more}"
+        fix = "choose another --results_path (--start_check_point takes over the weights)"
+        raise CheckpointError(f"{what}. Set them back, or {fix}")
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -305,19 +278,12 @@ def read_history(path: str | Path) -> Iterator[dict[str, Any]]:
     One of a step is a `StepRecord`; one of a validation has step, epoch, valid and final (made at
     the end of a run within an epoch). A number that was not finite is None.
     """
-    if not Path(path).is_file():
-        return
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
+    if Path(path).is_file():
+        for line in Path(path).read_text("utf-8", errors="replace").splitlines():
             try:
-                content = json.loads(line)
-            except (ValueError, RecursionError):
+                yield json.loads(line)
+            except ValueError:
                 return
-            if not isinstance(content, dict) or not isinstance(content.get("step"), int):
-                return
-            if "valid" in content and "final" not in content:
-                return
-            yield content
 
 
 class FolderLock:
@@ -341,17 +307,14 @@ class FolderLock:
             self.path.write_text(f"process {os.getpid()}")  # for the message
         except filelock.Timeout:
             owner = self.path.read_text() if self.path.is_file() else ""
-            raise CheckpointError(
-                f"results folder {folder} is in use by another run ({owner or 'process unknown'}): "
-                "wait for it, stop it, or choose another --results_path"
-            ) from None
+            what = f"folder {folder} is in use by another run ({owner or 'process unknown'})"
+            fix = "wait for it, stop it, or choose another --results_path"
+            raise CheckpointError(f"{what}: {fix}") from None
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 return  # some network file systems
-            raise CheckpointError(
-                f"results folder {folder} cannot be written ({error.strerror}): choose another "
-                "--results_path"
-            ) from error
+            what = f"results folder {folder} cannot be written ({error.strerror})"
+            raise CheckpointError(f"{what}: choose another --results_path") from error
 
     def release(self) -> None:
         """Remove the file and give the lock back; without a lock, do nothing."""
@@ -375,7 +338,6 @@ class RunLog:
         self._board = SummaryWriter(str(folder.tensorboard), purge_step=purge, max_queue=100)
         hidden = not progress
         self._bar = tqdm(desc="training", total=total, initial=step, unit="step", disable=hidden)
-        self._last = (step, time.perf_counter())
 
     def step(self, record: StepRecord) -> None:
         """Write one optimizer step."""
@@ -383,11 +345,9 @@ class RunLog:
         del line["valid"]
         self._write(line)
         if record.step % self.cfg.training.log_every == 0:
-            step, then = self._last
-            self._last = (record.step, time.perf_counter())
-            rate = (record.step - step) / max(self._last[1] - then, 1e-9)
             points = {name: line[name] for name in ("loss", "grad_norm", "lr")}
-            self._draw("train", {**points, "steps_per_second": rate}, record.step)
+            points["steps_per_second"] = 1 / max(record.seconds, 1e-9)
+            self._draw("train", points, record.step)
         self._bar.set_postfix(epoch=record.epoch, loss=f"{record.loss:.4g}", refresh=False)
         self._bar.update(record.step - self._bar.n)
 
@@ -411,11 +371,9 @@ class RunLog:
             part.close()
 
     def _write(self, line: dict[str, Any]) -> None:
-        try:
+        with _writing(self.history):
             self._file.write(json.dumps(to_plain(line), allow_nan=False) + "\n")
             self._file.flush()  # a killed process loses nothing that the system has
-        except OSError as error:
-            raise _unwritable(self.history, error) from error
 
     def _draw(self, group: str, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():

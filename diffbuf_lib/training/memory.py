@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffbuf_lib.config import Config
-from diffbuf_lib.errors import DataError, OutOfMemoryError
+from diffbuf_lib.errors import OutOfMemoryError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.networks import make_network
 from diffbuf_lib.registry import OPTIMIZERS
@@ -52,22 +52,8 @@ class MemoryEstimate(NamedTuple):
         return max(0, (free - self.fixed) // self.per_clip)
 
 
-def estimate_step(cfg: Config, model: nn.Module | None = None) -> MemoryEstimate:
-    """Estimate a training step from a forward pass of `model`, or else by `network_estimate`."""
-    if model is None:
-        return network_estimate(cfg)
-    device, training = next(model.parameters()).device, cfg.training
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[training.amp_dtype]
-    mixed = training.use_amp and (device.type == "cuda" or dtype == torch.bfloat16)
-    mix = 0.1 * torch.ones(1, 1, cfg.audio.chunk_size, device=device)
-    autocast = torch.autocast(device.type, dtype, enabled=mixed)
-    with isolated(device, deterministic=False), saved_bytes(model) as saved, autocast:
-        _loss = model(mix, mix)
-    return _estimate(model, training.optimizer, saved)
-
-
-def network_estimate(cfg: Config) -> MemoryEstimate:
-    """Estimate from the shapes of the network in float32, which is nearly all of the model.
+def estimate_step(cfg: Config) -> MemoryEstimate:
+    """Estimate a step from the shapes of the network in float32, which is nearly all of the model.
 
     Nothing is computed. The first call imports torch's shape rules, which takes some seconds.
     """
@@ -76,10 +62,11 @@ def network_estimate(cfg: Config) -> MemoryEstimate:
         x = torch.empty(1, 4, cfg.audio.stft.n_fft // 2 + 1, cfg.audio.num_frames)
         with saved_bytes(network) as saved:
             network(x, torch.empty(1, cfg.diffusion_buffer.buffer_size))
-    return _estimate(network, cfg.training.optimizer, saved)
+    return step_memory(network, cfg.training.optimizer, saved)
 
 
-def _estimate(model: nn.Module, optimizer: str, one_clip: SavedBytes) -> MemoryEstimate:
+def step_memory(model: nn.Module, optimizer: str, one_clip: SavedBytes) -> MemoryEstimate:
+    """Add up a step from what autograd keeps of one clip."""
     # The weights themselves, their gradients, the average and the optimizer's states.
     copies = 3 + OPTIMIZERS[optimizer].facts.get("states", 2)
     fixed = copies * _size(model.parameters()) + 2 * _size(model.buffers()) + _OVERHEAD
@@ -174,10 +161,7 @@ def find_batch_size(cfg: Config, train_set: ClipSource, device: str = "auto") ->
 
     Raises:
         OutOfMemoryError: not even one clip fits.
-        DataError: an empty training set.
     """
-    if len(train_set) < 1:
-        raise DataError("the training set holds no clip: check the path of the training data")
     accelerator = make_accelerator(cfg.training, device)
     where, first = accelerator.device, min(cfg.training.batch_size, len(train_set))
     if where.type == "cuda":

@@ -48,10 +48,8 @@ def score_clips(
     """
     check_metrics(metrics, sample_rate)
     if estimate.dim() != 2 or estimate.shape != target.shape:
-        raise ShapeError(
-            f"estimate {list(estimate.shape)} and target {list(target.shape)} must both be [B, T]: "
-            "average the channels first"
-        )
+        shapes = f"estimate {list(estimate.shape)} and target {list(target.shape)}"
+        raise ShapeError(f"{shapes} must both be [B, T]: average the channels first")
     estimate, target = estimate.detach().float().cpu(), target.detach().float().cpu()
     scores = {metric: torch.full((len(estimate),), math.nan) for metric in metrics}
     for metric, values in scores.items():
@@ -81,16 +79,12 @@ def check_metrics(metrics: Iterable[str], sample_rate: int) -> None:
         facts = METRICS[metric].facts
         package, rates = facts.get("package"), facts.get("sample_rates")
         if package and importlib.util.find_spec(package) is None:
-            raise MissingExtraError(
-                f"metric {metric} needs the package {package}: pip install 'diffbuf[metrics]', or "
-                f"take {metric} out of the metrics"
-            )
+            fix = "pip install 'diffbuf[metrics]', or take it out of the metrics"
+            raise MissingExtraError(f"metric {metric} needs the package {package}: {fix}")
         if rates and sample_rate not in rates:
             known = " and ".join(map(str, rates))
-            raise ConfigError(
-                f"{metric} is defined at {known} Hz, not at {sample_rate} Hz: take it out of the "
-                "metrics or change audio.sample_rate"
-            )
+            what = f"{metric} is defined at {known} Hz, not at {sample_rate} Hz"
+            raise ConfigError(f"{what}: take it out of the metrics or change audio.sample_rate")
 
 
 def lower_is_better(name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,34 +30,20 @@ class Muon(torch.optim.AdamW):
     decoupled weight decay are then of the size that AdamW wants.
     """
 
-    def __init__(
-        self, params: Iterable[nn.Parameter], lr: float = 1e-3, weight_decay: float = 1e-2
-    ) -> None:
-        params = list(params)
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in params if p.ndim <= 1], "matrices": False},
-            {"params": [p for p in params if p.ndim > 1], "matrices": True},
-        ]
-        super().__init__(
-            [group for group in groups if group["params"]], lr=lr, weight_decay=weight_decay
-        )
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step, as every torch optimizer does."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
-        gradients: list[tuple[Tensor, Tensor]] = []
+        matrices: list[tuple[Tensor, Tensor]] = []
         for group in self.param_groups:
-            if not group["matrices"]:
-                continue
             for p in group["params"]:
-                if p.grad is not None:
-                    gradients.append((p, p.grad))
+                if p.ndim > 1 and p.grad is not None:
+                    matrices.append((p, p.grad))
                     self._move(p, p.grad, group["lr"], group["weight_decay"])
                     p.grad = None  # so that AdamW leaves it alone
         super().step()
-        for p, gradient in gradients:
+        for p, gradient in matrices:
             p.grad = gradient
         return loss
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import diffbuf_lib
 from diffbuf_lib.config import Config
+from diffbuf_lib.data.reader import reason
 from diffbuf_lib.errors import CheckpointError, DataError, NonFiniteError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.training.failure import Attempt, Failures
@@ -85,24 +86,16 @@ def train(
         DataError: an empty training set, or a clip that cannot be read; names it.
         MissingExtraError, ConfigError: a metric or device that is unavailable.
     """
-    stop = StopRequest()
-    stop.install()
-    run, abandoned = None, False
-    try:
+    with StopRequest() as stop:
         with stop.running():
             run = Run(cfg, train_set, valid_set, results_path, device, model, stop)
-            run.begin(resume=resume, start_check_point=start_check_point, progress=progress)
-        while (record := run.next_record()) is not None:
-            yield record
-    except (GeneratorExit, KeyboardInterrupt):
-        abandoned = True
-        raise
-    finally:
         try:
-            if run is not None:
-                run.close(abandoned=abandoned)
+            with stop.running():
+                run.begin(resume=resume, start_check_point=start_check_point, progress=progress)
+            while (record := run.next_record()) is not None:
+                yield record
         finally:
-            stop.restore()
+            run.close()
 
 
 class Run:
@@ -136,8 +129,8 @@ class Run:
             self.engine = Engine(cfg, model, self.accelerator, self.total)
         self.reader = ClipReader(train_set, training.num_workers)
         self.batches: Iterator[tuple[Tensor, Tensor]] | None = None  # the rest of this epoch's
-        path, rank = self.folder.path, self.rank
-        self.failures = Failures(cfg, path, self.engine, self.plan, train_set, rank)
+        place = self.engine, self.plan, train_set, self.rank
+        self.failures = Failures(cfg, self.folder.path, *place)
         self.log: RunLog | None = None  # in the main process
 
         self.step = self.epoch = self.round = 0  # steps made; epoch and round of the next one
@@ -242,9 +235,8 @@ class Run:
         try:
             return self.engine.step(attempt.batches, stop=self.stop.requested)
         except Exception as error:
-            if (death := self.reader.death(error)) is not None:  # told by a signal
-                raise death from error
-            known = self.failures.raised(attempt, error)
+            # A reader's death is told by a signal: no fault of the step.
+            known = self.reader.death(error) or self.failures.raised(attempt, error)
             if known is error:
                 raise
             raise known from error
@@ -254,16 +246,14 @@ class Run:
         error = self.failures.nonfinite(attempt, outcome)
         if error is None:
             return False
-        most = self.cfg.training.max_skipped
+        most, so_far = self.cfg.training.max_skipped, self.bad_batches
         if self.cfg.training.on_nonfinite == "stop":
             raise error
-        if self.bad_batches >= most:
-            raise NonFiniteError(
-                f"{error}. {self.bad_batches} batches were left out before, and "
-                f"training.max_skipped is {most}"
-            )
+        if so_far >= most:
+            why = f"{so_far} batches were left out before, and training.max_skipped is {most}"
+            raise NonFiniteError(f"{error}. {why}")
         self.bad_batches += 1
-        warnings.warn(f"left out, {self.bad_batches} of at most {most}: {error}", stacklevel=2)
+        warnings.warn(f"left out, {so_far + 1} of at most {most}: {error}", stacklevel=2)
         return True
 
     def _interrupt(self, record: StepRecord) -> NoReturn:
@@ -280,8 +270,7 @@ class Run:
             warnings.warn(f"{what}: learning rate and early stopping wait", stacklevel=2)
             return False
         self.engine.count_validation(score)
-        lower = lower_is_better(name)
-        if self.best is None or (score < self.best if lower else score > self.best):
+        if self.best is None or (score < self.best if lower_is_better(name) else score > self.best):
             self.best, self.bad_validations = score, 0
             return True
         self.bad_validations += 1
@@ -327,19 +316,20 @@ class Run:
             self.log = RunLog(self.cfg, self.folder, self.step, self.total, progress)
         self.whole = True
 
-    def close(self, *, abandoned: bool) -> None:
+    def close(self) -> None:
         """Save where the run stands if it is whole, model/ too if there is none; close the logs."""
         self.batches = None
         try:
-            if self.whole and self.accelerator.is_main_process:
-                if not self.engine.is_finite():
-                    text = f"weights are not finite: step {self.step} is not saved"
-                    warnings.warn(text, stacklevel=2)
-                    return
-                if not self.saved:
-                    self._write(self.folder.last)
-                if (abandoned or self._over()) and self.best is None and self.step:
-                    self.folder.export_model(self.engine.ema.module)
+            if not self.whole or not self.accelerator.is_main_process:
+                return
+            if not self.engine.is_finite():
+                text = f"weights are not finite: step {self.step} is not saved"
+                warnings.warn(text, stacklevel=2)
+                return
+            if not self.saved:
+                self._write(self.folder.last)
+            if self.best is None and self.step:
+                self.folder.export_model(self.engine.ema.module)
         finally:
             if self.log is not None:
                 self.log.close()
@@ -350,11 +340,9 @@ class Run:
         """Write the checkpoints that are due, or raise NonFiniteError for exploded weights."""
         if not self.engine.is_finite():
             self.whole = False
-            raise NonFiniteError(
-                f"step {self.step} (epoch {self.epoch}): weights are not finite after the update "
-                f"with lr {self.engine.lr:g}: lower training.lr or set training.grad_clip; the "
-                "checkpoints are from before"
-            )
+            what = f"weights are not finite after the update with lr {self.engine.lr:g}"
+            fix = "lower training.lr or set training.grad_clip; the checkpoints are from before"
+            raise NonFiniteError(f"step {self.step} (epoch {self.epoch}): {what}: {fix}")
         if self.accelerator.is_main_process:
             if is_best:
                 self._write(self.folder.best)
@@ -368,7 +356,7 @@ class Run:
             "config": self.cfg.to_dict(),
             "examples": self.round * self.plan.examples_per_round,
             "processes": self.processes,
-            "pending": None if self.pending is None else self.pending.to_dict(),
+            "pending": self.pending and self.pending.to_dict(),
         }
         place = {name: getattr(self, name) for name in _PLACE}
         save_checkpoint(path, {**state, **place, **self.engine.state_dict()})
@@ -381,13 +369,12 @@ class Run:
             self.engine.load_state_dict(state)
             for name in _PLACE:
                 setattr(self, name, state[name])
-            self.pending = None if state["pending"] is None else StepRecord(**state["pending"])
+            self.pending = state["pending"] and StepRecord(**state["pending"])
             rounds = -(-state["examples"] // self.plan.examples_per_round)
             self.round = min(rounds, self.plan.rounds)
             if self.round == self.plan.rounds and self.pending is None:
                 self.epoch, self.round = self.epoch + 1, 0  # a smaller set, or larger rounds
         except Exception as error:  # whatever torch meets in a state that is not its own
-            raise CheckpointError(
-                f"checkpoint {self.folder.last} does not fit this model and optimizer: take "
-                f"another one, such as best.pt ({' '.join(str(error).split())[:200]})"
-            ) from error
+            what = f"checkpoint {self.folder.last} does not fit this model and optimizer"
+            fix = f"take another one, such as best.pt ({reason(error)[:200]})"
+            raise CheckpointError(f"{what}: {fix}") from error

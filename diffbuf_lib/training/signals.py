@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ def isolated(device: torch.device, *, deterministic: bool) -> Iterator[None]:
 
 
 class StopRequest:
-    """Turns Ctrl-C and SIGTERM into a stop between two steps.
+    """Turns Ctrl-C and SIGTERM into a stop between two steps, while a block runs.
 
     Within `running()` the first signal only sets `requested`; a second one raises KeyboardInterrupt
     at once, as either does while the caller's code runs. Works in the main thread only.
@@ -67,17 +67,16 @@ class StopRequest:
         finally:
             self._inside = False
 
-    def install(self) -> None:
-        """Put the handlers in place."""
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._handle)
+        return self
 
-    def restore(self) -> None:
-        """Put back the handlers that were there, where they are still ours."""
+    def __exit__(self, *_: object) -> None:
         if threading.current_thread() is threading.main_thread():
             for number, previous in self._previous.items():
-                if signal.getsignal(number) == self._handle:
+                if signal.getsignal(number) == self._handle:  # it is still ours
                     signal.signal(number, previous if previous is not None else signal.SIG_DFL)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

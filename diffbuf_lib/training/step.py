@@ -32,6 +32,11 @@ from diffbuf_lib.training.metrics import mean_scores, score_clips
 from diffbuf_lib.training.optimizer import make_optimizer, make_scheduler
 from diffbuf_lib.training.signals import StopRequest
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Of mixed precision, by accelerate's names; "no" is float32."""
+
+_PARTS = ("model", "ema", "optimizer", "scheduler")  # of an engine, in a checkpoint
+
 
 class Outcome(NamedTuple):
     """What a step came to; none was made if losses or, without a scaler, the norm are bad."""
@@ -164,17 +169,12 @@ class Engine:
     def state_dict(self) -> dict[str, Any]:
         """Return all that a later run needs to go on, by name."""
         scaler = self.accelerator.scaler
-        return {
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-        }
+        state = {name: getattr(self, name).state_dict() for name in _PARTS}
+        return {**state, "scaler": None if scaler is None else scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave; a scaler's state only where both have a scaler."""
-        for name in ("model", "ema", "optimizer", "scheduler"):
+        for name in _PARTS:
             getattr(self, name).load_state_dict(state[name])
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -190,18 +190,21 @@ def gradient_norm(model: nn.Module) -> Tensor:
     return torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
 
 
+def precision_on(training: TrainingConfig, device: torch.device) -> str:
+    """Return the mixed precision that a device trains in: "no", "bf16" or "fp16"."""
+    able = device.type == "cuda" or training.amp_dtype == "bf16"
+    return training.amp_dtype if training.use_amp and able else "no"
+
+
 def make_accelerator(training: TrainingConfig, device: str) -> Accelerator:
     """Choose the device (see `resolve_device`) and the precision; warn where it is another one."""
     chosen = resolve_device(device, fallback=True)
-    on_cpu = chosen.type == "cpu"
-    precision = training.amp_dtype if training.use_amp else "no"
-    reason = "no CUDA device" if on_cpu and device.startswith("cuda") else ""
-    if on_cpu and precision == "fp16":
-        precision = "no"
-        reason = reason or "training.use_amp with fp16 needs a CUDA device"
-    if reason:
+    on_cpu, precision = chosen.type == "cpu", precision_on(training, chosen)
+    if on_cpu and (device.startswith("cuda") or (training.use_amp and precision == "no")):
+        why = "training.use_amp with fp16 needs a CUDA device"
+        why = "no CUDA device" if device.startswith("cuda") else why
         name = "bfloat16" if precision == "bf16" else "float32"
-        warnings.warn(f"{reason}: training on the CPU in {name}", stacklevel=2)
+        warnings.warn(f"{why}: training on the CPU in {name}", stacklevel=2)
     if ":" in device and not on_cpu:
         torch.cuda.set_device(chosen)  # accelerate's "cuda" is torch's current device
     # Accelerate keeps one state a process and refuses another precision or device than its
@@ -251,11 +254,9 @@ def validate(
         if round_ >= len(batches):
             continue
         mix, target = (wave.to(device) for wave in next(reader))
-        keys = [(clip,) for clip in batches[round_]]
-        generators = example_generators(keys, training.seed, Stream.VALID, device)
-        loss = model(mix, target, generator=generators).item()
-        generators = example_generators(keys, training.seed, Stream.VALID, device)
-        estimate = model.enhance(mix, generator=generators)  # [B, C, T]
+        key = [(clip,) for clip in batches[round_]], training.seed, Stream.VALID, device
+        loss = model(mix, target, generator=example_generators(*key)).item()
+        estimate = model.enhance(mix, generator=example_generators(*key))  # [B, C, T]
         estimate, clean = estimate.mean(1).cpu(), target.mean(1).cpu()  # [B, T]
         scores = score_clips(estimate, clean, cfg.audio.sample_rate, training.metrics)
         for i, clip in enumerate(batches[round_]):

@@ -20,9 +20,10 @@ from diffbuf_lib.diffusion.buffer import complex_normal, inference_times, pertur
 from diffbuf_lib.diffusion.sde import make_sde
 from diffbuf_lib.diffusion.spectral import Spectral
 from diffbuf_lib.errors import ConfigError
-from diffbuf_lib.figures import Players, buffer_spectra, spectrograms
-from diffbuf_lib.notebook.panels import Panel, slider_look
-from walk.plots import noise_schedule, refused
+from diffbuf_lib.figures import spectrograms
+from diffbuf_lib.notebook.panels import Panel
+from walk.listening import Players
+from walk.plots import buffer_spectra, noise_schedule, refused
 
 _COLOURS = {"error": "#b00020", "warning": "#9a5b00"}
 _LONGER = 10  # frames by which the buffer can be made longer than the clip, to meet the error
@@ -216,6 +217,16 @@ def _sigma_sliders(bbed: Any, cfg: Config) -> dict[str, Any]:
         "t_max": _number("t_max", times.t_max, 0.1, 1.0, width=400),
         # Logarithmic: float16 ends at times that a linear slider cannot reach.
         "t_eps": widgets.FloatLogSlider(times.t_eps, min=lowest, max=0, step=0.05, **look),
+    }
+
+
+def slider_look(description: str, width: int = 310) -> dict[str, Any]:
+    """Return what all sliders share: they act when they are let go; three of 310 px fit a page."""
+    return {
+        "description": description,
+        "continuous_update": False,
+        "style": {"description_width": "80px"},
+        "layout": widgets.Layout(width=f"{width}px"),
     }
 
 

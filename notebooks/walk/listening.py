@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import html
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -13,6 +15,7 @@ from diffbuf_lib.config import Config
 from diffbuf_lib.data import ClipDataset, collate, find_layout, open_dataset, read_info
 from diffbuf_lib.errors import ConfigError, MissingExtraError
 from diffbuf_lib.evaluation import ScoredClip, summary
+from diffbuf_lib.figures import data_uri, player_gain, player_wav
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.notebook import Workbench
 from diffbuf_lib.streaming import OnlineEnhancer
@@ -22,6 +25,35 @@ from diffbuf_lib.training.metrics import check_metrics
 
 _METRICS = ("si_sdr", "estoi", "pesq")
 _LEAST_SECONDS = 0.5
+
+
+class Players:
+    """Signals to listen to side by side; Jupyter shows a row of players with captions.
+
+    Args:
+        waves: caption and signal [T], full scale 1. All are played at one peak; the caption says
+            by how many dB that raised them.
+        sample_rate: Hz.
+    """
+
+    def __init__(self, waves: Mapping[str, Tensor], sample_rate: int) -> None:
+        self.waves, self.sample_rate = dict(waves), sample_rate
+
+    def __repr__(self) -> str:
+        return f"<players: {', '.join(self.waves)}>"
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for caption, wave in self.waves.items():
+            gain = 20 * math.log10(player_gain(wave))
+            source = data_uri(player_wav(wave, self.sample_rate), "audio/wav")
+            rows.append(
+                '<figure style="margin:0"><figcaption style="padding:0 0 .3em .5em">'
+                f"{html.escape(caption)} <small>({gain:+.0f} dB)</small></figcaption>"
+                f'<audio controls style="width:17em;max-width:100%" src="{source}"></audio>'
+                "</figure>"
+            )
+        return f'<div style="display:flex;flex-wrap:wrap;gap:1em">{"".join(rows)}</div>'
 
 
 def held_out(bench: Workbench, cfg: Config, seconds: float = 3.0) -> ClipDataset:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import shutil
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,22 +69,12 @@ def find_model(bench: Workbench, name: str | None, folder: Path, *, steps: int =
 def _load(root: Path, name: str) -> DiffusionBufferModel | None:
     """Load from a folder, or by a name; None if the name is not on this machine."""
     folder = root / name
-    if (folder / "config.json").is_file():
-        return _silently(folder)
     if folder.is_dir() or len(Path(name).parts) != 2:
-        raise ConfigError(
-            f"MODEL {name} holds no trained model (config.json): give a folder that training "
-            "wrote, such as results/demo/model, or diffbuf/cpu-demo"
-        )
+        return DiffusionBufferModel.from_pretrained(folder)
     try:
-        return _silently(name)
+        return DiffusionBufferModel.from_pretrained(name, local_files_only=True)
     except (OSError, DiffbufError):
         return None
-
-
-def _silently(source: str | Path) -> DiffusionBufferModel:
-    with redirect_stdout(io.StringIO()):  # huggingface_hub prints
-        return DiffusionBufferModel.from_pretrained(source, local_files_only=True)
 
 
 def _train_small(bench: Workbench, folder: Path, steps: int) -> DiffusionBufferModel:
@@ -98,4 +86,4 @@ def _train_small(bench: Workbench, folder: Path, steps: int) -> DiffusionBufferM
     shutil.rmtree(folder, ignore_errors=True)
     for _ in train(cfg, clips, None, folder):
         pass
-    return _silently(folder / "model")
+    return DiffusionBufferModel.from_pretrained(folder / "model")

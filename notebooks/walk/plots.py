@@ -18,8 +18,23 @@ from torch import Tensor
 from diffbuf_lib import figures
 from diffbuf_lib.config import AudioConfig, Config
 from diffbuf_lib.diffusion.sde import SDE
-from diffbuf_lib.figures import DPI, RED, WIDTH, decibels, draw_level, stack, to_numpy
-from diffbuf_lib.figures.progress import UNITS, draw_hops, draw_points, draw_smoothed, split_history
+from diffbuf_lib.figures import (
+    DPI,
+    RED,
+    UNITS,
+    WIDTH,
+    add_colour_bar,
+    analyse,
+    centred,
+    decibels,
+    draw_level,
+    draw_points,
+    draw_smoothed,
+    draw_spectra,
+    split_history,
+    stack,
+    to_numpy,
+)
 from diffbuf_lib.live import LiveReport
 from diffbuf_lib.trace import Trace
 from diffbuf_lib.training.folder import ResultsFolder, read_history
@@ -29,10 +44,52 @@ if TYPE_CHECKING:
     from walk.listening import DelayScore
     from walk.scaling import StepCost
 
+COMPRESSED_RANGE = 45  # dB for a compressed spectrum; alpha 0.5 halves a range in dB
 _LEVELS = [float(level) for level in range(-100, 1, 2)]  # dB
 _GAINS = {"si_sdr": "SI-SDR gain (dB)", "pesq": "PESQ gain", "estoi": "ESTOI gain"}
 _FLOAT16_MAX = torch.finfo(torch.float16).max  # 65504
 _ENDS = (0.001, 0.999)  # at t = 0, and for BBED at t = 1, sigma is 0 and 1 / sigma infinite
+
+
+def spectra(spectra: Mapping[str, Tensor], audio: AudioConfig) -> Figure:
+    """Draw compressed spectra [F, K] complex, all of one shape, on one time axis and dB scale."""
+    figure, panels = stack(len(spectra), 1.9 * len(spectra) + 0.5)
+    image = draw_spectra(panels, spectra, audio.sample_rate, audio.stft, COMPRESSED_RANGE)
+    add_colour_bar(image, panels)
+    return figure
+
+
+def buffer_spectra(
+    spectra: Mapping[str, Tensor], t: Tensor, sigma: Tensor, audio: AudioConfig
+) -> Figure:
+    """Draw spectra with the buffer marked, and below them diffusion time and sigma of every frame.
+
+    Args:
+        spectra: title and spectrum [F, K] complex, such as Y, S and V; all of one shape.
+        t: [Kb], diffusion times of the last Kb frames.
+        sigma: [Kb], of the same frames.
+        audio: gives Hz and seconds.
+    """
+    figure, panels = stack(len(spectra) + 1, 1.75 * len(spectra) + 2.0)
+    *pictures, below = panels
+    image = draw_spectra(pictures, spectra, audio.sample_rate, audio.stft, COMPRESSED_RANGE)
+    add_colour_bar(image, panels)  # beside the lowest too: one time axis
+    K, Kb = next(iter(spectra.values())).shape[-1], t.shape[-1]
+    times = figures.frame_times(K, audio.sample_rate, audio.stft)
+    half = audio.stft.hop_length / audio.sample_rate / 2  # s
+    for values, name in ((t, "diffusion time t"), (sigma, "noise sigma(t)")):
+        whole = np.concatenate([np.zeros(K - Kb), to_numpy(values)])
+        below.plot(times, whole, ".-", markersize=4, linewidth=1, label=name)
+    below.legend(frameon=False, loc="upper left")
+    below.set(ylabel="t, sigma", ylim=(-0.05, 1.05))
+    below.grid(alpha=0.3)
+    edge = times[K - Kb] - half
+    for axes in panels:
+        colour = "0.3" if axes is below else "white"
+        axes.axvline(edge, color=colour, linestyle="--", linewidth=1.2)
+    below.axvspan(edge, times[-1] + half, color="C1", alpha=0.12, linewidth=0)
+    below.set_title(f"the buffer: the last {Kb} of {K} frames", loc="right", size=9)
+    return figure
 
 
 def waveforms(waves: Mapping[str, Tensor], sample_rate: int) -> Figure:
@@ -122,7 +179,7 @@ def frame_counts(cfg: Config) -> Figure:
 
 def refused(Y: Tensor, message: str, audio: AudioConfig) -> Figure:
     """Draw a spectrum [F, K] alone, and above it why no buffer fits it."""
-    figure = figures.spectra({"": Y}, audio)
+    figure = spectra({"": Y}, audio)
     figure.axes[0].set_title(message, loc="left", fontsize=9, color=RED, wrap=True)
     return figure
 
@@ -339,6 +396,34 @@ def frame_times(report: LiveReport) -> Figure:
     spread.axhline(report.hop_ms, color="C3", linestyle="--")
     figure.legend(*course.get_legend_handles_labels(), frameon=False, loc="outside upper right")
     return figure
+
+
+def stream_course(
+    waves: Mapping[str, Tensor], frame_ms: Sequence[float], audio: AudioConfig
+) -> Figure:
+    """Draw what went into a stream and came out of it, above the time that every hop took.
+
+    Args:
+        waves: title and signal [T], full scale 1, of a stream so far.
+        frame_ms: time that each hop took, ms.
+        audio: gives Hz and seconds.
+    """
+    figure, (*panels, course) = stack(len(waves) + 1, 2 + 1.7 * len(waves))
+    draw_spectra(panels, analyse(waves, audio.stft), audio.sample_rate, centred(audio.stft))
+    if frame_ms:
+        draw_hops(course, frame_ms, 1000 * audio.stft.hop_length / audio.sample_rate)
+        course.legend(frameon=False, fontsize=8, loc="upper right")
+    else:
+        course.set_axis_off()
+    return figure
+
+
+def draw_hops(axes: Axes, frame_ms: Sequence[float], hop_ms: float) -> None:
+    """Draw the time of every hop of a stream beside the time that it lasts, both in ms."""
+    axes.plot(np.arange(len(frame_ms)) * hop_ms / 1000, frame_ms, linewidth=0.8, color="C0")
+    axes.set(xlabel="time in the stream (s)", ylabel="time for one hop (ms)", yscale="log")
+    axes.axhline(hop_ms, color="C3", linestyle="--", label="a hop lasts this long")
+    axes.grid(alpha=0.3)
 
 
 def largest_values(values: Mapping[str, float], limit: float, limit_name: str, bad: str) -> Figure:

@@ -20,8 +20,8 @@ from diffbuf_lib.figures import (
     decibels,
     draw_level,
     scale_of,
+    write_in_the_middle,
 )
-from diffbuf_lib.figures.progress import write_in_the_middle
 from diffbuf_lib.trace import Trace
 
 _RATIO_RANGE = 40  # dB that a picture shows of what is neither signal nor spectrum
@@ -41,6 +41,7 @@ _TITLES = {
     "target_score": "what the score should be, -z / sigma",
     "loss_map": "the loss of every bin",
     "loss": "the mean of loss_map",
+    "level": "the running level that Y and S are divided by",
 }
 
 
@@ -89,7 +90,7 @@ def _draw_stage(axes: Axes, trace: Trace, name: str, cfg: Config, example: int) 
         axes.grid(alpha=0.3)
     elif value.ndim == 2:
         axes.plot(range(1, value.shape[-1] + 1), value[example].numpy(), "o-", markersize=4)
-        axes.set(xlabel="frame of the buffer, the newest last", ylabel=name)
+        axes.set(xlabel="frame, the newest last", ylabel=name)
         axes.grid(alpha=0.3)
     else:
         _draw_map(axes, value[example], name, cfg, frames=trace.Y.shape[-1])

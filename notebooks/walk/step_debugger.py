@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import html
-from dataclasses import fields
 from typing import Any
 
 import ipywidgets as widgets
@@ -21,7 +20,6 @@ from diffbuf_lib.training.optimizer import make_optimizer
 from walk.stages import stepping
 
 _RUN = 10  # steps of the button "Run 10"
-_STAGES = tuple(field.name for field in fields(Trace) if field.name not in ("draws", "level"))
 
 
 class StepDebugger(Panel):
@@ -53,9 +51,12 @@ class StepDebugger(Panel):
         self.model, self.mix, self.target, self.seed = model, mix, target, seed
         self.optimizer = make_optimizer(model.cfg.training, model, lr)
         self._start = copy.deepcopy((model.state_dict(), self.optimizer.state_dict()))
-        rows = self._make_widgets(len(mix), same_noise)
-        super().__init__(rows, "loss of one batch, gradients by module and one stage")
+        text = "same noise in every step"
+        self.same_noise = widgets.Checkbox(value=same_noise, description=text, indent=False)
         self._begin()
+        rows = self._make_widgets(len(mix))
+        super().__init__(rows, "loss of one batch, gradients by module and one stage")
+        self._show()
 
     @property
     def steps(self) -> int:
@@ -81,6 +82,7 @@ class StepDebugger(Panel):
         self.optimizer.load_state_dict(optimizer)
         self.optimizer.zero_grad()
         self._begin()
+        self._show()
 
     def noise(self) -> list[torch.Generator]:
         """Return the generators of the next step's times and noise, one an example."""
@@ -96,7 +98,6 @@ class StepDebugger(Panel):
         self.gradients: GradientStatistics | None = None  # of the last step
         with torch.no_grad():
             self.trace = self._trace()
-        self._show()
 
     def _make_step(self) -> None:
         self.optimizer.zero_grad()
@@ -118,7 +119,7 @@ class StepDebugger(Panel):
             torch.manual_seed(stream_seed(self.seed, Stream.STEP, self._noise_key))
             return self.model.trace(self.mix, self.target, self.noise())
 
-    def _make_widgets(self, batch: int, same_noise: bool) -> list[widgets.Widget]:
+    def _make_widgets(self, batch: int) -> list[widgets.Widget]:
         actions = {
             "step-once": ("Step", "step-forward", lambda _: self.step()),
             "back": ("Back to start", "undo", lambda _: self.reset()),
@@ -129,9 +130,8 @@ class StepDebugger(Panel):
             self.buttons[name] = widgets.Button(description=text, icon=icon)
             self.buttons[name].add_class(f"diffbuf-{name}")
             self.buttons[name].on_click(action)
-        text = "same noise in every step"
-        self.same_noise = widgets.Checkbox(value=same_noise, description=text, indent=False)
-        self.stage = widgets.Dropdown(options=_STAGES, value="V", description="stage")
+        names = list(self.trace.stages())
+        self.stage = widgets.Dropdown(options=names, value="V", description="stage")
         self.stage.add_class("diffbuf-stage")
         numbers, narrow = [(str(i + 1), i) for i in range(batch)], widgets.Layout(width="160px")
         self.example = widgets.Dropdown(options=numbers, description="example", layout=narrow)

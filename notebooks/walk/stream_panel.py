@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from diffbuf_lib.errors import ShapeError
-from diffbuf_lib.figures.progress import stream_course
 from diffbuf_lib.live import LiveHop, LiveReport, live_hops, make_report
 from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.notebook.panels import WorkerPanel, label, slider_look
+from diffbuf_lib.notebook.panels import WorkerPanel, label
 from diffbuf_lib.streaming import OnlineEnhancer
+from walk.explorers import slider_look
+from walk.plots import stream_course
 
 _LABELS_EVERY = 0.25  # s
 _QUIETEST = -60.0  # dB re full scale, where the meters end

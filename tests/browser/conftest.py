@@ -9,7 +9,8 @@ import pytest
 
 from diffbuf_lib.data import build_demo
 from tests.browser.page import HEIGHT, WIDTH, NotebookPage, find_chromium
-from tests.browser.server import ROOT, LabServer
+from tests.browser.server import LabServer
+from tests.notebook.cells import DEMO
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -36,7 +37,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="package")
 def server(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabServer]:
-    build_demo(ROOT / "data" / "DN-LM-demo")
+    build_demo(DEMO)
     server = LabServer(tmp_path_factory.mktemp("lab"))
     try:
         server.wait()

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.browser.server import ROOT, START, LabServer
+from tests.browser.server import START, LabServer
+from tests.notebook.cells import ROOT
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +12,8 @@ import time
 import urllib.request
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.notebook.cells import DEMO, copy_workspace
+
 START = 120.0  # s until a server or a kernel answers, on a busy machine
 
 _SETTINGS = {
@@ -21,12 +21,6 @@ _SETTINGS = {
     # Every cell is in the page, also those that are scrolled out of sight.
     "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},
 }
-
-
-def find_notebook(topic: str) -> str:
-    """The file's name of the notebook that has a word such as "sigma" in its name."""
-    (path,) = (ROOT / "notebooks").glob(f"[0-9][0-9]_*{topic}*.ipynb")
-    return path.name
 
 
 class LabServer:
@@ -39,9 +33,7 @@ class LabServer:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        ignored = shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__")
-        shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=ignored)
-        shutil.copytree(ROOT / "configs", folder / "configs")
+        copy_workspace(folder)
         self.log = folder / "server.log"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -69,7 +61,7 @@ class LabServer:
             **{name: str(self.folder / "jupyter" / name.lower()) for name in places},
             "JUPYTERLAB_SETTINGS_DIR": str(settings),
             "JUPYTERLAB_WORKSPACES_DIR": str(self.folder / "jupyter" / "workspaces"),
-            "DIFFBUF_DATA": str(ROOT / "data" / "DN-LM-demo"),
+            "DIFFBUF_DATA": str(DEMO),
             "PYTHONFAULTHANDLER": "1",
             # Server, browser and kernel share the cores: a second thread would wait for one.
             "OMP_NUM_THREADS": "1",

@@ -2,13 +2,13 @@
 
 import pytest
 
-from tests.browser.server import find_notebook
+from tests.notebook.cells import find
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(1200)]
 
 
 def test_buffer_explorer_every_slider_changes_the_picture(open_notebook):
-    page = open_notebook(find_notebook("stft"))
+    page = open_notebook(find("stft").name)
     page.run_all()
     page.screenshot()
     assert not page.problems()
@@ -24,7 +24,7 @@ def test_buffer_explorer_every_slider_changes_the_picture(open_notebook):
 
 
 def test_step_debugger(open_notebook):
-    page = open_notebook(find_notebook("one_step"))
+    page = open_notebook(find("one_step").name)
     page.run_all()
     page.screenshot()
     assert not page.problems()

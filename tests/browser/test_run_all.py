@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.browser.server import ROOT
+from tests.notebook.cells import ROOT
 
 # The others have tests of their panels, which begin with Run All; `make test-long` runs them here.
 QUICK = ("00",)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.browser.page import SCREENSHOTS
-from tests.browser.server import find_notebook
+from tests.notebook.cells import find
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(1200)]
 
@@ -56,7 +56,7 @@ class TrainingPanel:
 
 @pytest.fixture(scope="module")
 def page(open_notebook):
-    page = open_notebook(find_notebook("training_loop"))
+    page = open_notebook(find("training_loop").name)
     page.run_all()
     page.screenshot()
     return page

@@ -21,16 +21,6 @@ def noise_wave(seed, samples, channels=1, level=0.1):
     return torch.from_numpy(wave.clip(-0.99, 0.99).astype(np.float32))
 
 
-@pytest.fixture(name="save")
-def _save():
-    return save
-
-
-@pytest.fixture(name="noise_wave")
-def _noise_wave():
-    return noise_wave
-
-
 @pytest.fixture
 def make_dnlm(tmp_path):
     """Make a DN-LM split whose sample i has lengths[i] samples; mix - target is in noise.wav."""

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from diffbuf_lib import load_config
-from diffbuf_lib.config import Config
 from diffbuf_lib.data import (
     DNLMDataset,
     MixingDataset,
@@ -21,20 +20,11 @@ from diffbuf_lib.data import (
     read_audio,
 )
 from diffbuf_lib.data.datasets import draw_crop
-from diffbuf_lib.errors import ConfigError, DataError
+from tests.conftest import refused
+from tests.data.conftest import noise_wave, save
 
 CHUNK = 1000
 REPOSITORY = Path(__file__).parents[2]
-
-
-def refused(make, *parts):
-    """Check that the error is one line and names all of `parts`."""
-    with pytest.raises(DataError) as error:
-        make()
-    message = str(error.value)
-    assert "\n" not in message
-    for part in parts:
-        assert str(part) in message
 
 
 @pytest.mark.law
@@ -142,11 +132,9 @@ def test_a_dataset_is_a_sequence_and_can_be_pickled(make_dnlm):
     data = DNLMDataset(make_dnlm([1500] * 3), CHUNK)
     assert len(list(data)) == len(data) == 3
     assert torch.equal(data[-1][0], data[2][0])
-    for outside in (3, -4):
-        with pytest.raises(IndexError):
-            data[outside]
-    for part in ("sample_00001", "mixture.wav", "vocals.wav"):
-        assert part in data.name(1)
+    with pytest.raises(IndexError):
+        data[3]
+    assert "sample_00001" in data.name(1)
     assert torch.equal(pickle.loads(pickle.dumps(data))[1][0], data[1][0])
 
 
@@ -155,17 +143,21 @@ KINDS = {1: DNLMDataset, 2: PairedFolderDataset, 3: MixingDataset}
 
 def test_folders_that_do_not_fit_name_what_would(tmp_path, make_dnlm):
     roots = {1: make_dnlm([100]), 2: tmp_path / "second", 3: tmp_path / "third"}
-    for number, names in ((2, ("clean", "noisy")), (3, ("speech", "noise"))):
-        for name in names:
-            (roots[number] / name).mkdir(parents=True)
+    for folder in ("second/clean", "second/noisy", "third/speech", "third/noise"):
+        (tmp_path / folder).mkdir(parents=True)
     make_dnlm([100], root=tmp_path / "set" / "train")
     for own, kind in KINDS.items():
-        refused(lambda kind=kind: kind(tmp_path / "none"), tmp_path / "none", "does not exist")
-        refused(lambda kind=kind: kind(tmp_path), tmp_path, "check the path")
-        refused(lambda kind=kind: kind(tmp_path / "set"), tmp_path / "set" / "train")
-        for number, root in roots.items():
-            if own != number:
-                refused(lambda kind=kind, r=root: kind(r), f"--dataset_type {number}")
+        for root, named in (
+            (tmp_path / "none", "does not exist"),
+            (tmp_path, "check the path"),
+            (tmp_path / "set", tmp_path / "set" / "train"),
+            *(
+                (root, f"--dataset_type {number}")
+                for number, root in roots.items()
+                if number != own
+            ),
+        ):
+            refused(lambda kind=kind, root=root: kind(root), root, named)
     refused(lambda: DNLMDataset(roots[1], 0), "audio.chunk_size")
     refused(lambda: MixingDataset(roots[1], snr=(3.0, 1.0)), "data.snr_min")
     (roots[1] / "sample_00000" / "vocals.wav").unlink()
@@ -173,18 +165,17 @@ def test_folders_that_do_not_fit_name_what_would(tmp_path, make_dnlm):
 
 
 @pytest.mark.parametrize(
-    ("length", "channels", "rate", "parts"),
+    ("length", "channels", "rate", "part"),
     [
-        (1000, 1, 16000, ("1500 samples", "1000", "data.pair_tolerance")),
-        (1500, 2, 16000, ("1 channels", "has 2")),
-        (1500, 1, 8000, ("16000 Hz", "has 8000")),
+        (1000, 1, 16000, "data.pair_tolerance"),
+        (1500, 2, 16000, "1 channels but"),
+        (1500, 1, 8000, "16000 Hz but"),
     ],
 )
-def test_pairs_that_do_not_match(make_dnlm, save, noise_wave, length, channels, rate, parts):
+def test_pairs_that_do_not_match(make_dnlm, length, channels, rate, part):
     root = make_dnlm([1500])
     target = save(root / "sample_00000" / "vocals.wav", noise_wave(9, length, channels), rate)
-    data = DNLMDataset(root, CHUNK)
-    refused(lambda: data[0], target, "mixture.wav", *parts)
+    refused(lambda: DNLMDataset(root, CHUNK)[0], target, "mixture.wav", part)
 
 
 def test_collate_stacks_stereo_or_names_the_channels(make_dnlm):
@@ -199,7 +190,7 @@ def test_collate_stacks_stereo_or_names_the_channels(make_dnlm):
 
 
 @pytest.fixture
-def paired(tmp_path, save, noise_wave):
+def paired(tmp_path):
     for number in range(3):
         clean, noise = noise_wave(number, 2500), noise_wave(100 + number, 2500)
         save(tmp_path / "clean" / "a" / f"{number}.wav", clean)
@@ -207,7 +198,7 @@ def paired(tmp_path, save, noise_wave):
     return tmp_path
 
 
-def test_paired_folders_share_the_crop_and_name_what_is_alone(paired, save, noise_wave):
+def test_paired_folders_share_the_crop_and_name_what_is_alone(paired):
     data = PairedFolderDataset(paired, CHUNK)
     assert len(data) == 3
     mix, target = data[1]
@@ -220,8 +211,14 @@ def test_paired_folders_share_the_crop_and_name_what_is_alone(paired, save, nois
     refused(lambda: PairedFolderDataset(paired), "clean lacks new0.wav, new1.wav", "2 more")
 
 
+def decibels(mix, target):
+    """The SNR of an item."""
+    powers = [float(wave.double().square().sum()) for wave in (target, mix - target)]
+    return 10 * np.log10(powers[0] / powers[1])
+
+
 @pytest.fixture
-def to_mix(tmp_path, save, noise_wave):
+def to_mix(tmp_path):
     root = tmp_path / "to_mix"
     for number in range(3):
         save(root / "speech" / f"s{number}" / "a.wav", noise_wave(number, 3000))
@@ -237,10 +234,7 @@ def test_mixing_gives_the_drawn_snr_keyed_by_seed_epoch_and_index(to_mix):
         return [data[i] for i in (2, 0, 1)]
 
     items = read()
-    for mix, target in items:
-        noise = (mix - target).double()
-        ratio = float(target.double().square().sum() / noise.square().sum())
-        assert 10 * np.log10(ratio) == pytest.approx(-7.0, abs=1e-3)
+    assert [decibels(*item) for item in items] == pytest.approx([-7.0] * 3, abs=1e-3)
     again = read()
     assert all(torch.equal(a[0], b[0]) for a, b in zip(items, again, strict=True))
     for other in (read(seed=1), read(epoch=1)):
@@ -253,8 +247,7 @@ def test_mixing_spans_the_snr_range_and_validation_does_not_change(to_mix):
     ratios = []
     for epoch in range(40):
         data.set_epoch(epoch)
-        mix, target = data[0]
-        ratios.append(10 * np.log10(float(target.square().sum() / (mix - target).square().sum())))
+        ratios.append(decibels(*data[0]))
     assert -20.01 < min(ratios) < -12
     assert 12 < max(ratios) < 20.01
     fixed = MixingDataset(to_mix, CHUNK, training=False, leading_zeros=300)
@@ -266,7 +259,7 @@ def test_mixing_spans_the_snr_range_and_validation_does_not_change(to_mix):
     assert float(correlation) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_mixing_never_takes_a_pause_for_speech(to_mix, save, noise_wave):
+def test_mixing_never_takes_a_pause_for_speech(to_mix):
     wave = noise_wave(0, 12000)
     wave[:, :9000] = 0
     save(to_mix / "speech" / "s0" / "a.wav", wave)
@@ -279,7 +272,7 @@ def test_mixing_never_takes_a_pause_for_speech(to_mix, save, noise_wave):
 
 
 @pytest.mark.law
-def test_mixing_augments_the_speech_and_keeps_the_snr(to_mix, save):
+def test_mixing_augments_the_speech_and_keeps_the_snr(to_mix):
     plain = MixingDataset(to_mix, CHUNK, snr=(-5.0, -5.0))
     refused(lambda: MixingDataset(to_mix, CHUNK, room_probability=0.5), "rooms", "room_probability")
     room = torch.zeros(1, 400)
@@ -292,38 +285,28 @@ def test_mixing_augments_the_speech_and_keeps_the_snr(to_mix, save):
     for augmented in (roomy, tilted, faster):
         mix, target = augmented[0]
         assert not torch.allclose(target, plain[0][1], atol=1e-3)
-        ratio = target.square().sum() / (mix - target).square().sum()
-        assert 10 * float(ratio.log10()) == pytest.approx(-5.0, abs=1e-3)
+        assert decibels(mix, target) == pytest.approx(-5.0, abs=1e-3)
         assert torch.equal(augmented[0][0], mix)
 
 
 @pytest.mark.parametrize(
-    ("samples", "channels", "rate", "parts"),
-    [
-        (4000, 2, 16000, ("1 channels", "has 2")),
-        (999, 1, 16000, ("999 samples", "audio.chunk_size")),
-        (4000, 1, 8000, ("8000 Hz", "diffbuf data resample")),
-    ],
+    ("samples", "channels", "rate", "part"),
+    [(4000, 2, 16000, "has 2"), (999, 1, 16000, "999 samples"), (4000, 1, 8000, "8000 Hz")],
 )
-def test_mixing_refuses_noise_that_does_not_fit(
-    to_mix, save, noise_wave, samples, channels, rate, parts
-):
+def test_mixing_refuses_noise_that_does_not_fit(to_mix, samples, channels, rate, part):
     for path in (to_mix / "noise").iterdir():
         save(path, noise_wave(0, samples, channels), rate)
-    refused(lambda: MixingDataset(to_mix, CHUNK)[0], *parts)
+    refused(lambda: MixingDataset(to_mix, CHUNK)[0], part)
 
 
 def test_open_dataset_passes_the_config_on(make_dnlm, paired, to_mix):
-    cfg = load_config(
-        REPOSITORY / "configs" / "debug.yaml",
-        ["training.seed=5", "data.snr_min=-3", "data.snr_max=-2"],
-    )
+    changes = ["training.seed=5", "data.snr_min=-3", "data.snr_max=-2"]
+    cfg = load_config(REPOSITORY / "configs" / "debug.yaml", changes)
     for number, root in {1: make_dnlm([1500]), 2: paired, 3: to_mix}.items():
         data = open_dataset(number, root, cfg, training=True)
         assert type(data) is KINDS[number]
-        assert (data.chunk_size, data.sample_rate) == (cfg.audio.chunk_size, cfg.audio.sample_rate)
-        assert (data.seed, data.leading_zeros) == (5, cfg.leading_zero_samples)
+        assert (data.chunk_size, data.seed) == (cfg.audio.chunk_size, 5)
+        assert data.leading_zeros == cfg.leading_zero_samples
         assert open_dataset(number, root, cfg, training=False).leading_zeros == 0
     assert data.snr == (-3.0, -2.0)
-    with pytest.raises(ConfigError, match="dataset_type"):
-        open_dataset(4, to_mix, Config(), training=True)
+    refused(lambda: open_dataset(4, to_mix, cfg, training=True), "dataset_type")

@@ -27,7 +27,7 @@ from diffbuf_lib.enhance import enhance_file
 from diffbuf_lib.errors import DataError, DiffbufError
 from diffbuf_lib.evaluation.evaluate import Evaluator
 from diffbuf_lib.live import stream_path
-from tests.conftest import make_model
+from tests.conftest import make_model, refused
 
 RATE = 16000
 FORMATS = [
@@ -174,8 +174,7 @@ def test_a_wav_with_wrong_sizes_is_read_to_its_end(put, riff, data, subtype):
 def test_an_empty_wav_with_a_chunk_behind_it_stays_empty(put):
     content = encoded(samples=0) + b"LIST" + struct.pack("<I", 4) + b"INFO"
     content = content[:4] + struct.pack("<I", len(content) - 8) + content[8:]
-    with pytest.raises(DataError, match="no samples"):
-        AudioReader(put("a.wav", content))
+    refused(lambda: AudioReader(put("a.wav", content)), "no samples")
 
 
 @pytest.mark.parametrize(
@@ -184,12 +183,8 @@ def test_an_empty_wav_with_a_chunk_behind_it_stays_empty(put):
      ("b c.webm", b"\x1a\x45\xdf\xa3" + bytes(99)), ("a.aac", b"\xff\xf1\x50\x80" + bytes(99)),
      ("a.wma", b"\x30\x26\xb2\x75" + bytes(99)), ("a.ape", b"MAC " + bytes(99))],
 )  # fmt: skip
-def test_what_libsndfile_does_not_read_is_refused_with_the_line_that_converts_it(
-    put, name, content
-):
-    with pytest.raises(DataError, match=r"convert it with ffmpeg -i .*\.wav") as error:
-        AudioReader(put(name, content))
-    assert name in str(error.value)
+def test_other_containers_are_refused_with_the_line_that_converts_them(put, name, content):
+    refused(lambda: AudioReader(put(name, content)), name, "convert it with ffmpeg -i", ".wav")
 
 
 def test_names_need_not_be_text(tmp_path):

@@ -7,7 +7,7 @@ from diffbuf_lib import OnlineEnhancer
 from diffbuf_lib.config import build_config
 from diffbuf_lib.diffusion.level import FLOOR, RunningLevel
 from diffbuf_lib.diffusion.spectral import Spectral
-from tests.conftest import TINY, make_model, seeded
+from tests.conftest import TINY, make_model, seeded, stream
 
 pytestmark = pytest.mark.law
 ON = "preprocessing.level_seconds=0.05"
@@ -56,13 +56,9 @@ def test_silence_before_and_within_changes_nothing():
 def test_a_stream_is_the_whole_under_it(network, cuts):
     model = make_model(build_config(TINY, [ON, *network])).double()
     wave = noise(900)[0] * torch.linspace(0, 1, 900) ** 2
-    enhancer, start, out = OnlineEnhancer(model, seed=4), 0, []
-    for cut in (*cuts, 900):
-        out.append(enhancer.push(wave[start:cut]))
-        start = cut
-    out.append(enhancer.flush())
     whole = model.enhance(wave[None, None], seeded(4))[0, 0]
-    torch.testing.assert_close(torch.cat(out), whole, rtol=1e-6, atol=1e-9)
+    streamed = stream(OnlineEnhancer(model, seed=4), wave, cuts)
+    torch.testing.assert_close(streamed, whole, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("loss", ["weighted_score", "data_prediction"])

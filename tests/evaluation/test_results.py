@@ -12,13 +12,12 @@ import pytest
 import torch
 
 from diffbuf_lib.data import DNLMDataset, PairedFolderDataset
-from diffbuf_lib.errors import ConfigError, DataError
 from diffbuf_lib.evaluation import compare_folders, evaluate_folder
 from diffbuf_lib.evaluation.evaluate import Evaluator
 from diffbuf_lib.evaluation.scores import read_scores
 from diffbuf_lib.model import load_model
 from diffbuf_lib.training.feed import Stream, example_generators
-from tests.conftest import make_model
+from tests.conftest import make_model, refused
 from tests.evaluation.conftest import voice, write_clip
 
 METRICS = ("si_sdr", "pesq", "estoi")
@@ -37,11 +36,9 @@ def test_every_clip_and_method_has_a_row_and_undefined_scores_a_reason(job, tmp_
     columns, rows = read_scores(tmp_path)
     assert columns == list(METRICS)
     assert [row.values for row in rows] == [row.values for row in found.rows]
-    assert {(row.clip, row.method) for row in found.rows} == {
-        (f"sample_0000{i}", method)
-        for i in range(6)
-        for method in ("noisy", "noisereduce", "diffbuf")
-    }
+    methods = ("noisy", "noisereduce", "diffbuf")
+    wanted = [(f"sample_0000{i}", method) for i in range(6) for method in methods]
+    assert [(row.clip, row.method) for row in found.rows] == wanted
     for row in found.rows:
         assert sorted([*row.values, *row.undefined]) == sorted(METRICS)
     undefined = found.summary["undefined"]
@@ -93,21 +90,18 @@ def test_processes_and_batches_do_not_change_the_numbers(job, finished, tmp_path
 
 
 def test_other_arguments_or_weights_are_refused_and_a_moved_model_is_not(job, tmp_path, model_path):
-    job = replace(job, limit=1, metrics=("si_sdr",))
-    run(job, tmp_path / "r", page=False)
-    before = scores_of(tmp_path / "r")
-    for change, key in (({"seed": 1}, "seed"), ({"metrics": ("sdr",)}, "metrics")):
-        with pytest.raises(DataError, match=key):
-            run(replace(job, **change), tmp_path / "r")
+    job, out = replace(job, limit=1, metrics=("si_sdr",)), tmp_path / "r"
+    run(job, out, page=False)
+    before = scores_of(out)
     moved = shutil.copytree(model_path, tmp_path / "elsewhere")
-    run(replace(job, model=str(moved)), tmp_path / "r", page=False)
-    assert scores_of(tmp_path / "r") == before
+    run(replace(job, model=str(moved)), out, page=False)
+    assert scores_of(out) == before
     model = load_model(moved, "cpu")
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] += 1e-3
     model.save_pretrained(moved)
-    with pytest.raises(DataError, match="model"):
-        run(replace(job, model=str(moved)), tmp_path / "r", page=False)
+    for change in ({"seed": 1}, {"metrics": ("sdr",)}, {"model": str(moved)}):
+        refused(lambda c=change: run(replace(job, **c), out), out, *change)
 
 
 def kill_worker(*job):
@@ -117,8 +111,7 @@ def kill_worker(*job):
 def test_a_killed_process_is_told_and_what_was_scored_stays(job, tmp_path, monkeypatch):
     home = sys.modules[evaluate_folder.__module__]
     monkeypatch.setattr(home, "_score_in_process", kill_worker)
-    with pytest.raises(DataError, match="--processes"):
-        run(job, tmp_path / "r", processes=2, page=False)
+    refused(lambda: run(job, tmp_path / "r", processes=2, page=False), "--processes")
     monkeypatch.undo()
     assert len(run(job, tmp_path / "r", page=False).rows) == 6 * 2
 
@@ -130,10 +123,8 @@ def test_wrong_use_is_refused_before_any_work(job, tmp_path):
         ({"seconds": 0.0}, "--seconds 0"),
         ({"metrics": ()}, "--metrics"),
     ):
-        with pytest.raises((ConfigError, DataError), match=error):
-            run(replace(job, **change), tmp_path / "r")
-    with pytest.raises(ConfigError, match="--processes 0"):
-        run(job, tmp_path / "r", processes=0)
+        refused(lambda c=change: run(replace(job, **c), tmp_path / "r"), error)
+    refused(lambda: run(job, tmp_path / "r", processes=0), "--processes 0")
     assert not (tmp_path / "r").exists()
 
 
@@ -204,11 +195,10 @@ def test_a_comparison_of_other_clips_names_them(job, finished, tmp_path):
     for other, method, message in (
         (tmp_path / "few", "diffbuf", "few lacks sample_00005"),
         (tmp_path / "short", "diffbuf", "sample_00000, sample_00002"),
-        (tmp_path, "diffbuf", r"scores\.csv"),
+        (tmp_path, "diffbuf", "scores.csv"),
         (finished, "x", "'x'"),
     ):
-        with pytest.raises(DataError, match=message):
-            compare_folders(finished, other, method=method)
+        refused(lambda o=other, m=method: compare_folders(finished, o, method=m), message)
 
 
 @pytest.mark.law

@@ -4,9 +4,11 @@ import pytest
 import torch
 from scipy import signal
 
+from diffbuf_lib.networks.block_causal import BlockCausal
 from diffbuf_lib.networks.conv import ConvNet
 from diffbuf_lib.networks.layers import FrameTimeEmbedding, Resample, num_groups_for
 from diffbuf_lib.networks.ncsnpp import NCSNpp
+from tests.conftest import awake
 
 pytestmark = pytest.mark.law
 
@@ -14,10 +16,7 @@ pytestmark = pytest.mark.law
 def small_ncsnpp(**changes):
     torch.manual_seed(0)
     net = NCSNpp(**{"base_channels": 8, "channel_multipliers": (1, 2, 2), **changes})
-    for parameter in net.parameters():
-        if parameter.ndim > 1 and not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
-    return net.eval()
+    return awake(net, 0.1).eval()
 
 
 def test_the_papers_reduction_has_18_28_million_parameters():
@@ -26,11 +25,15 @@ def test_the_papers_reduction_has_18_28_million_parameters():
     assert sum(p.numel() for p in net.parameters()) == 18_282_746
 
 
-@pytest.mark.parametrize("net", [small_ncsnpp(), ConvNet(8, 2)])
-@pytest.mark.parametrize(("bins", "frames"), [(32, 16), (33, 13), (7, 1)])
-def test_any_number_of_bins_and_frames(net, bins, frames):
-    out = net(torch.randn(2, 4, bins, frames), torch.rand(2, frames))
-    assert out.shape == (2, 2, bins, frames)
+def small_block_causal():
+    return awake(BlockCausal(4, (1, 2), 2), 0.2).eval()
+
+
+@pytest.mark.parametrize("net", [small_ncsnpp(), ConvNet(8, 2), small_block_causal()])
+@pytest.mark.parametrize(("bins", "frames", "buffer"), [(32, 16, 4), (33, 13, 13), (7, 1, 1)])
+def test_any_number_of_bins_and_frames(net, bins, frames, buffer):
+    out = net(torch.randn(2, 4, bins, frames), torch.rand(2, buffer))
+    assert out.shape == (2, 2, bins, buffer)
     assert out.isfinite().all()
 
 
@@ -43,10 +46,11 @@ def test_times_belong_to_the_last_frames_and_the_history_has_zero(net):
     torch.testing.assert_close(out, whole[..., -3:])
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_every_parameter_gets_a_gradient(blocks):
-    net = small_ncsnpp(num_res_blocks=blocks)
-    net(torch.randn(1, 4, 16, 16), torch.rand(1, 16)).square().sum().backward()
+@pytest.mark.parametrize(
+    "net", [small_ncsnpp(), small_ncsnpp(num_res_blocks=2), small_block_causal()]
+)
+def test_every_parameter_gets_a_gradient(net):
+    net(torch.randn(1, 4, 16, 16), torch.rand(1, 5)).square().sum().backward()
     for name, parameter in net.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.any(), name

@@ -1,7 +1,5 @@
 """The explorers and the clip browser work without a browser, and say what they show."""
 
-import math
-
 import pytest
 import torch
 
@@ -118,5 +116,3 @@ def test_snr_in_words():
     target, silence = waves(), torch.zeros(1, 1600)
     assert "silent" in describe_snr(target, silence)
     assert "equal" in describe_snr(target, target)
-    noise = target * math.sqrt(10)
-    assert describe_snr(target + noise, target) == "SNR -10.0 dB"

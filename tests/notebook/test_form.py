@@ -51,15 +51,6 @@ def test_other_data_or_another_config_is_a_change_of_two_lines_at_the_top(notebo
 
 
 @notebooks
-def test_outputs_are_stripped_but_for_small_tables_that_are_compared(notebook):
-    for cell in code_cells(notebook):
-        tags = set(cell.metadata.get("tags", []))
-        assert bool(cell.outputs) == ("keep_output" in tags) == ("nbval-check-output" in tags)
-        assert len(str(cell.outputs)) < 4000, f"{cell.id} keeps more than a small table"
-        assert cell.outputs or cell.execution_count is None
-
-
-@notebooks
 def test_there_are_checks_and_each_says_what_is_wrong(notebook):
     trees = [ast.parse(cell.source) for cell in code_cells(notebook)]
     checks = [each for tree in trees for each in ast.walk(tree) if isinstance(each, ast.Assert)]

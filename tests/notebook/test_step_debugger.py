@@ -77,7 +77,10 @@ def test_it_leaves_the_global_generator_alone(cfg):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_every_stage_of_every_example_can_be_opened(panel):
+@pytest.mark.parametrize("override", ["training.seed=0", "preprocessing.level_seconds=1"])
+def test_every_stage_of_every_example_can_be_opened(cfg, override):
+    panel = StepDebugger(make_model(cfg.override(override)), *batch())
+    assert panel.stage.options == tuple(panel.trace.stages())
     first = panel.image.value
     panel.example.value = 1
     assert panel.image.value != first

@@ -16,7 +16,9 @@ import torch
 
 from diffbuf_lib.config import Config, build_config
 from diffbuf_lib.errors import DataError
+from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.training import StepRecord, load_checkpoint, train
+from diffbuf_lib.training.feed import EpochPlan
 
 TREE = {
     "audio": {"chunk_size": 4000, "stft": {"n_fft": 62, "win_length": 62, "hop_length": 62}},
@@ -44,9 +46,11 @@ class Clips:
     """Deterministic noisy tones; `bad` clips hold a NaN, `broken` ones cannot be read."""
 
     def __init__(
-        self, size: int = 7, bad: Sequence[int] = (), broken: Sequence[int] = (), seed: int = 0
-    ) -> None:
-        self.size, self.bad, self.broken, self.seed, self.epoch = size, bad, broken, seed, 0
+        self, size: int = 7, bad: Sequence[int] = (), broken: Sequence[int] = (), *,
+        seed: int = 0, length: int = 4000,
+    ) -> None:  # fmt: skip
+        self.size, self.bad, self.broken = size, bad, broken
+        self.seed, self.length, self.epoch = seed, length, 0
         self.read: list[int] = []
 
     def __len__(self) -> int:
@@ -57,9 +61,9 @@ class Clips:
             raise DataError("the header is damaged")
         self.read.append(index)
         generator = torch.Generator().manual_seed(1000 * self.seed + 100 * index + self.epoch)
-        time = torch.arange(4000) / 16000
+        time = torch.arange(self.length) / 16000
         target = 0.3 * torch.sin(2 * torch.pi * (200 + 50 * index) * time)[None]
-        mix = target + 0.3 * torch.randn(1, 4000, generator=generator)
+        mix = target + 0.3 * torch.randn(1, self.length, generator=generator)
         if index in self.bad:
             mix[0, 17] = torch.nan
         return mix, target
@@ -69,6 +73,22 @@ class Clips:
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+
+
+class Scaled(DiffusionBufferModel):
+    """A model with a finite loss that is too large: the norm of the gradient overflows."""
+
+    def __init__(self, cfg: Config, factor: float = 1e37) -> None:
+        super().__init__(cfg)
+        self.factor = factor
+
+    def forward(self, *args: Any, **options: Any) -> torch.Tensor:
+        return self.factor * super().forward(*args, **options)
+
+
+def clip_of(step: int, size: int = 7) -> int:
+    """The clip of a step of the first epoch, at a batch size of 1."""
+    return EpochPlan(size, 1, 1, 1, seed=0).order(0)[step - 1]
 
 
 def fit(cfg: Config, path: Path, steps: int | None = None, **options: Any) -> list[StepRecord]:

@@ -1,7 +1,5 @@
 """What a run computes, and how it ends."""
 
-import contextlib
-import json
 import subprocess
 import sys
 import warnings
@@ -16,8 +14,17 @@ from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.training import load_checkpoint, load_weights, train
 from diffbuf_lib.training import run as run_module
 from diffbuf_lib.training.feed import EpochPlan, Stream, example_generators, stream_seed
-from diffbuf_lib.training.step import validate
-from tests.training.helpers import Clips, assert_same_state, config, fit, history, last, same
+from diffbuf_lib.training.step import make_accelerator, validate
+from tests.training.helpers import (
+    Clips,
+    Scaled,
+    assert_same_state,
+    config,
+    fit,
+    history,
+    last,
+    same,
+)
 
 
 @pytest.mark.law
@@ -85,12 +92,10 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
 def test_averaged_weights_follow_their_formula(tmp_path):
     cfg = config("training.ema_momentum=0.7")
     model = DiffusionBufferModel(cfg)
-    expected, name = None, "network"
-    name = next(n for n, _ in model.named_parameters())
-    with contextlib.closing(train(cfg, Clips(), None, tmp_path, device="cpu", model=model)) as run:
-        for _ in run:
-            value = dict(model.named_parameters())[name].detach().clone()
-            expected = value if expected is None else 0.7 * expected + 0.3 * value
+    expected, (name, parameter) = None, next(model.named_parameters())
+    for _ in train(cfg, Clips(), None, tmp_path, device="cpu", model=model):
+        value = parameter.detach().clone()
+        expected = value if expected is None else 0.7 * expected + 0.3 * value
     averaged = load_weights(tmp_path / "checkpoints" / "last.pt")[name]
     torch.testing.assert_close(averaged, expected, rtol=1e-5, atol=1e-7)
     assert not torch.equal(averaged, value)
@@ -131,12 +136,6 @@ def test_every_process_has_equal_batches(size, batch, processes):
         assert set(seen) == set(range(size))
 
 
-def test_empty_set(tmp_path):
-    with pytest.raises(DataError, match="no clip"):
-        fit(config(), tmp_path, train_set=Clips(0))
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.law
 def test_plateau_lowers_the_learning_rate_and_early_stopping_ends(tmp_path):
     """A loss that never falls, because the steps are too small to change a thing."""
@@ -155,33 +154,26 @@ def test_plateau_lowers_the_learning_rate_and_early_stopping_ends(tmp_path):
     assert fit(cfg, tmp_path, resume=True) == []
 
 
-@pytest.mark.law
-def test_validation_does_not_depend_on_the_batch_size(tmp_path):
-    from accelerate import Accelerator
+def scored(cfg, model, clips):
+    return validate(cfg, model, clips, make_accelerator(cfg.training, "cpu")).values
 
-    accelerator = Accelerator(cpu=True)
+
+@pytest.mark.law
+def test_validation_does_not_depend_on_the_batch_size():
     model = DiffusionBufferModel(config())
-    values = [
-        validate(
-            config(f"training.batch_size={size}", "training.valid_clips=3"),
-            model, Clips(5), accelerator,
-        ).values
-        for size in (1, 3)
-    ]  # fmt: skip
+    settings = [f"training.batch_size={size}" for size in (1, 3)]
+    values = [scored(config(s, "training.valid_clips=3"), model, Clips(5)) for s in settings]
     assert values[0] == pytest.approx(values[1], rel=1e-4)
     assert values[0]["si_sdr_clips"] == 3
 
 
 @pytest.mark.law
 def test_validation_scores_the_averaged_weights(tmp_path):
-    from accelerate import Accelerator
-
     cfg, model = config("training.num_epochs=1", "training.lr=0.01"), DiffusionBufferModel(config())
     valid = fit(cfg, tmp_path, model=model)[-1].valid
-    accelerator = Accelerator(cpu=True)
     averaged = DiffusionBufferModel.from_pretrained(tmp_path / "model")
-    assert validate(cfg, averaged, Clips(3, seed=1), accelerator).values == pytest.approx(valid)
-    assert validate(cfg, model, Clips(3, seed=1), accelerator).values["loss"] != valid["loss"]
+    assert scored(cfg, averaged, Clips(3, seed=1)) == pytest.approx(valid)
+    assert scored(cfg, model, Clips(3, seed=1))["loss"] != valid["loss"]
 
 
 def test_unscorable_validation_decides_nothing(tmp_path):
@@ -200,13 +192,9 @@ def test_unscorable_validation_decides_nothing(tmp_path):
 
 @pytest.mark.law
 def test_exploded_weights_are_not_saved(tmp_path):
-    class Steep(DiffusionBufferModel):
-        def forward(self, *args, **options):
-            return 1e9 * super().forward(*args, **options)
-
     cfg = config("training.lr=1e38", "training.optimizer=sgd", "training.checkpoint_every=1")
     with pytest.raises(NonFiniteError, match=r"step 1 .* weights are not finite .* training\.lr"):
-        fit(cfg, tmp_path, valid_set=None, model=Steep(cfg))
+        fit(cfg, tmp_path, valid_set=None, model=Scaled(cfg, factor=1e9))
     assert last(tmp_path)["step"] == 0
     assert all(v.isfinite().all() for v in last(tmp_path)["model"].values())
 
@@ -245,7 +233,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
         for values in ("valid",) if "valid" in a else ():
             assert a[values] == pytest.approx(b[values], rel=1e-3)
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-4)
-    assert json.loads((tmp_path / "two" / "history.jsonl").read_text().splitlines()[0])["step"] == 1
+    assert history(tmp_path / "two")[0]["step"] == 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -255,6 +243,8 @@ def test_unreadable_clip_is_named(tmp_path, workers):
             raise KeyError("speed")
 
     cfg = config(f"training.num_workers={workers}")
+    with pytest.raises(DataError, match="no clip"):
+        fit(cfg, tmp_path, train_set=Clips(0))
     with pytest.raises(DataError) as caught:
         fit(cfg, tmp_path, train_set=Clips(broken=[2]))
     assert str(caught.value) == "clip_002.wav: the header is damaged"

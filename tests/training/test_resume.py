@@ -51,13 +51,8 @@ def test_resume_with_accumulation_and_another_state_of_the_world(tmp_path):
         torch.manual_seed(random.randrange(1000))
         torch.rand(3)
         np.random.rand(3)
-        fit(
-            cfg,
-            tmp_path / "b",
-            steps=1,
-            train_set=Clips(11),
-            resume=(tmp_path / "b").exists(),
-        )
+        resume = (tmp_path / "b").exists()
+        fit(cfg, tmp_path / "b", steps=1, train_set=Clips(11), resume=resume)
     assert_same_state(tmp_path / "a", tmp_path / "b")
     assert history(tmp_path / "a") == history(tmp_path / "b")
 
@@ -92,13 +87,13 @@ def test_resume_does_not_read_what_came_before(tmp_path):
 
 @pytest.mark.law
 def test_global_state_is_left_alone(tmp_path):
-    torch.manual_seed(3)
-    random.seed(3)
-    np.random.seed(3)
+    def seed():
+        for start in (torch.manual_seed, random.seed, np.random.seed):
+            start(3)
+
+    seed()
     expected = torch.rand(2), random.random(), np.random.rand()
-    torch.manual_seed(3)
-    random.seed(3)
-    np.random.seed(3)
+    seed()
     run = train(config("training.deterministic=true"), Clips(), None, tmp_path, device="cpu")
     next(run)
     assert not torch.are_deterministic_algorithms_enabled()
@@ -113,12 +108,8 @@ def test_killed_process_resumes_to_the_same_weights(unbroken, tmp_path, moment):
     """SIGKILL while a clip is read, while a checkpoint is written, while model/ is exported."""
     path, _ = unbroken
     settings = [*SETTINGS, "training.checkpoint_every=2"]
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.training.helpers", str(tmp_path), moment, *settings],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "tests.training.helpers", str(tmp_path), moment, *settings]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert last(tmp_path)["step"] == {"reading": 4, "writing": 2, "exporting": 2}[moment]
     fit(config(*settings), tmp_path, resume=True)
@@ -193,25 +184,11 @@ def test_a_folder_goes_on_with_its_own_run_only(tmp_path):
 
 # SIGKILL at random moments: what is left can be read and gone on from, to the bit.
 
-KILLED = [
-    "model.dropout=0.3",
-    "training.num_epochs=4",
-    "training.checkpoint_every=1",
-    "training.metric_for_scheduler=loss",
-]
-
 
 def go_on(folder):
     """Start the run, or resume it: what a user's restart script does."""
     resume = (folder / "checkpoints" / "last.pt").exists()
-    fit(config(*KILLED), folder, resume=resume)
-
-
-@pytest.fixture(scope="module")
-def unkilled(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unkilled")
-    go_on(folder)
-    return folder
+    fit(config(*SETTINGS, "training.checkpoint_every=1"), folder, resume=resume)
 
 
 def lines(folder):
@@ -222,11 +199,10 @@ def lines(folder):
 
 @pytest.mark.law
 @pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.slow)])
-def test_random_kills(unkilled, tmp_path, kills):
+def test_random_kills(unbroken, tmp_path, kills):
     """Moments are drawn in lines of history, so that they differ however slow the machine is."""
     rng, done, runs, places = random.Random(kills), 0, 0, set()
-    total = lines(unkilled)
-    folder = tmp_path / "run0"
+    total, folder = lines(unbroken[0]), tmp_path / "run0"
     while done < kills:
         here = lines(folder)
         moment = rng.randint(here, min(here + total // 2, total))
@@ -239,7 +215,7 @@ def test_random_kills(unkilled, tmp_path, kills):
             process.kill()
         process.join()
         if process.exitcode == 0:  # it was faster: begin another run
-            assert_same_state(unkilled, folder)
+            assert_same_state(unbroken[0], folder)
             runs += 1
             folder = tmp_path / f"run{runs}"
             continue
@@ -251,8 +227,8 @@ def test_random_kills(unkilled, tmp_path, kills):
         if folder.exists():
             shutil.copytree(folder, copy)
         go_on(copy)
-        assert_same_state(unkilled, copy)
-        assert history(unkilled) == history(copy)
+        assert_same_state(unbroken[0], copy)
+        assert history(unbroken[0]) == history(copy)
         assert not list(copy.rglob(".*"))
         shutil.rmtree(copy)
     assert len(places) > min(kills, 8) // 4, "the kills must come at different moments"

@@ -6,7 +6,6 @@ Never pyplot: it is not thread-safe and keeps every figure.
 from __future__ import annotations
 
 import base64
-import html
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,23 +14,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import soundfile
-import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from diffbuf_lib.config import AudioConfig, STFTConfig
 from diffbuf_lib.diffusion.spectral import Spectral
 
+Line = Mapping[str, Any]
+"""Of a run: a line of its history (`read_history`) or `StepRecord.to_dict()`. One with "loss" is a
+step, one with "valid" that is not None a validation."""
 Array = npt.NDArray[np.floating[Any]]
 
 WIDTH = 9.0  # inches: 810 pixels, which fit a notebook's page beside its margins
 DPI = 90
+UNITS = {"si_sdr": "SI-SDR (dB)", "sdr": "SDR (dB)", "pesq": "PESQ (1 to 4.6)", "estoi": "ESTOI"}
 RED = "#b00020"  # of errors and limits
 DYNAMIC_RANGE = 70  # dB below the loudest bin that a spectrogram shows
-COMPRESSED_RANGE = 45  # dB for a compressed spectrum; alpha 0.5 halves a range in dB
 COLOUR_MAP = "magma"  # perceptually uniform: survives grey print and colour blindness
 _FAINTEST = 1e-5  # magnitude that is drawn for an exact zero
 _QUIETEST_TOP = -40.0  # dB; silence is dark, whatever it is shown beside
@@ -40,78 +42,72 @@ _LOWEST_PEAK = 1e-4  # what is quieter is not raised to _PEAK: it is silence
 
 
 def spectrograms(waves: Mapping[str, Tensor], sample_rate: int, stft: STFTConfig) -> Figure:
-    """Draw signals one below the other, on one time axis; 0 dB is a full-scale sine.
-
-    Args:
-        waves: title and signal [T], full scale 1; all of one length.
-        sample_rate: Hz.
-        stft: frames and bins of the picture.
-    """
+    """Draw signals [T] by title, all of one length, on one time axis; 0 dB: a full-scale sine."""
     figure, panels = stack(len(waves), 1.9 * len(waves) + 0.5)
     image = draw_spectra(panels, analyse(waves, stft), sample_rate, centred(stft))
     add_colour_bar(image, panels)
     return figure
 
 
-def spectra(spectra: Mapping[str, Tensor], audio: AudioConfig) -> Figure:
-    """Draw compressed spectra [F, K] complex, all of one shape, on one time axis and dB scale."""
-    figure, panels = stack(len(spectra), 1.9 * len(spectra) + 0.5)
-    image = draw_spectra(panels, spectra, audio.sample_rate, audio.stft, COMPRESSED_RANGE)
-    add_colour_bar(image, panels)
-    return figure
-
-
-def buffer_spectra(
-    spectra: Mapping[str, Tensor], t: Tensor, sigma: Tensor, audio: AudioConfig
-) -> Figure:
-    """Draw spectra with the buffer marked, and below them diffusion time and sigma of every frame.
-
-    Args:
-        spectra: title and spectrum [F, K] complex, such as Y, S and V; all of one shape.
-        t: [Kb], diffusion times of the last Kb frames.
-        sigma: [Kb], of the same frames.
-        audio: gives Hz and seconds.
-    """
-    figure, panels = stack(len(spectra) + 1, 1.75 * len(spectra) + 2.0)
-    *pictures, below = panels
-    image = draw_spectra(pictures, spectra, audio.sample_rate, audio.stft, COMPRESSED_RANGE)
-    add_colour_bar(image, panels)  # beside the lowest too: one time axis
-    K, Kb = next(iter(spectra.values())).shape[-1], t.shape[-1]
-    times = frame_times(K, audio.sample_rate, audio.stft)
-    half = audio.stft.hop_length / audio.sample_rate / 2  # s
-    for values, name in ((t, "diffusion time t"), (sigma, "noise sigma(t)")):
-        whole = np.concatenate([np.zeros(K - Kb), to_numpy(values)])
-        below.plot(times, whole, ".-", markersize=4, linewidth=1, label=name)
-    below.legend(frameon=False, loc="upper left")
-    below.set(ylabel="t, sigma", ylim=(-0.05, 1.05))
-    below.grid(alpha=0.3)
-    edge = times[K - Kb] - half
-    for axes in panels:
-        colour = "0.3" if axes is below else "white"
-        axes.axvline(edge, color=colour, linestyle="--", linewidth=1.2)
-    below.axvspan(edge, times[-1] + half, color="C1", alpha=0.12, linewidth=0)
-    below.set_title(f"the buffer: the last {Kb} of {K} frames", loc="right", size=9)
-    return figure
-
-
-def curves(
-    series: Sequence[tuple[str, Sequence[float], Sequence[float]]],
+def training_progress(
+    lines: Sequence[Line],
+    clip: Mapping[str, Tensor],
+    audio: AudioConfig,
     *,
-    xlabel: str,
-    ylabel: str,
-    log: bool = False,
+    metric: str = "si_sdr",
+    clip_step: int | None = None,
 ) -> Figure:
-    """Draw named curves (name, x, y) on one pair of axes; log: of the y axis."""
-    figure = Figure(figsize=(7.5, 3), dpi=DPI, layout="constrained")
-    axes = figure.subplots()
-    for index, (name, x, y) in enumerate(series):
-        marker = "o" if len(x) < 30 else None
-        axes.plot(x, y, label=name, marker=marker, markersize=3, color=f"C{index}", linewidth=1.2)
-    axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
-    axes.grid(alpha=0.3)
-    if len(series) > 1:
-        axes.legend(frameon=False)
+    """Draw where a run stands: loss, validation score, gradient norm, learning rate, one clip.
+
+    `lines` are those of the run so far; `clip` has signals [T] by title, such as mix, estimate and
+    target; `metric` is a score of the validations, or "loss"; `clip_step` the estimate's step.
+    """
+    # Fixed margins: constrained layout takes longer than all of the drawing.
+    figure = Figure(figsize=(10, 5.6), dpi=DPI)
+    grid = figure.add_gridspec(
+        2, 12, hspace=0.42, wspace=6, left=0.06, right=0.92, top=0.94, bottom=0.09
+    )
+    steps, valid = split_history(lines)
+    loss = figure.add_subplot(grid[0, :5])
+    _draw_loss(loss, steps, valid)
+    loss.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))  # the last panel is narrow
+    score = figure.add_subplot(grid[0, 5:9], sharex=loss)
+    draw_points(score, valid, metric, label=metric, color="C1")
+    _name(score, f"validation {UNITS.get(metric, metric)}")
+    if not valid:
+        score.set_yticks([])
+        write_in_the_middle(score, "none so far")
+    _draw_rate_and_gradient(figure.add_subplot(grid[0, 9:], sharex=loss), steps)
+    suffix = {} if clip_step is None else {"estimate": f" after step {clip_step}"}
+    titles = {f"validation clip: {name}{suffix.get(name, '')}": clip[name] for name in clip}
+    places = grid[1, :].subgridspec(1, len(clip))
+    _draw_clip([figure.add_subplot(places[0, i]) for i in range(len(clip))], titles, audio)
     return figure
+
+
+def split_history(lines: Iterable[Line]) -> tuple[list[Line], list[Line]]:
+    """Return the steps and the validations among the lines of a run."""
+    lines = list(lines)
+    return [line for line in lines if "loss" in line], [line for line in lines if line.get("valid")]
+
+
+def draw_smoothed(axes: Axes, steps: Sequence[Line], *, label: str, color: str) -> None:
+    """Draw the running mean of the loss; steps without a finite loss are left out."""
+    finite = [line for line in steps if np.isfinite(line["loss"] or np.nan)]
+    values = smooth([line["loss"] for line in finite], max(5, len(finite) // 10))
+    axes.plot(_column(finite, "step"), values, color=color, linewidth=1.6, label=label)
+
+
+def draw_points(axes: Axes, valid: Sequence[Line], name: str, *, label: str, color: str) -> None:
+    """Draw one score of every validation."""
+    values = _numbers(line["valid"].get(name) for line in valid)
+    axes.plot(_column(valid, "step"), values, "o-", markersize=4, color=color, label=label)
+
+
+def write_in_the_middle(axes: Axes, text: str, **look: Any) -> None:
+    """Write a few words where there is nothing to draw."""
+    look = {"color": "0.4", **look}
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", **look)
 
 
 def scale_of(values: Iterable[float | None]) -> str:
@@ -125,8 +121,7 @@ def scale_of(values: Iterable[float | None]) -> str:
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
     """Return the running mean over the last `window` values, fewer at the start."""
-    total = np.cumsum([0.0, *values])
-    ends = np.arange(1, len(total))
+    total, ends = np.cumsum([0.0, *values]), np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
     smoothed: list[float] = ((total[ends] - total[starts]) / (ends - starts)).tolist()
     return smoothed
@@ -160,14 +155,8 @@ def draw_level(
 ) -> AxesImage:
     """Draw one picture [F, K] of levels or magnitudes with axes in kHz and seconds.
 
-    Args:
-        axes: where to draw.
-        level: [F, K].
-        sample_rate: Hz.
-        stft: that the picture was made with.
-        vmin: the value that is darkest; None for the smallest.
-        vmax: the value that is brightest; None for the largest.
-        first: number of the first frame in its clip.
+    From vmin (None: the smallest value), which is darkest, to vmax; `first` is the number of the
+    first frame in its clip.
     """
     bins, frames = level.shape
     times = frame_times(first + frames, sample_rate, stft)[first:]
@@ -232,18 +221,16 @@ def to_numpy(tensor: Tensor) -> Array:
     return array
 
 
-def to_png(figure: Figure) -> bytes:
-    """Return the figure as a PNG file's bytes."""
+def to_png(figure: Figure, **options: Any) -> bytes:
+    """Return the figure as a PNG file's bytes; options as for `Figure.savefig`."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, **{"format": "png", **options})
     return buffer.getvalue()
 
 
 def to_jpeg(figure: Figure) -> bytes:
     """Return the figure as a JPEG file's bytes: a tenth of a spectrogram's PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="jpeg", pil_kwargs={"quality": 88})
-    return buffer.getvalue()
+    return to_png(figure, format="jpeg", pil_kwargs={"quality": 88})
 
 
 def to_pixels(figure: Figure) -> npt.NDArray[np.uint8]:
@@ -253,39 +240,10 @@ def to_pixels(figure: Figure) -> npt.NDArray[np.uint8]:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-class Players:
-    """Signals to listen to side by side; Jupyter shows a row of players with captions.
-
-    Args:
-        waves: caption and signal [T], full scale 1. All are played at one peak; the caption says
-            by how many dB that raised them.
-        sample_rate: Hz.
-    """
-
-    def __init__(self, waves: Mapping[str, Tensor], sample_rate: int) -> None:
-        self.waves, self.sample_rate = dict(waves), sample_rate
-
-    def __repr__(self) -> str:
-        return f"<players: {', '.join(self.waves)}>"
-
-    def _repr_html_(self) -> str:
-        rows = []
-        for caption, wave in self.waves.items():
-            gain = 20 * _gain(wave).log10()
-            source = data_uri(player_wav(wave, self.sample_rate), "audio/wav")
-            rows.append(
-                '<figure style="margin:0"><figcaption style="padding:0 0 .3em .5em">'
-                f"{html.escape(caption)} <small>({gain:+.0f} dB)</small></figcaption>"
-                f'<audio controls style="width:17em;max-width:100%" src="{source}"></audio>'
-                "</figure>"
-            )
-        return f'<div style="display:flex;flex-wrap:wrap;gap:1em">{"".join(rows)}</div>'
-
-
 def player_wav(wave: Tensor, sample_rate: int) -> bytes:
     """Return a signal [T] as a 16-bit wav file at 0.9 of full scale; what is not finite is 0."""
     buffer = io.BytesIO()
-    samples = (_gain(wave) * _finite(wave)).numpy()
+    samples = player_gain(wave) * to_numpy(wave.float())
     soundfile.write(buffer, samples, sample_rate, format="WAV")
     return buffer.getvalue()
 
@@ -295,9 +253,66 @@ def data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _gain(wave: Tensor) -> Tensor:
-    return _PEAK / _finite(wave).abs().max().clamp_min(_LOWEST_PEAK)
+def player_gain(wave: Tensor) -> float:
+    """Return what a player multiplies a signal by: all are played at one peak."""
+    return _PEAK / max(_LOWEST_PEAK, float(np.abs(to_numpy(wave.float())).max()))
 
 
-def _finite(wave: Tensor) -> Tensor:
-    return torch.nan_to_num(wave.detach().float().cpu(), posinf=0, neginf=0)
+def _draw_loss(axes: Axes, steps: Sequence[Line], valid: Sequence[Line]) -> None:
+    """Draw the loss of every step, its running mean, and that of the validations."""
+    axes.plot(_column(steps, "step"), _column(steps, "loss"), color="C0", alpha=0.35, linewidth=0.9)
+    draw_smoothed(axes, steps, label="training, smoothed", color="C0")
+    draw_points(axes, valid, "loss", label="validation", color="C1")
+    losses = [line["loss"] for line in steps] + [line["valid"].get("loss") for line in valid]
+    axes.set_yscale(scale_of(losses))
+    _name(axes, "loss")
+    if steps:
+        axes.legend(frameon=False, fontsize=8, loc="upper right")
+
+
+def _draw_rate_and_gradient(axes: Axes, steps: Sequence[Line]) -> None:
+    """Draw the gradient norm, and the learning rate on an axis of its own."""
+    x, rates = _column(steps, "step"), _column(steps, "lr")
+    axes.plot(x, _column(steps, "grad_norm"), color="C2", linewidth=0.9)
+    axes.set_yscale("log" if steps else "linear")
+    _name(axes, "gradient norm", color="C2")
+    rate = axes.twinx()
+    rate.plot(x, rates, color="C3", linewidth=1.2, linestyle="--")
+    rate.set_ylim(0, 1.25 * max(rates, default=1.0))
+    rate.set_ylabel("learning rate", fontsize=9, color="C3")
+    rate.yaxis.set_major_formatter("{x:.0e}")
+    rate.locator_params(axis="y", nbins=3)
+    rate.tick_params(labelsize=8)
+
+
+def _draw_clip(panels: Sequence[Axes], clip: Mapping[str, Tensor], audio: AudioConfig) -> None:
+    """Draw spectrograms side by side, with one bar of levels at the right."""
+    stft = centred(audio.stft)
+    image = draw_spectra(panels, analyse(clip, stft), audio.sample_rate, stft)
+    for index, axes in enumerate(panels):
+        axes.set_xlabel("time (s)", fontsize=9)
+        axes.tick_params(labelsize=8, labelleft=index == 0)
+        if index:
+            axes.set_ylabel("")
+    figure = image.get_figure()
+    assert isinstance(figure, Figure)
+    bar = figure.add_axes((0.932, 0.09, 0.012, 0.36))
+    figure.colorbar(image, cax=bar).set_label("level (dB)", fontsize=8)
+    bar.tick_params(labelsize=8)
+
+
+def _name(axes: Axes, title: str, color: str = "black") -> None:
+    """Give a panel over steps its title and the look of all of them."""
+    axes.set_title(title, loc="left", fontsize=10, color=color)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.3)
+    axes.tick_params(labelsize=8, which="both")
+
+
+def _column(lines: Sequence[Line], name: str) -> list[float]:
+    return _numbers(line[name] for line in lines)
+
+
+def _numbers(values: Iterable[float | None]) -> list[float]:
+    """Take None, which stands in a history for what is not finite, to NaN: a gap in the curve."""
+    return [float("nan") if value is None else float(value) for value in values]
