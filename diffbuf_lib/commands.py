@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 from contextlib import closing, nullcontext
@@ -66,7 +67,8 @@ class Train(Command, name="train"):
     metrics: tuple[str, ...] | None = None  # scores of the validation (training.metrics)
     metric_for_scheduler: str | None = None  # the one that counts (training.metric_for_scheduler)
     start_check_point: Path | None = None  # checkpoint or model folder: the first weights
-    resume: bool = False  # go on with the run in results_path
+    resume: bool = False  # go on with the run in results_path, or training.mirror
+    resume_if_any: bool = False  # the same, or begin one if there is none
     seed: int | None = None  # training.seed
     max_steps: int | None = None  # optimizer steps at most (training.num_steps)
     skip_doctor: bool = False  # start without looking at machine, data and config first
@@ -77,8 +79,21 @@ class Train(Command, name="train"):
     overrides: Overrides = ()
 
     def __call__(self) -> None:
+        # A scheduler may ask more than once: the first signal stops the command, as Ctrl-C, and
+        # what comes while it ends for that changes nothing.
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+        asked = _Interrupt()
+        before = [signal.signal(number, asked) for number in numbers]
+        try:
+            self._train()
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                if asked.armed:
+                    signal.signal(number, handler)
+
+    def _train(self) -> None:
         from diffbuf_lib.data import open_dataset
-        from diffbuf_lib.training import train
+        from diffbuf_lib.training import saved_step, train
 
         cfg = self._config()
         kind, valid = self.dataset_type, self.valid_path
@@ -94,8 +109,9 @@ class Train(Command, name="train"):
         watched = main_process and (self.log_shapes or self.log_stats > 0)
         model = self._recorded(cfg) if watched else None
         records = train(
-            cfg, train_set, valid_set, self.results_path, resume=self.resume, model=model,
-            start_check_point=self.start_check_point, device=device, progress=True,
+            cfg, train_set, valid_set, self.results_path, device=device, progress=True,
+            resume="auto" if self.resume_if_any else self.resume,
+            start_check_point=self.start_check_point, model=model,
         )  # fmt: skip
         try:
             with closing(records), closing(model) if model else nullcontext():
@@ -107,7 +123,10 @@ class Train(Command, name="train"):
                         scores = "  ".join(f"{k} {record.valid[k]:.3f}" for k in scored)
                         say(f"step {record.step}  epoch {record.epoch}  {scores}")
         except KeyboardInterrupt:
-            say(f"stopped; the same command with --resume goes on from {self.results_path}")
+            if main_process:
+                step = saved_step(self.results_path)
+                what = "nothing is saved" if step is None else f"saved at step {step}"
+                say(f"stopped; {what}; the same command with --resume goes on from there")
             raise
         say(f"model: {self.results_path / 'model'}")
 
@@ -153,6 +172,22 @@ class Train(Command, name="train"):
 
         board = self.results_path / "tensorboard" / "stats"
         return RecordingModel(cfg, say, shapes=self.log_shapes, every=self.log_stats, board=board)
+
+
+class _Interrupt:
+    """A handler that raises KeyboardInterrupt once, or not at all after `disarm`."""
+
+    def __init__(self) -> None:
+        self.armed = True
+
+    def disarm(self) -> None:
+        """Let the training that runs stop by itself."""
+        self.armed = False
+
+    def __call__(self, *_: object) -> None:
+        if self.armed:
+            self.disarm()
+            raise KeyboardInterrupt
 
 
 class Launch(Command, name="launch"):

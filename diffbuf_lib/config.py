@@ -310,6 +310,12 @@ class TrainingConfig(Section):
     weight_decay: float = key(0.0, "of the optimizer", ge=0)
     batch_size: int = key(32, "clips a step and process", ge=1)
     accumulation_steps: int = key(1, "batches whose gradients make one step", ge=1)
+    global_batch: int | None = key(
+        None,
+        "clips a step over all processes: batch_size and accumulation_steps follow for any number "
+        "of them; null: their product",
+        ge=1,
+    )
     num_epochs: int = key(250, "epochs at most", ge=1)
     num_steps: int | None = key(None, "optimizer steps at most; null: no limit", ge=1)
     grad_clip: float | None = key(None, "largest gradient norm; null: no limit", gt=0)
@@ -338,6 +344,12 @@ class TrainingConfig(Section):
     valid_every: int = key(1, "epochs from one validation to the next", ge=1)
     valid_clips: int = key(16, "clips enhanced and scored a validation", ge=1)
     checkpoint_every: int = key(500, "steps between checkpoints in an epoch", ge=1)
+    checkpoint_minutes: float | None = key(
+        None, "minutes between checkpoints at most; null: no limit", gt=0
+    )
+    mirror: str | None = key(
+        None, "where complete checkpoints go too, such as s3://bucket/run; --resume finds them"
+    )
     log_every: int = key(10, "steps between TensorBoard points", ge=1)
 
     @property

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jinja2
 
@@ -75,13 +75,16 @@ def write_job(
         if not re.fullmatch(pattern, value):
             raise ConfigError(f"--{name} {value!r:.80} does not fit into a {kind} job")
     # A machine that SkyPilot starts has this folder, and nothing else of this machine.
-    flags = {"config_path": config_path, "results_path": results_path, "data_path": data_path}
+    flags: dict[str, Any] = {"config_path": config_path, "results_path": results_path}
+    flags |= {"data_path": data_path, "valid_path": valid_path}
     words = ["-m", "diffbuf_lib.cli", "train", "--resume_if_any"]
-    for flag, value in {**flags, "valid_path": valid_path}.items():
+    for flag, value in flags.items():
+        if value is None:
+            continue
         path = str(value)
         if kind != "skypilot" and "://" not in path:
             path = str(Path(path).resolve())
-        words += [] if value is None else [f"--{flag}", path]
+        words += [f"--{flag}", path]
     words += [*train, *(word for override in overrides for word in ("--set", override))]
     results_path.mkdir(parents=True, exist_ok=True)
     job = results_path / _FILES[kind]

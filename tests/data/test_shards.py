@@ -14,6 +14,7 @@ from diffbuf_lib.config import build_config
 from diffbuf_lib.data import build_dnlm, open_dataset, pack_folder, shards
 from diffbuf_lib.errors import ConfigError, DataError
 from diffbuf_lib.training.feed import ClipReader, EpochPlan
+from tests.data.conftest import noise_wave, save
 
 CHANGES = ["audio.chunk_size=1600", "diffusion_buffer.buffer_size=4", "audio.stft.hop_length=32",
            "audio.stft.n_fft=62", "audio.stft.win_length=62"]  # fmt: skip
@@ -78,7 +79,7 @@ def test_batches_are_those_of_the_folder_to_the_bit(packed, training, workers):
 
 
 @pytest.mark.law
-def test_a_tar_is_a_tar(packed, save, noise_wave):
+def test_a_tar_is_a_tar(packed):
     _, out = packed
     names = []
     for path in sorted(out.glob("*.tar")):
@@ -124,7 +125,7 @@ def test_a_build_in_parts_or_shards_is_the_build(sources, tmp_path):
 
 
 @pytest.mark.law
-def test_other_bits_keep_24_and_other_layouts_are_packed(save, noise_wave, tmp_path):
+def test_other_bits_keep_24_and_other_layouts_are_packed(tmp_path):
     for i, name in enumerate(("b/x.wav", "b/x.v2.wav", "a.wav")):
         for folder in ("noisy", "clean"):
             save(tmp_path / "in" / folder / name, noise_wave(i, 2000), subtype="FLOAT")
