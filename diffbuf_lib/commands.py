@@ -376,6 +376,7 @@ class Evaluate(Scoring, name="evaluate"):
     #: or noisereduce, noisereduce_nonstationary, deepfilternet
     baselines: tuple[str, ...] = ("noisy",)
     delay: int | None = None  # output delay, 1 to buffer_size frames (data prediction)
+    part: str = "1/1"  # of a job array: 2/8 scores the second of eight shares
 
     def __call__(self) -> None:
         from diffbuf_lib.evaluation import evaluate_folder
@@ -383,9 +384,12 @@ class Evaluate(Scoring, name="evaluate"):
 
         with tempfile.TemporaryDirectory() as temporary:
             found = evaluate_folder(
-                self.job(), self.results_path or temporary, processes=self.processes,
-                page=self.results_path is not None, progress=True,
+                self.job("part"), self.results_path or temporary, part=self.part,
+                processes=self.processes, page=self.results_path is not None, progress=True,
             )  # fmt: skip
+        if found is None:
+            print(f"part {self.part} is scored: the last one writes the results")
+            return
         print(overview(found.summary, found.timing))
         if self.results_path is not None:
             print(f"\n{self.results_path / 'report.html'}")

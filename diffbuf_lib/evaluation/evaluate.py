@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from diffbuf_lib.data import ClipDataset, open_dataset
 from diffbuf_lib.data.audio import write_json
-from diffbuf_lib.data.build import claim, cores, naming_deaths, parallel
+from diffbuf_lib.data.build import claim, cores, naming_deaths, parallel, take_part
 from diffbuf_lib.errors import ConfigError, DataError
 from diffbuf_lib.evaluation.baselines import NOISY, OURS, make_baselines
 from diffbuf_lib.evaluation.bootstrap import summarise
@@ -215,14 +215,17 @@ def evaluate_folder(
     job: Job,
     results_path: str | Path,
     *,
+    part: str = "1/1",
     processes: int | None = None,
     page: bool = True,
     progress: bool = False,
-) -> Evaluation:
+) -> Evaluation | None:
     """Evaluate, and write everything into a results folder; go on if it was begun before.
 
-    The scores, to the four decimals that are kept, do not depend on the number of processes (None:
-    the cores of this machine). `page` is for report.html, `progress` for a bar on stderr.
+    Part "i/n" of a job array scores every n-th batch of clips; whoever comes last, or a call for
+    the whole, finds all scores and writes the rest: before, None is returned. The scores, to the
+    four decimals that are kept, do not depend on parts or the number of processes (None: the cores
+    of this machine). `page` is for report.html, `progress` for a bar on stderr.
 
     Raises:
         DiffbufError: as in `Job.evaluator`; a clip that cannot be read; a folder that is in use or
@@ -231,11 +234,16 @@ def evaluate_folder(
     if processes is not None and processes < 1:
         raise ConfigError(f"--processes {processes}: give at least 1")
     evaluator, folder = job.evaluator(), Path(results_path)
-    lock = FolderLock(folder)
+    mine = take_part(evaluator.batches(job.batch_size), part)
+    home = folder if part == "1/1" else folder / "parts" / part.replace("/", "-")
+    lock = FolderLock(home)
     lock.acquire()
     try:
         claim(folder / "arguments.json", _arguments(job, evaluator))
-        done = _score_rest(job, evaluator, folder, processes or cores(), progress)
+        _score_rest(job, evaluator, folder, home, mine, processes or cores(), progress)
+        done = _read_journals(folder)
+        if len({row.clip for rows, _ in done for row in rows}) < len(evaluator.names):
+            return None
         every = {(row.clip, row.method): row for rows, _ in done for row in rows}
         rows = [every[clip, method] for clip in evaluator.names for method in evaluator.methods]
         summary = summarise(rows, evaluator.metrics)
@@ -268,21 +276,34 @@ def _arguments(job: Job, evaluator: Evaluator) -> dict[str, Any]:
     }
 
 
-def _score_rest(
-    job: Job, evaluator: Evaluator, folder: Path, processes: int, progress: bool
-) -> list[Batch]:
-    """Score the clips that the journal lacks; every batch is in it as soon as it is done."""
-    with open(folder / "journal.jsonl", "a+b") as file:
-        file.seek(0)
-        content = file.read()
+def _read_journals(folder: Path) -> list[Batch]:
+    """Return all batches that are done, of the whole and of parts."""
+    done = []
+    for path in (folder / "journal.jsonl", *sorted(folder.glob("parts/*/journal.jsonl"))):
+        content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]  # without a last line that was cut off
-        file.truncate(len(whole))
         entries = map(json.loads, whole.splitlines())
-        done = [([Row(*row) for row in rows], seconds) for rows, seconds in entries]
-        known = {row.clip for rows, _ in done for row in rows}
-        every = evaluator.batches(job.batch_size)
-        left = [b for b in every if not known.issuperset(evaluator.names[i] for i in b)]
-        total, begin = len(evaluator.names), len(evaluator.names) - sum(map(len, left))
+        done += [([Row(*row) for row in rows], seconds) for rows, seconds in entries]
+    return done
+
+
+def _score_rest(
+    job: Job,
+    evaluator: Evaluator,
+    folder: Path,
+    home: Path,
+    mine: Sequence[list[int]],
+    processes: int,
+    progress: bool,
+) -> None:
+    """Score the batches that no journal has; each is in this one's as soon as it is done."""
+    known = {row.clip for rows, _ in _read_journals(folder) for row in rows}
+    with open(home / "journal.jsonl", "a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        left = [b for b in mine if not known.issuperset(evaluator.names[i] for i in b)]
+        total = sum(map(len, mine))
+        begin = total - sum(map(len, left))
         bar = tqdm(total=total, initial=begin, unit="clip", desc="evaluate", disable=not progress)
         batches = _score_batches(job, evaluator, left, processes)
         with bar, naming_deaths(), closing(batches) as scored:
@@ -290,9 +311,7 @@ def _score_rest(
                 file.write((json.dumps(batch) + "\n").encode())
                 file.flush()
                 os.fsync(file.fileno())
-                done.append(batch)
                 bar.update(len(batch[0]) // len(evaluator.methods))
-    return done
 
 
 def _score_batches(

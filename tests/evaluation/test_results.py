@@ -89,6 +89,19 @@ def test_processes_and_batches_do_not_change_the_numbers(job, finished, tmp_path
     assert scores_of(tmp_path / "two") == scores_of(finished)
 
 
+@pytest.mark.law
+def test_parts_of_a_job_array_come_to_the_same_bytes(job, finished, tmp_path):
+    for part in ("3/3", "1/3", "1/3"):
+        assert run(job, tmp_path / "parts", part=part, page=False) is None
+    assert not (tmp_path / "parts" / "scores.csv").exists()
+    assert len(run(job, tmp_path / "parts", part="2/3", page=False).rows) == 6 * 2
+    assert scores_of(tmp_path / "parts") == scores_of(finished)
+    run(job, tmp_path / "rest", part="2/3", page=False)
+    run(job, tmp_path / "rest", page=False)  # the whole does what parts have left
+    assert scores_of(tmp_path / "rest") == scores_of(finished)
+    refused(lambda: run(job, tmp_path / "wrong", part="4/3"), "--part")
+
+
 def test_other_arguments_or_weights_are_refused_and_a_moved_model_is_not(job, tmp_path, model_path):
     job, out = replace(job, limit=1, metrics=("si_sdr",)), tmp_path / "r"
     run(job, out, page=False)

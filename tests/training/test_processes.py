@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from multiprocessing import get_context
 
 import pytest
@@ -20,6 +20,7 @@ from diffbuf_lib import cli
 from diffbuf_lib.data.audio import write_audio
 from diffbuf_lib.errors import CheckpointError, ConfigError
 from diffbuf_lib.training.feed import EpochPlan
+from diffbuf_lib.training.run import make_plan
 from tests.training.helpers import TREE, Clips, config, fit, history, last
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
@@ -126,8 +127,8 @@ def test_shares_of_a_step_are_those_of_its_examples(layout):
     assert sorted(seen) == list(range(23))
     for step, found in weight.items():
         members = range(step * plan.global_batch, min((step + 1) * plan.global_batch, 23))
-        assert found == pytest.approx({p: 1 / len(members) for p in members} | {0: found.get(0, 0)}
-                                      if 0 in found else {p: 1 / len(members) for p in members})  # fmt: skip
+        counted = {position: share for position, share in found.items() if share}
+        assert counted == pytest.approx({p: 1 / len(members) for p in members})
 
 
 @pytest.mark.law
@@ -141,10 +142,9 @@ def test_another_global_batch_or_lr_is_asked_for_and_written_down(tmp_path):
         {"step": 2, "changed": {"training.lr": [1e-3, 5e-4]}},
         {"step": 3, "changed": {"training.batch_size": [2, 3], "global batch": [2, 3]}},
     ]
+    training, state = config("training.batch_size=3").training, {**last(tmp_path), "changed": {}}
     with pytest.raises(ConfigError, match="global batch of 3"):
-        from diffbuf_lib.training.run import make_plan
-
-        make_plan(config("training.batch_size=3").training, 7, 2, {**last(tmp_path), "changed": {}})
+        make_plan(training, 7, 2, state)
     with pytest.raises(CheckpointError, match=r"training\.seed was 0, is 3"):
         fit(config("training.seed=3"), tmp_path, resume=True)
 
@@ -230,11 +230,11 @@ def test_storms_of_signals(command, tmp_path, tries, processes):
 @pytest.mark.slow
 def test_storms_of_signals_under_torchrun(command, tmp_path):
     """To the agent and its workers, as Slurm sends them."""
-    args, whole = command
+    args, _ = command
     rng, folder, stops = random.Random(1), tmp_path / "run", 0
-    agent = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=0",
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
              "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
-             "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
+             "--max-restarts=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
              "-m", "diffbuf_lib.cli", *args, "--results_path", str(folder),
              "--set", "training.num_epochs=400", "training.global_batch=2"]  # fmt: skip
     for _ in range(20):
@@ -250,10 +250,8 @@ def test_storms_of_signals_under_torchrun(command, tmp_path):
         for _ in range(rng.choice([1, 5])):
             number = rng.choice(SIGNALS)
             for pid in rng.choice([[process.pid], workers, [*workers, process.pid]]):
-                try:
+                with suppress(ProcessLookupError):
                     os.kill(pid, number)
-                except ProcessLookupError:
-                    pass
             time.sleep(rng.uniform(0, 0.2))
         process.wait(120)
         deadline = time.monotonic() + 60
