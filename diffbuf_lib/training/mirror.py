@@ -41,6 +41,7 @@ class Mirror:
         """
         try:
             system, root = fsspec.core.url_to_fs(self.url)
+            system.invalidate_cache()  # another machine has written there
             if not system.exists(f"{root}/{PLACE}"):
                 return
             there = int(json.loads(system.cat_file(f"{root}/{PLACE}"))["step"])
@@ -118,8 +119,11 @@ class Mirror:
             name, state = path.relative_to(self._now).as_posix(), path.stat()
             known = (state.st_ino, state.st_mtime_ns)
             if self._known.get(name) != known:
-                system.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
-                system.put_file(str(path), f"{root}/{name}")
+                try:
+                    system.put_file(str(path), f"{root}/{name}")
+                except FileNotFoundError:  # where folders are more than a part of the name
+                    system.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
+                    system.put_file(str(path), f"{root}/{name}")
                 self._known[name] = known
 
     @staticmethod
