@@ -24,9 +24,9 @@ def serve_s3(folder: Path) -> Iterator[dict[str, str]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (folder / "bucket").mkdir(parents=True, exist_ok=True)
-    # Without caches: what a test changes in the folder shows at once.
+    # It looks at the folder every second; more often takes all its time.
     flags = {"addr": f"127.0.0.1:{port}", "auth-key": ",".join(KEYS.values()),
-             "vfs-cache-mode": "off", "dir-cache-time": "50ms",
+             "vfs-cache-mode": "off", "dir-cache-time": "1s",
              "config": f"{folder}.conf", "cache-dir": f"{folder}.cache"}  # fmt: skip
     command = [RCLONE, "serve", "s3", str(folder), *(f"--{k}={v}" for k, v in flags.items())]
     quiet = subprocess.DEVNULL
