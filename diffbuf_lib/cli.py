@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import io
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 import tyro
 
 from diffbuf_lib.commands import COMMANDS, Train
-from diffbuf_lib.errors import DiffbufError
+from diffbuf_lib.errors import ConfigError, DiffbufError
 
 Command = TypeVar("Command")
 
@@ -56,6 +57,9 @@ def parse(command: type[Command], args: Sequence[str], prog: str) -> Command:
     spread: list[str] = []
     setting = False
     for part in args:
+        for flag, instead in getattr(command, "instead", {}).items():
+            if re.fullmatch(flag, part):
+                raise ConfigError(f"{part} is not here: {instead}")
         if part.startswith("-"):
             setting = part == "--set" or part.startswith("--set=")
         elif setting and "=" in part and spread[-1] != "--set":
@@ -66,7 +70,7 @@ def parse(command: type[Command], args: Sequence[str], prog: str) -> Command:
 
 def _dispatch(args: list[str]) -> None:
     """Find the command that `args` begin with, and run it."""
-    words = 2 if args[:1] == ["data"] else 1  # `diffbuf data build`
+    words = 2 if args[:1] == ["data"] or " ".join(args[:2]) in COMMANDS else 1  # `data build`
     name = " ".join(args[:words]).replace("_", "-")
     if name not in COMMANDS and {"-h", "--help"} & set(args[:words]):
         print("usage: diffbuf COMMAND ...; diffbuf COMMAND --help describes its flags\n")

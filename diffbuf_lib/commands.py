@@ -12,18 +12,21 @@ import shutil
 import signal
 import sys
 import tempfile
-from contextlib import closing, nullcontext
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, dataclass_transform
+from typing import Annotated, Any, ClassVar, Literal, dataclass_transform
 
+import yaml
 from tqdm import tqdm
 from tyro.conf import Positional, UseAppendAction, arg
 
-from diffbuf_lib.config import Config, describe_keys, load_config
+from diffbuf_lib.config import Config, build_config, describe_keys, load_config, read_tree
 from diffbuf_lib.errors import ConfigError
+from diffbuf_lib.foreign import is_foreign, translate
 from diffbuf_lib.pretrained import DEFAULT as DEFAULT_MODEL
 from diffbuf_lib.registry import Registry
 
@@ -58,8 +61,8 @@ class Train(Command, name="train"):
 
     config_path: Path  # YAML config of the experiment
     results_path: Path  # folder for checkpoints, logs and the model
-    data_path: str  # training data: a folder, or shards also at s3://, gs://, hf://, https://
-    valid_path: str | None = None  # validation data; without it nothing is validated
+    data_path: tuple[str, ...]  # training data: folders, or shards also at s3://, gs://, https://
+    valid_path: tuple[str, ...] = ()  # validation data; without it nothing is validated
     model_type: Literal["diffusion_buffer"] = "diffusion_buffer"  # the only one
     dataset_type: int = 1  # 1 sample_*/{mixture,vocals}.wav; 2 clean/, noisy/; 3 speech/, noise/
     device_ids: tuple[int, ...] = (0,)  # one GPU; for several start with torchrun; or the CPU
@@ -69,6 +72,9 @@ class Train(Command, name="train"):
     start_check_point: Path | None = None  # checkpoint or model folder: the first weights
     resume: bool = False  # go on with the run in results_path, or training.mirror
     resume_if_any: bool = False  # the same, or begin one if there is none
+    pre_valid: bool = False  # validate before the first step, too
+    pin_memory: bool = False  # always so with a GPU; taken for the sake of old commands
+    wandb_key: str = ""  # for the tracker wandb: WANDB_API_KEY
     seed: int | None = None  # training.seed
     max_steps: int | None = None  # optimizer steps at most (training.num_steps)
     skip_doctor: bool = False  # start without looking at machine, data and config first
@@ -77,6 +83,10 @@ class Train(Command, name="train"):
     on_nonfinite: Literal["stop", "skip"] | None = None  # at NaN or Inf (training.on_nonfinite)
     find_batch_size: bool = False  # train with the largest batch that fits into the memory
     overrides: Overrides = ()
+    instead: ClassVar[dict[str, str]] = {  # of flags of Music-Source-Separation-Training
+        r"--train_lora": "train all weights from --start_check_point, with a small training.lr",
+        r"--use_\w+_loss": "choose one loss: --set training.loss=score (or data_prediction, ...)",
+    }
 
     def __call__(self) -> None:
         # A scheduler may ask more than once: the first signal stops the command, as Ctrl-C, and
@@ -92,13 +102,15 @@ class Train(Command, name="train"):
                     signal.signal(number, handler)
 
     def _train(self) -> None:
-        from diffbuf_lib.data import open_dataset
+        from diffbuf_lib.data import open_datasets
         from diffbuf_lib.training import saved_step, train
 
         cfg = self._config()
+        if self.wandb_key:
+            os.environ["WANDB_API_KEY"] = self.wandb_key
         kind, valid = self.dataset_type, self.valid_path
-        train_set = open_dataset(kind, self.data_path, cfg, training=True)
-        valid_set = open_dataset(kind, valid, cfg, training=False) if valid else None
+        train_set = open_datasets(kind, self.data_path, cfg, training=True)
+        valid_set = open_datasets(kind, valid, cfg, training=False) if valid else None
         print(f"{len(train_set)} training clips, {len(valid_set or ())} validation clips")
         device = f"cuda:{self.device_ids[0]}" if self.device_ids else "auto"
         if self.find_batch_size:
@@ -110,7 +122,7 @@ class Train(Command, name="train"):
         model = self._recorded(cfg) if watched else None
         records = train(
             cfg, train_set, valid_set, self.results_path, device=device, progress=True,
-            resume="auto" if self.resume_if_any else self.resume,
+            resume="auto" if self.resume_if_any else self.resume, pre_valid=self.pre_valid,
             start_check_point=self.start_check_point, model=model,
         )  # fmt: skip
         try:
@@ -283,6 +295,7 @@ class Enhance(Command, name="enhance"):
     overwrite: bool = False  # make outputs again that are there
     seed: int = 0  # of the diffusion noise
     device: str = "auto"  # auto, cpu or cuda
+    backend: Literal["torch", "onnx"] = "torch"  # onnx: faster on a CPU, of a block_causal model
 
     def __call__(self) -> None:
         from diffbuf_lib.enhance import FilesFailedError, enhance_path
@@ -317,11 +330,12 @@ class Stream(Command, name="stream"):
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: for the network of a block_causal model
     seed: int = 0  # of the diffusion noise
     device: Literal["file", "mic"] = "file"  # mic: microphone to headphones, until Ctrl-C
+    backend: Literal["torch", "onnx", "auto"] = "torch"  # auto: the faster, as a short test decides
 
     def __call__(self) -> None:
         import torch
 
-        from diffbuf_lib.live import choose_threads, run_microphone, stream_path
+        from diffbuf_lib.live import choose_backend, choose_threads, run_microphone, stream_path
         from diffbuf_lib.model import load_model
         from diffbuf_lib.streaming import OnlineEnhancer
 
@@ -329,13 +343,17 @@ class Stream(Command, name="stream"):
             if (value := getattr(self, flag)) is not None and value < 1:
                 raise ConfigError(f"--{flag} {value}: give at least 1")
         model = load_model(self.model, "cpu")
+        backend = self.backend
+        if backend == "auto":
+            backend, why = choose_backend(model, self.delay)
+            print(f"backend: {backend}{why and f' ({why})'}", file=sys.stderr)
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         else:
-            print(f"threads: {choose_threads(model, self.delay)}", file=sys.stderr)
+            print(f"threads: {choose_threads(model, self.delay, backend)}", file=sys.stderr)
         enhancer = OnlineEnhancer(
             model, seed=self.seed, delay=self.delay, compiled=self.compiled,
-            precision=self.precision,
+            precision=self.precision, backend=backend,
         )  # fmt: skip
         if self.device == "mic":
             report = run_microphone(enhancer)
@@ -345,6 +363,46 @@ class Stream(Command, name="stream"):
                 channels=self.channels, repair=self.repair,
             )  # fmt: skip
         print(report, file=sys.stderr)
+
+
+class Export(Command, name="export"):
+    """Write an ONNX graph of a model's hop and a script that streams it without torch."""
+
+    model: Positional[str]  # folder of a trained model, a run's folder, or a name
+    output: Annotated[Path, arg(aliases=["-o"])]  # folder
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"  # of the graph; its error is printed
+    delay: int | None = None  # output delay, 1 to buffer_size frames (data prediction)
+
+    def __call__(self) -> None:
+        from diffbuf_lib.export import export_model
+        from diffbuf_lib.model import load_model
+
+        model = load_model(self.model, "cpu")
+        print(export_model(model, self.output, precision=self.precision, delay=self.delay))
+
+
+class ServeBench(Command, name="serve-bench"):
+    """Count the streams that one core keeps up with in one call, every deadline kept."""
+
+    model: str = DEFAULT_MODEL  # folder of a trained model, a run's folder, or a name
+    backends: tuple[Literal["torch", "onnx"], ...] = ("torch", "onnx")  # to try
+    hops: int = 125  # that are timed
+
+    def __call__(self) -> None:
+        import torch
+
+        from diffbuf_lib.live import streams_in_time
+        from diffbuf_lib.model import load_model
+
+        model = load_model(self.model, "cpu")
+        torch.set_num_threads(1)
+        print(f"{torch.backends.cpu.get_cpu_capability()}, one thread, {self.hops} hops")
+        for backend in self.backends:
+            streams, report = streams_in_time(model, backend, self.hops)
+            print(
+                f"{backend:6} {streams:4} streams in time; p50 {report.quantile(0.5):.1f}, worst "
+                f"{report.quantile(1):.1f} of {report.hop_ms:.1f} ms"
+            )
 
 
 class Scoring(Command):
@@ -373,7 +431,7 @@ class Evaluate(Scoring, name="evaluate"):
     model: str  # folder of a trained model, a run's folder, or a name such as diffbuf/cpu-demo
     results_path: Path | None = None  # scores, report.html; a stopped evaluation goes on there
     metrics: tuple[str, ...] = ("si_sdr", "sdr", "pesq", "estoi")  # or distillmos dnsmos
-    #: or noisereduce, noisereduce_nonstationary, deepfilternet
+    #: or noisereduce, noisereduce_nonstationary, deepfilternet, rnnoise, gtcrn
     baselines: tuple[str, ...] = ("noisy",)
     delay: int | None = None  # output delay, 1 to buffer_size frames (data prediction)
     part: str = "1/1"  # of a job array: 2/8 scores the second of eight shares
@@ -569,3 +627,49 @@ class PrintConfig(Command, name="config"):
             return
         for key, default, description in describe_keys():
             print(f"{key} = {default}\n    {description}")
+
+
+class ImportConfig(Command, name="config import"):
+    """Make a config of one of Music-Source-Separation-Training, with comments."""
+
+    config_path: Positional[Path]  # their YAML; every command also takes it as it is
+    output: Annotated[Path, arg(aliases=["-o"])]  # file to write
+
+    def __call__(self) -> None:
+        tree, source = read_tree(self.config_path), str(self.config_path)
+        if not is_foreign(tree):
+            raise ConfigError(f"{source} is no config of another project: use it as it is")
+        ours, table = translate(tree, {key for key, *_ in describe_keys()})
+        build_config(ours, source=source)
+        comment = "".join(f"# {line}\n" for line in [f"From {source}", *table.splitlines()])
+        with _new(self.output):
+            self.output.write_text(comment + yaml.safe_dump(ours, sort_keys=False), "utf-8")
+        print(f"{table}\n{self.output}")
+
+
+class Import(Command, name="import"):
+    """Make a model's folder of a checkpoint of the method's authors (sp-uhh/Diffusion-Buffer)."""
+
+    checkpoint: Positional[Path]  # their .ckpt; nothing in it is executed
+    output: Annotated[Path, arg(aliases=["-o"])]  # folder to make, for --model and the like
+    raw: bool = False  # the weights as training left them, instead of the averaged ones
+
+    def __call__(self) -> None:
+        from diffbuf_lib.authors import import_checkpoint
+
+        with _new(self.output):
+            imported = import_checkpoint(self.checkpoint, raw=self.raw)
+            imported.model.save_pretrained(self.output)
+        print("\n".join([*imported.notes, str(self.output)]))
+
+
+@contextmanager
+def _new(output: Path) -> Iterator[None]:
+    """Write a file or folder that must not be there yet."""
+    if output.exists():
+        raise ConfigError(f"{output} is there already: choose another --output")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written ({error.strerror})") from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import reprlib
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from importlib import import_module
@@ -30,6 +31,7 @@ from pydantic import (
 
 from diffbuf_lib import registry
 from diffbuf_lib.errors import ConfigError
+from diffbuf_lib.foreign import is_foreign, translate
 from diffbuf_lib.registry import Registry
 
 
@@ -42,16 +44,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: no such file, not YAML, an unknown key, or a value out of its limits.
     """
     path = Path(path)
-    try:
-        tree = _parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        reason = error.strerror
-        raise ConfigError(f"config file {path}: {reason}: check --config_path") from error
-    except ValueError as error:
-        reason = _one_line(str(error))
-        raise ConfigError(f"config file {path} is not plain YAML: {reason}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"config file {path} holds {_short(tree)}, not `section: ...` mappings")
+    tree = read_tree(path)
+    if is_foreign(tree):
+        tree, table = translate(tree, {name for name, *_ in describe_keys()})
+        write = "a file of ours: diffbuf config import THEIRS.yaml -o OURS.yaml"
+        told = f"{path} is a config of Music-Source-Separation-Training, taken as it is\n{table}"
+        warnings.warn(f"{told}\n{write}", stacklevel=2)
     tree = reduce(_with_override, overrides, tree)
     # Here only: a config that came with someone's checkpoint or capsule imports nothing.
     plugins = tree.get("plugins")
@@ -64,6 +62,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
                 "it, or set PYTHONPATH to its folder"
             ) from error
     return build_config(tree, source=str(path))
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """Read a YAML file as it is, whatever project's; ConfigError if that cannot be."""
+    try:
+        tree = _parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = error.strerror
+        raise ConfigError(f"config file {path}: {reason}: check --config_path") from error
+    except ValueError as error:
+        reason = _one_line(str(error))
+        raise ConfigError(f"config file {path} is not plain YAML: {reason}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file {path} holds {_short(tree)}, not `section: ...` mappings")
+    return tree
 
 
 def build_config(
@@ -100,7 +113,8 @@ class Section(BaseModel):
             if low is None or high is None or low < high or (low == high and pair in self.at_most):
                 continue
             raise ValueError(
-                f"{pair[0]} {low} is too large for {pair[1]} {high}: lower one or raise the other"
+                f"{pair[0]} {low} is too large for {pair[1]} {high}: lower {pair[0]}, or raise the "
+                "other"
             )
         return self
 
@@ -198,7 +212,12 @@ class ModelConfig(Section):
         "size of compressed spectra: the network's V (with sigma) and Y are divided by it",
         gt=0,
     )
-    output_scale: Literal["sigma", "time", "none"] = key("sigma", "the output is divided by it")
+    output_scale: Literal["sigma", "time", "time_inside", "none"] = key(
+        "sigma", "the output is divided by it; time_inside: before ncsnpp's last layer"
+    )
+    history_time: float = key(
+        0.0, "ncsnpp, bc_ncsnpp: time of history; 1 in their authors' checkpoints", ge=0, le=1
+    )
     x0_output: Literal["spectrum", "mask"] = key(
         "spectrum", "data prediction: the output is x0_hat, or M in (1 + M) Y"
     )
@@ -206,11 +225,27 @@ class ModelConfig(Section):
         {}, "keys of a network from outside this package"
     )
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        inside = self.output_scale == "time_inside"
+        networks = ("ncsnpp",) if inside else ("ncsnpp", "bc_ncsnpp")
+        if (inside or self.history_time) and self.name not in networks:
+            raise ValueError(
+                f"output_scale {self.output_scale} with history_time {self.history_time} is of "
+                f"{' and '.join(networks)}: with model.name {self.name} take time and 0"
+            )
+        return self
+
 
 class DiffusionBufferConfig(Section):
     """The buffer: the last B frames, at rising diffusion times."""
 
     buffer_size: int = key(20, "B, frames; the output delay is B - 1 hops")
+    buffers: int = key(
+        1,
+        "of a training clip, one after the other at its end; above 1 with model.name recurrent",
+        ge=1,
+    )
     num_frames: int | None = key(None, "K, frames of the window online; null: of chunk_size")
     t_eps: float = key(0.03, "smallest diffusion time of the buffer", gt=0, lt=1)
     t_max: float = key(0.8, "largest diffusion time of the buffer", gt=0, le=1)
@@ -269,6 +304,9 @@ class DataConfig(Section):
     """Pairs of files, and those that are mixed while training (dataset_type 3)."""
 
     pair_tolerance: int = key(400, "samples by which a pair may differ in length: cut", ge=0)
+    attenuation: float = key(
+        0.0, "dB; each training clip, mix and target alike, is lowered by up to this", ge=0, le=80
+    )
     snr_min: float = key(-30.0, "dB, smallest drawn SNR", ge=-100, le=100)
     snr_max: float = key(0.0, "dB, largest drawn SNR", ge=-100, le=100)
     distance_min: float = key(5.0, "m, nearest talker", ge=0.01, le=10000.0)
@@ -410,6 +448,17 @@ class Config(Section):
                 f"buffer_size {buffer.buffer_size} is larger than the {frames} STFT frames of a "
                 f"{audio.chunk_size}-sample chunk: lower diffusion_buffer.buffer_size or raise "
                 "audio.chunk_size"
+            )
+        if buffer.buffers * buffer.buffer_size > frames:
+            raise ValueError(
+                f"buffers {buffer.buffers} of buffer_size {buffer.buffer_size} are more than the "
+                f"{frames} STFT frames of a {audio.chunk_size}-sample chunk: lower "
+                "diffusion_buffer.buffers or raise audio.chunk_size"
+            )
+        if buffer.buffers > 1 and not registry.NETWORKS[self.model.name].facts.get("many_buffers"):
+            raise ValueError(
+                f"buffers {buffer.buffers}: model.name {self.model.name} takes one buffer a clip: "
+                "set diffusion_buffer.buffers to 1, or model.name to recurrent"
             )
         limit = registry.SDES[self.sde.type].facts.get("t_limit", math.inf)
         if buffer.t_max >= limit:

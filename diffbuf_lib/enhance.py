@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from itertools import chain
@@ -15,10 +16,12 @@ import torch
 from diffbuf_lib.data.audio import audio_output, list_audio, output_names, refuse_same_file
 from diffbuf_lib.data.reader import CONVERTIBLE, READABLE, AudioReader, Block, ffmpeg_line
 from diffbuf_lib.errors import DataError, DiffbufError
+from diffbuf_lib.graph import Backend
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.streaming import OnlineEnhancer
 
 BLOCK_SECONDS = 4.0
+QUIET = 0.1  # peak, full scale 1: diffbuf/cpu-demo loses 3.6 dB SI-SDR at a tenth of its level
 
 
 class FilesFailedError(DataError):
@@ -33,6 +36,7 @@ def enhance_file(
     seed: int = 0,
     channels: Literal["mono", "keep"] = "mono",
     repair: bool = False,
+    backend: Backend = "torch",
 ) -> None:
     """Enhance one file; memory does not grow with its length.
 
@@ -47,6 +51,7 @@ def enhance_file(
         seed: of the diffusion noise.
         channels: "mono" averages them, as in training; "keep" enhances each by itself.
         repair: take NaN and Inf as zeros instead of refusing the file.
+        backend: as in `OnlineEnhancer`.
 
     Raises:
         DataError: a file that cannot be read or written, or that holds NaN.
@@ -55,11 +60,18 @@ def enhance_file(
     refuse_same_file(source, destination)
     with AudioReader(source, repair=repair) as file:
         streams = file.channels if channels == "keep" else 1
-        enhancer = OnlineEnhancer(model, seed=seed, batch=streams)
+        enhancer = OnlineEnhancer(model, seed=seed, batch=streams, backend=backend)
         with audio_output(destination, file.sample_rate, streams) as out:
             for block in _enhanced(enhancer, model.cfg.audio.sample_rate, file):
                 out.write(block)
         file.warn()
+    if model.level is None and 0 < file.peak < QUIET:
+        warnings.warn(
+            f"{source}: its peak is {20 * math.log10(file.peak):.0f} dB re full scale; this model, "
+            "made without preprocessing.level_seconds, knows louder signals: raise it to "
+            f"{20 * math.log10(QUIET):.0f} dB or more",
+            stacklevel=2,
+        )
 
 
 def enhance_path(

@@ -24,6 +24,7 @@ from diffbuf_lib.data.audio import audio_output, refuse_same_file
 from diffbuf_lib.data.reader import AudioReader
 from diffbuf_lib.data.riff import WavHeader, read_wav_header
 from diffbuf_lib.errors import ConfigError, DataError, MissingExtraError
+from diffbuf_lib.graph import Backend
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.streaming import OnlineEnhancer
 
@@ -235,7 +236,26 @@ class LiveReport:
         )
 
 
-def choose_threads(model: DiffusionBufferModel, delay: int | None = None) -> int:
+def choose_backend(model: DiffusionBufferModel, delay: int | None = None) -> tuple[Backend, str]:
+    """Return the backend whose hops are shorter on one thread, and why ONNX is out of the question.
+
+    The first time, a graph is made, in half a minute.
+    """
+    several = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        graph = latency_report(model, delay, hops=20, backend="onnx").quantile(0.5)
+        faster = graph < latency_report(model, delay, hops=20).quantile(0.5)
+    except (ConfigError, MissingExtraError) as error:
+        return "torch", str(error)
+    finally:
+        torch.set_num_threads(several)
+    return ("onnx" if faster else "torch"), ""
+
+
+def choose_threads(
+    model: DiffusionBufferModel, delay: int | None = None, backend: Backend = "torch"
+) -> int:
     """Set torch's threads to 1, or leave them, whichever keeps up better; return their number.
 
     Several threads wait for each other at every operation: beside another process on the same
@@ -244,21 +264,51 @@ def choose_threads(model: DiffusionBufferModel, delay: int | None = None) -> int
     """
     several = torch.get_num_threads()
     if several > 1:
-        slow = latency_report(model, delay, hops=20).quantile(0.9)
+        slow = latency_report(model, delay, hops=20, backend=backend).quantile(0.9)
         torch.set_num_threads(1)
-        if slow < latency_report(model, delay, hops=20).quantile(0.9):
+        if slow < latency_report(model, delay, hops=20, backend=backend).quantile(0.9):
             torch.set_num_threads(several)
     return torch.get_num_threads()
 
 
+def streams_in_time(
+    model: DiffusionBufferModel, backend: Backend = "torch", hops: int = 125
+) -> tuple[int, LiveReport]:
+    """Return how many streams, in one call, keep every deadline on torch's threads.
+
+    Returns:
+        The number, 0 if not even one stream keeps up; and the report of that many, or of one.
+    """
+    reports: dict[int, LiveReport] = {}
+
+    def in_time(streams: int) -> bool:
+        reports[streams] = latency_report(model, hops=hops, backend=backend, batch=streams)
+        return reports[streams].quantile(1.0) < reports[streams].hop_ms
+
+    most, too_many = 0, 1
+    while in_time(too_many):
+        most, too_many = too_many, 2 * too_many
+    while too_many - most > 1:
+        middle = (most + too_many) // 2
+        most, too_many = (middle, too_many) if in_time(middle) else (most, middle)
+    return most, reports[max(most, 1)]
+
+
 def latency_report(
-    model: DiffusionBufferModel, delay: int | None = None, hops: int = 50
+    model: DiffusionBufferModel, delay: int | None = None, hops: int = 50, **options: Any
 ) -> LiveReport:
-    """Measure one stream of noise on this machine: `hops` of it, after B that are not timed."""
-    enhancer = OnlineEnhancer(model, delay=delay)
-    warm = model.cfg.diffusion_buffer.buffer_size
+    """Measure noise on this machine: `hops` of it, after B that are not timed.
+
+    Args:
+        model: any; on the device where it is.
+        delay: d, 1 to B frames, of a data-prediction model; None for B.
+        hops: how many are timed.
+        options: of `OnlineEnhancer`, such as batch and backend.
+    """
+    enhancer = OnlineEnhancer(model, delay=delay, **options)
+    warm, hop = model.cfg.diffusion_buffer.buffer_size, model.cfg.audio.stft.hop_length
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(warm + hops, model.cfg.audio.stft.hop_length, generator=generator)
+    noise = torch.randn(warm + hops, enhancer.batch, hop, generator=generator)
     times = [hop.milliseconds for hop in live_hops(enhancer, 0.1 * noise)]
     return make_report(enhancer, times[warm:], missed=0, realtime=False)
 

@@ -60,8 +60,7 @@ class DiffusionBufferModel(
         # Enhancement always centres its frames: with frames that start at sample 0 the first
         # samples lie under one window's flank, where overlap-add blows up a modified spectrum.
         self.framing = Spectral.from_config(stft.model_copy(update={"center": True}), compression)
-        seconds, rate = cfg.preprocessing.level_seconds, cfg.audio.sample_rate
-        self.level = RunningLevel(seconds, rate, self.spectral) if seconds else None
+        self.level = RunningLevel.from_config(cfg, self.spectral)
         self.sde = make_sde(cfg.sde)
         self.network = make_network(cfg.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loss_map = LOSSES[cfg.training.loss].load()
@@ -158,7 +157,8 @@ class DiffusionBufferModel(
         """
         _check_batch(mix)
         B, num_bins, K = len(mix), self.spectral.num_bins, self.spectral.num_frames(mix.shape[-1])
-        Kb = self.cfg.diffusion_buffer.buffer_size
+        buffer = self.cfg.diffusion_buffer
+        Kb = buffer.buffers * buffer.buffer_size
         if Kb > K:
             raise ShapeError(
                 f"buffer_size {Kb} is larger than the {K} STFT frames of a "
@@ -189,10 +189,14 @@ class DiffusionBufferModel(
         """
         if draws.first_z is None or draws.own is None:
             return (Y if self.cfg.training.from_noisy else S), None
-        t = Y.real.new_full((Y.shape[0], Y.shape[-1]), self.cfg.diffusion_buffer.t_max)
-        first = self.denoise(perturb(Y, Y, t, draws.first_z, self.sde), Y, t)[1]
-        loss = self._in_data_units(abs2(first - S)).mean() + self._snr_loss(first, S)
-        return torch.where(draws.own[:, None, None], first.detach(), S), loss
+        # With one buffer also the history; a network of many does not look at it.
+        n = Y.shape[-1] if self.cfg.diffusion_buffer.buffers == 1 else draws.t.shape[-1]
+        t = Y.real.new_full((Y.shape[0], n), self.cfg.diffusion_buffer.t_max)
+        first = self.denoise(perturb(Y, Y, t, draws.first_z[..., -n:], self.sde), Y, t)[1]
+        end = S[..., -n:]
+        loss = self._in_data_units(abs2(first - end)).mean() + self._snr_loss(first, end)
+        own = torch.where(draws.own[:, None, None], first.detach(), end)
+        return torch.cat([S[..., :-n], own], dim=-1), loss
 
     def _snr_loss(self, x0_hat: Tensor, S: Tensor) -> Tensor | float:
         """Return training.snr_weight times the error's level in the linear spectrum."""
@@ -228,7 +232,7 @@ class DiffusionBufferModel(
         """
         sigma = self.sde.std(t) if sigma is None else sigma
         x = self._inputs(V, Y, sigma)
-        out = self.network(x, t) if memory is None else self.network.step(memory, x)
+        out = self._run(x, t) if memory is None else self.network.step(memory, x)
         out = out.to(V.real.dtype)
         out = torch.complex(out[:, 0], out[:, 1])  # [B, F, Kb]
         scale = self.cfg.model.output_scale
@@ -244,6 +248,12 @@ class DiffusionBufferModel(
         if self.cfg.model.x0_output == "mask":
             out = Yb + out * Yb
         return (self.sde.mean(out, Yb, t) - Vb) / variance, out
+
+    def _run(self, x: Tensor, t: Tensor) -> Tensor:
+        buffer = self.cfg.diffusion_buffer
+        if buffer.buffers == 1:
+            return self.network(x, t)
+        return self.network(x, t, t.shape[-1] // buffer.buffer_size)
 
     def _inputs(self, V: Tensor, Y: Tensor, sigma: Tensor) -> Tensor:
         """Make of V and Y [B, F, K] complex what networks see: [B, 4, F, K] real, channels-last.

@@ -77,7 +77,8 @@ LOSSES = Registry("training.loss")
 what the network's output is taken for."""
 
 NETWORKS = Registry("model.name")
-"""(ModelConfig) -> nn.Module; see `diffbuf_lib.networks`."""
+"""(ModelConfig) -> nn.Module; see `diffbuf_lib.networks`. Fact: `many_buffers`, that its forward
+takes how many there are in a clip."""
 
 SDES = Registry("sde.type")
 """(**options) -> an `SDE`. Fact: `t_limit`, which t_max must stay below."""
@@ -107,8 +108,11 @@ for _name, _class in (
     ("conv", "ConvNet"),
     ("ncsnpp", "NCSNpp"),
     ("block_causal", "BlockCausal"),
+    ("recurrent", "Recurrent"),
+    ("bc_ncsnpp", "BlockCausalNCSNpp"),
 ):
-    NETWORKS.add(_name, f"diffbuf_lib.networks.{_name}:{_class}.from_config")
+    _target = f"diffbuf_lib.networks.{_name}:{_class}.from_config"
+    NETWORKS.add(_name, _target, many_buffers=_name == "recurrent")
 for _name, _target, _states in (
     ("adam", "torch.optim:Adam", 2),
     ("adamw", "torch.optim:AdamW", 2),
@@ -139,5 +143,7 @@ for _name, _target in (
     ("noisereduce", "SpectralGate"),
     ("noisereduce_nonstationary", "SpectralGate.nonstationary"),
     ("deepfilternet", "DeepFilterNet"),
+    ("rnnoise", "RNNoise"),
+    ("gtcrn", "GTCRN"),
 ):
     BASELINES.add(_name, f"diffbuf_lib.evaluation.baselines:{_target}")

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffbuf_lib.diffusion.sampler import BufferState
-from diffbuf_lib.errors import ShapeError
+from diffbuf_lib.diffusion.sampler import BufferSampler, BufferState
+from diffbuf_lib.errors import ConfigError, ShapeError
+from diffbuf_lib.graph import Backend, GraphSampler, cached_graph
 from diffbuf_lib.model import DiffusionBufferModel, evaluating
 from diffbuf_lib.networks import Precision
 
@@ -57,9 +58,12 @@ class OnlineEnhancer:
         compiled: of a streaming network: run one compiled graph, which takes about a minute to
             make.
         precision: of a streaming network: "bf16" runs it in bfloat16.
+        backend: "onnx" runs hops of a streaming network as an ONNX graph, which takes half a minute
+            to make and is kept: the same samples but for rounding.
 
     Raises:
-        ConfigError: a delay, compiled or precision that the model cannot have.
+        ConfigError: a delay, compiled, precision or backend that the model cannot have.
+        MissingExtraError: the packages of the extra `export` are not installed.
     """
 
     def __init__(
@@ -71,10 +75,16 @@ class OnlineEnhancer:
         *,
         compiled: bool = False,
         precision: Precision = "fp32",
+        backend: Backend = "torch",
     ) -> None:
         self.model, self.seed, self.batch = model, seed, batch
         self.spectral = model.framing
-        self.sampler = model.sampler(delay, compiled=compiled, precision=precision)
+        sampler = model.sampler(delay, compiled=compiled, precision=precision)
+        self.sampler: BufferSampler | GraphSampler = sampler
+        if backend == "onnx":
+            if compiled or precision != "fp32":
+                raise ConfigError("compiled and bf16 are of torch: leave them out, or onnx")
+            self.sampler = GraphSampler(sampler, cached_graph(model, delay))
         self.device = self.sampler.t.device
         self.reset()
 

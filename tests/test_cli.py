@@ -1,5 +1,6 @@
 """The command line as a newcomer types it, and what it says when something is wrong."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -68,6 +69,44 @@ def the_command(data, results, *extra):
 
 def run(command):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+
+
+THEIRS = """
+audio: {chunk_size: 16000, hop_length: 256, num_channels: 1}
+model: {name: diffusion_buffer_bbed, channels: 4, down_blocks: 2}
+sde: {type: bbed, diffusion: {theta: 0.08, k: 2.6}}
+training: {num_epochs: 1, num_steps: 1, batch_size: 4, use_amp: false, instruments: [vocals]}
+"""
+
+
+def test_the_command_and_config_of_another_project(data, tmp_path, monkeypatch, capsys):
+    """Their flags, two folders as one, a validation before the first step."""
+    config, results = tmp_path / "theirs.yaml", tmp_path / "run"
+    config.write_text(THEIRS)
+    (data / "train" / "metadata.json").write_text('{"train": [{"id": 0, "input_snr": -3.0}]}')
+    folders = [str(data / "train"), str(data / "valid")]
+    command = [
+        sys.executable, "train.py", "--model_type", "diffusion_buffer", "--config_path", config,
+        "--results_path", results, "--data_path", *folders, "--valid_path", data / "valid",
+        "--dataset_type", "1", "--device_ids", "0", "--num_workers", "0", "--pin_memory",
+        "--pre_valid", "--wandb_key", "", "--skip_doctor",
+    ]  # fmt: skip
+    done = run([str(part) for part in command])
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("training.instruments") == 1
+    assert "5 training clips" in done.stdout
+    lines = [json.loads(line) for line in (results / "history.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 1]
+    assert lines[0]["valid"]["loss"] > 0
+
+    for flag in ("--train_lora", "--use_mse_loss"):
+        refused = run([str(part) for part in (*command, flag)])
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+        assert flag in refused.stderr
+
+    ours = tmp_path / "ours.yaml"
+    assert call(monkeypatch, capsys, "config", "import", config, "-o", ours)[0] == 0
+    assert load_config(ours).model.channel_multipliers == (1, 2)
 
 
 def test_train_resume_enhance_and_evaluate(data, tmp_path, monkeypatch, capsys):

@@ -184,6 +184,15 @@ def test_channels_that_cancel_are_told(perfect_model, tmp_path):
         enhance_file(perfect_model, tmp_path / "in.wav", tmp_path / "out.wav")
 
 
+def test_a_file_too_quiet_for_a_model_without_levels_is_told(tiny_cfg, model, tmp_path):
+    soundfile.write(tmp_path / "in.wav", 0.1 * write(tmp_path / "loud.wav"), 16000, "FLOAT")
+    with pytest.warns(UserWarning, match=r"in\.wav: its peak is -30 dB .*level_seconds"):
+        enhance_file(model, tmp_path / "in.wav", tmp_path / "out.wav")
+    levelled = make_model(tiny_cfg.override("preprocessing.level_seconds=1"))
+    enhance_file(levelled, tmp_path / "in.wav", tmp_path / "out.wav")  # a warning is an error
+    enhance_file(model, tmp_path / "loud.wav", tmp_path / "out.wav")
+
+
 @pytest.mark.law
 def test_repair_takes_what_is_no_number_as_zero(perfect_model, tmp_path):
     wave = write(tmp_path / "in.wav").astype(np.float32)

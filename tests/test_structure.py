@@ -10,9 +10,10 @@ import pytest
 LIBRARY = Path(__file__).parents[1] / "diffbuf_lib"
 # From the bottom up: a part imports only from groups to the left of its own.
 LAYERS = (
-    "errors pretrained | registry | config trace | data diffusion | networks | model | streaming"
-    " | live figures launch | enhance training | diagnostics evaluation | demo"
-    " | notebook commands | cli"
+    "errors pretrained foreign | registry | config trace | data diffusion | networks | model"
+    " | graph | streaming | live figures launch | enhance export training"
+    " | diagnostics evaluation authors | demo"
+    " | commands | cli"
 )
 LEVEL = {part: i for i, line in enumerate(LAYERS.split("|")) for part in line.split()}
 

@@ -11,6 +11,7 @@ from diffbuf_lib.data.datasets import (
     collate,
     find_layout,
     open_dataset,
+    open_datasets,
 )
 from diffbuf_lib.data.demo_set import build_demo
 from diffbuf_lib.data.drone import DroneParameters, synthesise
@@ -20,6 +21,6 @@ from diffbuf_lib.data.shards import ShardDataset, pack_folder
 __all__ = [
     "LAYOUTS", "ClipDataset", "DNLMDataset", "DroneParameters", "MixingDataset",
     "PairedFolderDataset", "ShardDataset", "build_demo", "build_dnlm", "collate",
-    "download_librispeech", "find_layout", "mix_pair", "open_dataset", "pack_folder", "read_audio",
-    "read_info", "synthesise", "write_audio",
+    "download_librispeech", "find_layout", "mix_pair", "open_dataset", "open_datasets",
+    "pack_folder", "read_audio", "read_info", "synthesise", "write_audio",
 ]  # fmt: skip

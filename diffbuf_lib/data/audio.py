@@ -95,8 +95,8 @@ def read_audio(path: str | Path, start: int = 0, frames: int | None = None) -> t
         known = file.frames
         wanted = frames if frames is not None else 1 if known is None else known - start
         if start < 0 or wanted < 1 or (known is not None and start + wanted > known):
-            outside = f"{start} to {start + wanted} lie outside"
-            raise DataError(f"{path} has {known or 'fewer'} samples: {outside}, ask for others")
+            has = f"{path} has {known or 'fewer'} samples, not {start} to {start + wanted}"
+            raise DataError(f"{has}: ask for a part that it has")
         file.skip_to(start)
         to_the_end = frames is None and known is None
         samples = file.read(_ENDLESS if to_the_end else wanted)  # [T, C]
@@ -268,7 +268,8 @@ def check_rate(info: AudioInfo, expected: int) -> None:
     if info.sample_rate != expected:
         raise DataError(
             f"{info.path} has {info.sample_rate} Hz, not audio.sample_rate = {expected}: copy the "
-            f"data with `diffbuf data resample IN OUT --rate {expected}`, or change that key"
+            f"data with `diffbuf data resample IN OUT --rate {expected}`, or set "
+            f"audio.sample_rate={info.sample_rate}"
         )
 
 

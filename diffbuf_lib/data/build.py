@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -280,7 +280,7 @@ def parallel(
     items: Sequence[_Item],
     processes: int,
     context: str | None = None,  # how processes are started; None for the system's way
-) -> Iterator[_Result]:
+) -> Generator[_Result, None, None]:
     """Yield `function(item)` of every item in turn; from two processes on, of worker processes."""
     workers = min(processes, len(items)) if min(processes, len(items)) > 1 else 0  # 0: this one
     # A DataLoader's workers compute with one thread, and end when this process does.

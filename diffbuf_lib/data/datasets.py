@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.data import audio
@@ -44,8 +45,19 @@ def open_dataset(
         seed=cfg.training.seed,
         leading_zeros=cfg.leading_zero_samples,
         pair_tolerance=cfg.data.pair_tolerance,
+        attenuation=cfg.data.attenuation,
         **layout.options(cfg),
     )
+
+
+def open_datasets(
+    dataset_type: int, roots: Sequence[str | Path], cfg: Config, *, training: bool
+) -> ClipDataset:
+    """Open one folder, or several as one; DataError for none."""
+    if not roots:
+        raise DataError("no dataset folder is given: check --data_path and --valid_path")
+    parts = [open_dataset(dataset_type, root, cfg, training=training) for root in roots]
+    return parts[0] if len(parts) == 1 else JoinedDataset(parts)
 
 
 def find_layout(root: Path) -> Any | None:
@@ -90,6 +102,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         seed: int = 0,  # of everything drawn (training.seed)
         leading_zeros: int = 0,  # zero samples put before each file in training
         pair_tolerance: int = 400,  # samples by which a pair's lengths may differ
+        attenuation: float = 0.0,  # dB by which a training clip may be lowered (data.attenuation)
     ) -> None:
         if chunk_size < 1:
             raise DataError(f"chunk_size {chunk_size} is below 1 sample: raise audio.chunk_size")
@@ -97,6 +110,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         self.training, self.seed = training, seed
         self.leading_zeros = leading_zeros if training else 0
         self.pair_tolerance = pair_tolerance
+        self.attenuation = attenuation if training else 0.0
         self._trimmed = False  # whether it was said that pairs are
         # In shared memory, so that worker processes which outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -137,6 +151,9 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         """Choose the epoch, from 0; set it before a DataLoader's iterator is made."""
         self._epoch.fill_(epoch)
 
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Fetch items that will be asked for next, where that takes a while."""
+
     def name(self, i: int) -> str:
         """Return the files of item `i`, for error messages."""
         return " + ".join(str(path) for path in self.items[i])
@@ -164,7 +181,12 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         """
         index = range(len(self))[i]  # from 0
         epoch = int(self._epoch) if self.training else 0
-        return self._load(index, np.random.default_rng([self.seed, epoch, index]))
+        rng = np.random.default_rng([self.seed, epoch, index])
+        mix, target = self._load(index, rng)
+        if self.attenuation:
+            gain = 10 ** (-rng.uniform(0, self.attenuation) / 20)
+            mix, target = gain * mix, gain * target
+        return mix, target
 
     def check_pair(self, mix: AudioInfo, target: AudioInfo) -> int:
         """Check that two files belong together, and return their length in samples."""
@@ -201,6 +223,43 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         return DataError(f"{here}: check the path, or make the data with `diffbuf data build`")
 
 
+class JoinedDataset(ClipDataset):
+    """Several datasets, one after the other."""
+
+    def __init__(self, datasets: Sequence[ClipDataset]) -> None:
+        self.datasets = datasets
+        self.joined: ConcatDataset[tuple[Tensor, Tensor]] = ConcatDataset(datasets)
+        self.items = self._find()
+
+    def _find(self) -> Sequence[tuple[Path, ...]]:
+        return [files for dataset in self.datasets for files in dataset.items]
+
+    def name(self, i: int) -> str:
+        """Return what item `i` is called in its dataset."""
+        dataset, index = self._place(i)
+        return dataset.name(index)
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Let every dataset fetch its own."""
+        places = [self._place(i) for i in indices]
+        for dataset in self.datasets:
+            if mine := [index for owner, index in places if owner is dataset]:
+                dataset.prefetch(mine)
+
+    def _place(self, i: int) -> tuple[ClipDataset, int]:
+        number = bisect_right(self.joined.cumulative_sizes, i)
+        return self.datasets[number], i - [0, *self.joined.cumulative_sizes][number]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of all."""
+        for dataset in self.datasets:
+            dataset.set_epoch(epoch)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        """Read item `i` of all."""
+        return self.joined[i]
+
+
 @LAYOUTS.register(1)
 class DNLMDataset(ClipDataset):
     """One split of DN-LM: `sample_*/mixture.wav` is the mix, `sample_*/vocals.wav` the target."""
@@ -218,11 +277,12 @@ class DNLMDataset(ClipDataset):
 
 
 def _stem(folder: Path, stem: str) -> Path:
-    wanted = [f"{stem}{extension}" for extension in audio.EXTENSIONS]
+    wanted = {f"{stem}{extension}" for extension in audio.EXTENSIONS}
     found = [path for path in folder.iterdir() if path.name.lower() in wanted]
     if len(found) != 1:
-        has = " and ".join(sorted(path.name for path in found)) or "neither"
-        raise DataError(f"{folder} has {has} of {' and '.join(wanted)}: it takes one of them")
+        names = " and ".join(sorted(path.name for path in found))
+        has = f"both {names}" if found else f"no {stem}.wav (or .flac)"
+        raise DataError(f"{folder} has {has}: let it have one, or remove the folder")
     return found[0]
 
 
@@ -339,7 +399,8 @@ class MixingDataset(ClipDataset):
         info = read_info(path)
         check_rate(info, self.sample_rate)
         if not is_speech and info.frames < length:  # short speech is padded
-            raise DataError(f"{path} has {info.frames} samples: audio.chunk_size takes {length}")
+            short = f"{path} has {info.frames} samples, a clip {length}"
+            raise DataError(f"{short}: remove it or lower audio.chunk_size")
         for attempt in range(_TRIES):
             from_start = is_speech and attempt == 0 and not self.training
             zeros = self.leading_zeros if is_speech else 0

@@ -55,6 +55,7 @@ class AudioReader:
     Attributes:
         promised: samples that the header promises; None if it says nothing that can be trusted.
         position: samples that were read.
+        peak: the largest of their magnitudes.
 
     Raises:
         DataError: the file is missing, empty or no audio.
@@ -65,6 +66,7 @@ class AudioReader:
         self._file, self.promised = _open(self.path)
         self.sample_rate, self.channels = self._file.samplerate, self._file.channels
         self.position = self.repaired = 0
+        self.peak = 0.0
         self._problem = ""
         self._decoded: Block = np.zeros((0, self.channels), np.float32)  # and not yet given out
         self._power = np.zeros(2)  # of the mono mix; of the channels, as far as they differ
@@ -194,6 +196,7 @@ class AudioReader:
                 raise DataError(f"{self.path} holds {number} NaN or Inf samples: {fix}")
             self.repaired += number
             block[bad] = 0
+        self.peak = max(self.peak, float(np.abs(block).max(initial=0)))
         return block
 
     def _mix(self, block: Block) -> Block:

@@ -25,6 +25,7 @@ from diffbuf_lib.data.audio import EXTENSIONS, read_audio, read_info
 from diffbuf_lib.data.datasets import ClipDataset, DNLMDataset, MixingDataset
 from diffbuf_lib.data.mixing import SILENCE_PEAK
 from diffbuf_lib.diagnostics.findings import Finding, Severity, from_error, judge
+from diffbuf_lib.diffusion.level import RunningLevel
 from diffbuf_lib.diffusion.sde import make_sde
 from diffbuf_lib.diffusion.spectral import Spectral
 from diffbuf_lib.errors import DataError
@@ -61,7 +62,8 @@ class ClipFacts(NamedTuple):
     target: WaveFacts
     snr_db: float  # target over mix - target
     residual_db: float | None  # mix - target - noise over target, where there is a noise.wav
-    wave: Tensor  # [C, T] float32, the target as training would read it
+    noisy: Tensor  # [C, T] float32, as training would read it
+    wave: Tensor  # [C, T] float32, the target
 
 
 class Audit(NamedTuple):
@@ -98,8 +100,8 @@ def audit(dataset: Any, limit: int = 64, seconds: float = 2.0) -> Audit:
 def _read_clip(dataset: Any, index: int, name: str) -> ClipFacts:
     files: Sequence[Path] = dataset.items[index] if isinstance(dataset, ClipDataset) else ()
     frames = read_info(files[0]).frames if files else None
-    mix, wave = dataset[index]  # finds what does not match within the pair
-    target, residual = wave, None
+    mix, target = pair = dataset[index]  # finds what does not match within the pair
+    residual = None
     if len(files) == 2:
         mix, target = (_read_whole(path) for path in files)
         length = min(mix.shape[-1], target.shape[-1])  # data.pair_tolerance
@@ -110,7 +112,7 @@ def _read_clip(dataset: Any, index: int, name: str) -> ClipFacts:
         if noise is not None and noise.shape == mix.shape:
             residual = _ratio_db(mix - target - noise, target)
     snr = _ratio_db(target, mix - target)
-    return ClipFacts(name, frames, measure(mix), measure(target), snr, residual, wave)
+    return ClipFacts(name, frames, measure(mix), measure(target), snr, residual, *pair)
 
 
 def _read_whole(path: Path) -> Tensor:
@@ -251,23 +253,26 @@ def _check_format(cfg: Config, clips: Sequence[ClipFacts], split: str) -> Iterat
 
 
 def _check_level(cfg: Config, clips: Sequence[ClipFacts]) -> Iterator[Finding]:
-    """Judge the spectrum beside the noise that diffusion adds to it.
+    """Judge the spectrum, as the network gets it, beside the noise that diffusion adds to it.
 
     DN-LM attenuates speech by 1 / distance and then scales the mixture to full scale, so that |S|
     can lie far below sigma: what the score has to tell apart is then mostly the model's own noise.
     """
     compression, buffer = cfg.preprocessing.magnitude_compression, cfg.diffusion_buffer
-    waves = [clip.wave.mean(dim=0) for clip in clips if not clip.target.silent]
-    waves = [w for w in waves if w.shape == waves[0].shape and w.isfinite().all() and w.any()]
+    pairs = [torch.stack([c.noisy.mean(0), c.wave.mean(0)]) for c in clips if not c.target.silent]
+    pairs = [p for p in pairs if p.shape == pairs[0].shape and p.isfinite().all() and p[1].any()]
     times = torch.linspace(buffer.t_eps, buffer.t_max, 200, dtype=torch.float64)
     sigma = float(make_sde(cfg.sde).std(times).max())
-    if not waves or not sigma:
+    if not pairs or not sigma:
         return
-    power = Spectral.from_config(cfg.audio.stft, compression)(torch.stack(waves)).abs().square()
-    power = power.mean(dim=1)  # [N, K]
+    spectral = Spectral.from_config(cfg.audio.stft, compression)
+    Y, S = (spectral(waves) for waves in torch.stack(pairs, dim=1))
+    if level := RunningLevel.from_config(cfg, spectral):
+        S = S / level.scale(level.of_whole(Y)).unsqueeze(1)
+    power = S.abs().square().mean(dim=1)  # [N, K]
     sounding = (power > 0).sum(dim=1).clamp_min(1)  # [N]: frames of zero padding do not count
-    level = median((power.sum(dim=1) / sounding).sqrt().tolist())
-    ratio = level / sigma
+    rms = median((power.sum(dim=1) / sounding).sqrt().tolist())
+    ratio = rms / sigma
     beta = float(f"{compression.beta * _GOOD_LEVEL / ratio:.2g}")
     bad = not _LEVEL[0] <= ratio < _LEVEL[1]
-    yield judge("data.level", ratio, _LEVEL, bad=bad, level=level, sigma=sigma, beta=beta)
+    yield judge("data.level", ratio, _LEVEL, bad=bad, level=rms, sigma=sigma, beta=beta)

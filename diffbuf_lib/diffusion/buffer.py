@@ -56,16 +56,16 @@ def draw_times(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Draw the diffusion times of a training batch, [batch, B], rising along the buffer.
+    """Draw the diffusion times of a training batch, [batch, N B], rising along each buffer.
 
     "random": t_1 = t_eps and the other B - 1 uniform on [t_eps, t_max], sorted; "linspace": what
     inference uses.
     """
     if cfg.time_sampling == "linspace":
-        return inference_times(cfg, device, dtype).expand(batch, -1)
-    u = uniform((batch, cfg.buffer_size), generator, device, dtype)
-    u[:, 0] = 0
-    return (cfg.t_eps + (cfg.t_max - cfg.t_eps) * u).sort(dim=-1).values
+        return inference_times(cfg, device, dtype).repeat(cfg.buffers).expand(batch, -1)
+    u = uniform((batch, cfg.buffers, cfg.buffer_size), generator, device, dtype)
+    u[..., 0] = 0
+    return (cfg.t_eps + (cfg.t_max - cfg.t_eps) * u).sort(dim=-1).values.flatten(1)
 
 
 def inference_times(

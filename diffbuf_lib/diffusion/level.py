@@ -7,10 +7,12 @@ So a stream has, under any sizes of its pushes, the levels of the whole signal.
 from __future__ import annotations
 
 import math
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from diffbuf_lib.config import Config
 from diffbuf_lib.diffusion.spectral import Spectral
 
 FLOOR = 1e-5  # full scale 1; frames below, -100 dB, are silence and change nothing
@@ -28,6 +30,12 @@ class RunningLevel:
     def __init__(self, seconds: float, sample_rate: int, spectral: Spectral) -> None:
         self.decay = math.exp(-spectral.hop_length / (sample_rate * seconds))
         self.spectral = spectral
+
+    @classmethod
+    def from_config(cls, cfg: Config, spectral: Spectral) -> Self | None:
+        """Make the level of preprocessing.level_seconds; None where that is null."""
+        seconds = cfg.preprocessing.level_seconds
+        return None if seconds is None else cls(seconds, cfg.audio.sample_rate, spectral)
 
     def of_whole(self, Y: Tensor) -> Tensor:
         """Return the levels [B, K], RMS in full scale, of compressed frames [B, F, K]."""

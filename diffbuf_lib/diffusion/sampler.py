@@ -131,9 +131,17 @@ class BufferSampler:
         Returns:
             [B, F] complex: the estimate of the frame that came `delay - 1` frames before.
         """
+        return self.move(state, R, self.draw(R, generator))
+
+    def draw(self, R: Tensor, generator: Generators = None) -> Tensor:
+        """Draw a step's noise, [B, F, Kb + 1]: the buffer's, then the new frame's."""
+        shape = (*R.shape, self.t.shape[0] + 1)
+        return complex_normal(shape, generator, R.device, R.dtype)
+
+    def move(self, state: BufferState, R: Tensor, z: Tensor) -> Tensor:
+        """Do what `step` does, with the noise of `draw`."""
         Kb = self.t.shape[0]
         R = self._levelled(state, R)
-        z = complex_normal((*R.shape, Kb + 1), generator, R.device, R.dtype)
         entering = R + self.std[-1] * z[..., -1]
         state.V = torch.cat([state.V[..., 1:], entering.unsqueeze(-1)], dim=-1)
         state.Y = torch.cat([state.Y[..., 1:], R.unsqueeze(-1)], dim=-1)
@@ -152,7 +160,7 @@ class BufferSampler:
         else:
             moved = reverse_step(x, y, score, self.t, z[..., :-1], self.sde)
             out = moved[..., 0]
-        state.V[..., -Kb:] = moved
+        state.V = torch.cat([state.V[..., :-Kb], moved], dim=-1)
         if state.scales is not None:
             out = out * state.scales[..., Kb - self.delay]
         return out

@@ -23,7 +23,7 @@ import sys
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -304,29 +304,19 @@ def _score_rest(
         left = [b for b in mine if not known.issuperset(evaluator.names[i] for i in b)]
         total = sum(map(len, mine))
         begin = total - sum(map(len, left))
+        task: Callable[[list[int]], Batch] = functools.partial(_score_batch, evaluator)
+        if min(processes, len(left)) > 1:
+            task = functools.partial(_score_in_process, job, max(1, cores() // processes))
+        # Fresh processes (a fork would copy torch's threads in whatever state they are), so a
+        # script that calls this needs `if __name__ == "__main__":`.
+        batches = parallel(task, left, processes, "spawn")
         bar = tqdm(total=total, initial=begin, unit="clip", desc="evaluate", disable=not progress)
-        batches = _score_batches(job, evaluator, left, processes)
         with bar, naming_deaths(), closing(batches) as scored:
             for batch in scored:
                 file.write((json.dumps(batch) + "\n").encode())
                 file.flush()
                 os.fsync(file.fileno())
                 bar.update(len(batch[0]) // len(evaluator.methods))
-
-
-def _score_batches(
-    job: Job, evaluator: Evaluator, batches: Sequence[list[int]], processes: int
-) -> Generator[Batch, None, None]:
-    """Yield batches as they are done.
-
-    Several processes are fresh ones (spawn: a fork would copy torch's threads in whatever state
-    they are), so a script that calls this needs `if __name__ == "__main__":`.
-    """
-    if processes == 1 or len(batches) < 2:
-        yield from (_score_batch(evaluator, batch) for batch in batches)
-        return
-    task = functools.partial(_score_in_process, job, max(1, cores() // processes))
-    yield from parallel(task, batches, processes, "spawn")
 
 
 def _score_batch(evaluator: Evaluator, indices: Sequence[int]) -> Batch:
@@ -359,7 +349,7 @@ def _timing(job: Job, evaluator: Evaluator, done: Sequence[Batch]) -> dict[str, 
         for name, baseline in evaluator.baselines.items()
     }
     live = latency_report(evaluator.model, job.delay, hops=30)
-    methods[OURS] = {"latency_ms": live.latency_ms, "real_time_factor": live.real_time_factor}
+    methods[OURS] = {"latency_ms": live.worst_latency_ms, "real_time_factor": live.real_time_factor}
     return {
         "model": job.model,
         "data": job.data_path,

@@ -41,7 +41,7 @@ class Point(NamedTuple):
     buffer_size: int  # B, frames
     delay: int  # d, frames; B unless it is varied
     t_max: float
-    latency_ms: float  # until the first sample comes out
+    latency_ms: float  # the longest that a sample waits
     real_time_factor: float  # of one stream on this machine
     scores: dict[str, dict[str, Any]]  # metric -> mean, gain, noisy (as in summary.json), clips
 

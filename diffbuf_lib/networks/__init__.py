@@ -31,7 +31,8 @@ class StreamingNetwork(Protocol):
             precision: of the steps.
 
         Returns:
-            What the network remembers, with its size in bytes as `num_bytes`.
+            What the network remembers, with its size in bytes as `num_bytes`. To be exported:
+            its tensors in dataclasses, lists, tuples and dicts, each [B, ...] of one shape forever.
 
         Raises:
             ConfigError: compiled or precision that this network does not have.

@@ -30,6 +30,7 @@ from diffbuf_lib.networks.layers import (
     TimeConv,
     bias_and_gain,
     linear,
+    magnitudes,
 )
 
 IO_CHANNELS = 4  # real and imaginary parts of V and Y
@@ -194,7 +195,7 @@ class BlockCausal(nn.Module):
         """Run num_history history frames and the buffer; the same code for window and stream."""
         bins = x.shape[2]
         x = F.pad(x.permute(0, 3, 2, 1), (0, 0, 0, -bins % self.bins_step))  # [B, K, F, 4]
-        x = torch.cat([x, _magnitudes(x)], dim=-1)  # [B, K, F, 6]
+        x = torch.cat([x, magnitudes(x)], dim=-1)  # [B, K, F, 6]
         # Blocks take their modulation and their past in the order in which they run.
         kept = iter(past) if past is not None else None
         times = iter(modulation)
@@ -228,13 +229,6 @@ class BlockCausal(nn.Module):
         """(level, block) in the order in which they run."""
         stages: list[tuple[int, Any]] = [*enumerate(self.down), *reversed([*enumerate(self.up)])]
         return [(level, block) for level, blocks in stages for block in blocks]
-
-
-def _magnitudes(x: Tensor) -> Tensor:
-    """Return |V| and |Y| of [B, K, F, 4], [B, K, F, 2]; smooth at zero, so that it has a slope."""
-    tiny = torch.finfo(x.dtype).tiny ** 0.5
-    real, imag = x[..., 0::2], x[..., 1::2]
-    return (real * real + imag * imag + tiny).sqrt()
 
 
 class ResBlock(nn.Module):

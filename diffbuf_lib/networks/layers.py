@@ -54,9 +54,9 @@ class NormAct(nn.GroupNorm):
         return F.silu(super().forward(x))
 
 
-def frame_times(t: Tensor, num_frames: int) -> Tensor:
-    """Give every frame its time: those of the buffer, [B, Kb], and 0 before it, [B, K]."""
-    return F.pad(t, (num_frames - t.shape[-1], 0))
+def frame_times(t: Tensor, num_frames: int, history: float = 0.0) -> Tensor:
+    """Give every frame its time, [B, K]: those of the buffer, [B, Kb], and `history` before it."""
+    return F.pad(t, (num_frames - t.shape[-1], 0), value=history)
 
 
 def num_groups_for(channels: int) -> int:
@@ -91,31 +91,34 @@ def initialised(layer: Layer, zero: bool) -> Layer:
 
 
 class Resample(nn.Module):
-    """Halve or double frequency and frames with the FIR filter [1, 3, 3, 1] / 8 in each.
+    """Halve or double frequency and frames (or one) with the FIR filter [1, 3, 3, 1] / 8 in each.
 
     The filter of NCSN++ (Song et al. 2021), as one depthwise strided convolution: the general
     up-fir-down routine in plain torch that is usual for it costs nearly half of a forward pass.
 
     Args:
         direction: "down" or "up".
+        frames: whether frames too, or frequency only.
     """
 
     kernel: Tensor
 
-    def __init__(self, direction: str) -> None:
+    def __init__(self, direction: str, *, frames: bool = True) -> None:
         super().__init__()
         self.direction = direction
         taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-        gain = 1 if direction == "down" else 4  # zeros between samples take 3/4 of the level
-        self.register_buffer("kernel", gain * torch.outer(taps, taps), persistent=False)
+        kernel = torch.outer(taps, taps) if frames else taps[:, None]
+        self.stride, self.padding = ((2, 2), (1, 1)) if frames else ((2, 1), (1, 0))
+        gain = 1 if direction == "down" else math.prod(self.stride)  # for the zeros between samples
+        self.register_buffer("kernel", gain * kernel, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, F, K] to [B, C, F / 2, K / 2], or to [B, C, 2 F, 2 K]."""
         channels = x.shape[1]
-        kernel = self.kernel.to(x.dtype).expand(channels, 1, 4, 4)
-        if self.direction == "down":
-            return F.conv2d(x, kernel, stride=2, padding=1, groups=channels)
-        return F.conv_transpose2d(x, kernel, stride=2, padding=1, groups=channels)
+        kernel = self.kernel.to(x.dtype).expand(channels, 1, -1, -1)
+        resample = F.conv2d if self.direction == "down" else F.conv_transpose2d
+        out: Tensor = resample(x, kernel, stride=self.stride, padding=self.padding, groups=channels)
+        return out
 
 
 class TimeConv(nn.Module):
@@ -203,3 +206,13 @@ class Split(nn.Module):
         B, K, bins, _ = x.shape
         out: Tensor = self.mix(x).reshape(B, K, bins * self.step, -1)
         return out
+
+
+def magnitudes(x: Tensor) -> Tensor:
+    """Return the magnitudes of [..., 2 n], real and imaginary parts in turn: [..., n].
+
+    Smooth at zero, so that it has a slope there.
+    """
+    tiny = torch.finfo(x.dtype).tiny ** 0.5
+    real, imag = x[..., 0::2], x[..., 1::2]
+    return (real * real + imag * imag + tiny).sqrt()

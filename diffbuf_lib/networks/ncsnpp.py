@@ -32,6 +32,8 @@ class NCSNpp(nn.Module):
     pyramid of outputs is summed from the coarsest level up. The time embedding is a sequence over
     frames, brought to each level's frame rate by a strided convolution. Arguments are keys of
     `ModelConfig`; a level has one residual block more on the way up than on the way down.
+    `divide_by_time` divides by t before the last layer, whose bias is thus not divided; history
+    frames are given the time `history_time`.
     """
 
     def __init__(
@@ -40,8 +42,12 @@ class NCSNpp(nn.Module):
         channel_multipliers: Sequence[int] = (1, 2, 2, 2),
         num_res_blocks: int = 1,
         dropout: float = 0.0,
+        *,
+        divide_by_time: bool = False,
+        history_time: float = 0.0,
     ) -> None:
         super().__init__()
+        self.divide_by_time, self.history_time = divide_by_time, history_time
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         self.stride = 2 ** (len(widths) - 1)  # frames and bins of a step of the coarsest level
 
@@ -91,7 +97,9 @@ class NCSNpp(nn.Module):
     @classmethod
     def from_config(cls, cfg: ModelConfig) -> Self:
         """Make the network of `cfg.model`."""
-        return cls(cfg.base_channels, cfg.channel_multipliers, cfg.num_res_blocks, cfg.dropout)
+        sizes = (cfg.base_channels, cfg.channel_multipliers, cfg.num_res_blocks, cfg.dropout)
+        divide = cfg.output_scale == "time_inside"
+        return cls(*sizes, divide_by_time=divide, history_time=cfg.history_time)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Run the U-Net.
@@ -110,8 +118,12 @@ class NCSNpp(nn.Module):
         missing_bins, missing_frames = -bins % self.stride, -frames % self.stride
         if missing_bins or missing_frames:
             x = F.pad(x, (missing_frames, 0, 0, missing_bins))
-        out = self._unet(x, self.embed_time(frame_times(t, x.shape[-1])))
-        return out[:, :, :bins, -Kb:]
+        time = self.embed_time(frame_times(t, x.shape[-1], self.history_time))
+        out = self._unet(x, time)[:, :, :bins, -Kb:]
+        if self.divide_by_time:
+            out = out / t[:, None, None]
+        result: Tensor = self.last(out)
+        return result
 
     def _unet(self, x: Tensor, time: Tensor) -> Tensor:
         h = self.first(x)
@@ -123,8 +135,8 @@ class NCSNpp(nn.Module):
         out: Tensor | None = None
         for up in self.up:
             h, out = up(h, out, skips, time)
-        result: Tensor = self.last(out)
-        return result
+        assert out is not None
+        return out
 
 
 class DownStage(nn.Module):

@@ -103,8 +103,10 @@ def saved_step(results_path: str | Path) -> int | None:
     return int(state["step"])
 
 
-def load_tensors(path: Path, what: str) -> Any:
+def load_tensors(path: Path, what: str, pickle_module: Any = None) -> Any:
     """Read what `torch.save` wrote: tensors and plain values only, onto the CPU.
+
+    `pickle_module` may take more: see `diffbuf_lib.authors`.
 
     Raises:
         CheckpointError: no such file, a damaged one, or one that would run code; calls it `what`.
@@ -115,10 +117,12 @@ def load_tensors(path: Path, what: str) -> Any:
         with zipfile.ZipFile(path) as archive:  # torch's reader does not look at checksums
             if (damaged := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(damaged)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        safe = {"weights_only": pickle_module is None, "pickle_module": pickle_module}
+        return torch.load(path, map_location="cpu", **safe)
     except pickle.UnpicklingError as error:
         why = "it holds more than tensors and plain values, and reading it could run code"
-        raise CheckpointError(f"{what} {path} is refused: {why}; take one of diffbuf's") from error
+        fix = "take one of diffbuf's (`diffbuf import` makes one of the authors' checkpoints)"
+        raise CheckpointError(f"{what} {path} is refused: {why}; {fix}") from error
     except Exception as error:  # whatever the zip and pickle readers meet in damaged bytes
         why = f"damaged or cut short ({type(error).__name__}: {reason(error)[:80]})"
         raise CheckpointError(f"{what} {path} is {why}: take another one") from error
@@ -141,7 +145,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} holds no model.safetensors: give a checkpoint or run/model")
     if file.suffix == ".safetensors":
         try:
-            return _plain_names(load_file(file))
+            return plain_names(load_file(file))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"weights {file} are damaged: {error}") from error
     state = load_tensors(path, "checkpoint")
@@ -152,13 +156,13 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     weights = {name: t for name, t in dict(inner).items() if isinstance(t, Tensor)}
     if not weights:
         raise CheckpointError(f"checkpoint {path} holds no weights: give one with a state_dict")
-    return _plain_names(weights)
+    return plain_names(weights)
 
 
-def _plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Take wrappers' prefixes off names."""
     weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in weights.items()}
-    for prefix in ("module.", "model.", "module."):
+    for prefix in ("module.", "model.", "dnn.", "module."):
         if all(name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     return weights

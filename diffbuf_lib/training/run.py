@@ -59,6 +59,7 @@ def train(
     *,
     resume: bool | Literal["auto"] = False,
     start_check_point: str | Path | None = None,
+    pre_valid: bool = False,
     device: str = "auto",
     progress: bool = False,
     model: nn.Module | None = None,
@@ -80,6 +81,8 @@ def train(
             "auto": if there is one.
         start_check_point: a checkpoint file or a `save_pretrained` folder whose weights (averaged
             ones, if there) are the first ones. Not read when resuming.
+        pre_valid: validate the first weights too, as step 0; decides nothing, and yields a record
+            whose loss is NaN. Not when resuming.
         device: "auto", "cpu", "cuda" or "cuda:N". Without a CUDA device: a warning, and the CPU.
         progress: draw a progress bar on standard error.
         model: a model to train in place; default: a new one, seeded by `training.seed`.
@@ -98,6 +101,8 @@ def train(
             run = Run(*state, resume, device, model, stop, ending)
             ending.callback(run.close)
             run.begin(start_check_point=start_check_point, progress=progress)
+        if pre_valid and not run.resumed and run.valid_set is not None:
+            yield run.first_validation()
         while (record := run.next_record()) is not None:
             yield record
 
@@ -145,11 +150,18 @@ class Run:
         self.bad_validations = 0  # since then
         self.bad_batches = 0  # left out so far, with training.on_nonfinite=skip
         self.pending: StepRecord | None = None  # its step is made; it has not been handed out
+        self.resumed = self.state is not None
         self.whole = self.agreed = False  # agreed: all processes stop here
         self.saved = True  # whether last.pt holds this place
         self.saved_at = time.monotonic()
 
     # From batch to record.
+
+    def first_validation(self) -> StepRecord:
+        """Validate before the first step."""
+        record = StepRecord(0, 0, math.nan, math.nan, self.engine.lr, 0.0)
+        with self.stop.running(), self._isolated():
+            return self._validated(record, final=True)
 
     def next_record(self) -> StepRecord | None:
         """Make the next step and what is due after it; return None at the end of the run."""
@@ -202,17 +214,11 @@ class Run:
         due = due or (training.lr_schedule == "linear" and last)
         is_best = False
         if self.valid_set is not None and (due or last):
-            averaged = self.engine.ema.module
-            result = validate(self.cfg, averaged, self.valid_set, self.accelerator, self.stop)
-            if result is None:
-                self._interrupt(record)
-            record = dataclasses.replace(record, valid=result.values)
-            if self.log is not None:
-                self.log.validation(record, result, final=not due)
+            record = self._validated(record, final=not due)
             # An extra validation, where a run is cut off, decides nothing: so going on equals
             # never having stopped.
             self.whole = False
-            is_best = due and self._judge(result.values)
+            is_best = due and self._judge(record.valid or {})
 
         if epoch_over:
             self.epoch, self.round = self.epoch + 1, 0
@@ -223,6 +229,17 @@ class Run:
         if epoch_over or late or self.step % training.checkpoint_every == 0 or self._over():
             self._save(is_best=is_best)
         return record
+
+    def _validated(self, record: StepRecord, *, final: bool) -> StepRecord:
+        """Score the averaged weights; stopped while it does, the step has not been handed out."""
+        assert self.valid_set is not None
+        averaged = self.engine.ema.module
+        result = validate(self.cfg, averaged, self.valid_set, self.accelerator, self.stop)
+        if result is None:
+            raise KeyboardInterrupt
+        if self.log is not None:
+            self.log.validation(record, result, final=final)
+        return dataclasses.replace(record, valid=result.values)
 
     def _next_batch(self, round_: int) -> Batch:
         seed, device = self.cfg.training.seed, self.accelerator.device
@@ -332,7 +349,7 @@ class Run:
 
     def begin(self, *, start_check_point: str | Path | None, progress: bool) -> None:
         """Load what there is to load, save the starting point."""
-        resumed, changed = self.state is not None, {}
+        changed: dict[str, Any] = {}
         if self.state is not None:
             changed = self._load(self.state)
             self.state = None
@@ -342,7 +359,7 @@ class Run:
                 apply_weights(model, weights, start_check_point)
         if self.accelerator.is_main_process:
             self.folder.tidy()
-            if not resumed:
+            if not self.resumed:
                 self._write(self.folder.last)  # a full disk shows now, and resuming always works
             self.folder.write_config(self.cfg)
             if not self._over():

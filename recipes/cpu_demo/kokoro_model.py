@@ -88,7 +88,7 @@ def dequantise(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
-    graph.initializer.append(numpy_helper.from_array(np.float32(1.0), "scale_one"))
+    graph.initializer.append(numpy_helper.from_array(np.array(1, np.float32), "scale_one"))
     alias: dict[str, str] = {}
     nodes, done = [], set()
     for node in graph.node:

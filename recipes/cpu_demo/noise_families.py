@@ -313,17 +313,26 @@ def random_room(rng: np.random.Generator, wave: Array, rate: int) -> Array:
     return wave + wet
 
 
-def microphone(rng: np.random.Generator, mix: Array, rate: int) -> Array:
-    """What a microphone may do to the whole mixture: band limits, self-noise, soft clipping."""
+def microphone(
+    rng: np.random.Generator, target: Array, noise: Array, rate: int
+) -> tuple[Array, Array]:
+    """Record speech and noise: band limits of both, self-noise, soft clipping of their sum.
+
+    Returns:
+        (mix, target), [T] each; the target is what the microphone would have heard of the speech
+        alone, without self-noise and clipping.
+    """
     if rng.random() < 0.2:
         low, high = rng.uniform(20, 200), rng.uniform(0.2, 0.48) * rate
-        mix = sosfilt(butter(2, [low, high], "bandpass", fs=rate, output="sos"), mix)
+        filters = butter(2, [low, high], "bandpass", fs=rate, output="sos")
+        target, noise = sosfilt(filters, target), sosfilt(filters, noise)
+    mix = target + noise
     if rng.random() < 0.3:
         mix = mix + 10 ** (rng.uniform(-70, -40) / 20) * _rms(mix) * rng.normal(size=len(mix))
     if rng.random() < 0.1:
         limit = _rms(mix) * 10 ** (rng.uniform(6, 14) / 20)
         mix = limit * np.tanh(mix / limit)
-    return mix
+    return mix, target
 
 
 def _rms(wave: Array) -> float:

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from diffbuf_lib import load_config
+from diffbuf_lib.config import build_config
 from diffbuf_lib.data import (
     DNLMDataset,
     MixingDataset,
     PairedFolderDataset,
     collate,
     open_dataset,
+    open_datasets,
     read_audio,
 )
 from diffbuf_lib.data.datasets import draw_crop
@@ -90,6 +92,21 @@ def test_validation_starts_at_the_start_in_every_epoch(make_dnlm):
     short, _ = read_audio(root / "sample_00001" / "vocals.wav")
     assert torch.equal(data[1][1][:, :400], short)
     assert not data[1][1][:, 400:].any()
+
+
+@pytest.mark.law
+def test_a_training_clip_is_lowered_as_a_whole_by_a_drawn_gain(make_dnlm):
+    root = make_dnlm([9000] * 8)
+    plain, lowered = (DNLMDataset(root, CHUNK, attenuation=dB) for dB in (0, 40))
+    gains = []
+    for (mix, target), (low_mix, low_target) in zip(plain, lowered, strict=True):
+        gains.append(float(low_mix.norm() / mix.norm()))
+        assert torch.allclose(low_mix, gains[-1] * mix, atol=1e-6)
+        assert torch.allclose(low_target, gains[-1] * target, atol=1e-6)
+    assert 0.01 <= min(gains) < 0.1 < max(gains) <= 1
+    assert torch.equal(lowered[3][0], DNLMDataset(root, CHUNK, attenuation=40)[3][0])
+    for training in (DNLMDataset(root, CHUNK, attenuation=x, training=False) for x in (0, 40)):
+        assert torch.equal(training[0][0], DNLMDataset(root, CHUNK, training=False)[0][0])
 
 
 @pytest.mark.law
@@ -297,6 +314,20 @@ def test_mixing_refuses_noise_that_does_not_fit(to_mix, samples, channels, rate,
     for path in (to_mix / "noise").iterdir():
         save(path, noise_wave(0, samples, channels), rate)
     refused(lambda: MixingDataset(to_mix, CHUNK)[0], part)
+
+
+def test_several_folders_are_one_dataset(make_dnlm, tmp_path):
+    roots = [make_dnlm([9000] * 2, root=tmp_path / "a"), make_dnlm([9000] * 3, root=tmp_path / "b")]
+    cfg = build_config({"audio": {"chunk_size": 8000}, "diffusion_buffer": {"buffer_size": 5}})
+    joined = open_datasets(1, roots, cfg, training=True)
+    parts = [open_dataset(1, root, cfg, training=True) for root in roots]
+    assert len(joined) == 5
+    for epoch in (0, 3):
+        for dataset in (joined, *parts):
+            dataset.set_epoch(epoch)
+        for i, (part, k) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]):
+            assert joined.name(i) == parts[part].name(k)
+            torch.testing.assert_close(joined[i], parts[part][k], rtol=0, atol=0)
 
 
 def test_open_dataset_passes_the_config_on(make_dnlm, paired, to_mix):

@@ -209,6 +209,16 @@ def clip_off(paths):
 
 
 @pytest.mark.law
+def test_a_running_level_makes_quiet_data_as_good_as_loud(paths):
+    ratios = []
+    for gain in (1, 0.01):
+        rewrite(paths["data_path"], lambda x, gain=gain: gain * x, clips=range(4))
+        findings = examine_paths(**paths, overrides=["preprocessing.level_seconds=1"])
+        ratios.append(of(findings, "data.level").value)
+    assert ratios[1] == pytest.approx(ratios[0], rel=0.05)  # 16 bits are left
+
+
+@pytest.mark.law
 @pytest.mark.parametrize(
     ("overrides", "change", "check"),
     [

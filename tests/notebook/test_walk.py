@@ -12,14 +12,13 @@ from diffbuf_lib.diffusion.buffer import perturb
 from diffbuf_lib.diffusion.sde import make_sde
 from diffbuf_lib.diffusion.spectral import Spectral
 from diffbuf_lib.errors import ConfigError, NonFiniteError
-from diffbuf_lib.notebook import open_workbench
 from diffbuf_lib.training import load_checkpoint
 from diffbuf_lib.training.folder import ResultsFolder
 from tests.conftest import TINY, make_model, seeded, stream
 from tests.notebook.cells import CONFIG
 from tests.notebook.folders import make_paired_folder
 from tests.training.helpers import Clips, config
-from walk import faults, launch, listening, models, oracle, scaling
+from walk import faults, launch, listening, models, open_workbench, oracle, scaling
 
 SDES = [
     ["sde.type=bbed"],

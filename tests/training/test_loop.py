@@ -176,6 +176,16 @@ def test_validation_scores_the_averaged_weights(tmp_path):
     assert scored(cfg, model, Clips(3, seed=1))["loss"] != valid["loss"]
 
 
+def test_a_validation_before_the_first_step_changes_nothing(tmp_path):
+    first, *rest = fit(config(), tmp_path / "a", pre_valid=True)
+    plain = fit(config(), tmp_path / "b")
+    assert first.step == 0
+    assert first.valid is not None
+    assert [r.loss for r in rest] == [r.loss for r in plain]
+    assert_same_state(tmp_path / "a", tmp_path / "b")
+    assert history(tmp_path / "a")[1:] == history(tmp_path / "b")
+
+
 def test_unscorable_validation_decides_nothing(tmp_path):
     class Silent(Clips):
         def __getitem__(self, index):

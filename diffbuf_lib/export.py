@@ -1,0 +1,125 @@
+"""A model as a folder that runs without torch: an ONNX graph, what stands around it, a script."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+import diffbuf_lib
+from diffbuf_lib.graph import OPSET, hop_sampler, quiet, tensors, worst_error, write_hop
+from diffbuf_lib.model import DiffusionBufferModel
+from diffbuf_lib.streaming import OnlineEnhancer
+
+GraphPrecision = Literal["fp32", "fp16", "int8"]
+HOPS = 500  # that the graph is compared over
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export_model` wrote."""
+
+    folder: Path
+    precision: GraphPrecision
+    error: float  # largest difference from the model in a hop, over the peak
+    num_bytes: int  # of the graph
+
+    def __str__(self) -> str:
+        return (
+            f"{self.folder / 'hop.onnx'}: {self.num_bytes / 1e6:.1f} MB, {self.precision}, opset "
+            f"{OPSET}; worst error of {HOPS} hops {self.error:.1e} of the peak\n"
+            f"beside it start.bin, stream.json and run.py, which needs no torch: "
+            f"python {self.folder / 'run.py'} noisy.wav clean.wav"
+        )
+
+
+def export_model(
+    model: DiffusionBufferModel,
+    folder: str | Path,
+    *,
+    precision: GraphPrecision = "fp32",
+    delay: int | None = None,
+) -> Exported:
+    """Write hop.onnx (see `graph.write_hop`), start.bin, stream.json and run.py.
+
+    start.bin is the state of one stream that begins, float32: state.0, state.1, ... one after the
+    other. The last Kb frames of state.0 hold noise, start_sigma of stream.json times CN(0, 1).
+
+    Args:
+        model: in float32 on the CPU, with a network that streams.
+        folder: to write to.
+        precision: of weights, and of products where the runtime can: fp16 or, for the matrix
+            products, int8, both at the price of an error.
+        delay: output delay d, 1 to B frames, of a data-prediction model; None for B.
+
+    Raises:
+        ConfigError: a model without such a graph, or whose graph in fp32 is more than 1e-4 off.
+        MissingExtraError: the packages of the extra `export` are not installed.
+    """
+    sampler, folder = hop_sampler(model, delay), Path(folder)
+    with tempfile.TemporaryDirectory() as work:
+        graph = Path(work) / "hop.onnx"
+        error = write_hop(model, graph, delay, HOPS)
+        if precision != "fp32":
+            with quiet():
+                _CONVERSIONS[precision](graph)
+            error = worst_error(model, graph, delay, HOPS)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(graph, folder / "hop.onnx")
+    state = sampler.start(1, model.framing.num_bins)
+    state.V.zero_()
+    flat = [np.ravel(tensor.numpy()).view(np.float32) for tensor in tensors(state)]
+    np.concatenate(flat).tofile(folder / "start.bin")
+    shutil.copyfile(Path(__file__).with_name("standalone.py"), folder / "run.py")
+    about = _about(model, delay) | {"precision": precision, "opset": OPSET, "worst_error": error}
+    lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in about.items())
+    (folder / "stream.json").write_text(f"{{\n{lines}\n}}\n")
+    return Exported(folder, precision, error, (folder / "hop.onnx").stat().st_size)
+
+
+def _about(model: DiffusionBufferModel, delay: int | None) -> dict[str, object]:
+    """Return what a stream is made of, as JSON can hold it."""
+    enhancer, framing, rate = (
+        OnlineEnhancer(model, delay=delay),
+        model.framing,
+        model.cfg.audio.sample_rate,
+    )
+    sampler = enhancer.sampler
+    return {
+        "diffbuf": diffbuf_lib.__version__,
+        "sample_rate": rate,
+        "n_fft": framing.n_fft,
+        "hop_length": framing.hop_length,
+        "window": framing.window.tolist(),
+        "alpha": framing.alpha,
+        "beta": framing.beta,
+        "level_seconds": model.cfg.preprocessing.level_seconds,  # within the graph, if not null
+        "times": sampler.t.tolist(),
+        "start_sigma": hop_sampler(model, delay).next_std.tolist(),
+        "delay": sampler.delay,
+        "latency_ms": 1e3 * enhancer.latency_samples / rate,
+        "worst_latency_ms": 1e3 * enhancer.worst_latency_samples / rate,
+    }
+
+
+def _to_fp16(graph: Path) -> None:
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    onnx.save(convert_float_to_float16(onnx.load(graph), keep_io_types=True), graph)
+
+
+def _to_int8(graph: Path) -> None:
+    from onnxruntime.quantization import quantize_dynamic
+
+    quantize_dynamic(graph, graph.with_name("int8.onnx"))
+    graph.with_name("int8.onnx").replace(graph)
+
+
+_CONVERSIONS: dict[str, Callable[[Path], None]] = {"fp16": _to_fp16, "int8": _to_int8}

@@ -1,0 +1,310 @@
+"""One hop of a stream as an ONNX graph, and the sampler that runs it in torch's place.
+
+A graph takes the newest frame, its noise and the state to the clean frame and the next state: real
+tensors [batch, ...], batch free. The state is whatever tensors `BufferState`, and with it the
+network's memory, hold in dataclasses, lists, tuples and dicts, in order.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffbuf_lib.data.audio import atomic_file
+from diffbuf_lib.diffusion.buffer import Generators
+from diffbuf_lib.diffusion.sampler import BufferSampler, BufferState
+from diffbuf_lib.errors import ConfigError, MissingExtraError
+from diffbuf_lib.model import DiffusionBufferModel, evaluating, fingerprint
+from diffbuf_lib.networks import can_stream
+
+Backend = Literal["torch", "onnx"]
+OPSET = 18
+LIMIT = 1e-4  # of the peak: the largest error that a graph may have
+
+
+class GraphSampler:
+    """A `BufferSampler` whose hops ONNX Runtime runs, on as many threads as torch has now.
+
+    Args:
+        sampler: of the same model; draws the noise and begins the streams.
+        path: the graph, from `write_hop`.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+    """
+
+    def __init__(self, sampler: BufferSampler, path: Path) -> None:
+        self.t, self.delay = sampler.t, sampler.delay
+        self.start, self.draw = sampler.start, sampler.draw
+        runtime = _extra("onnxruntime")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.names = [given.name for given in self.session.get_inputs()]
+
+    def step(self, state: BufferState, R: Tensor, generator: Generators = None) -> Tensor:
+        """Take in one noisy frame and put out one clean frame; see `BufferSampler.step`."""
+        return self.move(state, R, self.draw(R, generator))
+
+    def move(self, state: BufferState, R: Tensor, z: Tensor) -> Tensor:
+        """Do what `step` does, with the noise of `draw`."""
+        arrays = [_real(tensor).contiguous().numpy() for tensor in (R, z, *tensors(state))]
+        made = self.session.run(None, dict(zip(self.names, arrays, strict=True)))
+        clean, *after = map(torch.from_numpy, made)
+        moved = with_tensors(state, after)
+        for field in fields(BufferState):
+            setattr(state, field.name, getattr(moved, field.name))
+        state.pushed += 1
+        return torch.view_as_complex(clean)
+
+
+def cached_graph(model: DiffusionBufferModel, delay: int | None = None) -> Path:
+    """Return the graph of a model's hop; it is made if none is kept that agrees with the model.
+
+    Making it takes half a minute: it stays in diffbuf/ of the user's folder for caches.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffbuf"
+    path = cache / f"{fingerprint(model)}-{hop_sampler(model, delay).delay}.onnx"
+    # A few hops tell whether another version of this library made it.
+    if not path.is_file() or worst_error(model, path, delay, hops=8) > LIMIT:
+        cache.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temporary:
+            write_hop(model, temporary, delay)
+    return path
+
+
+def hop_sampler(model: DiffusionBufferModel, delay: int | None = None) -> BufferSampler:
+    """Return the sampler of a model whose hop can be a graph.
+
+    Raises:
+        ConfigError: a network that cannot stream, or a model that is not in float32 on the CPU.
+    """
+    if not can_stream(model.network):
+        raise ConfigError(
+            f"model.name {model.cfg.model.name} has no hop to export: it computes all "
+            f"{model.cfg.num_frames} frames of its window again for each new one; take a network "
+            "that remembers its history, such as block_causal"
+        )
+    sampler = model.sampler(delay)
+    if sampler.t.dtype != torch.float32 or sampler.t.device.type != "cpu":
+        raise ConfigError(
+            f"a graph is made of a float32 model on the CPU, not of {sampler.t.dtype} on "
+            f"{sampler.t.device}: model.float().cpu()"
+        )
+    return sampler
+
+
+def worst_error(
+    model: DiffusionBufferModel, path: Path, delay: int | None = None, hops: int = 500
+) -> float:
+    """Return a graph's largest difference from the model's hops, over the peak of each tensor.
+
+    Every hop begins with the model's state, and what becomes of the state counts too: an untrained
+    network can be chaotic, and any two ways of rounding then part in time. Two streams side by
+    side, of noise that rises and falls by 60 dB within 200 hops.
+    """
+    sampler, shape = hop_sampler(model, delay), (2, model.framing.num_bins)
+    graph, generator = GraphSampler(sampler, path), torch.Generator().manual_seed(0)
+    state = sampler.start(*shape, generator)
+    errors, peaks = [], []
+    with torch.inference_mode(), evaluating(model):
+        for hop in range(hops):
+            level = 10 ** (-1.5 - 1.5 * math.cos(hop * math.pi / 100))
+            R = level * torch.randn(*shape, dtype=torch.complex64, generator=generator)
+            z, same = sampler.draw(R, generator), map_leaves(_copy, state)
+            expected = [sampler.move(state, R, z), *tensors(state)]
+            found = [graph.move(same, R, z), *tensors(same)]
+            pairs = zip(expected, found, strict=True)
+            errors.append(torch.stack([(a - b).abs().max() for a, b in pairs]))
+            peaks.append(torch.stack([a.abs().max() for a in expected]))
+    peak = torch.stack(peaks).amax(dim=0).clamp_min(1e-9)
+    return float((torch.stack(errors).amax(dim=0) / peak).max())
+
+
+def write_hop(
+    model: DiffusionBufferModel, path: Path, delay: int | None = None, hops: int = 50
+) -> float:
+    """Write the graph of a hop: noisy, noise, state.0, ... to clean, next.0, ...
+
+    noisy and clean are [batch, F, 2], compressed spectra, real and imaginary; noise is [batch, F,
+    Kb + 1, 2] of variance 1/2.
+
+    Returns:
+        `worst_error` of so many hops.
+
+    Raises:
+        ConfigError: a network that cannot stream, whose step torch.export cannot trace, or whose
+            graph is more than `LIMIT` off.
+        MissingExtraError: onnx or onnxscript is not installed.
+    """
+    for package in ("onnx", "onnxscript"):
+        _extra(package)
+    sampler = hop_sampler(model, delay)
+
+    def hop(given: list[Tensor]) -> list[Tensor]:
+        R, z, *own = (tensor.clone() for tensor in given)  # the network changes its state in place
+        after = with_tensors(state, own)
+        clean = sampler.move(after, torch.view_as_complex(R), torch.view_as_complex(z))
+        return [_real(tensor) for tensor in (clean, *tensors(after))]
+
+    with torch.no_grad(), evaluating(model):
+        state = sampler.start(2, model.framing.num_bins)
+        noisy = torch.zeros_like(state.V[..., 0])
+        given = [_real(tensor) for tensor in (noisy, sampler.draw(noisy), *tensors(state))]
+        numbers = range(len(given) - 2)
+        shapes = ([{0: torch.export.Dim("batch")} for _ in given],)
+        try:
+            with quiet():
+                traced = torch.export.export(_Call(hop, model), (given,), dynamic_shapes=shapes)
+                graph: Any = traced.module(check_guards=False)
+                program = torch.onnx.export(
+                    _Call(lambda given: _RealArithmetic(graph).run(*given), graph), (given,),
+                    dynamo=True, dynamic_shapes=shapes, opset_version=OPSET, verbose=False,
+                    input_names=["noisy", "noise", *(f"state.{i}" for i in numbers)],
+                    output_names=["clean", *(f"next.{i}" for i in numbers)],
+                )  # fmt: skip
+        except Exception as error:  # whatever a network of one's own does that cannot be traced
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(
+                f"the step of model.name {model.cfg.model.name} cannot be exported: {reason}"
+            ) from error
+    assert program is not None
+    program.save(path, external_data=False)
+    worst = worst_error(model, path, delay, hops)
+    if not worst <= LIMIT:
+        raise ConfigError(
+            f"the graph differs from the model by {worst:.1e} of the peak, more than {LIMIT:.0e}: "
+            f"see what StreamingNetwork.start asks of the memory of model.name "
+            f"{model.cfg.model.name}; an SDE must be linear in its spectra"
+        )
+    return worst
+
+
+class _Call(nn.Module):
+    """A function as the module that torch.export takes, with the module that has its weights."""
+
+    def __init__(self, function: Callable[[list[Tensor]], Any], weights: nn.Module) -> None:
+        super().__init__()
+        self.function, self.weights = function, weights
+
+    def forward(self, given: list[Tensor]) -> Any:
+        return self.function(given)
+
+
+class _Complex:
+    """A complex tensor as two real ones."""
+
+    def __init__(self, real: Any, imag: Any) -> None:
+        self.real, self.imag = real, imag
+
+
+class _RealArithmetic(torch.fx.Interpreter):
+    """Run a traced graph without complex tensors, which ONNX does not have.
+
+    What is linear is done to both parts. What is neither linear nor named here makes a wrong graph,
+    which the comparison with the model refuses.
+    """
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        op, aten = getattr(target, "overloadpacket", target), torch.ops.aten
+        if op is aten.view_as_complex:
+            return _Complex(*args[0].unbind(-1))
+        if op is aten.complex:
+            return _Complex(*args)
+        found = leaves(args, _Complex)
+        if not found:
+            return super().call_function(target, args, kwargs)
+        a, b = found[0], found[-1]
+        if op is aten.view_as_real:
+            return torch.stack([a.real, a.imag], dim=-1)
+        if op is aten.real or op is aten.imag:
+            return a.real if op is aten.real else a.imag
+        if op is aten.abs:
+            return (a.real**2 + a.imag**2).sqrt()
+        if op is aten.mul and len(found) == 2:
+            return _Complex(a.real * b.real - a.imag * b.imag, a.real * b.imag + a.imag * b.real)
+        if op is aten.add or op is aten.sub:  # a real number has no imaginary part to add
+            args = tuple(arg if isinstance(arg, _Complex) else _Complex(arg, 0.0) for arg in args)
+
+        def part(name: str) -> Any:
+            of = lambda leaf: getattr(leaf, name) if isinstance(leaf, _Complex) else leaf  # noqa: E731
+            return target(*map_leaves(of, args), **kwargs)
+
+        return _Complex(part("real"), part("imag"))
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """Return the tensors of a tree, in order."""
+    return leaves(tree, Tensor)
+
+
+def with_tensors(tree: Any, new: list[Tensor]) -> Any:
+    """Return a copy of a tree with other tensors; real pairs become complex where those were."""
+    rest = iter(new)
+
+    def other(old: Any) -> Any:
+        if not isinstance(old, Tensor):
+            return old
+        return torch.view_as_complex(next(rest)) if old.is_complex() else next(rest)
+
+    return map_leaves(other, tree)
+
+
+def leaves(tree: Any, kind: type) -> list[Any]:
+    """Return what a tree holds of a type, in order."""
+    found: list[Any] = []
+    map_leaves(lambda leaf: found.append(leaf) if isinstance(leaf, kind) else None, tree)
+    return found
+
+
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Return a copy of dataclasses, lists, tuples and dicts with `function` of what they hold."""
+    if is_dataclass(tree) and not isinstance(tree, type):
+        changed = {f.name: map_leaves(function, getattr(tree, f.name)) for f in fields(tree)}
+        return replace(tree, **changed)
+    if isinstance(tree, dict):
+        return {key: map_leaves(function, value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(map_leaves(function, item) for item in tree)
+    return function(tree)
+
+
+def _copy(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep exporters from warning of themselves, and that torchvision is not there."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _extra(package: str) -> Any:
+    try:
+        return import_module(package)
+    except ImportError:
+        raise MissingExtraError(
+            f"ONNX needs the {package} package: pip install 'diffbuf[export]'"
+        ) from None
