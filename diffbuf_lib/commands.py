@@ -437,12 +437,12 @@ class Evaluate(Scoring, name="evaluate"):
     part: str = "1/1"  # of a job array: 2/8 scores the second of eight shares
 
     def __call__(self) -> None:
-        from diffbuf_lib.evaluation import evaluate_folder
+        from diffbuf_lib.evaluation import evaluate_part
         from diffbuf_lib.evaluation.page import overview
 
         with tempfile.TemporaryDirectory() as temporary:
-            found = evaluate_folder(
-                self.job("part"), self.results_path or temporary, part=self.part,
+            found = evaluate_part(
+                self.job("part"), self.results_path or temporary, self.part,
                 processes=self.processes, page=self.results_path is not None, progress=True,
             )  # fmt: skip
         if found is None:

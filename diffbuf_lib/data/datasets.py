@@ -27,7 +27,7 @@ _TRIES = 20  # excerpts drawn before a file counts as silent
 
 
 def open_dataset(
-    dataset_type: int, root: str | Path, cfg: Config, *, training: bool
+    dataset_type: int | str, root: str | Path, cfg: Config, *, training: bool
 ) -> ClipDataset:
     """Open a folder of `LAYOUTS[dataset_type]` as the config says; training crops at random.
 
@@ -35,7 +35,7 @@ def open_dataset(
     ConfigError for another dataset_type, DataError for a folder that does not fit it.
     """
     if "://" in str(root) or (Path(root) / "index.npy").is_file():
-        dataset_type = 4
+        dataset_type = "shards"
     layout: type[ClipDataset] = LAYOUTS[dataset_type].load()
     return layout(
         root,

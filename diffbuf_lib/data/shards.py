@@ -223,7 +223,7 @@ def _shard(out: Path, number: int) -> Path:
     return out / f"shard-{number:05d}.tar"
 
 
-@LAYOUTS.register(4)
+@LAYOUTS.register("shards")
 class ShardDataset(ClipDataset):
     """Shards of `diffbuf data pack`, in a folder or at a URL: the clips of the folder they were.
 

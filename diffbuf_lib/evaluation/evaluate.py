@@ -211,21 +211,28 @@ class Evaluation(NamedTuple):
     timing: dict[str, Any]  # the content of timing.json
 
 
-def evaluate_folder(
+def evaluate_folder(job: Job, results_path: str | Path, **options: Any) -> Evaluation:
+    """Evaluate the whole; options and errors are those of `evaluate_part`."""
+    found = evaluate_part(job, results_path, "1/1", **options)
+    assert found is not None
+    return found
+
+
+def evaluate_part(
     job: Job,
     results_path: str | Path,
+    part: str,
     *,
-    part: str = "1/1",
     processes: int | None = None,
     page: bool = True,
     progress: bool = False,
 ) -> Evaluation | None:
     """Evaluate, and write everything into a results folder; go on if it was begun before.
 
-    Part "i/n" of a job array scores every n-th batch of clips; whoever comes last, or a call for
-    the whole, finds all scores and writes the rest: before, None is returned. The scores, to the
-    four decimals that are kept, do not depend on parts or the number of processes (None: the cores
-    of this machine). `page` is for report.html, `progress` for a bar on stderr.
+    Part "i/n" of a job array scores every n-th batch of clips; whoever comes last, or does the
+    whole ("1/1"), finds all scores and writes the rest: before, None is returned. The scores, to
+    the four decimals that are kept, do not depend on parts or the number of processes (None: the
+    cores of this machine). `page` is for report.html, `progress` for a bar on stderr.
 
     Raises:
         DiffbufError: as in `Job.evaluator`; a clip that cannot be read; a folder that is in use or

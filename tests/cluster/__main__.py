@@ -75,7 +75,7 @@ def slurm(root: Path) -> Iterator[None]:
     shutil.chown("/run/munge", "munge", "munge")
     daemons = [["runuser", "-u", "munge", "--", "munged", "-F"],
                ["slurmctld", "-D", "-f", str(conf)],
-               *(["slurmd", "-D", "-N", node, "-f", str(conf)] for node in ("n1", "n2"))]  # fmt: skip
+               *(["slurmd", "-D", "-N", n, "-f", str(conf)] for n in ("n1", "n2"))]  # fmt: skip
     started = []
     try:
         for command in daemons:
@@ -141,7 +141,7 @@ def main() -> None:
             print(f"stopped after step {len(lines(run))}")
 
         begun = time.monotonic()
-        job = submit(2, "2")
+        job = submit(2, "3")
         come_back(job)  # by its time limit
         first = len(lines(run))
         shell("scontrol", "update", f"JobId={job}", "StartTime=now")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from diffbuf_lib.data import DNLMDataset, PairedFolderDataset
-from diffbuf_lib.evaluation import compare_folders, evaluate_folder
+from diffbuf_lib.evaluation import compare_folders, evaluate_folder, evaluate_part
 from diffbuf_lib.evaluation.evaluate import Evaluator
 from diffbuf_lib.evaluation.scores import read_scores
 from diffbuf_lib.model import load_model
@@ -91,15 +91,17 @@ def test_processes_and_batches_do_not_change_the_numbers(job, finished, tmp_path
 
 @pytest.mark.law
 def test_parts_of_a_job_array_come_to_the_same_bytes(job, finished, tmp_path):
-    for part in ("3/3", "1/3", "1/3"):
-        assert run(job, tmp_path / "parts", part=part, page=False) is None
+    def do(path, part):
+        return evaluate_part(job, tmp_path / path, part, processes=1, page=False)
+
+    assert [do("parts", part) for part in ("3/3", "1/3", "1/3")] == [None] * 3
     assert not (tmp_path / "parts" / "scores.csv").exists()
-    assert len(run(job, tmp_path / "parts", part="2/3", page=False).rows) == 6 * 2
+    assert len(do("parts", "2/3").rows) == 6 * 2
     assert scores_of(tmp_path / "parts") == scores_of(finished)
-    run(job, tmp_path / "rest", part="2/3", page=False)
-    run(job, tmp_path / "rest", page=False)  # the whole does what parts have left
+    do("rest", "2/3")
+    do("rest", "1/1")  # the whole does what parts have left
     assert scores_of(tmp_path / "rest") == scores_of(finished)
-    refused(lambda: run(job, tmp_path / "wrong", part="4/3"), "--part")
+    refused(lambda: do("wrong", "4/3"), "--part")
 
 
 def test_other_arguments_or_weights_are_refused_and_a_moved_model_is_not(job, tmp_path, model_path):
