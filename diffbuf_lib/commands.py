@@ -566,7 +566,7 @@ class DataBuild(Command, name="data build"):
 
     def __call__(self) -> None:
         from diffbuf_lib.data import build_dnlm
-        from diffbuf_lib.data.shards import build_shards
+        from diffbuf_lib.data.pack import build_shards
 
         paths = self.speech_path, self.noise_path, self.out_path
         options = self.flags("speech_path", "noise_path", "out_path", "shards")
@@ -584,7 +584,7 @@ class DataPack(Command, name="data pack"):
     processes: int | None = None  # how many work side by side; default: this machine's cores
 
     def __call__(self) -> None:
-        from diffbuf_lib.data.shards import pack_folder
+        from diffbuf_lib.data.pack import pack_folder
 
         print(pack_folder(**self.flags(), progress=True))
 

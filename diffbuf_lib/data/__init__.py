@@ -16,7 +16,8 @@ from diffbuf_lib.data.datasets import (
 from diffbuf_lib.data.demo_set import build_demo
 from diffbuf_lib.data.drone import DroneParameters, synthesise
 from diffbuf_lib.data.mixing import mix_pair
-from diffbuf_lib.data.shards import ShardDataset, pack_folder
+from diffbuf_lib.data.pack import pack_folder
+from diffbuf_lib.data.shards import ShardDataset
 
 __all__ = [
     "LAYOUTS", "ClipDataset", "DNLMDataset", "DroneParameters", "MixingDataset",

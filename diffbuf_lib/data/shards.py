@@ -14,14 +14,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import shutil
-import tarfile
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import groupby
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,29 +28,13 @@ import torch
 from torch import Tensor
 
 from diffbuf_lib.config import Config
-from diffbuf_lib.data import audio
-from diffbuf_lib.data.build import (
-    Sample,
-    claim,
-    cores,
-    make_sample,
-    prepare,
-    run_parallel,
-    take_part,
-    write_records,
-)
-from diffbuf_lib.data.datasets import ClipDataset, draw_crop, find_layout, place_crop
+from diffbuf_lib.data.datasets import ClipDataset, draw_crop, place_crop
 from diffbuf_lib.data.reader import reason
 from diffbuf_lib.errors import DataError, DiffbufError, MissingExtraError
 from diffbuf_lib.registry import LAYOUTS
 
 INDEX = "index.npy"
-CLIPS = 1000  # in a shard: of 1 s about 40 MB
 _WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # s before another try of what a network may have spoilt
-_BLOCK = 512  # bytes, of a tar file
-
-# What `make` gives of a clip: its name, and the files of mix and target.
-Source = tuple[str, Path, Path]
 
 
 def row_type(longest: int) -> np.dtype[Any]:
@@ -67,160 +47,9 @@ def row_type(longest: int) -> np.dtype[Any]:
     ])  # fmt: skip
 
 
-def pack_folder(
-    source: str | Path,
-    out_path: str | Path,
-    *,
-    clips: int = CLIPS,
-    part: str = "1/1",
-    processes: int | None = None,
-    progress: bool = False,
-) -> Path:
-    """Write a folder of pairs, or each of its splits train, valid and test, as shards.
-
-    Samples of 16 bits stay what they are, others are rounded to 24. Part i of n writes every n-th
-    shard, and whoever comes last the index; a stopped packing goes on when started again.
-
-    Raises:
-        DataError: no folder of pairs, a pair that does not match, another packing, a full disk.
-    """
-    source, out_path = Path(source), Path(out_path)
-    splits = [source / name for name in ("train", "valid", "test") if find_layout(source / name)]
-    for folder in [source] if find_layout(source) else splits or [source]:
-        layout = find_layout(folder)
-        dataset: ClipDataset | None = LAYOUTS[layout].load()(folder) if layout else None
-        if dataset is None or len(dataset.items[0]) != 2:
-            raise DataError(
-                f"{folder} holds no pairs of mix and target files to pack: check the path, or make "
-                "them of speech/ and noise/ with `diffbuf data build`"
-            )
-        dataset.sample_rate = audio.read_info(dataset.items[0][0]).sample_rate
-        out = out_path if folder == source else out_path / folder.name
-        names = [dataset.label(i) for i in range(len(dataset))]
-        write_shards(
-            out, names, partial(_checked, dataset), clips=clips, part=part, processes=processes,
-            progress=progress,
-        )  # fmt: skip
-        if (folder / "metadata.json").is_file():
-            shutil.copyfile(folder / "metadata.json", out / "metadata.json")
-    return out_path
-
-
-def build_shards(
-    speech_dir: str | Path,
-    noise_dir: str | Path,
-    out_path: str | Path,
-    *,
-    clips: int = CLIPS,
-    part: str = "1/1",
-    processes: int | None = None,
-    progress: bool = False,
-    **options: Any,
-) -> Path:
-    """Write what `build_dnlm` makes as shards, the same as of `pack_folder` afterwards.
-
-    No more than the samples of a shard a process lie on the disk meanwhile. Raises as `build_dnlm`.
-    """
-    samples = prepare(speech_dir, noise_dir, out_path, **options)
-    for split, found in groupby(samples, key=lambda sample: sample.split):
-        made = list(found)
-        write_shards(
-            split.folder, [sample.folder.name for sample in made], partial(_made, made),
-            clips=clips, part=part, processes=processes, progress=progress, remove=True,
-        )  # fmt: skip
-        write_records(split.folder, made)
-    return Path(out_path)
-
-
-def write_shards(
-    out: Path,
-    names: Sequence[str],
-    make: Callable[[int], Source],
-    *,
-    clips: int = CLIPS,
-    part: str = "1/1",
-    processes: int | None = None,
-    progress: bool = False,
-    remove: bool = False,
-) -> None:
-    """Write the clips `make(0)`, `make(1)`, ...; `remove` the folders of their files then."""
-    if clips < 1:
-        raise DataError(f"--clips {clips}: a shard holds at least 1")
-    longest = max(len(name.encode()) for name in names)
-    digest = hashlib.sha256("\0".join(names).encode()).hexdigest()
-    claim(out / "pack.json", {"format": 1, "clips": len(names), "a_shard": clips, "names": digest})
-    numbers = range(-(-len(names) // clips))
-    todo = [k for k in take_part(numbers, part) if not _shard(out, k).with_suffix(".npy").exists()]
-    write = partial(_write_shard, out, len(names), make, clips, row_type(longest), remove)
-    run_parallel(write, todo, processes or cores(), desc="shards", disable=not progress)
-    rows = [_shard(out, k).with_suffix(".npy") for k in numbers]
-    if all(path.exists() for path in rows):
-        _save(out / INDEX, np.concatenate([np.load(path) for path in rows]))
-
-
-def _checked(dataset: ClipDataset, i: int) -> Source:
-    mix, target = dataset.items[i]
-    dataset.check_pair(audio.read_info(mix), audio.read_info(target))
-    return dataset.label(i), mix, target
-
-
-def _made(samples: Sequence[Sample], i: int) -> Source:
-    make_sample(samples[i])
-    folder = samples[i].folder
-    return folder.name, folder / "mixture.wav", folder / "vocals.wav"
-
-
-def _write_shard(
-    out: Path,
-    count: int,
-    make: Callable[[int], Source],
-    clips: int,
-    dtype: np.dtype[Any],
-    remove: bool,
-    number: int,
-) -> None:
-    rows, path = [], _shard(out, number)
-    sources = [make(i) for i in range(number * clips, min((number + 1) * clips, count))]
-    with (
-        audio.writing(path),
-        audio.atomic_file(path, sync=False) as temporary,
-        # Without times and owners: the same clips are the same bytes.
-        tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar,
-    ):
-        for name, *files in sources:
-            waves, rates = zip(*(audio.read_audio(file) for file in files), strict=True)
-            frames = min(wave.shape[-1] for wave in waves)
-            starts, sizes, crc = [], [], 0
-            for stem, file, wave in zip(("mix", "target"), files, waves, strict=True):
-                flac = _to_flac(file, wave[:, :frames], rates[0])
-                entry = tarfile.TarInfo(f"{name}.{stem}.flac")
-                entry.size = len(flac)
-                tar.addfile(entry, io.BytesIO(flac))
-                starts.append(tar.offset - -(-len(flac) // _BLOCK) * _BLOCK)
-                sizes.append(len(flac))
-                crc = zlib.crc32(flac, crc)
-            place = (number, starts[0], sizes[0], starts[1] - starts[0], sizes[1])
-            rows.append((*place, frames, rates[0], crc, name.encode()))
-    _save(path.with_suffix(".npy"), np.array(rows, dtype))
-    for _, mix, _ in sources if remove else ():
-        shutil.rmtree(mix.parent, ignore_errors=True)
-
-
-def _to_flac(path: Path, wave: Tensor, rate: int) -> bytes:
-    steps = wave.double() * 32768
-    exact = torch.equal(steps, steps.round()) and float(steps.max()) < 32768
-    flac = path.with_suffix(".flac")
-    return audio.encode_audio(flac, wave, rate, "PCM_16" if exact else "PCM_24")
-
-
-def _save(path: Path, rows: Any) -> None:
-    content = io.BytesIO()
-    np.save(content, rows, allow_pickle=False)
-    audio.write_bytes(path, content.getvalue())
-
-
-def _shard(out: Path, number: int) -> Path:
-    return out / f"shard-{number:05d}.tar"
+def shard_path(folder: Path, number: int) -> Path:
+    """Return where a shard lies."""
+    return folder / f"shard-{number:05d}.tar"
 
 
 @LAYOUTS.register("shards")
@@ -288,7 +117,7 @@ class ShardDataset(ClipDataset):
 
     def name(self, i: int) -> str:
         """Return shard and clip."""
-        return f"{self.url}/{_shard(Path(), self.index['shard'][i])}:{self.label(i)}"
+        return f"{self.url}/{shard_path(Path(), self.index['shard'][i])}:{self.label(i)}"
 
     def label(self, i: int) -> str:
         """Return what the clip was called in its folder."""
@@ -329,7 +158,7 @@ class ShardDataset(ClipDataset):
     def _from_store(self, indices: Sequence[int], found: dict[int, bytes]) -> dict[int, Exception]:
         """Put clips into `found` and the cache; return what went wrong with the others."""
         rows = self.index[np.asarray(indices)]
-        paths = [f"{self.url}/{_shard(Path(), number)}" for number in rows["shard"]]
+        paths = [f"{self.url}/{shard_path(Path(), number)}" for number in rows["shard"]]
         starts = rows["offset"].astype(int).tolist()
         ends = (rows["offset"].astype(np.int64) + self._sizes[np.asarray(indices)]).tolist()
         try:

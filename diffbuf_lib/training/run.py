@@ -18,6 +18,7 @@ from typing import Any, Literal, NoReturn
 
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from torch.distributed import DistError
 
 import diffbuf_lib
 from diffbuf_lib.config import Config, TrainingConfig
@@ -258,6 +259,9 @@ class Run:
         try:
             return self.engine.step(attempt.batches, stop=self.stop.requested)
         except Exception as error:
+            if isinstance(error, DistError) or "gloo" in str(error):
+                what = f"step {attempt.step}: another process of the run has gone ({reason(error)})"
+                raise DiffbufError(f"{what}: --resume goes on from the last checkpoint") from error
             # A reader's death is told by a signal: no fault of the step.
             known = self.reader.death(error) or self.failures.raised(attempt, error)
             if known is error:

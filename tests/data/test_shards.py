@@ -12,6 +12,7 @@ import torch
 
 from diffbuf_lib.config import build_config
 from diffbuf_lib.data import build_dnlm, open_dataset, pack_folder, shards
+from diffbuf_lib.data.pack import build_shards
 from diffbuf_lib.errors import ConfigError, DataError
 from diffbuf_lib.training.feed import ClipReader, EpochPlan
 from tests.data.conftest import noise_wave, save
@@ -115,7 +116,7 @@ def test_a_build_in_parts_or_shards_is_the_build(sources, tmp_path):
     build_dnlm(*sources, tmp_path / "whole", **options)
     for part in ("2/3", "3/3", "1/3"):
         build_dnlm(*sources, tmp_path / "parts", part=part, **options)
-        shards.build_shards(*sources, tmp_path / "direct", clips=2, part=part, **options)
+        build_shards(*sources, tmp_path / "direct", clips=2, part=part, **options)
     assert content(tmp_path / "whole") == content(tmp_path / "parts")
     pack_folder(tmp_path / "whole", tmp_path / "packed", clips=2)
     direct = content(tmp_path / "direct")

@@ -299,3 +299,18 @@ def test_only_a_persons_second_ctrl_c_stops_at_once(command, tmp_path):
     os.close(terminal)
     assert os.waitstatus_to_exitcode(status) == STATUS
     assert len(steps_of(tmp_path / "run")) == 3
+
+
+@pytest.mark.law
+def test_a_process_that_dies_ends_the_others_with_a_message(command, tmp_path):
+    """As a node that dies: what is lost are the steps since the last checkpoint."""
+    args, whole = command
+    args = [*args, "--set", "training.global_batch=2", "training.checkpoint_every=2"]
+    folder = tmp_path / "run"
+    begun = start(2, run_command, args, folder)
+    wait_for(folder, 5, begun)
+    begun[1].kill()
+    assert finish(begun) == [2, -signal.SIGKILL]
+    assert "error: " in (folder / "log0").read_text()
+    assert finish(start(1, run_command, args, folder)) == [0]
+    assert_same_losses(whole, folder)
