@@ -118,7 +118,7 @@ def main() -> None:
     tree = {**TREE, "training": {**TREE["training"], "num_epochs": 100, "num_steps": STEPS,
                                  "global_batch": 4, "valid_every": 1000}}  # fmt: skip
     tree["audio"] = {**TREE["audio"], "chunk_size": 16000}
-    tree["model"] = {"name": "conv", "base_channels": 24, "num_layers": 3}
+    tree["model"] = {"name": "conv", "base_channels": 32, "num_layers": 3}
     config = root / "config.yaml"
     config.write_text(yaml.safe_dump(tree))
     for i in range(CLIPS):
@@ -133,7 +133,7 @@ def main() -> None:
 
         def submit(nodes: int, limit: str) -> str:
             job = write_job("slurm", config, url, run, nodes=str(nodes), gpus=0, time=limit,
-                            margin=60, train=cache)  # fmt: skip
+                            margin=45, train=cache)  # fmt: skip
             return shell("sbatch", "--parsable", str(job))
 
         def come_back(job: str) -> None:
@@ -141,7 +141,8 @@ def main() -> None:
             print(f"stopped after step {len(lines(run))}")
 
         begun = time.monotonic()
-        job = submit(2, "3")
+        job = submit(2, "2")
+        wait_for(lambda: lines(run), 120, "the first step")
         come_back(job)  # by its time limit
         first = len(lines(run))
         shell("scontrol", "update", f"JobId={job}", "StartTime=now")
