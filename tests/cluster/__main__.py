@@ -158,7 +158,7 @@ def main() -> None:
         job = submit(2, "30")
         wait_for(lambda: state_of(job) == "GONE", 600, "the rest")
         print(f"{time.monotonic() - begun:.0f} s on the cluster")
-        log = (run / "job.log").read_text()
+        log = (run / "job.log").read_text(errors="replace")
         shell(sys.executable, "-m", "diffbuf_lib.cli", "train", "--config_path", str(config),
               "--data_path", str(root / "clips"), "--results_path", str(root / "whole"),
               "--skip_doctor")  # fmt: skip
