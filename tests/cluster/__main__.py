@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -114,6 +115,7 @@ def state_of(job: str) -> str:
 
 def main() -> None:
     """Build, run, compare."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is stopped
     root = Path(tempfile.mkdtemp(prefix="cluster-"))
     tree = {**TREE, "training": {**TREE["training"], "num_epochs": 100, "num_steps": STEPS,
                                  "global_batch": 4, "valid_every": 1000}}  # fmt: skip
