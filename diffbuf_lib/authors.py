@@ -34,9 +34,7 @@ class Imported(NamedTuple):
 def import_checkpoint(path: str | Path, *, raw: bool = False) -> Imported:
     """Read a Lightning checkpoint of the authors' branches interspeech_submission or main.
 
-    Args:
-        path: the .ckpt file.
-        raw: the weights as training left them, instead of the averaged ones.
+    `raw` takes the weights as training left them, instead of the averaged ones.
 
     Raises:
         CheckpointError: no such file, a damaged one, not one of theirs, a network or option that
@@ -148,9 +146,8 @@ def _config_tree(hyper: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     if "diff_buffer_range" not in hyper or backbone not in ("ncsnpp", "bc_ncsnpp"):
         raise ConfigError(
             f"backbone {backbone!r:.40} with SDE {get('sde')!r:.40} is not the Diffusion Buffer's "
-            "(ncsnpp or bc_ncsnpp with a diffusion time for every frame): networks of sgmse, such "
-            "as ncsnpp_v2, know one time for the whole utterance, so they lack the layers "
-            "(Conv_time) that a buffer needs, and cannot be had here"
+            "(ncsnpp or bc_ncsnpp): networks of sgmse, such as ncsnpp_v2, know one diffusion time "
+            "for the whole utterance, and lack the layers that a buffer needs (Conv_time)"
         )
     for key, value in _MUST_BE.items():
         if get(key, value) != value:
@@ -171,30 +168,26 @@ def _config_tree(hyper: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     options = {ours: hyper[key] for key, ours in _one_of(hyper, "sde", _SDES).items()}
     scales = {"time": "time_inside" if backbone == "ncsnpp" else "time", "no": "none"}
     windows = {"hann": "hann", "sqrthann": "sqrt_hann"}
-    tree: dict[str, Any] = {
-        "audio": {
-            "chunk_size": (hyper["num_frames"] - 1) * hyper["hop_length"],
-            "stft": {"win_length": hyper["n_fft"], "window": _one_of(hyper, "window", windows)},
-        },
-        "model": {
-            "name": backbone,
-            **_widths(hyper),
-            "output_scale": _one_of(hyper, "output_scale", scales),
-            # Their scale is a view of their times, in which they set history frames to 1: so the
-            # network was trained, and is evaluated, with history at t = 1.
-            "history_time": float(hyper["output_scale"] == "time"),
-        },
-        "diffusion_buffer": {
-            "buffer_size": size,
-            "t_max": t_max,
-            "time_sampling": "linspace" if get("fixed_buffer_steps") else "random",
-        },
-        "sde": {"type": hyper["sde"], "diffusion": options},
-        "training": {"loss": _one_of(hyper, "loss_type", _LOSSES)},
+    keys = {
+        "audio.chunk_size": (hyper["num_frames"] - 1) * hyper["hop_length"],
+        "audio.stft.win_length": hyper["n_fft"],
+        "audio.stft.window": _one_of(hyper, "window", windows),
+        "model.name": backbone,
+        "model.output_scale": _one_of(hyper, "output_scale", scales),
+        # Their scale is a view of their times, in which they set history frames to 1: so the
+        # network was trained, and is evaluated, with history at t = 1.
+        "model.history_time": float(hyper["output_scale"] == "time"),
+        "diffusion_buffer.buffer_size": size,
+        "diffusion_buffer.t_max": t_max,
+        "diffusion_buffer.time_sampling": "linspace" if get("fixed_buffer_steps") else "random",
+        "sde.type": hyper["sde"],
+        "sde.diffusion": options,
+        "training.loss": _one_of(hyper, "loss_type", _LOSSES),
+        **{ours: hyper[theirs] for theirs, ours in _TAKEN.items() if theirs in hyper},
     }
-    for theirs, ours in _TAKEN.items():
-        if theirs in hyper:
-            put(tree, ours, hyper[theirs])
+    tree: dict[str, Any] = {"model": _widths(hyper)}
+    for path, value in keys.items():
+        put(tree, path, value)
     return tree
 
 
@@ -203,20 +196,15 @@ def _widths(hyper: Mapping[str, Any]) -> dict[str, Any]:
     if hyper["backbone"] == "ncsnpp":
         base, multipliers, blocks = hyper["nf"], hyper["ch_mult"], hyper["num_res_blocks"]
         if len(multipliers) > 4:
-            raise ConfigError(
-                f"ch_mult {multipliers} has {len(multipliers)} levels, and from the fifth on their "
-                "network has attention that is not here: at most 4"
-            )
+            raise ConfigError(f"ch_mult {multipliers}: attention from a fifth level on is not here")
     else:
         channels, strides = hyper["channels"], hyper["strides"]
         base, blocks = channels[0], 1
         multipliers = [c // base for c in channels]
         odd = [c for c in channels if c % base or c % 32]
         if odd or strides != [2] * (len(channels) - 1):
-            raise ConfigError(
-                f"channels {channels} with strides {strides} are not here: multiples of 32 and of "
-                "the first, and strides of 2"
-            )
+            want = "multiples of 32 and of the first, and strides of 2"
+            raise ConfigError(f"channels {channels}, strides {strides} are not here, only {want}")
     return {"base_channels": base, "channel_multipliers": multipliers, "num_res_blocks": blocks}
 
 
@@ -248,10 +236,8 @@ def _chosen(content: Mapping[str, Any], raw: bool, notes: list[str]) -> dict[str
     if len(chosen) != len(names):  # some versions of torch_ema keep only what is trained
         names = [n for n in names if n.rpartition(".")[2] != "W"]
     if [t.shape for t in chosen] != [state[n].shape for n in names]:
-        raise ConfigError(
-            f"its {len(chosen)} averaged weights are not those of its {len(names)} parameters; "
-            "--raw takes the others"
-        )
+        counts = f"{len(chosen)} averaged weights are not those of its {len(names)} parameters"
+        raise ConfigError(f"its {counts}; --raw takes the others")
     return {**state, **dict(zip(names, chosen, strict=True))}
 
 
@@ -293,10 +279,8 @@ def _renamed(
         elif leaf not in _CONSTANTS:
             strange.append(name)
     if strange:
-        raise CheckpointError(
-            f"{path}: {len(strange)} tensors have no place in a network of its hyper_parameters, "
-            f"first {strange[0]}"
-        )
+        what = f"{len(strange)} tensors, first {strange[0]}"
+        raise CheckpointError(f"{path}: its hyper_parameters' network has no place for {what}")
     return found
 
 

@@ -191,9 +191,7 @@ class PreprocessingConfig(Section):
     """What happens between the STFT and the network."""
 
     magnitude_compression: CompressionConfig = CompressionConfig()
-    level_seconds: float | None = key(
-        None, "s, time constant of the running level that frames are divided by; null: none", gt=0
-    )
+    level_seconds: float | None = key(None, "s, of the level frames are divided by, or null", gt=0)
 
 
 class ModelConfig(Section):
@@ -208,9 +206,7 @@ class ModelConfig(Section):
     num_layers: int = key(4, "conv: hidden 3x3 convolutions", ge=1)
     dropout: float = key(0.0, "probability", ge=0, lt=1)
     data_scale: float | None = key(
-        None,
-        "size of compressed spectra: the network's V (with sigma) and Y are divided by it",
-        gt=0,
+        None, "size of compressed spectra, by which V (with sigma) and Y are divided", gt=0
     )
     output_scale: Literal["sigma", "time", "time_inside", "none"] = key(
         "sigma", "the output is divided by it; time_inside: before ncsnpp's last layer"
@@ -242,9 +238,7 @@ class DiffusionBufferConfig(Section):
 
     buffer_size: int = key(20, "B, frames; the output delay is B - 1 hops")
     buffers: int = key(
-        1,
-        "of a training clip, one after the other at its end; above 1 with model.name recurrent",
-        ge=1,
+        1, "of a training clip, side by side at its end; above 1 with model.name recurrent", ge=1
     )
     num_frames: int | None = key(None, "K, frames of the window online; null: of chunk_size")
     t_eps: float = key(0.03, "smallest diffusion time of the buffer", gt=0, lt=1)
@@ -292,9 +286,7 @@ registry.SDES.add("ouve", "diffbuf_lib.diffusion.sde:OUVE", options=OUVEDiffusio
 class SDEConfig(Section):
     """The stochastic differential equation between clean and noisy."""
 
-    type: Annotated[str, _names(registry.SDES)] = key(
-        "bbed", "Brownian bridge; ouve: Ornstein-Uhlenbeck"
-    )
+    type: Annotated[str, _names(registry.SDES)] = key("bbed", "Brownian bridge; or ouve")
     diffusion: Annotated[Any, _own_keys(registry.SDES, "type", "sde.diffusion")] = key(
         {}, "the SDE's own keys"
     )
@@ -304,9 +296,7 @@ class DataConfig(Section):
     """Pairs of files, and those that are mixed while training (dataset_type 3)."""
 
     pair_tolerance: int = key(400, "samples by which a pair may differ in length: cut", ge=0)
-    attenuation: float = key(
-        0.0, "dB; each training clip, mix and target alike, is lowered by up to this", ge=0, le=80
-    )
+    attenuation: float = key(0.0, "dB, most that a training clip is lowered by", ge=0, le=80)
     snr_min: float = key(-30.0, "dB, smallest drawn SNR", ge=-100, le=100)
     snr_max: float = key(0.0, "dB, largest drawn SNR", ge=-100, le=100)
     distance_min: float = key(5.0, "m, nearest talker", ge=0.01, le=10000.0)
@@ -376,9 +366,7 @@ class TrainingConfig(Section):
     )
     patience: int = key(10, "validations without gain before lr is lowered", ge=0)
     reduce_factor: float = key(0.5, "lr is multiplied by this", gt=0, lt=1)
-    early_stopping: int | None = key(
-        None, "validations without gain that end a run; null: none", ge=1
-    )
+    early_stopping: int | None = key(None, "validations without gain that end a run", ge=1)
     valid_every: int = key(1, "epochs from one validation to the next", ge=1)
     valid_clips: int = key(16, "clips enhanced and scored a validation", ge=1)
     checkpoint_every: int = key(500, "steps between checkpoints in an epoch", ge=1)
@@ -439,21 +427,15 @@ class Config(Section):
                 "audio.stft.n_fft"
             )
         if buffer.buffer_size < 1:
-            raise ValueError(
-                "Buffer size must be at least 1. Raise diffusion_buffer.buffer_size "
-                f"{buffer.buffer_size}"
-            )
-        if buffer.buffer_size > frames:
-            raise ValueError(
-                f"buffer_size {buffer.buffer_size} is larger than the {frames} STFT frames of a "
-                f"{audio.chunk_size}-sample chunk: lower diffusion_buffer.buffer_size or raise "
-                "audio.chunk_size"
-            )
+            fix = f"Raise diffusion_buffer.buffer_size {buffer.buffer_size}"
+            raise ValueError(f"Buffer size must be at least 1. {fix}")
         if buffer.buffers * buffer.buffer_size > frames:
+            many = buffer.buffers > 1
+            times, key = (f"{buffer.buffers} times ", "buffers") if many else ("", "buffer_size")
             raise ValueError(
-                f"buffers {buffer.buffers} of buffer_size {buffer.buffer_size} are more than the "
-                f"{frames} STFT frames of a {audio.chunk_size}-sample chunk: lower "
-                "diffusion_buffer.buffers or raise audio.chunk_size"
+                f"{times}buffer_size {buffer.buffer_size} is larger than the {frames} STFT frames "
+                f"of a {audio.chunk_size}-sample chunk: lower diffusion_buffer.{key} or raise "
+                "audio.chunk_size"
             )
         if buffer.buffers > 1 and not registry.NETWORKS[self.model.name].facts.get("many_buffers"):
             raise ValueError(

@@ -20,23 +20,17 @@ METRICS = ("si_sdr", "sdr", "pesq", "estoi")
 
 
 def run_demo(
-    cfg: Config,
-    data_path: Path,
-    results_path: Path,
+    cfg: Config,  # what to train; `configs/demo.yaml` takes a few minutes on two CPU cores
+    data_path: Path,  # where the demo set is, or will be made
+    results_path: Path,  # the run's folder; audio/ and report.html go there too
     *,
-    say: Callable[[str], None] = lambda line: None,
-    progress: bool = False,
+    say: Callable[[str], None] = lambda line: None,  # told in one line what comes next
+    progress: bool = False,  # show progress bars on stderr
 ) -> Path:
     """Build the demo set, train a little, let the bundled model enhance held-out clips, report.
 
-    What is there already is kept, and a run that was interrupted goes on where it stopped.
-
-    Args:
-        cfg: what to train; `configs/demo.yaml` takes a few minutes on two CPU cores.
-        data_path: where the demo set is, or will be made.
-        results_path: the run's folder; report.html, whose path is returned, and audio/ go there.
-        say: told in one line what comes next.
-        progress: show progress bars on stderr.
+    What is there already is kept, and a run that was interrupted goes on where it stopped. Returns
+    the report's path.
     """
     say(f"1/4  dataset: {data_path}")
     build_demo(data_path, progress=progress)

@@ -30,31 +30,20 @@ class FilesFailedError(DataError):
 
 def enhance_file(
     model: DiffusionBufferModel,
-    source: str | Path,
-    destination: str | Path,
+    source: str | Path,  # a file that libsndfile reads
+    destination: str | Path,  # .wav or .flac
     *,
-    seed: int = 0,
-    channels: Literal["mono", "keep"] = "mono",
-    repair: bool = False,
-    backend: Backend = "torch",
+    seed: int = 0,  # of the diffusion noise
+    channels: Literal["mono", "keep"] = "mono",  # average them, as in training, or enhance each
+    repair: bool = False,  # take NaN and Inf as zeros instead of refusing the file
+    backend: Backend = "torch",  # as in `OnlineEnhancer`
 ) -> None:
     """Enhance one file; memory does not grow with its length.
 
     The output is of the input's rate and length, whole or not there: a .wav of 32-bit floats, so
     that nothing is clipped, or a .flac of 24 bits. Where the header promises other samples than can
-    be decoded, those that can be are taken, with a warning.
-
-    Args:
-        model: any DiffusionBufferModel.
-        source: a file that libsndfile reads.
-        destination: .wav or .flac.
-        seed: of the diffusion noise.
-        channels: "mono" averages them, as in training; "keep" enhances each by itself.
-        repair: take NaN and Inf as zeros instead of refusing the file.
-        backend: as in `OnlineEnhancer`.
-
-    Raises:
-        DataError: a file that cannot be read or written, or that holds NaN.
+    be decoded, those that can be are taken, with a warning. DataError for a file that cannot be
+    read or written, or that holds NaN.
     """
     source, destination = Path(source), Path(destination)
     refuse_same_file(source, destination)

@@ -4,6 +4,9 @@ Each message names the value, the limit, the config key and the fix, on one line
 line prints it without a traceback; a notebook shows it as any exception.
 """
 
+from importlib import import_module
+from typing import Any
+
 
 class DiffbufError(Exception):
     """What every deliberate error of this library is."""
@@ -35,3 +38,11 @@ class OutOfMemoryError(DiffbufError, RuntimeError):
 
 class MissingExtraError(DiffbufError, ImportError):
     """An optional package that is not installed."""
+
+
+def need(package: str, who: str, fix: str) -> Any:
+    """Import an optional package; MissingExtraError says who needs it and the fix."""
+    try:
+        return import_module(package)
+    except (ImportError, OSError) as error:  # OSError: its library is not there
+        raise MissingExtraError(f"{who} needs {package} ({error}): {fix}") from None

@@ -6,9 +6,8 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -21,8 +20,7 @@ GraphPrecision = Literal["fp32", "fp16", "int8"]
 HOPS = 500  # that the graph is compared over
 
 
-@dataclass(frozen=True)
-class Exported:
+class Exported(NamedTuple):
     """What `export_model` wrote."""
 
     folder: Path
@@ -40,23 +38,18 @@ class Exported:
 
 
 def export_model(
-    model: DiffusionBufferModel,
+    model: DiffusionBufferModel,  # in float32 on the CPU, with a network that streams
     folder: str | Path,
     *,
+    # Of weights, and of products where the runtime can: fp16 or, for the matrix products, int8,
+    # both at the price of an error.
     precision: GraphPrecision = "fp32",
-    delay: int | None = None,
+    delay: int | None = None,  # d, 1 to B frames, of a data-prediction model; None for B
 ) -> Exported:
     """Write hop.onnx (see `graph.write_hop`), start.bin, stream.json and run.py.
 
     start.bin is the state of one stream that begins, float32: state.0, state.1, ... one after the
     other. The last Kb frames of state.0 hold noise, start_sigma of stream.json times CN(0, 1).
-
-    Args:
-        model: in float32 on the CPU, with a network that streams.
-        folder: to write to.
-        precision: of weights, and of products where the runtime can: fp16 or, for the matrix
-            products, int8, both at the price of an error.
-        delay: output delay d, 1 to B frames, of a data-prediction model; None for B.
 
     Raises:
         ConfigError: a model without such a graph, or whose graph in fp32 is more than 1e-4 off.
@@ -85,12 +78,8 @@ def export_model(
 
 def _about(model: DiffusionBufferModel, delay: int | None) -> dict[str, object]:
     """Return what a stream is made of, as JSON can hold it."""
-    enhancer, framing, rate = (
-        OnlineEnhancer(model, delay=delay),
-        model.framing,
-        model.cfg.audio.sample_rate,
-    )
-    sampler = enhancer.sampler
+    enhancer, sampler = OnlineEnhancer(model, delay=delay), model.sampler(delay)
+    framing, rate = model.framing, model.cfg.audio.sample_rate
     return {
         "diffbuf": diffbuf_lib.__version__,
         "sample_rate": rate,
@@ -101,7 +90,7 @@ def _about(model: DiffusionBufferModel, delay: int | None) -> dict[str, object]:
         "beta": framing.beta,
         "level_seconds": model.cfg.preprocessing.level_seconds,  # within the graph, if not null
         "times": sampler.t.tolist(),
-        "start_sigma": hop_sampler(model, delay).next_std.tolist(),
+        "start_sigma": sampler.next_std.tolist(),
         "delay": sampler.delay,
         "latency_ms": 1e3 * enhancer.latency_samples / rate,
         "worst_latency_ms": 1e3 * enhancer.worst_latency_samples / rate,

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +23,11 @@ from torch import Tensor, nn
 from diffbuf_lib.data.audio import atomic_file
 from diffbuf_lib.diffusion.buffer import Generators
 from diffbuf_lib.diffusion.sampler import BufferSampler, BufferState
-from diffbuf_lib.errors import ConfigError, MissingExtraError
+from diffbuf_lib.errors import ConfigError, need
 from diffbuf_lib.model import DiffusionBufferModel, evaluating, fingerprint
 from diffbuf_lib.networks import can_stream
 
+_INSTALL = "pip install 'diffbuf[export]'"
 Backend = Literal["torch", "onnx"]
 OPSET = 18
 LIMIT = 1e-4  # of the peak: the largest error that a graph may have
@@ -36,18 +36,14 @@ LIMIT = 1e-4  # of the peak: the largest error that a graph may have
 class GraphSampler:
     """A `BufferSampler` whose hops ONNX Runtime runs, on as many threads as torch has now.
 
-    Args:
-        sampler: of the same model; draws the noise and begins the streams.
-        path: the graph, from `write_hop`.
-
-    Raises:
-        MissingExtraError: onnxruntime is not installed.
+    The graph at `path` is from `write_hop`; the sampler of the same model draws the noise and
+    begins the streams. MissingExtraError without onnxruntime.
     """
 
     def __init__(self, sampler: BufferSampler, path: Path) -> None:
         self.t, self.delay = sampler.t, sampler.delay
         self.start, self.draw = sampler.start, sampler.draw
-        runtime = _extra("onnxruntime")
+        runtime = need("onnxruntime", "ONNX", _INSTALL)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         self.session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -87,14 +83,12 @@ def cached_graph(model: DiffusionBufferModel, delay: int | None = None) -> Path:
 def hop_sampler(model: DiffusionBufferModel, delay: int | None = None) -> BufferSampler:
     """Return the sampler of a model whose hop can be a graph.
 
-    Raises:
-        ConfigError: a network that cannot stream, or a model that is not in float32 on the CPU.
+    ConfigError for a network that cannot stream, or a model that is not in float32 on the CPU.
     """
     if not can_stream(model.network):
         raise ConfigError(
-            f"model.name {model.cfg.model.name} has no hop to export: it computes all "
-            f"{model.cfg.num_frames} frames of its window again for each new one; take a network "
-            "that remembers its history, such as block_causal"
+            f"model.name {model.cfg.model.name} computes all {model.cfg.num_frames} frames for "
+            "each new one: a hop is exported of networks that can stream, such as block_causal"
         )
     sampler = model.sampler(delay)
     if sampler.t.dtype != torch.float32 or sampler.t.device.type != "cpu":
@@ -138,10 +132,7 @@ def write_hop(
     """Write the graph of a hop: noisy, noise, state.0, ... to clean, next.0, ...
 
     noisy and clean are [batch, F, 2], compressed spectra, real and imaginary; noise is [batch, F,
-    Kb + 1, 2] of variance 1/2.
-
-    Returns:
-        `worst_error` of so many hops.
+    Kb + 1, 2] of variance 1/2. Returns `worst_error` of so many hops.
 
     Raises:
         ConfigError: a network that cannot stream, whose step torch.export cannot trace, or whose
@@ -149,7 +140,7 @@ def write_hop(
         MissingExtraError: onnx or onnxscript is not installed.
     """
     for package in ("onnx", "onnxscript"):
-        _extra(package)
+        need(package, "ONNX", _INSTALL)
     sampler = hop_sampler(model, delay)
 
     def hop(given: list[Tensor]) -> list[Tensor]:
@@ -299,12 +290,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def _extra(package: str) -> Any:
-    try:
-        return import_module(package)
-    except ImportError:
-        raise MissingExtraError(
-            f"ONNX needs the {package} package: pip install 'diffbuf[export]'"
-        ) from None

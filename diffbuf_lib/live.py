@@ -12,7 +12,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -23,7 +22,7 @@ from torch import Tensor
 from diffbuf_lib.data.audio import audio_output, refuse_same_file
 from diffbuf_lib.data.reader import AudioReader
 from diffbuf_lib.data.riff import WavHeader, read_wav_header
-from diffbuf_lib.errors import ConfigError, DataError, MissingExtraError
+from diffbuf_lib.errors import ConfigError, DataError, MissingExtraError, need
 from diffbuf_lib.graph import Backend
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.streaming import OnlineEnhancer
@@ -35,27 +34,17 @@ _NO_PCM = (b"fLaC", b"OggS", b"FORM", b"ID3", b"caff", b".snd", b"riff")
 
 def stream_path(
     enhancer: OnlineEnhancer,
-    source: Path,
-    output: Path,
+    source: Path,  # of the model's rate, its channels averaged; `-`: WAV or s16le on stdin
+    output: Path,  # .wav, written as 32-bit float, or .flac; `-`: raw s16le on stdout
     *,
-    realtime: bool = False,
-    rate: int | None = None,
-    channels: int = 1,
-    repair: bool = False,
+    realtime: bool = False,  # feed a file at its own pace; a pipe sets its own
+    rate: int | None = None,  # Hz, of raw PCM; None for the model's
+    channels: int = 1,  # of raw PCM, interleaved
+    repair: bool = False,  # take NaN and Inf in a file as zeros instead of refusing it
 ) -> LiveReport:
-    """Enhance a file or pipe, hop by hop.
+    """Enhance a file or pipe, hop by hop, by an enhancer of one stream.
 
-    Args:
-        enhancer: of one stream.
-        source: a file of the model's rate, its channels averaged; `-` for WAV or s16le on stdin.
-        output: .wav, written as 32-bit float, or .flac; `-` for raw s16le on stdout.
-        realtime: feed a file at its own pace. A pipe sets its own.
-        rate: Hz, of raw PCM; None for the model's.
-        channels: of raw PCM, interleaved.
-        repair: take NaN and Inf in a file as zeros instead of refusing it.
-
-    Raises:
-        DataError: a file that cannot be read or written, of another rate, or given as its output.
+    DataError for a file that cannot be read or written, of another rate, or given as its output.
     """
     cfg = enhancer.model.cfg.audio
     hop = cfg.stft.hop_length
@@ -88,18 +77,10 @@ def run_microphone(enhancer: OnlineEnhancer) -> LiveReport:
     """Enhance the microphone until Ctrl-C, and play it: wear headphones, or it feeds back.
 
     Hops that the sound card lost because they were not fetched in time count as missed.
-
-    Raises:
-        MissingExtraError: the sounddevice package is not installed.
-        ConfigError: no sound card, or one that does not take the model's rate.
+    MissingExtraError without the package sounddevice; ConfigError without a card of that rate.
     """
-    try:
-        sounddevice: Any = import_module("sounddevice")
-    except (ImportError, OSError) as error:  # OSError: the package without PortAudio
-        raise MissingExtraError(
-            f"--device mic needs sounddevice ({error}): pip install 'diffbuf[mic]', and on Linux "
-            "apt install libportaudio2"
-        ) from None
+    install = "pip install 'diffbuf[mic]', and on Linux apt install libportaudio2"
+    sounddevice = need("sounddevice", "--device mic", install)
     rate, hop = enhancer.model.cfg.audio.sample_rate, enhancer.model.cfg.audio.stft.hop_length
     lost = 0
 
@@ -111,12 +92,10 @@ def run_microphone(enhancer: OnlineEnhancer) -> LiveReport:
             yield torch.from_numpy(block[:, 0].copy())
 
     try:
-        with sounddevice.Stream(
-            samplerate=rate, blocksize=hop, channels=1, dtype="float32"
-        ) as card:
-            report = run_live(
-                enhancer, recorded(card), lambda out: card.write(out.unsqueeze(1).numpy())
-            )
+        settings = {"samplerate": rate, "blocksize": hop, "channels": 1, "dtype": "float32"}
+        with sounddevice.Stream(**settings) as card:
+            play = lambda out: card.write(out.unsqueeze(1).numpy())  # noqa: E731
+            report = run_live(enhancer, recorded(card), play)
     except sounddevice.PortAudioError as error:
         raise ConfigError(f"--device mic: the sound card is unusable: {error}") from error
     return replace(report, missed=report.missed + lost)
@@ -124,19 +103,12 @@ def run_microphone(enhancer: OnlineEnhancer) -> LiveReport:
 
 def run_live(
     enhancer: OnlineEnhancer,
-    hops: Iterable[Tensor],
-    sink: Callable[[Tensor], object],
+    hops: Iterable[Tensor],  # [T] each, hop_length samples; the last may be shorter
+    sink: Callable[[Tensor], object],  # is given what comes out, [T'], the stream's end included
     *,
-    realtime: bool = False,
+    realtime: bool = False,  # wait for each hop; not for sources that set the pace themselves
 ) -> LiveReport:
-    """Feed a stream hop by hop, and measure. Ctrl-C ends it as the end of the input does.
-
-    Args:
-        enhancer: of one stream.
-        hops: [T] each, hop_length samples; the last may be shorter.
-        sink: is given what comes out, [T'], the end of the stream included.
-        realtime: wait for each hop; not for sources that set the pace themselves.
-    """
+    """Feed one stream hop by hop, and measure. Ctrl-C ends it as the end of the input does."""
     times, missed = [], 0
     with suppress(KeyboardInterrupt):
         for hop in live_hops(enhancer, hops, realtime=realtime):
@@ -276,8 +248,7 @@ def streams_in_time(
 ) -> tuple[int, LiveReport]:
     """Return how many streams, in one call, keep every deadline on torch's threads.
 
-    Returns:
-        The number, 0 if not even one stream keeps up; and the report of that many, or of one.
+    And the report of that many, or of one if not even one keeps up.
     """
     reports: dict[int, LiveReport] = {}
 
@@ -297,13 +268,9 @@ def streams_in_time(
 def latency_report(
     model: DiffusionBufferModel, delay: int | None = None, hops: int = 50, **options: Any
 ) -> LiveReport:
-    """Measure noise on this machine: `hops` of it, after B that are not timed.
+    """Measure noise where the model is: `hops` of it, after B that are not timed.
 
-    Args:
-        model: any; on the device where it is.
-        delay: d, 1 to B frames, of a data-prediction model; None for B.
-        hops: how many are timed.
-        options: of `OnlineEnhancer`, such as batch and backend.
+    Delay and options, such as batch and backend, are those of `OnlineEnhancer`.
     """
     enhancer = OnlineEnhancer(model, delay=delay, **options)
     warm, hop = model.cfg.diffusion_buffer.buffer_size, model.cfg.audio.stft.hop_length
@@ -318,11 +285,8 @@ def read_pipe(
 ) -> tuple[int, Iterator[Tensor]]:
     """Find out what comes from a pipe: a WAV, or else raw s16le PCM of this rate and channels.
 
-    Returns:
-        Its rate, Hz; and pieces [hop] float32, full scale 1, channels averaged, as they arrive.
-
-    Raises:
-        DataError: another format, or a codec that is no PCM.
+    Returns its rate, Hz, and pieces [hop] float32, full scale 1, channels averaged, as they arrive;
+    DataError for another format, or a codec that is no PCM.
     """
     head = b""
     while len(head) < 12 and (more := stream.read(12 - len(head))):

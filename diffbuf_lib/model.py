@@ -99,22 +99,14 @@ class DiffusionBufferModel(
 
     def trace(
         self,
-        mix: Tensor,
-        target: Tensor,
-        generator: Generators = None,
-        draws: Draws | None = None,
+        mix: Tensor,  # [B, C, T] float32, full scale 1
+        target: Tensor,  # [B, C, T] float32, the clean signal at the same moments
+        generator: Generators = None,  # of diffusion times and noise: one, or one an example
+        draws: Draws | None = None,  # these themselves, of an earlier trace of this shape
     ) -> Trace:
         """Walk one batch through training and keep every stage.
 
-        Args:
-            mix: [B, C, T] float32, full scale 1.
-            target: [B, C, T] float32, the clean signal at the same moments.
-            generator: of diffusion times and noise: one, or one for each example.
-            draws: the diffusion times and noise themselves, of an earlier trace of this shape.
-
-        Raises:
-            ShapeError: not [B, C, T], mix and target of different shapes, or a signal with
-                fewer STFT frames than the buffer has.
+        ShapeError for other shapes, or a signal with fewer STFT frames than the buffer has.
         """
         if mix.shape != target.shape:
             raise ShapeError(
@@ -276,23 +268,17 @@ class DiffusionBufferModel(
 
     def sampler(
         self,
-        delay: int | None = None,
+        delay: int | None = None,  # d, 1 to B, of a data-prediction model; None for B
         *,
+        # Let a streaming network remember its history; the output is the same as that of a window K
+        # that shows it all it can see.
         cached: bool = True,
-        compiled: bool = False,
-        precision: Precision = "fp32",
+        compiled: bool = False,  # of a streaming network: compile its steps
+        precision: Precision = "fp32",  # of a streaming network; all else is in float32
     ) -> BufferSampler:
         """Make what moves this model's buffer along a stream.
 
-        Args:
-            delay: d, 1 to B, of a data-prediction model; None for B.
-            cached: let a streaming network remember its history; the output is the same as that
-                of a window K that shows it all it can see.
-            compiled: of a streaming network: compile its steps.
-            precision: of a streaming network: "bf16" runs it in bfloat16, all else in float32.
-
-        Raises:
-            ConfigError: a delay, compiled or precision that this model does not have.
+        ConfigError for a delay, compiled or precision that this model does not have.
         """
         start_memory = None
         if cached and can_stream(self.network):
@@ -303,16 +289,11 @@ class DiffusionBufferModel(
                 f"model.name block_causal, not {self.cfg.model.name}"
             )
         parameter = next(self.parameters())
+        t = inference_times(self.cfg.diffusion_buffer, parameter.device, parameter.dtype)
         return BufferSampler(
-            self.denoise,
-            self.sde,
-            inference_times(self.cfg.diffusion_buffer, parameter.device, parameter.dtype),
-            self.cfg.num_frames,
-            predicts_data=self.predicts_data,
-            delay=delay,
-            start_memory=start_memory,
-            level=self.level,
-        )
+            self.denoise, self.sde, t, self.cfg.num_frames, predicts_data=self.predicts_data,
+            delay=delay, start_memory=start_memory, level=self.level,
+        )  # fmt: skip
 
     @torch.inference_mode()
     def enhance(
@@ -323,8 +304,7 @@ class DiffusionBufferModel(
         Sample for sample what `OnlineEnhancer` puts out for the same noise.
 
         Args:
-            mix: [B, C, T] floating point, full scale 1; channels are averaged to mono, as in
-                training.
+            mix: [B, C, T] floating point, full scale 1; channels are averaged, as in training.
             generator: of the diffusion noise; None for the global state.
             delay: d, 1 to B frames, of a data-prediction model; None for B.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffbuf_lib.diffusion.sampler import BufferSampler, BufferState
 from diffbuf_lib.errors import ConfigError, ShapeError
-from diffbuf_lib.graph import Backend, GraphSampler, cached_graph
+from diffbuf_lib.graph import Backend, GraphSampler, cached_graph, tensors
 from diffbuf_lib.model import DiffusionBufferModel, evaluating
 from diffbuf_lib.networks import Precision
 
@@ -38,8 +38,7 @@ class StreamState:
     @property
     def num_bytes(self) -> int:
         """Memory of one batch of streams, bytes."""
-        own = (self.waiting, self.overlap, self.envelope)
-        return self.buffer.num_bytes + sum(tensor.nbytes for tensor in own)
+        return sum(tensor.nbytes for tensor in tensors(self))
 
 
 class OnlineEnhancer:
@@ -48,18 +47,8 @@ class OnlineEnhancer:
     The output is that of `model.enhance` on the whole signal with the same noise, however the
     input is cut into pushes, and needs no future sample: a frame is analysed when its last
     sample has been pushed. After `flush` as many samples have come out as went in. A network that
-    can remember its history does so: a frame then costs the same after an hour.
-
-    Args:
-        model: any DiffusionBufferModel; it is used in evaluation mode and left as it was.
-        seed: of the diffusion noise, so that a stream can be repeated.
-        delay: d, 1 to B frames, of a data-prediction model; None for B.
-        batch: streams that run side by side.
-        compiled: of a streaming network: run one compiled graph, which takes about a minute to
-            make.
-        precision: of a streaming network: "bf16" runs it in bfloat16.
-        backend: "onnx" runs hops of a streaming network as an ONNX graph, which takes half a minute
-            to make and is kept: the same samples but for rounding.
+    can remember its history does so: a frame then costs the same after an hour. The last three
+    arguments are for such networks.
 
     Raises:
         ConfigError: a delay, compiled, precision or backend that the model cannot have.
@@ -68,13 +57,15 @@ class OnlineEnhancer:
 
     def __init__(
         self,
-        model: DiffusionBufferModel,
-        seed: int = 0,
-        delay: int | None = None,
-        batch: int = 1,
+        model: DiffusionBufferModel,  # is used in evaluation mode and left as it was
+        seed: int = 0,  # of the diffusion noise, so that a stream can be repeated
+        delay: int | None = None,  # d, 1 to B frames, of a data-prediction model; None for B
+        batch: int = 1,  # streams that run side by side
         *,
-        compiled: bool = False,
-        precision: Precision = "fp32",
+        compiled: bool = False,  # run one compiled graph, which takes about a minute to make
+        precision: Precision = "fp32",  # bf16: bfloat16
+        # onnx: hops are a graph, which takes half a minute to make and is kept; the same samples
+        # but for rounding.
         backend: Backend = "torch",
     ) -> None:
         self.model, self.seed, self.batch = model, seed, batch
@@ -128,18 +119,11 @@ class OnlineEnhancer:
     def push(self, samples: Any) -> Any:
         """Take in samples and give out those that are ready.
 
-        A sample that is NaN or Inf counts as zero and is counted in `state.bad`: one of them would
-        silence the stream for good. After an exception the stream begins anew.
-
-        Args:
-            samples: tensor or numpy array, [T], [1, T] or [batch, T], of any length; floating
-                point of full scale 1, int16 or int32 of their own full scale.
-
-        Returns:
-            What is ready, of the same kind, type and axes, T' samples long; T' may be 0.
-
-        Raises:
-            ShapeError: not of these shapes or types.
+        `samples` is a tensor or numpy array, [T], [1, T] or [batch, T], of any length; floating
+        point of full scale 1, int16 or int32 of their own full scale (else ShapeError). What is
+        ready is of the same kind, type and axes, T' samples long; T' may be 0. A sample that is NaN
+        or Inf counts as zero and is counted in `state.bad`: one of them would silence the stream
+        for good. After an exception the stream begins anew.
         """
         rows, self._as_given = self._rows(samples)
         self.state.taken += rows.shape[-1]
@@ -183,9 +167,7 @@ class OnlineEnhancer:
     def flush(self) -> Any:
         """End the stream: give out what is still inside, and reset.
 
-        Returns:
-            T' samples of the kind that was pushed last, so that the whole output is as long as the
-            whole input.
+        T' samples of the kind that was pushed last: the whole output is as long as the input.
         """
         state, missing = self.state, self.state.taken - max(0, self.state.given)
         silence = state.overlap.new_zeros(self.batch, self.spectral.hop_length)

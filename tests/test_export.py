@@ -134,8 +134,6 @@ def test_a_state_that_is_no_tree_of_tensors_is_refused(exported, monkeypatch, tm
         pytest.skip("once is enough")
 
     class Hidden:
-        num_bytes = 0
-
         def __init__(self, memory):
             self.frame = memory.frame
 

@@ -41,10 +41,6 @@ class Remembered:
 
     frame: torch.Tensor
 
-    @property
-    def num_bytes(self) -> int:
-        return self.frame.nbytes
-
 
 class ToyNet(nn.Module):
     """Each frame sees itself and the frame before: enough to need a memory in a stream."""

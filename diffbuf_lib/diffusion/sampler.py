@@ -39,44 +39,28 @@ class BufferState:
     level: Tensor | None = None  # [B, 2], the sums of the running level, if there is one
     scales: Tensor | None = None  # [B, 1, Kb], what the buffer's frames were divided by
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the state, bytes."""
-        tensors = (self.V, self.Y, self.level, self.scales)
-        own = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-        return own + (self.memory.num_bytes if self.memory is not None else 0)
-
 
 class BufferSampler:
     """Moves a buffer along a stream of noisy frames.
 
-    Args:
-        denoise: V, Y and t (and sigma and memory, of a streaming network) -> (score, x0_hat); see
-            `DiffusionBufferModel.denoise`.
-        sde: the SDE that it was trained with.
-        t: diffusion times of the buffer, [Kb], rising.
-        num_frames: K, frames that the network sees; at least Kb.
-        predicts_data: whether x0_hat replaces the reverse step (data prediction).
-        delay: d, which frame of the buffer is put out, 1 (the newest) to Kb (the oldest, None).
-        start_memory: of a streaming network: (F, times [B, Kb]) -> its memory. K then has no
-            meaning, since all the past counts. None: K frames are computed for each new one.
-        level: what frames are divided by as they enter, and multiplied by as they leave.
-
-    Raises:
-        ConfigError: a delay outside [1, Kb], or below Kb without data prediction.
+    ConfigError for a delay outside [1, Kb], or below Kb without data prediction.
     """
 
     def __init__(
         self,
+        # V, Y and t (and sigma and memory, of a streaming network) -> (score, x0_hat); see
+        # `DiffusionBufferModel.denoise`.
         denoise: Callable[..., tuple[Tensor, Tensor]],
-        sde: SDE,
-        t: Tensor,
-        num_frames: int,
+        sde: SDE,  # that it was trained with
+        t: Tensor,  # diffusion times of the buffer, [Kb], rising
+        num_frames: int,  # K, frames that the network sees; at least Kb
         *,
-        predicts_data: bool = False,
-        delay: int | None = None,
+        predicts_data: bool = False,  # whether x0_hat replaces the reverse step
+        delay: int | None = None,  # d, frame that is put out, 1 (the newest) to Kb (oldest, None)
+        # Of a streaming network: (F, times [B, Kb]) -> its memory. K then has no meaning, since all
+        # the past counts. None: K frames are computed for each new one.
         start_memory: Callable[[int, Tensor], Any] | None = None,
-        level: RunningLevel | None = None,
+        level: RunningLevel | None = None,  # frames are divided by it while they are inside
     ) -> None:
         Kb = t.shape[0]
         delay = Kb if delay is None else delay

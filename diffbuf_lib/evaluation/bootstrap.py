@@ -42,15 +42,11 @@ def bootstrap(
     mean = round(float(data.mean()), 6)
     if len(data) == 1:
         return Interval(mean, None, None, 1)
+    # The batch: so that memory does not grow with the resamples.
     low, high = stats.bootstrap(
-        (data,),
-        np.mean,
-        n_resamples=resamples,
-        batch=100,  # so that memory does not grow with the resamples
-        confidence_level=LEVEL,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+        (data,), np.mean, n_resamples=resamples, batch=100, confidence_level=LEVEL,
+        method="percentile", rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
     return Interval(mean, round(float(low), 6), round(float(high), 6), len(data))
 
 
@@ -173,10 +169,8 @@ def compare_folders(
         if alone := ", ".join(sorted(left.keys() - right.keys())[:_NAMED]):
             raise DataError(f"{path} lacks {alone}: evaluate both on the same clips")
     if changed := [clip for clip, row in one.items() if row.checksum != other[clip].checksum]:
-        raise DataError(
-            f"{', '.join(changed[:_NAMED])} differ in {a} and {b}: evaluate both on the same data, "
-            "with the same --seconds"
-        )
+        names, fix = ", ".join(changed[:_NAMED]), "evaluate the same data with the same --seconds"
+        raise DataError(f"{names} differ in {a} and {b}: {fix}")
     common = [metric for metric in metrics if metric in metrics_b]
     if not common:
         raise DataError(f"{a} and {b} have no metric in common: evaluate both with the same ones")

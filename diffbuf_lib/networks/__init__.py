@@ -1,4 +1,8 @@
-"""Networks: from [B, 4, F, K] (V and Y, real and imaginary) and times [B, Kb] to [B, 2, F, Kb].
+"""Networks: what their `forward(x, t)` takes and gives is the same for all.
+
+    x [B, 4, F, K]    V.real, V.imag, Y.real, Y.imag, channels-last; any F, and K >= Kb
+    t [B, Kb]         the diffusion times of the last Kb frames
+    out [B, 2, F, Kb] real and imaginary part of what the last Kb frames are given
 
 `registry.NETWORKS` names them. A network that remembers its history can stream: see
 `StreamingNetwork`. Nobody asks a network for its class, only for what it can do.
@@ -31,8 +35,8 @@ class StreamingNetwork(Protocol):
             precision: of the steps.
 
         Returns:
-            What the network remembers, with its size in bytes as `num_bytes`. To be exported:
-            its tensors in dataclasses, lists, tuples and dicts, each [B, ...] of one shape forever.
+            What the network remembers: tensors [B, ...] in dataclasses, lists, tuples and dicts;
+            to be exported, each of one shape forever.
 
         Raises:
             ConfigError: compiled or precision that this network does not have.

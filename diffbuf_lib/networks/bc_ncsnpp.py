@@ -31,50 +31,28 @@ TIME_FEATURES = 128  # random frequencies of the diffusion time
 
 @dataclass
 class Past:
-    """What layers remember of the frames before a pass over whole blocks.
+    """What layers remember of the frames before a pass over whole blocks."""
 
-    Attributes:
-        blocks: how many the pass has; it moves `kept` on by the first of them.
-        kept: a convolution's last input frames, or the sums of a norm. Empty at the beginning.
-    """
-
-    blocks: int
+    blocks: int  # of the pass; it moves `kept` on by the first of them
+    # A convolution's last input frames, or the sums of a norm. Empty at the beginning.
     kept: dict[nn.Module, Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class Stream:
-    """What a stream keeps, whatever its length.
+    """What a stream keeps, whatever its length."""
 
-    Attributes:
-        pasts: for frames whose number leaves the rest i, i = 0, 1, ..., the past of a block that
-            ends with them.
-        recent: [B, 4, F, *], the last history frames, which belong to no past yet.
-        t: [B, Kb], the diffusion times of the buffer.
-        pushed: frames taken in so far.
-    """
-
-    pasts: list[Past]
-    recent: Tensor
-    t: Tensor
-    pushed: int = 0
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory, bytes."""
-        kept = (tensor for past in self.pasts for tensor in past.kept.values())
-        return sum(tensor.nbytes for tensor in (self.recent, self.t, *kept))
+    pasts: list[Past]  # i: of a block that ends with a frame whose number leaves the rest i
+    recent: Tensor  # [B, 4, F, *], the last history frames, which belong to no past yet
+    t: Tensor  # [B, Kb], the diffusion times of the buffer
+    pushed: int = 0  # frames taken in so far
 
 
 class BlockCausalNCSNpp(nn.Module):
     """U-Net with causal convolutions over time and strides in frequency and time.
 
-    Args:
-        base_channels: channels of the finest level.
-        channel_multipliers: channels of each level over base_channels; a level has half the bins
-            and half the frames of the one before.
-        dropout: probability, in every residual block.
-        history_time: diffusion time of frames before the buffer.
+    A level has half the bins and half the frames of the one before. Arguments are keys of
+    `ModelConfig`.
     """
 
     def __init__(
@@ -109,22 +87,13 @@ class BlockCausalNCSNpp(nn.Module):
     def from_config(cls, cfg: ModelConfig) -> Self:
         """Make the network of `cfg.model`."""
         if cfg.num_res_blocks != 1:
-            raise ConfigError(
-                f"num_res_blocks {cfg.num_res_blocks}: bc_ncsnpp has one a level; set "
-                "model.num_res_blocks to 1"
-            )
+            raise ConfigError("bc_ncsnpp has one residual block a level: model.num_res_blocks=1")
         return cls(cfg.base_channels, cfg.channel_multipliers, cfg.dropout, cfg.history_time)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Run all frames of a window in parallel.
+        """Take x [B, 4, F, K] and t [B, Kb] to [B, 2, F, Kb]; see `diffbuf_lib.networks`.
 
-        Args:
-            x: [B, 4, F, K], channels-last: V.real, V.imag, Y.real, Y.imag; any F and K >= Kb.
-                Silence is put before it, up to whole blocks.
-            t: [B, Kb], the diffusion times of the last Kb frames.
-
-        Returns:
-            [B, 2, F, Kb], real and imaginary part of what the last Kb frames are given.
+        Silence is put before x, up to whole blocks.
         """
         x = F.pad(x, (-x.shape[-1] % self.block, 0))
         return self._unet(x, t, None)
@@ -195,13 +164,8 @@ class ResBlock(nn.Module):
     """Norm, SiLU, convolution, plus time, norm, SiLU, convolution, plus the input, over sqrt 2.
 
     "down" halves the bins before the first convolution and the frames in the second one; "up"
-    doubles them there. The shortcut has a convolution of its own.
-
-    Args:
-        in_channels, out_channels: channels.
-        level: a frame of the input is 2^level of the clip's.
-        dropout: probability.
-        resample: "down", "up" or nothing.
+    doubles them there. The shortcut has a convolution of its own. A frame of the input is 2^level
+    of the clip's.
     """
 
     def __init__(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Self
 
 import torch
@@ -25,18 +26,19 @@ from diffbuf_lib.config import ModelConfig
 from diffbuf_lib.errors import ConfigError, MissingExtraError
 from diffbuf_lib.networks.layers import (
     FrameTimeEmbedding,
-    Merge,
-    Split,
+    Regroup,
     TimeConv,
     bias_and_gain,
     linear,
     magnitudes,
+    modulations,
 )
 
 IO_CHANNELS = 4  # real and imaginary parts of V and Y
 INPUT_CHANNELS = 6  # and their magnitudes, which linear layers would have to learn to make
 PATCH = 4  # bins of one step of the finest level
 STRIDE = 4  # bins of a level to one bin of the next
+Past = list[tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -45,17 +47,12 @@ class History:
 
     # Of every residual block the inputs of its two convolutions over time at the last d history
     # frames, [B, d, F', C] each, d the convolution's dilation. Changed in place.
-    past: list[tuple[Tensor, Tensor]]
+    past: Past
     # Of every residual block what its norm is shifted and scaled by, [B, 1 + Kb, 1, 2 C]: history
     # at t = 0, then the buffer's times. Constant along a stream.
     modulation: list[Tensor]
-    run: Callable[[Tensor, list[Tensor], list[tuple[Tensor, Tensor]]], Tensor]  # makes a step
+    run: Callable[[Tensor, list[Tensor], Past], Tensor]  # makes a step
     precision: str = "fp32"  # of the steps
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory, bytes."""
-        return sum(tensor.nbytes for tensors in (self.modulation, *self.past) for tensor in tensors)
 
 
 class BlockCausal(nn.Module):
@@ -90,19 +87,15 @@ class BlockCausal(nn.Module):
 
         # Smooth in t: at the usual scale of 16 two neighbouring times have nothing in common.
         self.embed_time = FrameTimeEmbedding(base_channels, scale=1.0)
-        self.first = Merge(INPUT_CHANNELS, widths[0], PATCH)
-        levels = range(len(widths))
+        self.first = Regroup(INPUT_CHANNELS, widths[0], merge=PATCH)
+        levels, pairs = range(len(widths)), list(pairwise(widths))
         self.down = nn.ModuleList(blocks(level) for level in levels)
-        self.merge = nn.ModuleList(
-            Merge(widths[level], widths[level + 1], STRIDE) for level in levels[:-1]
-        )
+        self.merge = nn.ModuleList(Regroup(a, b, merge=STRIDE) for a, b in pairs)
         self.attention = BufferAttention(widths[-1])
         self.up = nn.ModuleList(blocks(level) for level in levels)
-        self.split = nn.ModuleList(
-            Split(widths[level + 1], widths[level], STRIDE) for level in levels[:-1]
-        )
+        self.split = nn.ModuleList(Regroup(b, a, split=STRIDE) for a, b in pairs)
         self.norm_out = nn.LayerNorm(widths[0])
-        self.last = Split(widths[0], 2, PATCH, zero=True)
+        self.last = Regroup(widths[0], 2, split=PATCH, zero=True)
 
     @classmethod
     def from_config(cls, cfg: ModelConfig) -> Self:
@@ -115,17 +108,9 @@ class BlockCausal(nn.Module):
         return sum(conv.dilation for block in self._blocks() for conv in block.convs)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Run all frames of a window in parallel.
-
-        Args:
-            x: [B, 4, F, K], channels-last: V.real, V.imag, Y.real, Y.imag; any F and K >= Kb.
-            t: [B, Kb], the diffusion times of the last Kb frames.
-
-        Returns:
-            [B, 2, F, Kb], real and imaginary part of what the last Kb frames are given.
-        """
-        num_history = x.shape[-1] - t.shape[-1]
-        return self._unet(x, self._modulation(t), num_history, past=None)
+        """Take x [B, 4, F, K] and t [B, Kb] to [B, 2, F, Kb]; see `diffbuf_lib.networks`."""
+        modulation = modulations(self.embed_time, self._blocks(), t)
+        return self._unet(x, modulation, x.shape[-1] - t.shape[-1], past=None)
 
     @torch.no_grad()
     def start(
@@ -144,7 +129,7 @@ class BlockCausal(nn.Module):
         """
         if precision not in ("fp32", "bf16"):
             raise ConfigError(f"precision {precision!r} is none of fp32, bf16")
-        (B, Kb), modulation = t.shape, self._modulation(t)
+        (B, Kb), modulation = t.shape, modulations(self.embed_time, self._blocks(), t)
         rows = -(-num_bins // self.bins_step) * self.bins_step // PATCH
         past = []
         for level, block in self._levels():
@@ -163,9 +148,7 @@ class BlockCausal(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=state.precision == "bf16"):
             return state.run(x, state.modulation, state.past)
 
-    def _one_step(
-        self, x: Tensor, modulation: list[Tensor], past: list[tuple[Tensor, Tensor]]
-    ) -> Tensor:
+    def _one_step(self, x: Tensor, modulation: list[Tensor], past: Past) -> Tensor:
         return self._unet(x, modulation, 1, past)
 
     def _compile(self, history: History, silence: Tensor) -> None:
@@ -181,16 +164,11 @@ class BlockCausal(nn.Module):
                 self.step(replace(history, past=copies), x)
         except torch._inductor.exc.InvalidCxxCompiler as error:
             raise MissingExtraError(
-                "a compiled stream needs a C++ compiler, and there is none: install one "
-                "(Debian: apt-get install g++), or leave it out"
+                "a compiled stream needs a C++ compiler: install one (Debian: apt-get install g++)"
             ) from error
 
     def _unet(
-        self,
-        x: Tensor,
-        modulation: list[Tensor],
-        num_history: int,
-        past: list[tuple[Tensor, Tensor]] | None,
+        self, x: Tensor, modulation: list[Tensor], num_history: int, past: Past | None
     ) -> Tensor:
         """Run num_history history frames and the buffer; the same code for window and stream."""
         bins = x.shape[2]
@@ -216,11 +194,6 @@ class BlockCausal(nn.Module):
             h = run(self.up[level], self.split[level](h) + skips[level])
         out = self.last(F.silu(self.norm_out(h[:, num_history:])))  # [B, Kb, F, 2]
         return out[:, :, :bins].permute(0, 3, 2, 1)
-
-    def _modulation(self, t: Tensor) -> list[Tensor]:
-        """Return each block's [B, 1 + Kb, 1, 2 C]: one frame of history, and the buffer's."""
-        time = self.embed_time(F.pad(t, (1, 0))).transpose(1, 2)  # [B, 1 + Kb, E]
-        return [block.time(time).unsqueeze(2) for block in self._blocks()]
 
     def _blocks(self) -> list[ResBlock]:
         return [block for _, block in self._levels()]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,8 @@ class FrameTimeEmbedding(nn.Module):
     """Embed the diffusion time of every frame.
 
     Random Fourier features of log(t + 0.01) (Song et al. 2021, appendix C), then two linear
-    layers. History frames have t = 0, which the offset keeps finite.
-
-    Args:
-        num_features: random frequencies; the embedding has four times as many channels.
-        scale: standard deviation of the frequencies, in cycles per nat.
+    layers. History frames have t = 0, which the offset keeps finite. `scale` is the frequencies'
+    standard deviation, in cycles per nat.
     """
 
     frequencies: Tensor
@@ -95,10 +93,7 @@ class Resample(nn.Module):
 
     The filter of NCSN++ (Song et al. 2021), as one depthwise strided convolution: the general
     up-fir-down routine in plain torch that is usual for it costs nearly half of a forward pass.
-
-    Args:
-        direction: "down" or "up".
-        frames: whether frames too, or frequency only.
+    The direction is "down" or "up".
     """
 
     kernel: Tensor
@@ -137,18 +132,14 @@ class TimeConv(nn.Module):
     def __init__(self, channels: int, dilation: int, *, zero: bool = False) -> None:
         super().__init__()
         self.dilation = dilation
-        self.over_bins = initialised(
-            nn.Conv2d(3 * channels, channels, (1, 3), padding=(0, 1)), zero
-        )
+        conv = nn.Conv2d(3 * channels, channels, (1, 3), padding=(0, 1))
+        self.over_bins = initialised(conv, zero)
 
     def forward(self, x: Tensor, num_history: int = 0, past: Tensor | None = None) -> Tensor:
-        """Keep the shape [B, K, F, C].
+        """Keep the shape [B, K, F, C] of num_history history frames and the buffer.
 
-        Args:
-            x: num_history history frames, then the buffer.
-            num_history: how many of the frames are history.
-            past: [B, d, F, C], the d history frames before x; changed in place to those before
-                the buffer. None: zeros.
+        `past` is [B, d, F, C], the history frames before x, changed in place to those before the
+        buffer; None: zeros.
         """
         d, K = self.dilation, x.shape[1]
         none = x.new_zeros(x.shape[0], d, *x.shape[2:])
@@ -165,9 +156,7 @@ class TimeConv(nn.Module):
 def bias_and_gain(modulation: Tensor, num_history: int) -> tuple[Tensor, Tensor]:
     """Give every frame what its features are shifted and scaled by, each [B, K, 1, C].
 
-    Args:
-        modulation: [B, 1 + Kb, 1, 2 C], a history frame's, then the buffer's.
-        num_history: history frames; all have the same.
+    `modulation` is [B, 1 + Kb, 1, 2 C]: one of all history frames, then the buffer's.
     """
     if num_history != 1:
         history = modulation[:, :1].expand(-1, num_history, -1, -1)
@@ -176,36 +165,29 @@ def bias_and_gain(modulation: Tensor, num_history: int) -> tuple[Tensor, Tensor]
     return bias, 1 + gain
 
 
-class Merge(nn.Module):
-    """Make `step` neighbouring bins one: [B, K, step * F, C] to [B, K, F, C']."""
+class Regroup(nn.Module):
+    """A linear layer that makes of every `merge` bins `split`: [B, K, F, C] to [B, K, F', C']."""
 
-    def __init__(self, in_channels: int, out_channels: int, step: int) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, *, merge: int = 1, split: int = 1,
+        zero: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.step = step
-        self.mix = linear(step * in_channels, out_channels)
+        self.merge, self.split = merge, split
+        self.mix = linear(merge * in_channels, split * out_channels, zero=zero)
 
     def forward(self, x: Tensor) -> Tensor:
         """Join the channels of the bins, and mix them."""
         B, K, bins, _ = x.shape
-        out: Tensor = self.mix(x.reshape(B, K, bins // self.step, -1))
+        rows = bins // self.merge
+        out: Tensor = self.mix(x.reshape(B, K, rows, -1)).reshape(B, K, rows * self.split, -1)
         return out
 
 
-class Split(nn.Module):
-    """Undo `Merge`: [B, K, F, C] to [B, K, step * F, C']."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, step: int, *, zero: bool = False
-    ) -> None:
-        super().__init__()
-        self.step = step
-        self.mix = linear(in_channels, step * out_channels, zero=zero)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Give every bin the channels of `step` bins."""
-        B, K, bins, _ = x.shape
-        out: Tensor = self.mix(x).reshape(B, K, bins * self.step, -1)
-        return out
+def modulations(embed: FrameTimeEmbedding, blocks: Iterable[Any], t: Tensor) -> list[Tensor]:
+    """Return each block's [B, 1 + Kb, 1, 2 C] of t [B, Kb]: that of history, and the buffer's."""
+    time = embed(F.pad(t, (1, 0))).transpose(1, 2)  # [B, 1 + Kb, E]
+    return [block.time(time).unsqueeze(2) for block in blocks]
 
 
 def magnitudes(x: Tensor) -> Tensor:

@@ -52,14 +52,8 @@ class NCSNpp(nn.Module):
         self.stride = 2 ** (len(widths) - 1)  # frames and bins of a step of the coarsest level
 
         def block(in_channels: int, out_channels: int, level: int, resample: str = "") -> ResBlock:
-            return ResBlock(
-                in_channels,
-                out_channels,
-                time_channels=4 * base_channels,
-                time_stride=2**level,
-                resample=resample,
-                dropout=dropout,
-            )
+            sizes = (in_channels, out_channels, 4 * base_channels)
+            return ResBlock(*sizes, 2**level, resample, dropout)
 
         self.embed_time = FrameTimeEmbedding(base_channels)
         self.first = conv3x3(IO_CHANNELS, base_channels)
@@ -102,17 +96,8 @@ class NCSNpp(nn.Module):
         return cls(*sizes, divide_by_time=divide, history_time=cfg.history_time)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Run the U-Net.
-
-        Args:
-            x: [B, 4, F, K], channels-last: V.real, V.imag, Y.real, Y.imag.
-            t: [B, Kb], the diffusion times of the last Kb frames.
-
-        Returns:
-            [B, 2, F, Kb], real and imaginary part of what the last Kb frames are given.
-        """
-        bins, frames = x.shape[2:]
-        Kb = t.shape[-1]
+        """Take x [B, 4, F, K] and t [B, Kb] to [B, 2, F, Kb]; see `diffbuf_lib.networks`."""
+        (bins, frames), Kb = x.shape[2:], t.shape[-1]
         # Whole steps of the coarsest level: zeros above the band and before the past, so that the
         # buffer keeps its place at the end.
         missing_bins, missing_frames = -bins % self.stride, -frames % self.stride
@@ -193,15 +178,9 @@ class ResBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        time_channels: int,
-        time_stride: int,
-        resample: str = "",
-        dropout: float = 0.0,
-    ) -> None:
+        self, in_channels: int, out_channels: int, time_channels: int, time_stride: int,
+        resample: str, dropout: float,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.norm_in = NormAct(in_channels)
         self.resample = Resample(resample) if resample else nn.Identity()

@@ -13,10 +13,10 @@ Feature maps are [B, K, P, C], frames first; P positions of 4, 16, 64, ... bins.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -24,18 +24,18 @@ from torch import Tensor, nn
 
 from diffbuf_lib.config import ModelConfig
 from diffbuf_lib.errors import ConfigError
-from diffbuf_lib.networks.block_causal import PATCH, STRIDE, ResBlock
+from diffbuf_lib.networks.block_causal import INPUT_CHANNELS, PATCH, STRIDE, ResBlock
 from diffbuf_lib.networks.layers import (
     FrameTimeEmbedding,
-    Merge,
-    Split,
+    Regroup,
     initialised,
     linear,
     magnitudes,
+    modulations,
 )
 
-Memory = list[Tensor]
-"""What a trunk remembers: of each layer over time, in the order in which they run."""
+Memory = dict[nn.Module, Tensor]
+"""What layers over time remember, changed in place; empty at the beginning."""
 
 
 @dataclass
@@ -46,20 +46,12 @@ class RecurrentState:
     heard: Tensor  # [B, Kb, P, C], the trunk's features of the buffer's frames
     modulation: list[Tensor]  # of the buffer's blocks, [B, 1 + Kb, 1, 2 C]: the times are constant
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory, bytes."""
-        return sum(tensor.nbytes for tensor in (*self.memory, self.heard, *self.modulation))
-
 
 class Recurrent(nn.Module):
-    """See the module.
+    """See the module. Arguments are keys of `ModelConfig`.
 
-    Args:
-        base_channels: channels of the finest level, and of the buffer's network.
-        channel_multipliers: channels of each of the trunk's levels over base_channels.
-        num_res_blocks: of the buffer's network; block i has its taps 2^i frames apart.
-        dropout: probability, in the buffer's blocks.
+    The channels' multipliers are those of the trunk's levels; num_res_blocks and dropout are of the
+    buffer's network, whose block i has its taps 2^i frames apart.
     """
 
     def __init__(
@@ -73,13 +65,13 @@ class Recurrent(nn.Module):
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         self.trunk = Trunk(widths)
         self.embed_time = FrameTimeEmbedding(base_channels, scale=1.0)
-        self.first = Merge(6, widths[0], PATCH)
+        self.first = Regroup(INPUT_CHANNELS, widths[0], merge=PATCH)
         self.blocks = nn.ModuleList(
             ResBlock(widths[0], 4 * base_channels, 2**level, dropout)
             for level in range(num_res_blocks)
         )
         self.norm_out = nn.LayerNorm(widths[0])
-        self.last = Split(widths[0], 2, PATCH, zero=True)
+        self.last = Regroup(widths[0], 2, split=PATCH, zero=True)
 
     @classmethod
     def from_config(cls, cfg: ModelConfig) -> Self:
@@ -87,24 +79,17 @@ class Recurrent(nn.Module):
         return cls(cfg.base_channels, cfg.channel_multipliers, cfg.num_res_blocks, cfg.dropout)
 
     def forward(self, x: Tensor, t: Tensor, buffers: int = 1) -> Tensor:
-        """Run the trunk over all frames, and the buffers that the last of them are.
+        """Take x [B, 4, F, K] and t [B, N Kb] to [B, 2, F, N Kb]; see `diffbuf_lib.networks`.
 
-        Args:
-            x: [B, 4, F, K]: V.real, V.imag, Y.real, Y.imag.
-            t: [B, N Kb], the diffusion times of the last N Kb frames.
-            buffers: N, buffers side by side; none sees another.
-
-        Returns:
-            [B, 2, F, N Kb].
+        The last frames are N buffers side by side, none of which sees another.
         """
         x, bins = self._padded(x)
-        heard, _ = self.trunk(x[..., 2:], None)
-        B, n = t.shape
+        heard, (B, n) = self.trunk(x[..., 2:], {}), t.shape
 
         def each(frames: Tensor) -> Tensor:  # [B, N Kb, ...] to [B N, Kb, ...]
             return frames[:, -n:].reshape(B * buffers, n // buffers, *frames.shape[2:])
 
-        modulation = self._modulation(t.reshape(B * buffers, -1))
+        modulation = modulations(self.embed_time, self.blocks, t.reshape(B * buffers, -1))
         out = self._buffer(each(x), each(heard), modulation)
         return out.reshape(B, n, *out.shape[2:])[:, :, :bins].permute(0, 3, 2, 1)
 
@@ -116,13 +101,14 @@ class Recurrent(nn.Module):
         if compiled or precision != "fp32":
             raise ConfigError("model.name recurrent streams in fp32 and not compiled: leave it out")
         silence, _ = self._padded(t.new_zeros(len(t), 4, num_bins, t.shape[-1]))
-        heard, memory = self.trunk(silence[..., 2:], None)
-        return RecurrentState(memory, heard, self._modulation(t))
+        memory: Memory = {}
+        heard = self.trunk(silence[..., 2:], memory)
+        return RecurrentState(memory, heard, modulations(self.embed_time, self.blocks, t))
 
     def step(self, state: RecurrentState, x: Tensor) -> Tensor:
         """Hear the newest frame, and run the buffer; see `StreamingNetwork`."""
         x, bins = self._padded(x)
-        heard, state.memory = self.trunk(x[:, -1:, :, 2:], state.memory)
+        heard = self.trunk(x[:, -1:, :, 2:], state.memory)
         state.heard = torch.cat([state.heard[:, 1:], heard], dim=1)
         out = self._buffer(x[:, 1:], state.heard, state.modulation)
         return out[:, :, :bins].permute(0, 3, 2, 1)
@@ -131,12 +117,6 @@ class Recurrent(nn.Module):
         """Return [B, K, F', 4], F' a multiple of the coarsest level's bins, and F."""
         bins = x.shape[2]
         return F.pad(x.permute(0, 3, 2, 1), (0, 0, 0, -bins % self.trunk.bins_step)), bins
-
-    def _modulation(self, t: Tensor) -> list[Tensor]:
-        """Return each block's [B, 1 + Kb, 1, 2 C]; blocks pass over the first, history's."""
-        time = self.embed_time(F.pad(t, (1, 0))).transpose(1, 2)
-        blocks: Iterable[Any] = self.blocks
-        return [block.time(time).unsqueeze(2) for block in blocks]
 
     def _buffer(self, x: Tensor, heard: Tensor, modulation: list[Tensor]) -> Tensor:
         """Take V and Y [B, Kb, F, 4] to the output [B, Kb, F, 2]."""
@@ -148,62 +128,37 @@ class Recurrent(nn.Module):
 
 
 class Trunk(nn.Module):
-    """A U-Net along frequency, causal along time.
-
-    Args:
-        widths: channels of every level, finest first.
-    """
+    """A U-Net along frequency, causal along time, with levels of these widths, finest first."""
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
         self.bins_step = PATCH * STRIDE ** (len(widths) - 1)
-        self.first = Merge(4, widths[0], PATCH)
+        self.first = Regroup(4, widths[0], merge=PATCH)
         pairs = list(pairwise(widths))
-        self.merge = nn.ModuleList(Merge(fine, coarse, STRIDE) for fine, coarse in pairs)
-        self.split = nn.ModuleList(Split(coarse, fine, STRIDE) for fine, coarse in pairs)
-        self.down = nn.ModuleList(CausalBlock(width, level > 0) for level, width in
-                                  enumerate(widths))  # fmt: skip
-        self.up = nn.ModuleList(CausalBlock(width, level > 0) for level, width in
-                                enumerate(widths[:-1]))  # fmt: skip
+        self.merge = nn.ModuleList(Regroup(a, b, merge=STRIDE) for a, b in pairs)
+        self.split = nn.ModuleList(Regroup(b, a, split=STRIDE) for a, b in pairs)
+        self.down = nn.ModuleList(CausalBlock(width, i > 0) for i, width in enumerate(widths))
+        self.up = nn.ModuleList(CausalBlock(width, i > 0) for i, width in enumerate(widths[:-1]))
 
-    def forward(self, y: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
-        """Hear K frames of Y.
-
-        Args:
-            y: [B, K, F, 2], real and imaginary part; F a multiple of `bins_step`.
-            memory: from the call before; None: nothing was heard yet.
-
-        Returns:
-            (features [B, K, P, C], the new memory).
-        """
+    def forward(self, y: Tensor, memory: Memory) -> Tensor:
+        """Take K frames of Y, [B, K, F, 2], F a multiple of `bins_step`, to [B, K, P, C]."""
         B, K, bins, _ = y.shape
         where = torch.linspace(-1, 1, bins, device=y.device, dtype=y.dtype)
         h = self.first(torch.cat([y, magnitudes(y), where[:, None].expand(B, K, -1, -1)], dim=-1))
-        kept = iter(memory) if memory is not None else None
-        new: Memory = []
-
-        def run(block: Any, h: Tensor) -> Tensor:
-            past = None if kept is None else [next(kept) for _ in range(block.num_kept)]
-            h, past = block(h, past)
-            new.extend(past)
-            return h
-
         skips = []
         for block, merge in zip(self.down, [*self.merge, None], strict=True):
-            h = run(block, h)
+            h = block(h, memory)
             skips.append(h)
             h = h if merge is None else merge(h)
         for level in reversed(range(len(self.split))):
-            h = run(self.up[level], self.split[level](h) + skips[level])
-        return h, new
+            h = self.up[level](self.split[level](h) + skips[level], memory)
+        return h
 
 
 class CausalBlock(nn.Module):
-    """A residual block of two convolutions over this frame and the last, then memory along time.
+    """A residual block of two convolutions over this frame and the last.
 
-    Args:
-        channels: of input and output.
-        remembers: whether there is a `LinearMemory`.
+    Then memory along time, if it `remembers`.
     """
 
     def __init__(self, channels: int, remembers: bool) -> None:
@@ -212,18 +167,12 @@ class CausalBlock(nn.Module):
         self.conv_in = CausalConv(channels)
         self.conv_out = CausalConv(channels, zero=True)
         self.memory = LinearMemory(channels) if remembers else None
-        self.num_kept = 3 if remembers else 2
 
-    def forward(self, x: Tensor, past: Memory | None) -> tuple[Tensor, Memory]:
-        """Keep the shape [B, K, P, C]; return what to remember too."""
-        first, second, state = (*(past or ()), None, None, None)[:3]
-        h, first = self.conv_in(F.silu(self.norm_in(x)), first)
-        h, second = self.conv_out(F.silu(self.norm_out(h)), second)
-        x = x + h
-        if self.memory is None:
-            return x, [first, second]
-        h, state = self.memory(x, state)
-        return x + h, [first, second, state]
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        """Keep the shape [B, K, P, C]."""
+        h = self.conv_in(F.silu(self.norm_in(x)), memory)
+        x = x + self.conv_out(F.silu(self.norm_out(h)), memory)
+        return x if self.memory is None else x + self.memory(x, memory)
 
 
 class CausalConv(nn.Module):
@@ -233,12 +182,13 @@ class CausalConv(nn.Module):
         super().__init__()
         self.conv = initialised(nn.Conv2d(channels, channels, (2, 3), padding=(0, 1)), zero)
 
-    def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Keep the shape [B, K, P, C]; `past` and what is returned with it: the last frame's."""
-        past = torch.zeros_like(x[:, :1]) if past is None else past
-        rows = torch.cat([past, x], dim=1)
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        """Keep the shape [B, K, P, C]; the last frame is remembered."""
+        before = memory.get(self)
+        rows = torch.cat([torch.zeros_like(x[:, :1]) if before is None else before, x], dim=1)
+        memory[self] = x[:, -1:]
         out: Tensor = self.conv(rows.permute(0, 3, 1, 2))  # channels-last in memory
-        return out.permute(0, 2, 3, 1), rows[:, -1:]
+        return out.permute(0, 2, 3, 1)
 
 
 class LinearMemory(nn.Module):
@@ -257,15 +207,16 @@ class LinearMemory(nn.Module):
         with torch.no_grad():
             self.inputs.bias[:channels] = torch.logit(torch.exp(-1 / frames))
 
-    def forward(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Keep the shape [B, K, P, C]; the state is [B, P, C], float32."""
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        """Keep the shape [B, K, P, C]; h of the last frame, [B, P, C], is remembered in float32."""
         gate, value, shown = self.inputs(self.norm(x)).chunk(3, dim=-1)
         keep = torch.sigmoid(gate.float())
         new = (1 - keep) * value.float()
-        h = torch.zeros_like(new[:, 0]) if state is None else state
+        h = memory.get(self, torch.zeros_like(new[:, 0]))
         heard = []
         for a, b in zip(keep.unbind(1), new.unbind(1), strict=True):
             h = torch.addcmul(b, a, h)
             heard.append(h)
+        memory[self] = h
         out: Tensor = self.out(torch.stack(heard, dim=1) * F.silu(shown))
-        return out, h
+        return out

@@ -217,8 +217,13 @@ def test_torchrun_and_train_understand_a_command():
     torchrun = get_args_parser().parse_args(command[1:])
     assert (torchrun.training_script, torchrun.nproc_per_node) == ("train.py", "3")
     parsed = launch.parse_command(command)
-    names = ("config_path", "results_path", "data_path", "valid_path")
-    assert tuple(str(parsed[name]) for name in names) == paths
+    given = (
+        parsed["config_path"],
+        parsed["results_path"],
+        *parsed["data_path"],
+        *parsed["valid_path"],
+    )
+    assert tuple(map(str, given)) == paths
     assert (parsed["overrides"], parsed["resume"]) == (tuple(changes), True)
     assert shlex.split(launch.shell_line(command).replace("\\\n", "")) == command
     with pytest.raises(ConfigError, match="refuses"):
