@@ -48,6 +48,9 @@ bench: $(VENV)/.test  ## speed and memory on this machine, as a table and JSON
 web: $(VENV)/.test    ## enhance a file in a web page, on loopback: needs npm the first time
 	$(BIN)/python examples/web/serve.py
 
+gpu-check: $(VENV)/.test demo-set  ## what only a GPU shows, as a table: parity, memory, failures, speed
+	$(BIN)/python -m benchmarks.gpu
+
 lint: $(VENV)/.test   ## what CI checks before the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

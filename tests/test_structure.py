@@ -13,7 +13,7 @@ LAYERS = (
     "errors pretrained foreign | registry | config trace | data diffusion | networks | model"
     " | graph | streaming | live figures | enhance export training"
     " | diagnostics evaluation authors | demo"
-    " | notebook commands | cli"
+    " | commands | cli"
 )
 LEVEL = {part: i for i, line in enumerate(LAYERS.split("|")) for part in line.split()}
 

@@ -1,1 +1,10 @@
-"""What only the notebooks use; their kernels find it, since they start in notebooks/."""
+"""What only the notebooks use: workbench, panels, pictures. Needs IPython and ipywidgets.
+
+Their kernels find it, since they start in notebooks/; elsewhere put that folder on PYTHONPATH.
+"""
+
+from walk.panels import Panel
+from walk.training_panel import TrainingPanel, remove_run
+from walk.workbench import Workbench, open_workbench
+
+__all__ = ["Panel", "TrainingPanel", "Workbench", "open_workbench", "remove_run"]

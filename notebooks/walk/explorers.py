@@ -21,8 +21,8 @@ from diffbuf_lib.diffusion.sde import make_sde
 from diffbuf_lib.diffusion.spectral import Spectral
 from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.figures import spectrograms
-from diffbuf_lib.notebook.panels import Panel
 from walk.listening import Players
+from walk.panels import Panel
 from walk.plots import buffer_spectra, noise_schedule, refused
 
 _COLOURS = {"error": "#b00020", "warning": "#9a5b00"}

@@ -17,11 +17,11 @@ from diffbuf_lib.errors import ConfigError, MissingExtraError
 from diffbuf_lib.evaluation import ScoredClip, summary
 from diffbuf_lib.figures import data_uri, player_gain, player_wav
 from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.notebook import Workbench
 from diffbuf_lib.streaming import OnlineEnhancer
 from diffbuf_lib.trace import format_table
 from diffbuf_lib.training import score_clips
 from diffbuf_lib.training.metrics import check_metrics
+from walk import Workbench
 
 _METRICS = ("si_sdr", "estoi", "pesq")
 _LEAST_SECONDS = 0.5

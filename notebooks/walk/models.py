@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from diffbuf_lib.errors import ConfigError, DiffbufError
 from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.notebook import Workbench
 from diffbuf_lib.training import train
+from walk import Workbench
 from walk.clips import FirstClips
 
 # What trains to something that can be heard in seconds: see configs/demo.yaml for the reasons.

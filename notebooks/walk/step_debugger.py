@@ -13,10 +13,10 @@ from torch import Tensor
 from diffbuf_lib.diagnostics.statistics import GradientStatistics, gradient_statistics
 from diffbuf_lib.figures import player_wav
 from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.notebook.panels import Panel, label
 from diffbuf_lib.trace import Trace
 from diffbuf_lib.training.feed import Stream, example_generators, stream_seed
 from diffbuf_lib.training.optimizer import make_optimizer
+from walk.panels import Panel, label
 from walk.stages import stepping
 
 _RUN = 10  # steps of the button "Run 10"

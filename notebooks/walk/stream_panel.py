@@ -12,9 +12,9 @@ from torch import Tensor
 from diffbuf_lib.errors import ShapeError
 from diffbuf_lib.live import LiveHop, LiveReport, live_hops, make_report
 from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.notebook.panels import WorkerPanel, label
 from diffbuf_lib.streaming import OnlineEnhancer
 from walk.explorers import slider_look
+from walk.panels import WorkerPanel, label
 from walk.plots import stream_course
 
 _LABELS_EVERY = 0.25  # s

@@ -306,7 +306,7 @@ class Passing:
 
     latency_samples = worst_latency_samples = 0
 
-    def __init__(self, model, seed=0, batch=1):
+    def __init__(self, model, seed=0, batch=1, **options):
         self.model, self.batch = model, batch
         self.state = SimpleNamespace(bad=0, num_bytes=0)
 
@@ -347,7 +347,7 @@ def try_one(path, out):
     """Read, enhance and stream a file; every way ends in sound or in an error that names it."""
     peak, count, begun = 0.0, 0, time.monotonic()
     cfg = SimpleNamespace(sample_rate=RATE, stft=SimpleNamespace(hop_length=256))
-    model = SimpleNamespace(cfg=SimpleNamespace(audio=cfg), parameters=tuple)
+    model = SimpleNamespace(cfg=SimpleNamespace(audio=cfg), parameters=tuple, level=True)
     try:
         with AudioReader(path, repair=True) as file:
             for block in file.blocks(4096):

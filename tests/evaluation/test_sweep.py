@@ -27,9 +27,9 @@ def test_auto_varies_delay_or_buffer(short, model_path, score_path, tmp_path):
     assert [(p.varied, p.delay, p.buffer_size) for p in points] == [
         ("delay", 1, 4), ("delay", 4, 4), ("buffer_size", 5, 5), ("buffer_size", 10, 10),
     ]  # fmt: skip
-    # A hop is 2 ms; d - 1 hops and half a window of 62 samples.
+    # A hop is 2 ms; d - 1 hops and a window of 62 samples.
     assert [p.latency_ms for p in points] == pytest.approx(
-        [1e3 * (31 + 32 * (p.delay - 1)) / 16000 for p in points]
+        [1e3 * (62 + 32 * (p.delay - 1)) / 16000 for p in points]
     )
     rows = list(csv.DictReader((tmp_path / "s" / "sweep.csv").read_text().splitlines()))
     assert len(rows) == 4 * 2

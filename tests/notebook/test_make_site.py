@@ -13,7 +13,7 @@ from tests.notebook.cells import ROOT
 
 PANEL = """
 from matplotlib.figure import Figure
-from diffbuf_lib.notebook import Panel
+from walk import Panel
 panel = Panel([], "a line")
 panel.draw(Figure(figsize=(2, 1)))
 panel
@@ -35,7 +35,8 @@ def write_notebook(folder, name, *cells):
     nbformat.write(new_notebook(cells=list(cells), metadata=kernel), folder / name)
 
 
-def test_pages_hold_pictures_and_link_to_each_other(make_site, tmp_path):
+def test_pages_hold_pictures_and_link_to_each_other(make_site, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "notebooks"))  # where `walk` is
     links = "Next: [01 B](01_b.ipynb#end), [README](../README.md)"
     head = new_markdown_cell(f"# 00 A\n\n**Question:** what & why?\n\n{links}")
     write_notebook(tmp_path / "in", "00_a.ipynb", head, new_code_cell(PANEL))

@@ -10,8 +10,8 @@ import torch
 from matplotlib.figure import Figure
 
 from diffbuf_lib.errors import DataError
-from diffbuf_lib.notebook import TrainingPanel, remove_run, training_panel
 from tests.training.helpers import Clips, assert_same_state, config, fit, last
+from walk import TrainingPanel, remove_run, training_panel
 
 LONG = ("training.num_epochs=4000", "training.valid_every=4000")
 PATIENCE = 60  # s; for what takes milliseconds on a machine with nothing else to do

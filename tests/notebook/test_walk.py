@@ -12,14 +12,13 @@ from diffbuf_lib.diffusion.buffer import perturb
 from diffbuf_lib.diffusion.sde import make_sde
 from diffbuf_lib.diffusion.spectral import Spectral
 from diffbuf_lib.errors import ConfigError, NonFiniteError
-from diffbuf_lib.notebook import open_workbench
 from diffbuf_lib.training import load_checkpoint
 from diffbuf_lib.training.folder import ResultsFolder
 from tests.conftest import TINY, make_model, seeded, stream
 from tests.notebook.cells import CONFIG
 from tests.notebook.folders import make_paired_folder
 from tests.training.helpers import Clips, config
-from walk import faults, launch, listening, models, oracle, scaling
+from walk import faults, launch, listening, models, open_workbench, oracle, scaling
 
 SDES = [
     ["sde.type=bbed"],
@@ -218,8 +217,13 @@ def test_torchrun_and_train_understand_a_command():
     torchrun = get_args_parser().parse_args(command[1:])
     assert (torchrun.training_script, torchrun.nproc_per_node) == ("train.py", "3")
     parsed = launch.parse_command(command)
-    names = ("config_path", "results_path", "data_path", "valid_path")
-    assert tuple(str(parsed[name]) for name in names) == paths
+    given = (
+        parsed["config_path"],
+        parsed["results_path"],
+        *parsed["data_path"],
+        *parsed["valid_path"],
+    )
+    assert tuple(map(str, given)) == paths
     assert (parsed["overrides"], parsed["resume"]) == (tuple(changes), True)
     assert shlex.split(launch.shell_line(command).replace("\\\n", "")) == command
     with pytest.raises(ConfigError, match="refuses"):

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from diffbuf_lib.errors import DataError
-from diffbuf_lib.notebook import open_workbench, workbench
 from tests.notebook.cells import CONFIG
 from tests.notebook.folders import make_paired_folder
+from walk import open_workbench, workbench
 
 
 @pytest.fixture

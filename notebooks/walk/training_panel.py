@@ -15,10 +15,10 @@ import torch
 from diffbuf_lib.config import Config
 from diffbuf_lib.figures import training_progress
 from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.notebook.panels import WorkerPanel, label
 from diffbuf_lib.training import StepRecord, load_weights, train
 from diffbuf_lib.training.feed import ClipSource
 from diffbuf_lib.training.folder import ResultsFolder, apply_weights, read_history
+from walk.panels import WorkerPanel, label
 
 _PICTURE_EVERY = 0.25  # s, at least
 _PICTURE_SHARE = 0.2  # of the thread's time that may go into pictures
