@@ -112,10 +112,8 @@ class Section(BaseModel):
             low, high = (getattr(self, path.rpartition(".")[2]) for path in pair)
             if low is None or high is None or low < high or (low == high and pair in self.at_most):
                 continue
-            raise ValueError(
-                f"{pair[0]} {low} is too large for {pair[1]} {high}: lower {pair[0]}, or raise the "
-                "other"
-            )
+            fix = f"lower {pair[0]}, or raise the other"
+            raise ValueError(f"{pair[0]} {low} is too large for {pair[1]} {high}: {fix}")
         return self
 
 
@@ -261,10 +259,8 @@ class BBEDDiffusion(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.c is not None and self.theta is not None:
-            raise ValueError(
-                f"c {self.c} and theta {self.theta} are both given, and c = sqrt(theta): "
-                "remove sde.diffusion.c or sde.diffusion.theta"
-            )
+            fix = "c = sqrt(theta): remove sde.diffusion.c or sde.diffusion.theta"
+            raise ValueError(f"c {self.c} and theta {self.theta} are both given, and {fix}")
         if self.k == 1:
             raise ValueError("k 1 makes log k zero: take sde.diffusion.k such as 2.6")
         return self
@@ -386,21 +382,15 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.from_noisy and self.own_estimate:
-            raise ValueError(
-                f"from_noisy makes V of Y, so own_estimate {self.own_estimate} must be 0: change "
-                "it, or set training.from_noisy to false"
-            )
+            fix = "change it, or set training.from_noisy to false"
+            raise ValueError(f"from_noisy needs own_estimate 0, not {self.own_estimate}: {fix}")
         for key in ("own_estimate", "from_noisy", "snr_weight"):
             if getattr(self, key) and not self.predicts_data:
-                raise ValueError(
-                    f"{key} {getattr(self, key)} needs an x0_hat to train on, and loss is "
-                    f"{self.loss}: set training.loss to data_prediction, or leave {key} out"
-                )
+                fix = f"set training.loss to data_prediction, or leave {key} out"
+                raise ValueError(f"{key} {getattr(self, key)} is not for loss {self.loss}: {fix}")
         if self.metric_for_scheduler not in (*self.metrics, "loss"):
-            raise ValueError(
-                f"metric_for_scheduler {self.metric_for_scheduler} is not among metrics "
-                f"{list(self.metrics)}: add it to training.metrics"
-            )
+            what = f"metric_for_scheduler {self.metric_for_scheduler}"
+            raise ValueError(f"{what} is not in {list(self.metrics)}: add it to training.metrics")
         return self
 
 

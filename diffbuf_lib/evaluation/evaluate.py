@@ -183,8 +183,7 @@ class Job:
     def evaluator(self) -> Evaluator:
         """Load model, data and baselines; pairs of files are read whole, up to `seconds`.
 
-        Raises:
-            DiffbufError: one is unknown or unavailable, or `seconds` or `limit` is not above 0.
+        DiffbufError if one is unknown or unavailable, or `seconds` or `limit` not above 0.
         """
         model = load_model(self.model, self.device, self.overrides)
         cfg, longest = model.cfg, sys.maxsize
