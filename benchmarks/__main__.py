@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import diffbuf_lib
 from benchmarks import streaming
 from benchmarks.diagnostics import bench_diagnostics
+from benchmarks.shards import bench_shards
 from diffbuf_lib import Config, DiffusionBufferModel, load_config
 from diffbuf_lib.data import DNLMDataset, DroneParameters, build_dnlm, synthesise, write_audio
 from diffbuf_lib.diffusion.buffer import complex_normal, draw_times, perturb
@@ -185,6 +186,7 @@ AREAS: dict[str, Callable[[], list[Row]]] = {
     "networks": bench_networks,
     "enhance": bench_enhance,
     "streaming": lambda: [Row(*row) for row in streaming.measure(best)],
+    "shards": lambda: [Row(*row) for row in bench_shards()],
     "diagnostics": lambda: [Row(*row) for row in bench_diagnostics()],
 }
 

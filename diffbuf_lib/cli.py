@@ -78,3 +78,7 @@ def _dispatch(args: list[str]) -> None:
             print(f"  {entry.name:14}  {entry.target.__doc__.splitlines()[0]}")
         return
     parse(COMMANDS[name].load(), args[words:], f"diffbuf {name}")()
+
+
+if __name__ == "__main__":  # as torchrun starts it
+    main()

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -59,8 +61,8 @@ class Train(Command, name="train"):
 
     config_path: Path  # YAML config of the experiment
     results_path: Path  # folder for checkpoints, logs and the model
-    data_path: tuple[Path, ...]  # training data: one folder, or several as one
-    valid_path: tuple[Path, ...] = ()  # validation data; without it nothing is validated
+    data_path: tuple[str, ...]  # training data: folders, or shards also at s3://, gs://, https://
+    valid_path: tuple[str, ...] = ()  # validation data; without it nothing is validated
     model_type: Literal["diffusion_buffer"] = "diffusion_buffer"  # the only one
     dataset_type: int = 1  # 1 sample_*/{mixture,vocals}.wav; 2 clean/, noisy/; 3 speech/, noise/
     device_ids: tuple[int, ...] = (0,)  # one GPU; for several start with torchrun; or the CPU
@@ -68,7 +70,8 @@ class Train(Command, name="train"):
     metrics: tuple[str, ...] | None = None  # scores of the validation (training.metrics)
     metric_for_scheduler: str | None = None  # the one that counts (training.metric_for_scheduler)
     start_check_point: Path | None = None  # checkpoint or model folder: the first weights
-    resume: bool = False  # go on with the run in results_path
+    resume: bool = False  # go on with the run in results_path, or training.mirror
+    resume_if_any: bool = False  # the same, or begin one if there is none
     pre_valid: bool = False  # validate before the first step, too
     pin_memory: bool = False  # always so with a GPU; taken for the sake of old commands
     wandb_key: str = ""  # for the tracker wandb: WANDB_API_KEY
@@ -87,9 +90,22 @@ class Train(Command, name="train"):
     }
 
     def __call__(self) -> None:
+        # A scheduler may ask more than once: the first signal stops the command, as Ctrl-C, and
+        # what comes while it ends for that changes nothing.
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+        asked = _Interrupt()
+        before = [signal.signal(number, asked) for number in numbers]
+        try:
+            self._train()
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                if asked.armed:
+                    signal.signal(number, handler)
+
+    def _train(self) -> None:
         from diffbuf_lib.data import open_datasets
         from diffbuf_lib.diagnostics.checks_run import check_history
-        from diffbuf_lib.training import train
+        from diffbuf_lib.training import saved_step, train
 
         cfg = self._config()
         if self.wandb_key:
@@ -107,9 +123,9 @@ class Train(Command, name="train"):
         watched = main_process and (self.log_shapes or self.log_stats > 0)
         model = self._recorded(cfg) if watched else None
         records = train(
-            cfg, train_set, valid_set, self.results_path, resume=self.resume, model=model,
-            start_check_point=self.start_check_point, pre_valid=self.pre_valid, device=device,
-            progress=True,
+            cfg, train_set, valid_set, self.results_path, device=device, progress=True,
+            resume="auto" if self.resume_if_any else self.resume, pre_valid=self.pre_valid,
+            start_check_point=self.start_check_point, model=model,
         )  # fmt: skip
         try:
             with closing(records), closing(model) if model else nullcontext():
@@ -121,7 +137,10 @@ class Train(Command, name="train"):
                         scores = "  ".join(f"{k} {record.valid[k]:.3f}" for k in scored)
                         say(f"step {record.step}  epoch {record.epoch}  {scores}")
         except KeyboardInterrupt:
-            say(f"stopped; the same command with --resume goes on from {self.results_path}")
+            if main_process:
+                step = saved_step(self.results_path)
+                what = "nothing is saved" if step is None else f"saved at step {step}"
+                say(f"stopped; {what}; the same command with --resume goes on from there")
             raise
         if main_process:
             for finding in check_history(self.results_path):
@@ -174,12 +193,58 @@ class Train(Command, name="train"):
         return RecordingModel(cfg, say, shapes=self.log_shapes, every=self.log_stats, board=board)
 
 
+class _Interrupt:
+    """A handler that raises KeyboardInterrupt once, or not at all after `disarm`."""
+
+    def __init__(self) -> None:
+        self.armed = True
+
+    def disarm(self) -> None:
+        """Let the training that runs stop by itself."""
+        self.armed = False
+
+    def __call__(self, *_: object) -> None:
+        if self.armed:
+            self.disarm()
+            raise KeyboardInterrupt
+
+
+class Launch(Command, name="launch"):
+    """Write a job that trains, and goes on where it stopped, for Slurm, SkyPilot or torchrun."""
+
+    kind: Positional[Literal["slurm", "skypilot", "torchrun"]]  # who starts it
+    config_path: Positional[Path]  # YAML config of the experiment
+    data_path: str  # training data, as in train
+    results_path: Path  # folder for the job, checkpoints, logs and the model
+    valid_path: str | None = None  # validation data
+    nodes: str = "1"  # machines; torchrun: also 1:4, as many of them as are there
+    gpus: int = 1  # on each; 0 trains on CPUs
+    processes: int | None = None  # on each; default: one a GPU
+    time: str = "24:00:00"  # limit of a Slurm job; the run goes on in the next one
+    margin: int = 120  # seconds before it at which the run is asked to stop
+    accelerator: str = "H100"  # SkyPilot's name of the GPU
+    restarts: int = 3  # of the processes, when one of them dies
+    options: UseAppendAction[tuple[str, ...]] = ()  # #SBATCH lines: --options=--partition=gpu
+    env: UseAppendAction[tuple[str, ...]] = ()  # environment of the job, NAME=VALUE
+    train: str = ""  # further flags of train, in quotes
+    submit: bool = False  # hand it over at once
+    overrides: Overrides = ()
+
+    def __call__(self) -> None:
+        from diffbuf_lib.launch import submit, write_job
+
+        job = write_job(**self.flags("submit", "train"), train=shlex.split(self.train))
+        print(job)
+        if self.submit:
+            submit(self.kind, job)
+
+
 class Doctor(Command, name="doctor"):
     """Look at machine, data, config and model before training; exit status 1 on an error."""
 
     config_path: Path  # YAML config of the experiment
-    data_path: Path  # training data
-    valid_path: Path | None = None  # validation data
+    data_path: str  # training data
+    valid_path: str | None = None  # validation data
     dataset_type: int = 1  # as in train
     results_path: Path | None = None  # where the run will write; default: the current folder
     device: str = "auto"  # auto, cpu, cuda or cuda:N
@@ -415,7 +480,7 @@ class ServeBench(Command, name="serve-bench"):
 class Scoring(Command):
     """What `evaluate` and `sweep` have in common."""
 
-    data_path: Path  # dataset folder
+    data_path: str  # dataset folder, or shards
     dataset_type: int = 1  # as in train
     seconds: float | None = None  # length of a clip at most; default: whole clips
     limit: int | None = None  # only the first clips
@@ -429,7 +494,7 @@ class Scoring(Command):
         from diffbuf_lib.evaluation import Job
 
         flags = self.flags("data_path", "results_path", "processes", *without)
-        return Job(data_path=str(self.data_path), **flags, **more)
+        return Job(data_path=self.data_path, **flags, **more)
 
 
 class Evaluate(Scoring, name="evaluate"):
@@ -441,16 +506,20 @@ class Evaluate(Scoring, name="evaluate"):
     #: or noisereduce, noisereduce_nonstationary, deepfilternet, rnnoise, gtcrn
     baselines: tuple[str, ...] = ("noisy",)
     delay: int | None = None  # output delay, 1 to buffer_size frames (data prediction)
+    part: str = "1/1"  # of a job array: 2/8 scores the second of eight shares
 
     def __call__(self) -> None:
-        from diffbuf_lib.evaluation import evaluate_folder
+        from diffbuf_lib.evaluation import evaluate_part
         from diffbuf_lib.evaluation.page import overview
 
         with tempfile.TemporaryDirectory() as temporary:
-            found = evaluate_folder(
-                self.job(), self.results_path or temporary, processes=self.processes,
-                page=self.results_path is not None, progress=True,
+            found = evaluate_part(
+                self.job("part"), self.results_path or temporary, self.part,
+                processes=self.processes, page=self.results_path is not None, progress=True,
             )  # fmt: skip
+        if found is None:
+            print(f"part {self.part} is scored: the last one writes the results")
+            return
         print(overview(found.summary, found.timing))
         if self.results_path is not None:
             print(f"\n{self.results_path / 'report.html'}")
@@ -586,14 +655,33 @@ class DataBuild(Command, name="data build"):
     snr: tuple[float, float] = (-30.0, 0.0)  # lowest and highest input SNR, dB
     distance: tuple[float, float] = (5.0, 20.0)  # nearest and farthest speaker, m
     seed: int = 0  # of everything drawn
+    part: str = "1/1"  # of a job array: 2/8 makes the second of eight shares
+    shards: int = 0  # write shards of so many clips instead of folders, as `data pack` does
     processes: int | None = None  # how many work side by side; default: this machine's cores
 
     def __call__(self) -> None:
         from diffbuf_lib.data import build_dnlm
+        from diffbuf_lib.data.pack import build_shards
 
         paths = self.speech_path, self.noise_path, self.out_path
-        options = self.flags("speech_path", "noise_path", "out_path")
-        print(build_dnlm(*paths, **options, progress=True))
+        options = self.flags("speech_path", "noise_path", "out_path", "shards")
+        build = partial(build_shards, clips=self.shards) if self.shards else build_dnlm
+        print(build(*paths, **options, progress=True))
+
+
+class DataPack(Command, name="data pack"):
+    """Write a folder of pairs, or its splits, as shards: tar files of FLAC and an index."""
+
+    source: Positional[Path]  # folder of dataset_type 1 or 2, or one of train/, valid/, test/
+    out_path: Annotated[Path, arg(aliases=["-o"])]  # folder to make
+    clips: int = 1000  # in a shard
+    part: str = "1/1"  # of a job array: 2/8 writes the second of eight shares
+    processes: int | None = None  # how many work side by side; default: this machine's cores
+
+    def __call__(self) -> None:
+        from diffbuf_lib.data.pack import pack_folder
+
+        print(pack_folder(**self.flags(), progress=True))
 
 
 class DataResample(Command, name="data resample"):

@@ -112,10 +112,8 @@ class Section(BaseModel):
             low, high = (getattr(self, path.rpartition(".")[2]) for path in pair)
             if low is None or high is None or low < high or (low == high and pair in self.at_most):
                 continue
-            raise ValueError(
-                f"{pair[0]} {low} is too large for {pair[1]} {high}: lower {pair[0]}, or raise the "
-                "other"
-            )
+            fix = f"lower {pair[0]}, or raise the other"
+            raise ValueError(f"{pair[0]} {low} is too large for {pair[1]} {high}: {fix}")
         return self
 
 
@@ -261,10 +259,8 @@ class BBEDDiffusion(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.c is not None and self.theta is not None:
-            raise ValueError(
-                f"c {self.c} and theta {self.theta} are both given, and c = sqrt(theta): "
-                "remove sde.diffusion.c or sde.diffusion.theta"
-            )
+            fix = "c = sqrt(theta): remove sde.diffusion.c or sde.diffusion.theta"
+            raise ValueError(f"c {self.c} and theta {self.theta} are both given, and {fix}")
         if self.k == 1:
             raise ValueError("k 1 makes log k zero: take sde.diffusion.k such as 2.6")
         return self
@@ -304,6 +300,10 @@ class DataConfig(Section):
     speed: float = key(0.0, "largest drawn change of the speech's speed and pitch", ge=0, le=0.5)
     tilt: float = key(0.0, "dB per octave, largest drawn spectral tilt of the speech", ge=0, le=12)
     room_probability: float = key(0.0, "share of clips with speech in a room of rooms/", ge=0, le=1)
+    cache_path: str | None = key(
+        None, "folder that keeps what is read of remote shards; null: ~/.cache/diffbuf"
+    )
+    cache_gb: float = key(10.0, "GB that it keeps of a set of shards at most", ge=0)
     at_most = (("data.snr_min", "data.snr_max"), ("data.distance_min", "data.distance_max"))
 
 
@@ -337,6 +337,12 @@ class TrainingConfig(Section):
         None, "only the first so many batches, uncropped anew, validated on too; null: all", ge=1
     )
     accumulation_steps: int = key(1, "batches whose gradients make one step", ge=1)
+    global_batch: int | None = key(
+        None,
+        "clips a step over all processes: batch_size and accumulation_steps follow for any number "
+        "of them; null: their product",
+        ge=1,
+    )
     num_epochs: int = key(250, "epochs at most", ge=1)
     num_steps: int | None = key(None, "optimizer steps at most; null: no limit", ge=1)
     grad_clip: float | None = key(None, "largest gradient norm; null: no limit", gt=0)
@@ -367,6 +373,12 @@ class TrainingConfig(Section):
         ("tensorboard",), "who else is told: tensorboard, wandb, trackio"
     )
     tracker_project: str = key("diffbuf", "of W&B or trackio, where its runs are compared")
+    checkpoint_minutes: float | None = key(
+        None, "minutes between checkpoints at most; null: no limit", gt=0
+    )
+    mirror: str | None = key(
+        None, "where complete checkpoints go too, such as s3://bucket/run; --resume finds them"
+    )
     log_every: int = key(10, "steps between the trackers' points", ge=1)
 
     @property
@@ -377,21 +389,15 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.from_noisy and self.own_estimate:
-            raise ValueError(
-                f"from_noisy makes V of Y, so own_estimate {self.own_estimate} must be 0: change "
-                "it, or set training.from_noisy to false"
-            )
+            fix = "change it, or set training.from_noisy to false"
+            raise ValueError(f"from_noisy needs own_estimate 0, not {self.own_estimate}: {fix}")
         for key in ("own_estimate", "from_noisy", "snr_weight"):
             if getattr(self, key) and not self.predicts_data:
-                raise ValueError(
-                    f"{key} {getattr(self, key)} needs an x0_hat to train on, and loss is "
-                    f"{self.loss}: set training.loss to data_prediction, or leave {key} out"
-                )
+                fix = f"set training.loss to data_prediction, or leave {key} out"
+                raise ValueError(f"{key} {getattr(self, key)} is not for loss {self.loss}: {fix}")
         if self.metric_for_scheduler not in (*self.metrics, "loss"):
-            raise ValueError(
-                f"metric_for_scheduler {self.metric_for_scheduler} is not among metrics "
-                f"{list(self.metrics)}: add it to training.metrics"
-            )
+            what = f"metric_for_scheduler {self.metric_for_scheduler}"
+            raise ValueError(f"{what} is not in {list(self.metrics)}: add it to training.metrics")
         return self
 
 

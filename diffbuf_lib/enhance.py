@@ -75,10 +75,7 @@ def enhance_path(
 
     In a folder, outputs that are there are made again only with `overwrite`, files that fail do not
     keep the others from their turn, and what is no .flac becomes a .wav. What else looks like audio
-    is warned of. Options as in `enhance_file`.
-
-    Yields:
-        (input, output) of each file when it has been written.
+    is warned of. Options as in `enhance_file`. Yields (input, output) of each file that is written.
 
     Raises:
         DataError: nothing to enhance, an output that is there, a destination inside the source

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -61,7 +60,7 @@ def export_model(
         error = write_hop(model, graph, delay, HOPS)
         if precision != "fp32":
             with quiet():
-                _CONVERSIONS[precision](graph)
+                _convert(graph, precision)
             error = worst_error(model, graph, delay, HOPS)
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(graph, folder / "hop.onnx")
@@ -97,18 +96,14 @@ def _about(model: DiffusionBufferModel, delay: int | None) -> dict[str, object]:
     }
 
 
-def _to_fp16(graph: Path) -> None:
-    import onnx
-    from onnxruntime.transformers.float16 import convert_float_to_float16
+def _convert(graph: Path, precision: GraphPrecision) -> None:
+    if precision == "fp16":
+        import onnx
+        from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    onnx.save(convert_float_to_float16(onnx.load(graph), keep_io_types=True), graph)
+        onnx.save(convert_float_to_float16(onnx.load(graph), keep_io_types=True), graph)
+    else:
+        from onnxruntime.quantization import quantize_dynamic
 
-
-def _to_int8(graph: Path) -> None:
-    from onnxruntime.quantization import quantize_dynamic
-
-    quantize_dynamic(graph, graph.with_name("int8.onnx"))
-    graph.with_name("int8.onnx").replace(graph)
-
-
-_CONVERSIONS: dict[str, Callable[[Path], None]] = {"fp16": _to_fp16, "int8": _to_int8}
+        quantize_dynamic(graph, graph.with_name("int8.onnx"))
+        graph.with_name("int8.onnx").replace(graph)

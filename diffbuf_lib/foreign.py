@@ -66,11 +66,7 @@ _DEPTH = 3  # sections within sections, there and here
 
 def is_foreign(tree: Mapping[str, Any]) -> bool:
     """Whether nested dictionaries have the other project's layout rather than ours."""
-
-    def find(path: str) -> Any:
-        section = tree.get(path.partition(".")[0])
-        return section.get(path.partition(".")[2]) if isinstance(section, Mapping) else None
-
+    find = dict(_flatten(tree)).get
     return str(find("model.name")).startswith(NAME) or any(find(m) is not None for m in _MARKS)
 
 

@@ -116,7 +116,8 @@ def worst_error(
         for hop in range(hops):
             level = 10 ** (-1.5 - 1.5 * math.cos(hop * math.pi / 100))
             R = level * torch.randn(*shape, dtype=torch.complex64, generator=generator)
-            z, same = sampler.draw(R, generator), map_leaves(_copy, state)
+            z = sampler.draw(R, generator)
+            same = with_tensors(state, [_real(tensor).clone() for tensor in tensors(state)])
             expected = [sampler.move(state, R, z), *tensors(state)]
             found = [graph.move(same, R, z), *tensors(same)]
             pairs = zip(expected, found, strict=True)
@@ -213,7 +214,7 @@ class _RealArithmetic(torch.fx.Interpreter):
             return _Complex(*args[0].unbind(-1))
         if op is aten.complex:
             return _Complex(*args)
-        found = leaves(args, _Complex)
+        found = tensors(args, _Complex)
         if not found:
             return super().call_function(target, args, kwargs)
         a, b = found[0], found[-1]
@@ -235,9 +236,11 @@ class _RealArithmetic(torch.fx.Interpreter):
         return _Complex(part("real"), part("imag"))
 
 
-def tensors(tree: Any) -> list[Tensor]:
-    """Return the tensors of a tree, in order."""
-    return leaves(tree, Tensor)
+def tensors(tree: Any, kind: type = Tensor) -> list[Any]:
+    """Return the tensors of a tree, or what it holds of another type, in order."""
+    found: list[Any] = []
+    map_leaves(lambda leaf: found.append(leaf) if isinstance(leaf, kind) else None, tree)
+    return found
 
 
 def with_tensors(tree: Any, new: list[Tensor]) -> Any:
@@ -252,13 +255,6 @@ def with_tensors(tree: Any, new: list[Tensor]) -> Any:
     return map_leaves(other, tree)
 
 
-def leaves(tree: Any, kind: type) -> list[Any]:
-    """Return what a tree holds of a type, in order."""
-    found: list[Any] = []
-    map_leaves(lambda leaf: found.append(leaf) if isinstance(leaf, kind) else None, tree)
-    return found
-
-
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     """Return a copy of dataclasses, lists, tuples and dicts with `function` of what they hold."""
     if is_dataclass(tree) and not isinstance(tree, type):
@@ -269,10 +265,6 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     if isinstance(tree, list | tuple):
         return type(tree)(map_leaves(function, item) for item in tree)
     return function(tree)
-
-
-def _copy(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -142,11 +142,7 @@ class DiffusionBufferModel(
         return Y / scale, S / scale, level
 
     def draw(self, mix: Tensor, generator: Generators = None) -> Draws:
-        """Draw all that is random in the training of a batch of mix's shape, type and device.
-
-        Raises:
-            ShapeError: not [B, C, T], or a signal with fewer STFT frames than the buffer has.
-        """
+        """Draw all that is random in the training of a batch of mix's shape, type and device."""
         _check_batch(mix)
         B, num_bins, K = len(mix), self.spectral.num_bins, self.spectral.num_frames(mix.shape[-1])
         buffer = self.cfg.diffusion_buffer
@@ -345,10 +341,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def resolve_device(name: str, *, fallback: bool = False) -> torch.device:
     """Return the device for auto (CUDA if there is), cpu, cuda or cuda:N.
 
-    With `fallback`, the CPU where this machine has no CUDA device at all.
-
-    Raises:
-        ConfigError: another name, or a GPU that this machine does not have.
+    With `fallback`, the CPU where this machine has no CUDA device at all. ConfigError for another
+    name, or a GPU that this machine does not have.
     """
     kind, _, number = name.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
@@ -366,14 +360,9 @@ def load_model(
 ) -> DiffusionBufferModel:
     """Load a trained model for use, from where `DiffusionBufferModel.from_pretrained` takes it.
 
-    Args:
-        source: a folder, or a name.
-        device: auto, cpu, cuda or cuda:N.
-        overrides: `key.path=value` that change its config but not its weights, such as
-            diffusion_buffer.buffer_size=10.
-
-    Raises:
-        ConfigError: no such model or device, or an override that its config refuses.
+    Overrides, `key.path=value`, change its config but not its weights, such as
+    diffusion_buffer.buffer_size=10. ConfigError for no such model or device (see `resolve_device`),
+    or an override that its config refuses.
     """
     where = resolve_device(device)
     try:

@@ -101,11 +101,8 @@ LAYOUTS = Registry("--dataset_type")
 BASELINES = Registry("--baselines")
 """() -> what `diffbuf evaluate` compares with: see `diffbuf_lib.evaluation.baselines.Baseline`."""
 
-for _name, _predicts in (
-    ("score", "score"),
-    ("weighted_score", "score"),
-    ("data_prediction", "data"),
-):
+for _name in ("score", "weighted_score", "data_prediction"):
+    _predicts = "data" if _name == "data_prediction" else "score"
     LOSSES.add(_name, f"diffbuf_lib.diffusion.losses:{_name}", predicts=_predicts)
 for _name, _class in (
     ("conv", "ConvNet"),
@@ -150,7 +147,7 @@ METRICS.add(
 )  # fmt: skip
 for _name, _target in (
     ("noisereduce", "SpectralGate"),
-    ("noisereduce_nonstationary", "SpectralGate.nonstationary"),
+    ("noisereduce_nonstationary", "nonstationary_gate"),
     ("deepfilternet", "DeepFilterNet"),
     ("rnnoise", "RNNoise"),
     ("gtcrn", "GTCRN"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -34,8 +34,7 @@ class Draws:
 
     def to_dict(self) -> dict[str, Tensor]:
         """Return what there is, by name: `Draws(**d)` undoes it."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,7 @@ class Trace:
 
     def stages(self) -> dict[str, Tensor]:
         """Return every stage by name, in the order in which they are made."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def detach(self) -> Self:
         """Return a copy without gradients."""

@@ -11,7 +11,7 @@ LIBRARY = Path(__file__).parents[1] / "diffbuf_lib"
 # From the bottom up: a part imports only from groups to the left of its own.
 LAYERS = (
     "errors pretrained foreign | registry | config trace | data diffusion | networks | model"
-    " | graph | streaming | live figures | enhance export training"
+    " | graph | streaming | live figures launch | enhance export training"
     " | diagnostics evaluation authors | demo"
     " | commands | cli"
 )

@@ -16,10 +16,12 @@ from diffbuf_lib.data.datasets import (
 from diffbuf_lib.data.demo_set import build_demo
 from diffbuf_lib.data.drone import DroneParameters, synthesise
 from diffbuf_lib.data.mixing import mix_pair
+from diffbuf_lib.data.pack import pack_folder
+from diffbuf_lib.data.shards import ShardDataset
 
 __all__ = [
     "LAYOUTS", "ClipDataset", "DNLMDataset", "DroneParameters", "MixingDataset",
-    "PairedFolderDataset", "build_demo", "build_dnlm", "collate", "download_librispeech",
-    "find_layout", "mix_pair", "open_dataset", "open_datasets", "read_audio", "read_info",
-    "synthesise", "write_audio",
+    "PairedFolderDataset", "ShardDataset", "build_demo", "build_dnlm", "collate",
+    "download_librispeech", "find_layout", "mix_pair", "open_dataset", "open_datasets",
+    "pack_folder", "read_audio", "read_info", "synthesise", "write_audio",
 ]  # fmt: skip

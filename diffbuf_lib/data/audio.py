@@ -117,7 +117,11 @@ def write_audio(path: str | Path, wave: Tensor, sample_rate: int, subtype: str =
         DataError: a wrong shape, extension or subtype; NaN or Inf; a PCM sample beyond full scale
             (scale the wave down, or write FLOAT); or the disk is full.
     """
-    path = Path(path)
+    write_bytes(path, encode_audio(Path(path), wave, sample_rate, subtype), sync=False)
+
+
+def encode_audio(path: Path, wave: Tensor, sample_rate: int, subtype: str) -> bytes:
+    """Return what `write_audio` writes; the path is for its format and for messages."""
     if wave.ndim != 2 or 0 in wave.shape:
         raise DataError(f"{path}: a wave of shape {tuple(wave.shape)} is not [channels, time]")
     if path.suffix.lower() not in EXTENSIONS:
@@ -134,7 +138,7 @@ def write_audio(path: str | Path, wave: Tensor, sample_rate: int, subtype: str =
             f"{path} cannot be written as {subtype} at {sample_rate} Hz ({reason(error)}): "
             "take PCM_16, or a .wav file"
         ) from error
-    write_bytes(path, content.getvalue(), sync=False)
+    return content.getvalue()
 
 
 def _to_pcm(path: Path, samples: npt.NDArray[np.float64], subtype: str) -> npt.NDArray[np.integer]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from diffbuf_lib.data import audio
 from diffbuf_lib.data.mixing import is_silent, mix_pair
-from diffbuf_lib.errors import DataError, DiffbufError
+from diffbuf_lib.errors import ConfigError, DataError, DiffbufError
 
 STEMS = ("mixture", "vocals", "noise")
 _LIBRISPEECH = (
@@ -75,14 +76,15 @@ def build_dnlm(
     noise_dir: str | Path,  # .wav or .flac at any depth
     out_dir: str | Path,  # where to make the dataset; not inside the other two
     *,
+    part: str = "1/1",  # of a job array: "2/8" makes the second of eight shares
     processes: int | None = None,  # None: one a core, or none if there is little to do
     progress: bool = False,  # show a progress bar on stderr
     **options: Any,  # the fields of `Recipe`
 ) -> Path:
     """Make `{train,valid,test}/sample_00000/{mixture,vocals,noise}.wav` and `metadata.json`.
 
-    Any number of processes writes the same bytes, and an interrupted build goes on when called
-    again with the same arguments. Other rates are resampled, several channels averaged to one.
+    Any number of processes and parts writes the same bytes, and an interrupted build goes on when
+    called again with the same arguments. Other rates are resampled, and channels averaged to one.
 
     Speech of train and valid is disjoint: by speaker (the first level below `speech_dir` at which
     there are two folders), or by file. Noise is disjoint by file, or by time if there is only one.
@@ -92,6 +94,15 @@ def build_dnlm(
         DataError: an option out of its limits; too few or unusable source files; a full disk; or
             an `out_dir` that was built with other options.
     """
+    samples = prepare(speech_dir, noise_dir, out_dir, **options)
+    make_samples(samples, part=part, processes=processes, progress=progress)
+    return Path(out_dir)
+
+
+def prepare(
+    speech_dir: str | Path, noise_dir: str | Path, out_dir: str | Path, **options: Any
+) -> list[Sample]:
+    """Claim the folder and draw all samples; raises as `build_dnlm`."""
     speech_dir, noise_dir, out_dir = Path(speech_dir), Path(noise_dir), Path(out_dir)
     try:
         recipe = Recipe(**options)
@@ -114,8 +125,7 @@ def build_dnlm(
             sources.update(f"{name}\t{path.stat().st_size}\n".encode())
         sources.update(b"\0")
     claim(marker, {**recipe.model_dump(mode="json"), "sources": sources.hexdigest()})
-    make_samples(samples, processes=processes, progress=progress)
-    return out_dir
+    return samples
 
 
 @dataclass(frozen=True)
@@ -163,17 +173,45 @@ def draw_samples(split: Split, speech: Sequence[str], noise: Sequence[_Region]) 
 
 
 def make_samples(
-    samples: Iterable[Sample], *, processes: int | None = None, progress: bool = False
+    samples: Iterable[Sample],
+    *,
+    part: str = "1/1",
+    processes: int | None = None,
+    progress: bool = False,
 ) -> None:
-    """Make the samples that are missing, and last metadata.json: then a split is whole."""
+    """Make a part's missing samples, and last metadata.json of splits that are whole then."""
     samples = list(samples)
-    todo = [s for s in samples if not all((s.folder / f"{x}.wav").is_file() for x in STEMS)]
+    todo = [s for s in take_part(samples, part) if not _is_made(s)]
     if processes is None:
         processes = min(cores(), len(todo) // _SAMPLES_WORTH_A_PROCESS)
     run_parallel(make_sample, todo, processes, desc="clips", disable=not progress)
-    for split, made in groupby(samples, key=lambda sample: sample.split):
-        records = {split.name: [sample.record for sample in made]}
-        audio.write_json(split.folder / "metadata.json", records)
+    for split, found in groupby(samples, key=lambda sample: sample.split):
+        made = list(found)
+        if part == "1/1" or all(map(_is_made, made)):
+            write_records(split.folder, made)
+
+
+def write_records(folder: Path, samples: Sequence[Sample]) -> None:
+    """Write metadata.json of a split."""
+    records = {samples[0].split.name: [sample.record for sample in samples]}
+    audio.write_json(folder / "metadata.json", records)
+
+
+def _is_made(sample: Sample) -> bool:
+    return all((sample.folder / f"{stem}.wav").is_file() for stem in STEMS)
+
+
+def take_part(items: Sequence[_Item], part: str) -> Sequence[_Item]:
+    """Return every n-th item from the i-th on for part "i/n" of a job array, from "1/n" on.
+
+    Raises:
+        ConfigError: another text.
+    """
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", part)
+    i, n = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= i <= n:
+        raise ConfigError(f"--part {part!r:.40}: give it as 1/8 to 8/8")
+    return items[i - 1 :: n]
 
 
 def make_sample(sample: Sample) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,12 +27,15 @@ _TRIES = 20  # excerpts drawn before a file counts as silent
 
 
 def open_dataset(
-    dataset_type: int, root: str | Path, cfg: Config, *, training: bool
+    dataset_type: int | str, root: str | Path, cfg: Config, *, training: bool
 ) -> ClipDataset:
     """Open a folder of `LAYOUTS[dataset_type]` as the config says; training crops at random.
 
-    Raises ConfigError for another dataset_type, DataError for a folder that does not fit it.
+    Shards are known by themselves, in a folder or at a URL such as s3://bucket/train. Raises
+    ConfigError for another dataset_type, DataError for a folder that does not fit it.
     """
+    if "://" in str(root) or (Path(root) / "index.npy").is_file():
+        dataset_type = "shards"
     layout: type[ClipDataset] = LAYOUTS[dataset_type].load()
     return layout(
         root,
@@ -110,11 +115,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         # In shared memory, so that worker processes which outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._lengths: dict[int, int] = {}  # samples of the items whose headers have been checked
-        if not self.root.is_dir():
-            raise DataError(f"dataset folder {self.root} does not exist: see `diffbuf data --help`")
-        self.items: Sequence[tuple[Path, ...]] = self._find() if self.fits(self.root) else []
-        if not self.items:
-            raise self._nothing_found()
+        self.items: Sequence[tuple[Path, ...]] = self._open()
 
     @classmethod
     def fits(cls, root: Path) -> bool:
@@ -125,6 +126,13 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
     def options(cfg: Config) -> dict[str, Any]:
         """Return the arguments, beside those of `ClipDataset`, that a config sets."""
         return {}
+
+    def _open(self) -> Sequence[tuple[Path, ...]]:
+        if not self.root.is_dir():
+            raise DataError(f"dataset folder {self.root} does not exist: see `diffbuf data --help`")
+        if not self.fits(self.root) or not (items := self._find()):
+            raise self._nothing_found()
+        return items
 
     @abstractmethod
     def _find(self) -> Sequence[tuple[Path, ...]]:
@@ -143,9 +151,25 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         """Choose the epoch, from 0; set it before a DataLoader's iterator is made."""
         self._epoch.fill_(epoch)
 
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Fetch items that will be asked for next, where that takes a while."""
+
     def name(self, i: int) -> str:
         """Return the files of item `i`, for error messages."""
         return " + ".join(str(path) for path in self.items[i])
+
+    def label(self, i: int) -> str:
+        """Return what tables call item `i`: where it lies below noisy/ or speech/."""
+        path = self.items[i][0].relative_to(self.root)
+        return _text(Path(*(path.parts[1:] or path.parts)))
+
+    def length(self, i: int) -> int:
+        """Return the samples of item `i` as a whole; warn where a header promises others."""
+        return self.check_pair(*(read_info(path, decode=True) for path in self.items[i]))
+
+    def read(self, i: int, frames: int) -> list[Tensor]:
+        """Return the first samples of item `i`, uncut by chunks: mix and target, [C, T]."""
+        return [read_audio(path, 0, frames)[0] for path in self.items[i]]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -210,6 +234,22 @@ class JoinedDataset(ClipDataset):
     def _find(self) -> Sequence[tuple[Path, ...]]:
         return [files for dataset in self.datasets for files in dataset.items]
 
+    def name(self, i: int) -> str:
+        """Return what item `i` is called in its dataset."""
+        dataset, index = self._place(i)
+        return dataset.name(index)
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Let every dataset fetch its own."""
+        places = [self._place(i) for i in indices]
+        for dataset in self.datasets:
+            if mine := [index for owner, index in places if owner is dataset]:
+                dataset.prefetch(mine)
+
+    def _place(self, i: int) -> tuple[ClipDataset, int]:
+        number = bisect_right(self.joined.cumulative_sizes, i)
+        return self.datasets[number], i - [0, *self.joined.cumulative_sizes][number]
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of all."""
         for dataset in self.datasets:
@@ -231,6 +271,10 @@ class DNLMDataset(ClipDataset):
         folders = sorted(path for path in self.root.glob("sample_*") if path.is_dir())
         return [(_stem(folder, "mixture"), _stem(folder, "vocals")) for folder in folders]
 
+    def label(self, i: int) -> str:
+        """Return the sample's folder."""
+        return _text(self.items[i][0].parent.relative_to(self.root))
+
 
 def _stem(folder: Path, stem: str) -> Path:
     wanted = {f"{stem}{extension}" for extension in audio.EXTENSIONS}
@@ -240,6 +284,10 @@ def _stem(folder: Path, stem: str) -> Path:
         has = f"both {names}" if found else f"no {stem}.wav (or .flac)"
         raise DataError(f"{folder} has {has}: let it have one, or remove the folder")
     return found[0]
+
+
+def _text(path: Path) -> str:
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
 
 @LAYOUTS.register(2)
@@ -389,5 +437,9 @@ def draw_crop(
 
 def apply_crop(path: Path, crop: Crop, chunk_size: int) -> Tensor:
     """Read a crop of an audio file that has its samples: [C, chunk_size] float32, full scale 1."""
-    wave, _ = read_audio(path, crop.start, max(crop.frames, 1))
+    return place_crop(read_audio(path, crop.start, max(crop.frames, 1))[0], crop, chunk_size)
+
+
+def place_crop(wave: Tensor, crop: Crop, chunk_size: int) -> Tensor:
+    """Put a crop's samples, [C, T], where they stand in the chunk."""
     return pad(wave[:, : crop.frames], (crop.zeros, chunk_size - crop.zeros - crop.frames))

@@ -143,7 +143,7 @@ def shared_targets(first: Any, second: Any) -> list[tuple[str, str]]:
     Only of `ClipDataset`s anything is known; after two seconds no further file is compared.
     """
     sets = (each.items if isinstance(each, ClipDataset) else () for each in (first, second))
-    targets, others = ([files[-1] for files in items] for items in sets)
+    targets, others = ([files[-1] for files in items if files] for items in sets)
     heads: dict[Any, list[Path]] = defaultdict(list)
     for path in others:
         heads[_head(path)].append(path)

@@ -21,20 +21,11 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 def perturb(x0: Tensor, y: Tensor, t: Tensor, z: Tensor, sde: SDE) -> Tensor:
-    """Return the perturbed input V.
+    """Return the perturbed input V: x0 before the buffer, mean + sigma z within it.
 
-    Args:
-        x0: clean spectrum S, [B, F, K] complex.
-        y: noisy spectrum Y, [B, F, K] complex.
-        t: diffusion times of the last Kb frames, [B, Kb], rising.
-        z: CN(0, 1) noise, [B, F, Kb] complex: total variance 1, half in each part.
-        sde: gives mean and sigma.
-
-    Returns:
-        V, [B, F, K] complex: x0 before the buffer, mean + sigma z within it.
-
-    Raises:
-        ShapeError: the shapes do not fit each other.
+    V, x0 (clean, S) and y (noisy) are [B, F, K] complex. Of the last Kb frames, t [B, Kb] are the
+    diffusion times, rising, and z [B, F, Kb] complex is CN(0, 1) noise: total variance 1, half in
+    each part. ShapeError if the shapes do not fit each other.
     """
     Kb = t.shape[-1]
     if x0.shape != y.shape or z.shape != (*x0.shape[:-1], Kb) or not 1 <= Kb <= x0.shape[-1]:
@@ -109,15 +100,8 @@ def reverse_step(x: Tensor, y: Tensor, score: Tensor, t: Tensor, z: Tensor, sde:
     """Take every buffer frame from t_i to t_{i-1} by Euler-Maruyama, with t_0 = 0.
 
     X <- X - (f - g^2 score) dt + g sqrt(dt) z, dt = t_i - t_{i-1}; no noise in the step to t = 0
-    (Lay et al. 2025, algorithm 1).
-
-    Args:
-        x: buffer, [B, F, Kb] complex.
-        y: noisy spectrum of the same frames, [B, F, Kb] complex.
-        score: [B, F, Kb] complex.
-        t: [Kb], rising.
-        z: CN(0, 1), [B, F, Kb] complex; the first frame's is not used.
-        sde: gives f and g.
+    (Lay et al. 2025, algorithm 1). The buffer x, the noisy y of the same frames, the score and
+    z, CN(0, 1), whose first frame is not used, are [B, F, Kb] complex; t is [Kb], rising.
     """
     dt = t - next_times(t)
     g = sde.diffusion(t)
@@ -131,15 +115,10 @@ def renoise_step(
 ) -> Tensor:
     """Put the estimates x0_hat of every buffer frame to its next time.
 
-    (1 - t) x0_hat + t Y + sigma z (Lay et al. 2025, arXiv 2510.18744: data prediction).
-
-    Args:
-        x0_hat: [B, F, Kb] complex.
-        y: noisy spectrum of the same frames, [B, F, Kb] complex.
-        t: the times to go to, [Kb], `next_times` of those that the estimates were made at.
-        sigma: `sde.std(t)`, [Kb], which a stream knows: its times never change.
-        z: CN(0, 1), [B, F, Kb] complex.
-        sde: gives the mean.
+    (1 - t) x0_hat + t Y + sigma z (Lay et al. 2025, arXiv 2510.18744: data prediction). x0_hat, the
+    noisy y of the same frames and z, CN(0, 1), are [B, F, Kb] complex. The times to go to, t [Kb],
+    are `next_times` of those that the estimates were made at; sigma [Kb] is `sde.std(t)`, which a
+    stream knows: its times never change.
     """
     return sde.mean(x0_hat, y, t) + sigma * z
 

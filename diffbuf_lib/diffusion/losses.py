@@ -52,14 +52,8 @@ _SNR_LIMIT = 1e-3  # an error of -30 dB is good enough
 def error_level(estimate: Tensor, clean: Tensor) -> Tensor:
     """Return the negative SNR of an estimate, 10 log10(|estimate - clean|^2 / |clean|^2), dB.
 
-    Every clip counts alike, loud or not. It flattens below -30 dB; silent clips are left out.
-
-    Args:
-        estimate: linear spectrum, [B, F, K] complex.
-        clean: linear spectrum, [B, F, K] complex.
-
-    Returns:
-        Scalar, the mean over clips; 0 if all are silent.
+    A scalar, the mean over clips, loud or not, of linear spectra [B, F, K] complex. It flattens
+    below -30 dB; silent clips are left out, and 0 if all are.
     """
     power = abs2(clean).sum(dim=(1, 2))
     heard = power > torch.finfo(power.dtype).eps

@@ -105,15 +105,10 @@ class BufferSampler:
         return state
 
     def step(self, state: BufferState, R: Tensor, generator: Generators = None) -> Tensor:
-        """Take in one noisy frame and put out one clean frame.
+        """Take in the newest noisy frame R, and put out the one `delay - 1` frames before, clean.
 
-        Args:
-            state: changed in place.
-            R: the newest noisy frame, [B, F] complex.
-            generator: of the frame's noise; two draws a frame, whatever the batch holds.
-
-        Returns:
-            [B, F] complex: the estimate of the frame that came `delay - 1` frames before.
+        Both are [B, F] complex. The state is changed in place; the generator is of the frame's
+        noise.
         """
         return self.move(state, R, self.draw(R, generator))
 

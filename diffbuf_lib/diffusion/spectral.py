@@ -63,16 +63,9 @@ class Spectral(nn.Module):
         return stft.num_frames(samples)
 
     def forward(self, wave: Tensor) -> Tensor:
-        """Analyse a signal.
+        """Analyse a signal: [B, T] float32 or float64, full scale 1, to [B, F, K] compressed.
 
-        Args:
-            wave: [B, T] float32 or float64, full scale 1. Half precision is raised to float32.
-
-        Returns:
-            [B, F, K] complex, compressed.
-
-        Raises:
-            ShapeError: `wave` is not [B, T], or is too short for one frame.
+        Half precision is raised to float32. ShapeError if it is too short for one frame.
         """
         if wave.ndim != 2:
             raise ShapeError(f"Spectral takes [B, T], not {list(wave.shape)}: average the channels")
@@ -95,14 +88,8 @@ class Spectral(nn.Module):
 
         Exact wherever some frame's window is not zero. Samples that no frame covers, and those
         where only the last 1e-4 of a window's flank does (a modified spectrum would be blown up
-        there), fade to zero: pad a signal to a whole number of hops to have none.
-
-        Args:
-            spec: [B, F, K] complex, compressed.
-            length: T, samples to return.
-
-        Returns:
-            [B, T] of spec's precision.
+        there), fade to zero: pad a signal to a whole number of hops to have none. Takes [B, F, K]
+        complex, compressed, to [B, T] of its precision, T = `length`.
         """
         frames = torch.fft.irfft(self.expand(spec).transpose(1, 2), self.n_fft)  # [B, K, n_fft]
         window = self.window.to(frames.dtype)

@@ -1,7 +1,15 @@
 """Judge models: scores of clips, baselines beside them, intervals, comparisons, sweeps."""
 
 from diffbuf_lib.evaluation.bootstrap import compare_folders, summary
-from diffbuf_lib.evaluation.evaluate import Job, evaluate, evaluate_folder
+from diffbuf_lib.evaluation.evaluate import Job, evaluate, evaluate_folder, evaluate_part
 from diffbuf_lib.evaluation.scores import ScoredClip
 
-__all__ = ["Job", "ScoredClip", "compare_folders", "evaluate", "evaluate_folder", "summary"]
+__all__ = [
+    "Job",
+    "ScoredClip",
+    "compare_folders",
+    "evaluate",
+    "evaluate_folder",
+    "evaluate_part",
+    "summary",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,17 +40,15 @@ class SpectralGate:
         self._package = need("noisereduce", "baseline noisereduce", _INSTALL)
         self._stationary = stationary
 
-    @classmethod
-    def nonstationary(cls) -> SpectralGate:
-        """Return a gate whose floor follows the signal."""
-        return cls(stationary=False)
-
     def __call__(self, mix: Tensor, rate: int) -> Tensor:
         """Enhance [T] float32 at `rate` Hz; returns [T]."""
         if not mix.any():  # gating divides by the level
             return mix.clone()
         gated = self._package.reduce_noise(y=mix.numpy(), sr=rate, stationary=self._stationary)
         return torch.from_numpy(np.asarray(gated, dtype=np.float32))
+
+
+nonstationary_gate = partial(SpectralGate, stationary=False)  # its floor follows the signal
 
 
 class FrameLibrary:
@@ -69,19 +68,21 @@ class FrameLibrary:
 
     def __call__(self, mix: Tensor, rate: int) -> Tensor:
         """Enhance [T] float32 at `rate` Hz; returns [T]."""
+        up = self.scale * resample(mix[None], rate, 48000)[0].numpy()
+        missing = self.delay + -(len(up) + self.delay) % 480
+        padded = np.concatenate([up, np.zeros(missing, np.float32)])
+        out = np.zeros_like(padded)
         create, process, free = (getattr(self.library, name) for name in self.functions)
         create.restype = ctypes.c_void_p  # a pointer would else be cut to a 32-bit int
         state = ctypes.c_void_p(create(*self.arguments))
         if not state:
             raise DataError(f"{self.functions[0]} gives no state: reinstall {type(self).__name__}")
-        up = self.scale * resample(mix[None], rate, 48000)[0].numpy()
-        missing = self.delay + -(len(up) + self.delay) % 480
-        padded = np.concatenate([up, np.zeros(missing, np.float32)])
-        out = np.zeros_like(padded)
-        for start in range(0, len(padded), 480):
-            frames = [x[start : start + 480].ctypes.data_as(_FLOATS) for x in (padded, out)]
-            process(state, *frames[self.order])
-        free(state)
+        try:
+            for start in range(0, len(padded), 480):
+                frames = [x[start : start + 480].ctypes.data_as(_FLOATS) for x in (padded, out)]
+                process(state, *frames[self.order])
+        finally:
+            free(state)
         aligned = torch.from_numpy(out[None, self.delay : self.delay + len(up)] / self.scale)
         return resample(aligned, 48000, rate)[0, : len(mix)]
 

@@ -33,9 +33,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffbuf_lib.data import ClipDataset, DNLMDataset, open_dataset, read_audio, read_info
+from diffbuf_lib.data import ClipDataset, open_dataset
 from diffbuf_lib.data.audio import write_json
-from diffbuf_lib.data.build import claim, cores, naming_deaths, parallel
+from diffbuf_lib.data.build import claim, cores, naming_deaths, parallel, take_part
 from diffbuf_lib.errors import ConfigError, DataError
 from diffbuf_lib.evaluation.baselines import NOISY, OURS, make_baselines
 from diffbuf_lib.evaluation.bootstrap import summarise
@@ -101,13 +101,11 @@ class Evaluator:
         self.metrics = check_scoring(metrics, self.rate)
         self.baselines = make_baselines(baselines)
         self.methods = [NOISY, *self.baselines, OURS]
-        items = dataset.items[:limit]
-        self.names = [self._name(files[0]) for files in items]
-        self.lengths = [dataset.chunk_size] * len(items)  # samples
+        clips = range(len(dataset))[:limit]
+        self.names = [dataset.label(i) for i in clips]
+        self.lengths = [dataset.chunk_size] * len(clips)  # samples
         if longest is not None:
-            pairs = ([read_info(path, decode=True) for path in pair] for pair in items)
-            frames = (dataset.check_pair(*pair) for pair in pairs)
-            self.lengths = [min(longest, length) for length in frames]
+            self.lengths = [min(longest, dataset.length(i)) for i in clips]
         self.seconds: dict[str, float] = defaultdict(float)  # by kind of work, so far
 
     def run(self, indices: Sequence[int]) -> list[ScoredClip]:
@@ -125,8 +123,7 @@ class Evaluator:
     def read(self, i: int) -> ScoredClip:
         """Read clip `i`, without estimates and scores."""
         if self.whole:
-            length = self.lengths[i]
-            mix, target = (read_audio(path, 0, length)[0] for path in self.dataset.items[i])
+            mix, target = self.dataset.read(i, self.lengths[i])
         else:
             mix, target = self.dataset[i]
         return ScoredClip(i, self.names[i], mix.mean(0), target.mean(0))
@@ -159,13 +156,6 @@ class Evaluator:
             batches[-1].append(i)
         return batches
 
-    def _name(self, noisy: Path) -> str:
-        path = noisy.relative_to(self.dataset.root)
-        # The folder in DN-LM; else without noisy/ or speech/.
-        dnlm = isinstance(self.dataset, DNLMDataset)
-        named = path.parent if dnlm else Path(*(path.parts[1:] or path.parts))
-        return os.fsencode(named.as_posix()).decode("utf-8", "backslashreplace")
-
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
         begun = time.perf_counter()
@@ -193,8 +183,7 @@ class Job:
     def evaluator(self) -> Evaluator:
         """Load model, data and baselines; pairs of files are read whole, up to `seconds`.
 
-        Raises:
-            DiffbufError: one is unknown or unavailable, or `seconds` or `limit` is not above 0.
+        DiffbufError if one is unknown or unavailable, or `seconds` or `limit` not above 0.
         """
         model = load_model(self.model, self.device, self.overrides)
         cfg, longest = model.cfg, sys.maxsize
@@ -221,18 +210,28 @@ class Evaluation(NamedTuple):
     timing: dict[str, Any]  # the content of timing.json
 
 
-def evaluate_folder(
+def evaluate_folder(job: Job, results_path: str | Path, **options: Any) -> Evaluation:
+    """Evaluate the whole; options and errors are those of `evaluate_part`."""
+    found = evaluate_part(job, results_path, "1/1", **options)
+    assert found is not None
+    return found
+
+
+def evaluate_part(
     job: Job,
     results_path: str | Path,
+    part: str,
     *,
     processes: int | None = None,
     page: bool = True,
     progress: bool = False,
-) -> Evaluation:
+) -> Evaluation | None:
     """Evaluate, and write everything into a results folder; go on if it was begun before.
 
-    The scores, to the four decimals that are kept, do not depend on the number of processes (None:
-    the cores of this machine). `page` is for report.html, `progress` for a bar on stderr.
+    Part "i/n" of a job array scores every n-th batch of clips; whoever comes last, or does the
+    whole ("1/1"), finds all scores and writes the rest: before, None is returned. The scores, to
+    the four decimals that are kept, do not depend on parts or the number of processes (None: the
+    cores of this machine). `page` is for report.html, `progress` for a bar on stderr.
 
     Raises:
         DiffbufError: as in `Job.evaluator`; a clip that cannot be read; a folder that is in use or
@@ -241,11 +240,16 @@ def evaluate_folder(
     if processes is not None and processes < 1:
         raise ConfigError(f"--processes {processes}: give at least 1")
     evaluator, folder = job.evaluator(), Path(results_path)
-    lock = FolderLock(folder)
+    mine = take_part(evaluator.batches(job.batch_size), part)
+    home = folder if part == "1/1" else folder / "parts" / part.replace("/", "-")
+    lock = FolderLock(home)
     lock.acquire()
     try:
         claim(folder / "arguments.json", _arguments(job, evaluator))
-        done = _score_rest(job, evaluator, folder, processes or cores(), progress)
+        _score_rest(job, evaluator, folder, home, mine, processes or cores(), progress)
+        done = _read_journals(folder)
+        if len({row.clip for rows, _ in done for row in rows}) < len(evaluator.names):
+            return None
         every = {(row.clip, row.method): row for rows, _ in done for row in rows}
         rows = [every[clip, method] for clip in evaluator.names for method in evaluator.methods]
         summary = summarise(rows, evaluator.metrics)
@@ -278,36 +282,47 @@ def _arguments(job: Job, evaluator: Evaluator) -> dict[str, Any]:
     }
 
 
-def _score_rest(
-    job: Job, evaluator: Evaluator, folder: Path, processes: int, progress: bool
-) -> list[Batch]:
-    """Score the clips that the journal lacks; every batch is in it as soon as it is done."""
-    with open(folder / "journal.jsonl", "a+b") as file:
-        file.seek(0)
-        content = file.read()
+def _read_journals(folder: Path) -> list[Batch]:
+    """Return all batches that are done, of the whole and of parts."""
+    done = []
+    for path in (folder / "journal.jsonl", *sorted(folder.glob("parts/*/journal.jsonl"))):
+        content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]  # without a last line that was cut off
-        file.truncate(len(whole))
         entries = map(json.loads, whole.splitlines())
-        done = [([Row(*row) for row in rows], seconds) for rows, seconds in entries]
-        known = {row.clip for rows, _ in done for row in rows}
-        every = evaluator.batches(job.batch_size)
-        left = [b for b in every if not known.issuperset(evaluator.names[i] for i in b)]
+        done += [([Row(*row) for row in rows], seconds) for rows, seconds in entries]
+    return done
+
+
+def _score_rest(
+    job: Job,
+    evaluator: Evaluator,
+    folder: Path,
+    home: Path,
+    mine: Sequence[list[int]],
+    processes: int,
+    progress: bool,
+) -> None:
+    """Score the batches that no journal has; each is in this one's as soon as it is done."""
+    known = {row.clip for rows, _ in _read_journals(folder) for row in rows}
+    with open(home / "journal.jsonl", "a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        left = [b for b in mine if not known.issuperset(evaluator.names[i] for i in b)]
+        total = sum(map(len, mine))
+        begin = total - sum(map(len, left))
         task: Callable[[list[int]], Batch] = functools.partial(_score_batch, evaluator)
         if min(processes, len(left)) > 1:
             task = functools.partial(_score_in_process, job, max(1, cores() // processes))
         # Fresh processes (a fork would copy torch's threads in whatever state they are), so a
         # script that calls this needs `if __name__ == "__main__":`.
         batches = parallel(task, left, processes, "spawn")
-        total, begin = len(evaluator.names), len(evaluator.names) - sum(map(len, left))
         bar = tqdm(total=total, initial=begin, unit="clip", desc="evaluate", disable=not progress)
         with bar, naming_deaths(), closing(batches) as scored:
             for batch in scored:
                 file.write((json.dumps(batch) + "\n").encode())
                 file.flush()
                 os.fsync(file.fileno())
-                done.append(batch)
                 bar.update(len(batch[0]) // len(evaluator.methods))
-    return done
 
 
 def _score_batch(evaluator: Evaluator, indices: Sequence[int]) -> Batch:

@@ -1,6 +1,11 @@
 """Training: `train`, a generator of steps; checkpoints that survive a crash; and scores."""
 
-from diffbuf_lib.training.folder import load_checkpoint, load_weights, save_checkpoint
+from diffbuf_lib.training.folder import (
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    saved_step,
+)
 from diffbuf_lib.training.metrics import mean_scores, score_clips
 from diffbuf_lib.training.run import train
 from diffbuf_lib.training.step import StepRecord
@@ -11,6 +16,7 @@ __all__ = [
     "load_weights",
     "mean_scores",
     "save_checkpoint",
+    "saved_step",
     "score_clips",
     "train",
 ]

@@ -25,6 +25,9 @@ from diffbuf_lib.data import collate
 from diffbuf_lib.data.reader import reason
 from diffbuf_lib.errors import DataError
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Those that ask a run to stop."""
+
 
 class ClipSource(Protocol):
     """What training asks of a dataset; `diffbuf_lib.data` has the real ones."""
@@ -69,6 +72,7 @@ class Batch(NamedTuple):
     mix: torch.Tensor  # [B, C, T] float32, full scale 1
     target: torch.Tensor  # [B, C, T] float32, full scale 1
     generators: list[torch.Generator]  # B of them on the model's device, one an example
+    share: float = 1.0  # of the step's mean loss, times batches of the step
 
 
 class Stream(IntEnum):
@@ -108,9 +112,9 @@ class EpochPlan:
     """How one epoch is cut into batches, over all processes.
 
     A batch is one model call of one process; `processes` batches side by side are a round, and
-    `accumulation` rounds (fewer at the end of the epoch) are one optimizer step. A last round
-    that is not full is dropped, except when the whole set is smaller than one round: then the
-    only round holds all of it in smaller batches.
+    `accumulation` rounds (fewer at the end of the epoch) are one optimizer step. What is left of
+    the epoch after multiples of `unit` examples (default: of a round) is dropped, except when the
+    whole set is smaller than one round: then the only round holds all of it in smaller batches.
 
     Raises:
         DataError: the training set is empty.
@@ -121,6 +125,7 @@ class EpochPlan:
     accumulation: int  # rounds whose gradients make one step
     processes: int
     seed: int
+    unit: int | None = None
     shuffled: bool = True
 
     def __post_init__(self) -> None:
@@ -128,14 +133,25 @@ class EpochPlan:
             raise DataError("the training set holds no clip: check the path of the training data")
 
     @property
-    def examples_per_round(self) -> int:
+    def a_round(self) -> int:
         """Examples that all processes together take in one round."""
-        return min(self.batch_size * self.processes, self.size)
+        return self.batch_size * self.processes
+
+    @property
+    def global_batch(self) -> int:
+        """Examples of a step."""
+        return self.a_round * self.accumulation
+
+    @property
+    def examples(self) -> int:
+        """Examples of an epoch."""
+        unit = self.unit or self.a_round
+        return self.size // unit * unit or self.size
 
     @property
     def rounds(self) -> int:
         """Rounds of an epoch, at least 1."""
-        return self.size // self.examples_per_round
+        return -(-self.examples // self.a_round)
 
     @property
     def steps(self) -> int:
@@ -150,9 +166,20 @@ class EpochPlan:
         """
         # A set smaller than one round is shared out equally and filled up from its front: all
         # processes must have a batch, or the gradient exchange would wait for ever.
-        share = min(self.batch_size, -(-self.size // self.processes))
-        start = (round_ * self.processes + rank) * share
-        return [i % self.size for i in range(start, start + share)]
+        if self.size < self.a_round:
+            share = -(-self.size // self.processes)
+            return [i % self.size for i in range(rank * share, (rank + 1) * share)]
+        start = round_ * self.a_round + rank * self.batch_size
+        return list(range(start, min(start + self.batch_size, self.examples))) or [0]
+
+    def share(self, round_: int, rank: int) -> float:
+        """Return what a batch counts in its step's mean: 1, unless the last round is not full."""
+        first = round_ // self.accumulation * self.global_batch
+        mine = min(self.batch_size, self.examples - round_ * self.a_round - rank * self.batch_size)
+        count = min(self.global_batch, self.examples - first)
+        if self.size < self.a_round or count % self.a_round == 0:
+            return 1.0
+        return max(mine, 0) * self.processes * -(-count // self.a_round) / count
 
     def order(self, epoch: int) -> list[int]:
         """Return the shuffled indices of the training set in one epoch."""
@@ -176,6 +203,7 @@ class ClipReader(Dataset[Any]):
         self.dataset, self.num_workers = dataset, num_workers
         # [W, 2] in shared memory: each worker's process id, and the clip that it began last.
         self._begun = torch.full((num_workers, 2), -1).share_memory_() if num_workers else None
+        self._over = torch.zeros(()).share_memory_() if num_workers else None
 
     def read(
         self, batches: Sequence[Sequence[int]], seed: int = 0, *, pin_memory: bool = False
@@ -192,10 +220,12 @@ class ClipReader(Dataset[Any]):
             batch_size=None,
             sampler=batches,  # one "index" is a whole batch of indices
             num_workers=self.num_workers,
-            worker_init_fn=_leave_signals_to_the_main_process if self.num_workers else None,
+            worker_init_fn=self._leave_signals_to_the_main_process if self.num_workers else None,
             generator=torch.Generator().manual_seed(seed),
             pin_memory=pin_memory,
         )
+        if self._over is not None:
+            self._over.zero_()
         iterator = iter(loader)
         try:
             for item in iterator:
@@ -207,12 +237,16 @@ class ClipReader(Dataset[Any]):
                 raise
             raise death from error
         finally:
+            if self._over is not None:
+                self._over.fill_(1)
             del iterator  # ends the workers now: a kept traceback would keep them alive with it
 
     def __getitem__(self, indices: Sequence[int]) -> Any:
         # An unreadable clip is a value, since torch would make text of an exception's traceback.
         name, worker = "", get_worker_info()
         try:
+            if prefetch := getattr(self.dataset, "prefetch", None):  # shards: all side by side
+                prefetch(indices)
             items = []
             for index in indices:
                 name = self.dataset.name(index)
@@ -223,6 +257,19 @@ class ClipReader(Dataset[Any]):
             return collate(items)
         except Exception as error:
             return clip_error(name, error)
+
+    def _leave_signals_to_the_main_process(self, worker: int) -> None:
+        # A terminal sends Ctrl-C to workers too, a scheduler all that it sends; and a forked one
+        # has inherited the run's handlers.
+        parent = os.getppid()
+
+        def end(*_: object) -> None:
+            if self._over or os.getppid() != parent:
+                os._exit(1)
+
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, end)  # with which torch ends one that does not listen
 
     def death(self, error: BaseException) -> DataError | None:
         """Return what to raise for torch's message of a reader's death; None for another error.
@@ -248,9 +295,3 @@ def clip_error(name: str, error: Exception) -> DataError:
     problem = DataError(f"{name}: {type(error).__name__}: {reason(error)}")
     problem.add_note("".join(traceback.format_exception(error)))
     return problem
-
-
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    # A terminal sends Ctrl-C to workers too; and a forked one has inherited the run's handlers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

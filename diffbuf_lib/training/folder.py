@@ -52,10 +52,18 @@ _ENDS = frozenset({"training.num_epochs", "training.num_steps"})  # a linear rat
 CHANGEABLE = _ENDS | {
     *("training.early_stopping", "training.num_workers", "training.log_every"),
     *("training.checkpoint_every", "training.on_nonfinite", "training.max_skipped"),
-    *("training.valid_clips", "training.trackers", "training.tracker_project"),
+    *("training.valid_clips", "training.checkpoint_minutes", "training.mirror"),
+    *("data.cache_path", "data.cache_gb"),
+    *("training.trackers", "training.tracker_project"),
 }
 """Config keys that a resumed run may change: they leave the steps before as they were (with
 valid_clips, scores before and after compare less well)."""
+
+NOTED = {
+    *("training.lr", "training.metrics", "training.batch_size", "training.accumulation_steps"),
+    "training.global_batch",
+}
+"""Those that change what follows, and are written into the history."""
 
 
 def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
@@ -86,6 +94,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         fix = f"install diffbuf {state['version']}, which wrote it"
         raise CheckpointError(f"checkpoint {path} has format {found}, not {FORMAT}: {fix}")
     return state
+
+
+def saved_step(results_path: str | Path) -> int | None:
+    """Return the step that a results folder's last.pt holds; None if there is none."""
+    path = ResultsFolder(results_path).last
+    if not path.is_file():
+        return None
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return int(state["step"])
 
 
 def load_tensors(path: Path, what: str, pickle_module: Any = None) -> Any:
@@ -206,13 +223,17 @@ class ResultsFolder:
             raise CheckpointError(f"folder {self.path} already holds a run ({found[0]}): {fix}")
 
     def load_last(self, cfg: Config) -> dict[str, Any]:
-        """Return last.pt; CheckpointError if there is none or its run had another config."""
+        """Return last.pt, and what of the config has changed: "changed", key -> (old, new).
+
+        CheckpointError if there is none, or its run had another config than `CHANGEABLE` and
+        `NOTED` keys allow.
+        """
         if not self.last.is_file():
             fix = "check --results_path, or leave out --resume to start there"
             raise CheckpointError(f"{self.path} holds no checkpoints/last.pt to resume: {fix}")
         state = load_checkpoint(self.last)
-        check_same_config(state["config"], cfg.to_dict(), self.path)
-        return state
+        changed = check_same_config(state["config"], cfg.to_dict(), self.path)
+        return {**state, "changed": changed}
 
     def write_config(self, cfg: Config) -> None:
         """Write config.yaml."""
@@ -254,21 +275,28 @@ class ResultsFolder:
                 file.unlink(missing_ok=True)
 
 
-def check_same_config(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
-    """Raise CheckpointError if two nested configs differ in other keys than `CHANGEABLE`."""
+def check_same_config(
+    old: Mapping[str, Any], new: Mapping[str, Any], path: Path
+) -> dict[str, list[Any]]:
+    """Return old and new value of the `NOTED` keys in which two nested configs differ.
+
+    CheckpointError if they differ in others that are not `CHANGEABLE`.
+    """
     before, after = dict(_flat(old)), dict(_flat(new))
     linear = "linear" in (before.get("training.lr_schedule"), after.get("training.lr_schedule"))
     changeable = CHANGEABLE.difference(_ENDS if linear else ())
+    different = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     changed = [
         f"{key} was {str(before.get(key, 'not there'))[:80]}, is {after.get(key, 'not there')}"
-        for key in {**before, **after}
-        if key not in changeable and before.get(key) != after.get(key)
+        for key in different
+        if key not in changeable | NOTED
     ]
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         what = f"folder {path} holds a run of another config: {'; '.join(changed[:3])}{more}"
         fix = "choose another --results_path (--start_check_point takes over the weights)"
         raise CheckpointError(f"{what}. Set them back, or {fix}")
+    return {key: [before.get(key), after.get(key)] for key in different if key in NOTED}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -283,7 +311,8 @@ def read_history(path: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of a history.jsonl, up to one that was cut off while it was written.
 
     One of a step is a `StepRecord`; one of a validation has step, epoch, valid and final (made at
-    the end of a run within an epoch). A number that was not finite is None.
+    the end of a run within an epoch); one of a resume has step and changed, config keys with their
+    old and new values. A number that was not finite is None.
     """
     if Path(path).is_file():
         for line in Path(path).read_text("utf-8", errors="replace").splitlines():
@@ -357,6 +386,10 @@ class RunLog:
             self._draw("train", points, record.step)
         self._bar.set_postfix(epoch=record.epoch, loss=f"{record.loss:.4g}", refresh=False)
         self._bar.update(record.step - self._bar.n)
+
+    def change(self, step: int, changed: Mapping[str, Any]) -> None:
+        """Write what a resumed run does otherwise from a step on."""
+        self._write({"step": step, "changed": changed})
 
     def validation(self, record: StepRecord, result: Validation, *, final: bool) -> None:
         """Write one validation: its scores, and sound and picture of its first clip."""

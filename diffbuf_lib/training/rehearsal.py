@@ -27,6 +27,7 @@ from diffbuf_lib.training.feed import (
     stream_seed,
 )
 from diffbuf_lib.training.folder import apply_weights, load_weights
+from diffbuf_lib.training.run import make_plan
 from diffbuf_lib.training.signals import isolated
 from diffbuf_lib.training.step import Engine, make_accelerator
 
@@ -65,8 +66,7 @@ def rehearsal(
 ) -> Iterator[Rehearsal]:
     """Build what `train` would; at the end global generators and flags are as they were."""
     training, accelerator = cfg.training, make_accelerator(cfg.training, device)
-    size, rounds = len(train_set), training.accumulation_steps
-    plan = EpochPlan(size, training.batch_size, rounds, 1, training.seed)
+    plan = make_plan(training, len(train_set), 1, None)
     with isolated(accelerator.device, deterministic=training.deterministic):
         seed_everything(training.seed, Stream.WEIGHTS)
         model = DiffusionBufferModel(cfg)

@@ -10,17 +10,20 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from torch.distributed import DistError
 
 import diffbuf_lib
-from diffbuf_lib.config import Config
+from diffbuf_lib.config import Config, TrainingConfig
 from diffbuf_lib.data.reader import reason
-from diffbuf_lib.errors import CheckpointError, DataError, NonFiniteError
+from diffbuf_lib.errors import CheckpointError, ConfigError, DiffbufError, NonFiniteError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.training.failure import Attempt, Failures
 from diffbuf_lib.training.feed import (
@@ -43,6 +46,7 @@ from diffbuf_lib.training.folder import (
     save_checkpoint,
 )
 from diffbuf_lib.training.metrics import check_metrics, lower_is_better
+from diffbuf_lib.training.mirror import Mirror
 from diffbuf_lib.training.signals import StopRequest, isolated
 from diffbuf_lib.training.step import Engine, Outcome, StepRecord, make_accelerator, validate
 
@@ -55,7 +59,7 @@ def train(
     valid_set: ClipSource | None,
     results_path: str | Path,
     *,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     start_check_point: str | Path | None = None,
     pre_valid: bool = False,
     device: str = "auto",
@@ -64,16 +68,19 @@ def train(
 ) -> Generator[StepRecord, None, None]:
     """Train, yielding a record after every optimizer step.
 
-    On `close()` (`contextlib.closing`), Ctrl-C, SIGTERM or an error between steps it saves a
-    checkpoint and closes its logs. A signal waits for the end of a step and is then raised as
-    KeyboardInterrupt; a second one does not wait, and saves nothing.
+    On `close()` (`contextlib.closing`), a signal (see `StopRequest`) or an error between steps it
+    saves a checkpoint and closes its logs. A signal waits for the end of a step, in all processes,
+    and is then raised as KeyboardInterrupt.
+
+    A run is its global batch: it may go on with other processes, as long as they can share that.
 
     Args:
         cfg: the config.
         train_set: `[i] -> (mix, target)`, each [C, T] float32, full scale 1.
         valid_set: the same; None or empty: no validation, and the learning rate stays.
         results_path: folder for checkpoints, logs and the model; see `training.folder`.
-        resume: go on with the run in `results_path`.
+        resume: go on with the run in `results_path` or, if that is further, `training.mirror`;
+            "auto": if there is one.
         start_check_point: a checkpoint file or a `save_pretrained` folder whose weights (averaged
             ones, if there) are the first ones. Not read when resuming.
         pre_valid: validate the first weights too, as step 0; decides nothing, and yields a record
@@ -90,13 +97,14 @@ def train(
         DataError: an empty training set, or a clip that cannot be read; names it.
         MissingExtraError, ConfigError: a metric or device that is unavailable.
     """
-    with StopRequest() as stop:
+    with StopRequest() as stop, ExitStack() as ending:
         with stop.running():
-            run = Run(cfg, train_set, valid_set, results_path, device, model, stop)
+            state = cfg, train_set, valid_set, results_path
+            run = Run(*state, resume, device, model, stop, ending)
+            ending.callback(run.close)
+            run.begin(start_check_point=start_check_point, progress=progress)
         try:
-            with stop.running():
-                run.begin(resume=resume, start_check_point=start_check_point, progress=progress)
-            if pre_valid and not resume and run.valid_set is not None:
+            if pre_valid and not run.resumed and run.valid_set is not None:
                 yield run.first_validation()
             while (record := run.next_record()) is not None:
                 yield record
@@ -104,8 +112,6 @@ def train(
             if run.log is not None:
                 run.log.failure(run.step + 1, error)
             raise
-        finally:
-            run.close()
 
 
 class Run:
@@ -117,24 +123,28 @@ class Run:
         train_set: ClipSource,
         valid_set: ClipSource | None,
         results_path: str | Path,
+        resume: bool | Literal["auto"],
         device: str,
         model: nn.Module | None,
         stop: StopRequest,
+        ending: ExitStack,
     ) -> None:
         training = cfg.training
         check_metrics(training.metrics, cfg.audio.sample_rate)
         self.cfg, self.stop = cfg, stop
         self.folder = ResultsFolder(results_path)
-        self.lock = FolderLock(self.folder.path)
         self.accelerator = make_accelerator(training, device)
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
-        size, batch, rounds = len(train_set), training.batch_size, training.accumulation_steps
-        shuffled = training.overfit_batches is None
+        stop.together = self.processes > 1
+        self.mirror: Mirror | None = None  # in the main process
+        self.state = self._together(partial(self._open, resume, ending))  # to go on from
+        self.plan = make_plan(training, len(train_set), self.processes, self.state)
         if training.overfit_batches is not None:
-            count = training.overfit_batches * batch * self.processes
-            train_set, valid_set = FixedClips(train_set, count, size), FixedClips(train_set, count)
+            self.plan = dataclasses.replace(self.plan, shuffled=False)
+            size = training.overfit_batches * self.plan.a_round
+            valid_set = FixedClips(train_set, size)
+            train_set = FixedClips(train_set, size, len(train_set))
         self.valid_set = valid_set if valid_set is not None and len(valid_set) else None
-        self.plan = EpochPlan(size, batch, rounds, self.processes, training.seed, shuffled)
         steps = training.num_epochs * self.plan.steps
         self.total = min(steps, training.num_steps or steps)  # unless it stops early
         with self._isolated():
@@ -152,8 +162,10 @@ class Run:
         self.bad_validations = 0  # since then
         self.bad_batches = 0  # left out so far, with training.on_nonfinite=skip
         self.pending: StepRecord | None = None  # its step is made; it has not been handed out
-        self.whole = False
+        self.resumed = self.state is not None
+        self.whole = self.agreed = False  # agreed: all processes stop here
         self.saved = True  # whether last.pt holds this place
+        self.saved_at = time.monotonic()
 
     # From batch to record.
 
@@ -226,7 +238,9 @@ class Run:
             self.epoch, self.round = self.epoch + 1, 0
             self.batches = None  # ends the processes that read ahead
         self.pending, self.whole, self.saved = None, True, False
-        if epoch_over or self.step % training.checkpoint_every == 0 or self._over():
+        minutes = (time.monotonic() - self.saved_at) / 60
+        late = minutes >= (training.checkpoint_minutes or math.inf)
+        if epoch_over or late or self.step % training.checkpoint_every == 0 or self._over():
             self._save(is_best=is_best)
         return record
 
@@ -248,20 +262,19 @@ class Run:
             clips = self.plan.batches(self.epoch, self.rank, start=round_)
             key = stream_seed(seed, Stream.WORKERS, self.epoch, self.rank)
             self.batches = self.reader.read(clips, key, pin_memory=device.type == "cuda")
-        try:
-            mix, target = (wave.to(device, non_blocking=True) for wave in next(self.batches))
-        except DataError:
-            if self.stop.requested and self.processes == 1:
-                raise KeyboardInterrupt from None  # the same signal has ended our readers
-            raise
+        mix, target = (wave.to(device, non_blocking=True) for wave in next(self.batches))
         keys = [(self.epoch, position) for position in self.plan.positions(round_, self.rank)]
-        return Batch(mix, target, example_generators(keys, seed, Stream.EXAMPLE, device))
+        generators = example_generators(keys, seed, Stream.EXAMPLE, device)
+        return Batch(mix, target, generators, self.plan.share(round_, self.rank))
 
     def _make_step(self, attempt: Attempt) -> Outcome:
         seed_everything(self.cfg.training.seed, Stream.STEP, self.step, self.rank)  # for dropout
         try:
             return self.engine.step(attempt.batches, stop=self.stop.requested)
         except Exception as error:
+            if isinstance(error, DistError) or "gloo" in str(error):
+                what = f"step {attempt.step}: another process of the run has gone ({reason(error)})"
+                raise DiffbufError(f"{what}: --resume goes on from the last checkpoint") from error
             # A reader's death is told by a signal: no fault of the step.
             known = self.reader.death(error) or self.failures.raised(attempt, error)
             if known is error:
@@ -286,6 +299,7 @@ class Run:
     def _interrupt(self, record: StepRecord) -> NoReturn:
         """Stop after a step whose record was not handed out: a resumed run will begin with it."""
         self.pending = record
+        self.stop.requested = self.agreed = True
         raise KeyboardInterrupt
 
     def _judge(self, values: dict[str, float]) -> bool:
@@ -320,48 +334,85 @@ class Run:
 
     # Its beginning, its checkpoints and its end.
 
-    def begin(self, *, resume: bool, start_check_point: str | Path | None, progress: bool) -> None:
-        """Open the results folder, load what there is to load, save the starting point."""
+    def _together(self, find: Callable[[], Any]) -> Any:
+        """Return in all processes what the main one finds; raise what it raises."""
+        found: list[Any] = [None, None]
         if self.accelerator.is_main_process:
-            self.lock.acquire()
+            try:
+                found[0] = find()
+            except DiffbufError as error:
+                found[1] = error
+        if self.processes > 1:
+            broadcast_object_list(found)
+        if found[1] is not None:
+            raise found[1]
+        return found[0]
+
+    def _open(self, resume: bool | Literal["auto"], ending: ExitStack) -> dict[str, Any] | None:
+        """Lock the results folder, and return the checkpoint to go on from."""
+        lock = FolderLock(self.folder.path)
+        lock.acquire()
+        ending.callback(lock.release)
+        if self.cfg.training.mirror is not None:
+            self.mirror = Mirror(self.cfg.training.mirror, self.folder.path)
+            if resume:
+                self.mirror.fetch()
+        if resume == "auto":
+            resume = self.folder.last.is_file()
         if resume:
-            self._load(self.folder.load_last(self.cfg))
-        else:
-            self.folder.check_fresh()
-            if start_check_point is not None:
-                weights = load_weights(start_check_point)
-                for model in (self.engine.model, self.engine.ema.module):
-                    apply_weights(model, weights, start_check_point)
-        self.accelerator.wait_for_everyone()  # all have looked before the first one writes
+            return self.folder.load_last(self.cfg)
+        self.folder.check_fresh()
+        return None
+
+    def begin(self, *, start_check_point: str | Path | None, progress: bool) -> None:
+        """Load what there is to load, save the starting point."""
+        changed: dict[str, Any] = {}
+        if self.state is not None:
+            changed = self._load(self.state)
+            self.state = None
+        elif start_check_point is not None:
+            weights = load_weights(start_check_point)
+            for model in (self.engine.model, self.engine.ema.module):
+                apply_weights(model, weights, start_check_point)
         if self.accelerator.is_main_process:
             self.folder.tidy()
-            if not resume:
+            if not self.resumed:
                 self._write(self.folder.last)  # a full disk shows now, and resuming always works
             self.folder.write_config(self.cfg)
             if not self._over():
                 self.folder.truncate_history(self.step, validated=self.pending is None)
             self.log = RunLog(self.cfg, self.folder, self.step, self.total, progress)
+            if changed:
+                self.log.change(self.step, changed)
         self.whole = True
 
     def close(self) -> None:
         """Save where the run stands if it is whole, model/ too if there is none; close the logs."""
-        self.batches = None
-        try:
-            if not self.whole or not self.accelerator.is_main_process:
-                return
-            if not self.engine.is_finite():
-                text = f"weights are not finite: step {self.step} is not saved"
-                warnings.warn(text, stacklevel=2)
-                return
-            if not self.saved:
-                self._write(self.folder.last)
-            if self.best is None and self.step:
-                self.folder.export_model(self.engine.ema.module)
-        finally:
-            if self.log is not None:
-                self.log.close()
-            self.engine.close()
-            self.lock.release()
+        with self.stop.running():
+            self.batches = None
+            try:
+                if self.whole and self.accelerator.is_main_process:
+                    self._save_last()
+            finally:
+                if self.log is not None:
+                    self.log.close()
+                if self.mirror is not None:
+                    self.mirror.close()
+                if self.agreed:  # who ends first has torchrun end the others, saving or not
+                    self.accelerator.wait_for_everyone()
+                self.engine.close()
+
+    def _save_last(self) -> None:
+        if not self.engine.is_finite():
+            text = f"weights are not finite: step {self.step} is not saved"
+            warnings.warn(text, stacklevel=2)
+            return
+        if not self.saved:
+            self._write(self.folder.last)
+        if self.best is None and self.step:
+            self.folder.export_model(self.engine.ema.module)
+        if self.mirror is not None:
+            self.mirror.update(self.step)
 
     def _save(self, *, is_best: bool) -> None:
         """Write the checkpoints that are due, or raise NonFiniteError for exploded weights."""
@@ -375,33 +426,75 @@ class Run:
                 self._write(self.folder.best)
                 self.folder.export_model(self.engine.ema.module)
             self._write(self.folder.last)
-        self.saved = True
+            if self.mirror is not None:
+                self.mirror.update(self.step)
+        self.saved, self.saved_at = True, time.monotonic()
 
     def _write(self, path: Path) -> None:
         state: dict[str, Any] = {
             "version": diffbuf_lib.__version__,
             "config": self.cfg.to_dict(),
-            "examples": self.round * self.plan.examples_per_round,
+            "examples": min(self.round * self.plan.a_round, self.plan.examples),
             "processes": self.processes,
+            "global_batch": self.plan.global_batch,
+            "unit": self.plan.unit or self.plan.a_round,
             "pending": self.pending and self.pending.to_dict(),
         }
         place = {name: getattr(self, name) for name in _PLACE}
         save_checkpoint(path, {**state, **place, **self.engine.state_dict()})
 
-    def _load(self, state: dict[str, Any]) -> None:
-        if state["processes"] != self.processes:
-            had = f"the run had {state['processes']} processes and goes on with {self.processes}"
-            warnings.warn(f"{had}: its batches change in size", stacklevel=2)
+    def _load(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Take a checkpoint's state; return what changes, for the history."""
+        changed = {**state["changed"]}
+        before, now = old_batch(state)[0], self.plan.global_batch
+        if before != now:
+            changed["global batch"] = [before, now]
         try:
             self.engine.load_state_dict(state)
             for name in _PLACE:
                 setattr(self, name, state[name])
             self.pending = state["pending"] and StepRecord(**state["pending"])
-            rounds = -(-state["examples"] // self.plan.examples_per_round)
-            self.round = min(rounds, self.plan.rounds)
+            if lr := changed.get("training.lr"):
+                self.engine.scale_lr(lr[1] / lr[0])
+            steps = -(-state["examples"] // now)
+            self.round = min(steps * self.plan.accumulation, self.plan.rounds)
             if self.round == self.plan.rounds and self.pending is None:
                 self.epoch, self.round = self.epoch + 1, 0  # a smaller set, or larger rounds
         except Exception as error:  # whatever torch meets in a state that is not its own
             what = f"checkpoint {self.folder.last} does not fit this model and optimizer"
             fix = f"take another one, such as best.pt ({reason(error)[:200]})"
             raise CheckpointError(f"{what}: {fix}") from error
+        return changed
+
+
+def make_plan(
+    training: TrainingConfig, size: int, processes: int, state: dict[str, Any] | None
+) -> EpochPlan:
+    """Cut epochs into batches; a resumed run keeps its global batch unless another is asked for.
+
+    Raises:
+        ConfigError: the processes cannot share the global batch.
+    """
+    batch, rounds, unit = training.batch_size, training.accumulation_steps, training.global_batch
+    total = training.global_batch or batch * rounds * processes
+    if state is not None:
+        before, kept_unit = old_batch(state)
+        asked = {"training.batch_size", "training.accumulation_steps", "training.global_batch"}
+        total = total if asked & state["changed"].keys() else before
+        unit = kept_unit if total == before else unit
+    if total % processes:
+        raise ConfigError(
+            f"{processes} processes cannot share the run's global batch of {total} equally: start "
+            "a divisor of it, or ask for another with training.global_batch"
+        )
+    share = total // processes
+    batch = max(n for n in range(1, min(batch, share) + 1) if share % n == 0)
+    return EpochPlan(size, batch, share // batch, processes, training.seed, unit)
+
+
+def old_batch(state: dict[str, Any]) -> tuple[int, int]:
+    """Return global batch and unit (see `EpochPlan`) of a checkpoint, also of an older library."""
+    training = state["config"]["training"]
+    a_round = training["batch_size"] * state["processes"]
+    total = a_round * training["accumulation_steps"]
+    return state.get("global_batch", total), state.get("unit", a_round)

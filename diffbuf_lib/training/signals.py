@@ -18,6 +18,8 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from diffbuf_lib.training.feed import STOP_SIGNALS
+
 
 @contextmanager
 def isolated(device: torch.device, *, deterministic: bool) -> Iterator[None]:
@@ -47,29 +49,31 @@ def isolated(device: torch.device, *, deterministic: bool) -> Iterator[None]:
 
 
 class StopRequest:
-    """Turns Ctrl-C and SIGTERM into a stop between two steps, while a block runs.
+    """Turns Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 into a stop between two steps, in a block.
 
-    Within `running()` the first signal only sets `requested`; a second one raises KeyboardInterrupt
-    at once, as either does while the caller's code runs. Works in the main thread only.
+    Within `running()` a signal only sets `requested`, however many come. While the caller's code
+    runs, the first one raises KeyboardInterrupt, unless other processes take part in the run: they
+    would wait for this one. Only a second Ctrl-C from a person at a terminal stops at once. Works
+    in the main thread only.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self.together = False
         self._inside = False
         self._previous: dict[int, Any] = {}
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Mark the block in which a signal waits for the next `requested` check."""
-        self._inside = True
+        before, self._inside = self._inside, True
         try:
             yield
         finally:
-            self._inside = False
+            self._inside = before
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOP_SIGNALS:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -80,10 +84,18 @@ class StopRequest:
                     signal.signal(number, previous if previous is not None else signal.SIG_DFL)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        previous = self._previous.get(number)
-        if self._inside and not self.requested:
-            self.requested = True
-        elif number == signal.SIGINT and callable(previous):
-            previous(number, frame)
-        else:
+        again, self.requested = self.requested, True
+        if again and number == signal.SIGINT and _at_terminal():
+            raise KeyboardInterrupt
+        for previous in self._previous.values():  # a command's: it has nothing more to do
+            getattr(previous, "disarm", bool)()
+        if not (again or self._inside or self.together):
             raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def _at_terminal() -> bool:
+    """Return whether a person can press Ctrl-C for this process."""
+    try:
+        return os.isatty(0) and os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:
+        return False

@@ -129,6 +129,7 @@ class Engine:
             with contextlib.nullcontext() if last else accelerator.no_sync(self.parallel):
                 with self.phase("forward"), accelerator.autocast():
                     loss = self.parallel(batch.mix, batch.target, generator=batch.generators)
+                    loss = loss * batch.share
                 with self.phase("backward"):
                     accelerator.backward(loss / len(batches))
             losses.append(loss.detach().float())
@@ -166,6 +167,14 @@ class Engine:
         """Move a learning rate that goes by validations."""
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(score)
+
+    def scale_lr(self, factor: float) -> None:
+        """Go on with another learning rate, wherever a schedule has brought the last one."""
+        for group in self.optimizer.param_groups:
+            for name in {"lr", "initial_lr"} & group.keys():
+                group[name] *= factor
+        if isinstance(self.scheduler, LambdaLR):
+            self.scheduler.base_lrs = [lr * factor for lr in self.scheduler.base_lrs]
 
     def is_finite(self) -> bool:
         """Whether every weight and buffer, averaged ones too, is finite."""

@@ -53,13 +53,8 @@ def open_workbench(
     DIFFBUF_DATA, if set, win over the arguments, so that a notebook runs on other data without
     being edited. From here on a `Figure` that is a cell's last value is shown as a picture.
 
-    Args:
-        config: a YAML file.
-        data: a folder of any layout of `diffbuf_lib.data.LAYOUTS`, or one of `train/` and `valid/`.
-        overrides: config keys, as in `load_config`.
-
-    Raises:
-        DataError: a folder that holds no clips in a known layout.
+    The data are a folder of any layout of `diffbuf_lib.data.LAYOUTS`, or one of `train/` and
+    `valid/` (else DataError); config and overrides are those of `load_config`.
     """
     shell = get_ipython()  # shows figures by itself only if pyplot is imported
     if shell is not None and shell.display_formatter is not None:
@@ -74,14 +69,11 @@ def open_workbench(
     train, valid = folder / "train", folder / "valid"
     train = train if train.is_dir() else folder
     return Workbench(
-        root=root,
-        cfg=cfg,
-        data=folder,
-        train_set=_open(train, cfg, training=True),
+        root=root, cfg=cfg, data=folder, train_set=_open(train, cfg, training=True),
         valid_set=_open(valid if valid.is_dir() else train, cfg, training=False),
         results=root / "results" / "notebooks",
         device="cuda" if torch.cuda.is_available() else "cpu",
-    )
+    )  # fmt: skip
 
 
 def _open(folder: Path, cfg: Config, *, training: bool) -> ClipDataset:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from diffbuf_lib.data import DNLMDataset, PairedFolderDataset
-from diffbuf_lib.evaluation import compare_folders, evaluate_folder
+from diffbuf_lib.evaluation import compare_folders, evaluate_folder, evaluate_part
 from diffbuf_lib.evaluation.evaluate import Evaluator
 from diffbuf_lib.evaluation.scores import read_scores
 from diffbuf_lib.model import load_model
@@ -87,6 +87,21 @@ def test_a_stopped_evaluation_goes_on_to_the_same_bytes(job, finished, tmp_path,
 def test_processes_and_batches_do_not_change_the_numbers(job, finished, tmp_path):
     run(replace(job, batch_size=3), tmp_path / "two", processes=2, page=False)
     assert scores_of(tmp_path / "two") == scores_of(finished)
+
+
+@pytest.mark.law
+def test_parts_of_a_job_array_come_to_the_same_bytes(job, finished, tmp_path):
+    def do(path, part):
+        return evaluate_part(job, tmp_path / path, part, processes=1, page=False)
+
+    assert [do("parts", part) for part in ("3/3", "1/3", "1/3")] == [None] * 3
+    assert not (tmp_path / "parts" / "scores.csv").exists()
+    assert len(do("parts", "2/3").rows) == 6 * 2
+    assert scores_of(tmp_path / "parts") == scores_of(finished)
+    do("rest", "2/3")
+    do("rest", "1/1")  # the whole does what parts have left
+    assert scores_of(tmp_path / "rest") == scores_of(finished)
+    refused(lambda: do("wrong", "4/3"), "--part")
 
 
 def test_other_arguments_or_weights_are_refused_and_a_moved_model_is_not(job, tmp_path, model_path):

@@ -1,0 +1,113 @@
+"""Jobs for those who schedule: Slurm, SkyPilot, or torchrun on machines of one's own.
+
+Only a file is written, short enough to read; they queue, start and restart.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+
+from diffbuf_lib.config import load_config
+from diffbuf_lib.errors import ConfigError
+
+Kind = Literal["slurm", "skypilot", "torchrun"]
+_FILES = {"slurm": "slurm.sh", "skypilot": "skypilot.yaml", "torchrun": "torchrun.sh"}
+_SUBMIT = {
+    "slurm": ["sbatch"],
+    "skypilot": ["sky", "jobs", "launch", "--yes"],
+    "torchrun": ["bash"],
+}
+_JOBS = jinja2.Environment(
+    loader=jinja2.PackageLoader("diffbuf_lib"),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+    undefined=jinja2.StrictUndefined,
+)
+_JOBS.filters["quote"] = shlex.quote
+# What stands unquoted in a job file: no space, quote or new line.
+_PLAIN = re.compile(r"[\w@%+=:,./-]+")
+
+
+def write_job(
+    kind: Kind,
+    config_path: str | Path,
+    data_path: str,
+    results_path: str | Path,
+    *,
+    valid_path: str | None = None,
+    nodes: str = "1",  # torchrun: also "1:4", as many of them as are there
+    gpus: int = 1,  # a node; 0 trains on CPUs
+    processes: int | None = None,  # a node; default: one a GPU
+    time: str = "24:00:00",  # Slurm's limit
+    margin: int = 120,  # s before it at which the run is asked to stop
+    accelerator: str = "H100",  # SkyPilot's name of the GPU
+    restarts: int = 3,  # of the processes, when one of them dies
+    options: Sequence[str] = (),  # further #SBATCH lines, such as --partition=gpu
+    env: Sequence[str] = (),  # NAME=VALUE
+    train: Sequence[str] = (),  # further flags of `diffbuf train`
+    overrides: Sequence[str] = (),  # config keys
+) -> Path:
+    """Write a job that trains, and goes on where it stopped, into the results folder.
+
+    Raises:
+        ConfigError: a config that cannot be read, or a value that no job file can hold.
+    """
+    results_path = Path(results_path)
+    load_config(config_path, overrides)
+    processes = processes or max(gpus, 1)
+    for name, value, pattern in (
+        ("nodes", nodes, r"[1-9]\d*(:[1-9]\d*)?" if kind == "torchrun" else r"[1-9]\d*"),
+        ("time", time, r"(\d+-)?\d+(:\d+){0,2}"),
+        ("gpus", str(gpus), r"\d+"),
+        ("accelerator", accelerator, _PLAIN.pattern),
+        *(("env", value, r"\w+=[^\n]*") for value in env),
+        *(("options", value, r"-[^\n]+") for value in options),
+    ):
+        if not re.fullmatch(pattern, value):
+            raise ConfigError(f"--{name} {value!r:.80} does not fit into a {kind} job")
+    # A machine that SkyPilot starts has this folder, and nothing else of this machine.
+    flags: dict[str, Any] = {"config_path": config_path, "results_path": results_path}
+    flags |= {"data_path": data_path, "valid_path": valid_path}
+    words = ["-m", "diffbuf_lib.cli", "train", "--resume_if_any"]
+    for flag, value in flags.items():
+        if value is None:
+            continue
+        path = str(value)
+        if kind != "skypilot" and "://" not in path:
+            path = str(Path(path).resolve())
+        words += [f"--{flag}", path]
+    words += [*train, *(word for override in overrides for word in ("--set", override))]
+    results_path.mkdir(parents=True, exist_ok=True)
+    job = results_path / _FILES[kind]
+    name = re.sub(r"\W+", "-", f"diffbuf-{results_path.name}")
+    text = _JOBS.get_template(f"{_FILES[kind]}.jinja").render(
+        name=name, nodes=nodes, gpus=gpus, processes=processes, time=time, margin=margin,
+        accelerator=accelerator, restarts=restarts, options=options,
+        env=[variable.partition("=")[::2] for variable in env],
+        log=shlex.quote(str((results_path / "job.log").resolve())), file=shlex.quote(str(job)),
+        python=shlex.quote(sys.executable), train=shlex.join(words),
+    )  # fmt: skip
+    job.write_text(text, encoding="utf-8")
+    return job
+
+
+def submit(kind: Kind, job: Path) -> None:
+    """Hand a job over to `sbatch`, `sky jobs launch` or `bash`.
+
+    Raises:
+        ConfigError: the program is not there or refuses.
+    """
+    command = [*_SUBMIT[kind], str(job)]
+    try:
+        subprocess.run(command, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ConfigError(f"`{shlex.join(command)}` failed: {error}") from error

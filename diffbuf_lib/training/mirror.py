@@ -1,0 +1,134 @@
+"""A copy of a run's files elsewhere, such as on s3://, for machines that will not come back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from diffbuf_lib.data.reader import reason
+from diffbuf_lib.errors import CheckpointError, MissingExtraError
+
+PLACE = "place.json"
+"""Written last: the step of the checkpoint that is complete there."""
+
+
+class Mirror:
+    """Copies what is complete in a thread; while it is busy, only the newest state waits.
+
+    Object stores show an object when it is whole. A copy that fails is a warning: the run and its
+    own checkpoints go on, and the next one is tried again.
+    """
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.url, self.folder = url.rstrip("/"), folder
+        self._next, self._now = folder / ".mirror.next", folder / ".mirror.now"
+        self._pool = ThreadPoolExecutor(1, "mirror")
+        self._job: Future[None] | None = None
+        self._known: dict[str, tuple[int, int]] = {}  # inode and time of what is there already
+
+    def fetch(self) -> None:
+        """Bring the run here, if the mirror is further than this folder.
+
+        Raises:
+            CheckpointError, MissingExtraError: the mirror cannot be read.
+        """
+        try:
+            system, root = fsspec.core.url_to_fs(self.url)
+            system.invalidate_cache()  # another machine has written there
+            if not system.exists(f"{root}/{PLACE}"):
+                return
+            there = int(json.loads(system.cat_file(f"{root}/{PLACE}"))["step"])
+            if there <= self._step(self.folder):
+                return
+            shutil.rmtree(self._now, ignore_errors=True)
+            names = [str(path)[len(root) :].lstrip("/") for path in system.find(root)]
+            names.sort(key=lambda name: (name == PLACE, name.endswith("last.pt")))
+            for name in names:
+                (self._now / name).parent.mkdir(parents=True, exist_ok=True)
+                system.get_file(f"{root}/{name}", str(self._now / name))
+            for name in names:
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(self._now / name, self.folder / name)
+            shutil.rmtree(self._now)
+        except ImportError as error:
+            why = f"training.mirror {self.url}: {reason(error)}"
+            raise MissingExtraError(f"{why}; for s3:// pip install 'diffbuf[remote]'") from error
+        except Exception as error:  # of what lies between here and there
+            why = f"training.mirror {self.url} cannot be read ({reason(error)})"
+            raise CheckpointError(f"{why}: check it and the credentials (environment)") from error
+
+    def update(self, step: int) -> None:
+        """Let the thread copy the files as they are now."""
+        try:
+            self._set_aside(step)
+        except OSError as error:
+            warnings.warn(f"training.mirror {self.url}: {reason(error)}", stacklevel=2)
+            return
+        if self._job is None or self._job.done():
+            self._job = self._pool.submit(self._copy)
+
+    def _set_aside(self, step: int) -> None:
+        new = self.folder / ".mirror.new"
+        shutil.rmtree(new, ignore_errors=True)
+        model = sorted((self.folder / "model").glob("*"))
+        files = [self.folder / name for name in ("config.yaml", "history.jsonl")]
+        files += [*model, *sorted(self.folder.glob("checkpoints/*.pt"), reverse=True)]
+        for path in files:
+            name = path.relative_to(self.folder)
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            copy = shutil.copyfile if path.suffix == ".jsonl" else os.link  # that one grows
+            copy(path, new / name)
+        (new / PLACE).write_text(json.dumps({"step": step}))
+        shutil.copyfile(new / PLACE, self.folder / PLACE)
+        shutil.rmtree(self._next, ignore_errors=True)
+        new.rename(self._next)
+
+    def close(self) -> None:
+        """Wait until the last state is there."""
+        self._pool.shutdown()
+        self._copy()
+        for left in (self._next, self._now):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _copy(self) -> None:
+        while self._next.exists():
+            shutil.rmtree(self._now, ignore_errors=True)
+            try:
+                self._next.rename(self._now)
+            except FileNotFoundError:
+                continue  # replaced by a newer one just now
+            try:
+                self._upload()
+            except Exception as error:  # of what lies between here and there
+                why = f"training.mirror {self.url}: {type(error).__name__}: {reason(error)}"
+                warnings.warn(f"{why}; the next checkpoint tries again", stacklevel=2)
+
+    def _upload(self) -> None:
+        system, root = fsspec.core.url_to_fs(self.url)
+        files = [path for path in self._now.rglob("*") if path.is_file()]
+        # A checkpoint comes after the history of its steps, and the place after all.
+        files.sort(key=lambda path: (path.name == PLACE, path.name == "last.pt", str(path)))
+        for path in files:
+            name, state = path.relative_to(self._now).as_posix(), path.stat()
+            known = (state.st_ino, state.st_mtime_ns)
+            if self._known.get(name) != known:
+                try:
+                    system.put_file(str(path), f"{root}/{name}")
+                except FileNotFoundError:  # where folders are more than a part of the name
+                    system.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
+                    system.put_file(str(path), f"{root}/{name}")
+                self._known[name] = known
+
+    @staticmethod
+    def _step(folder: Path) -> int:
+        if not (folder / "checkpoints" / "last.pt").is_file() or not (folder / PLACE).is_file():
+            return -1
+        place: dict[str, Any] = json.loads((folder / PLACE).read_text())
+        return int(place["step"])
