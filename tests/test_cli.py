@@ -188,7 +188,7 @@ def test_demo_model_needs_a_checkout(monkeypatch, capsys, tmp_path):
     [
         (["train", "--config_path", "none.yaml"], "none.yaml"),
         (["train", "--set", "training.lrr=1"], "did you mean training.lr?"),
-        (["train", "--dataset_type", "4"], "--dataset_type = 4"),
+        (["train", "--dataset_type", "99"], "--dataset_type = 99"),
         (["train", "--dataset_type", "2"], "--dataset_type 1"),
         (["train", "--device_ids", "0", "1"], "torchrun --nproc_per_node 2"),
         (["enhance", "a.wav", "-o", "b.wav", "--model", "nowhere"], "no trained model"),
