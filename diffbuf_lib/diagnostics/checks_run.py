@@ -97,8 +97,8 @@ def check_machine(results_path: Path) -> Iterator[Finding]:
 
 def check_device(cfg: Config, device: torch.device) -> Iterator[Finding]:
     """Say what training would run on, and in which precision where that is not as asked for."""
-    name = f"{torch.get_num_threads()} CPU threads"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
+    cuda, threads = device.type == "cuda", f"{torch.get_num_threads()} CPU threads"
+    name = torch.cuda.get_device_name(device) if cuda else threads
     message = f"{name}: {memory.free_memory(device) / GIB:.1f} GiB of memory are free"
     yield judge("machine.device", str(device), message=message)
     if cfg.training.use_amp and precision_on(cfg.training, device) == "no":
@@ -126,8 +126,7 @@ def run_pass(
 ) -> Pass:
     """Run forward and backward once; in float16 with the scales that a scaler would try.
 
-    Mix and target are [B, C, T] float32, full scale 1; precision None is float32. The model gets
-    gradients.
+    Mix and target are [B, C, T] float32, full scale 1; precision None is float32.
     """
     device, seed = mix.device, model.cfg.training.seed
     autocast = torch.autocast(device.type, precision, enabled=precision is not None)

@@ -144,7 +144,7 @@ def explain_out_of_memory(cfg: Config, device: torch.device, size: int, asked: s
     return (
         f"out of memory on {device} in a step of {size} clips of {cfg.audio.chunk_size} samples"
         f"{amount}; {fits} into the {free / 2**30:.3g} GiB that are free. Lower "
-        f"training.batch_size {cfg.training.batch_size} (--find_batch_size finds one that fits, and "
+        f"training.batch_size {cfg.training.batch_size} (--find_batch_size finds one that fits; "
         "training.accumulation_steps makes up for it), model.base_channels or audio.chunk_size"
     )
 
