@@ -118,11 +118,12 @@ def _names(choices: Registry) -> AfterValidator:
     return AfterValidator(lambda name: choices[name].name)
 
 
-def _own_keys(choices: Registry, by: str, path: str) -> BeforeValidator:
-    """Return what checks the own keys, at `path`, of what the key `by` beside them chooses."""
+def _own_keys(choices: Registry) -> BeforeValidator:
+    """Return what checks the own keys of what the registry's key, beside them, chooses."""
 
     def check(given: Any, info: ValidationInfo) -> Any:
-        name = info.data.get(by)  # None if it was refused
+        parent, _, by = choices.key.rpartition(".")
+        name, path = info.data.get(by), f"{parent}.{info.field_name}"  # None if it was refused
         section = None if name is None else choices[name].options or Section
         if section is None or type(given) is section:
             return given
@@ -202,9 +203,7 @@ class ModelConfig(Section):
     x0_output: Literal["spectrum", "mask"] = key(
         "spectrum", "data prediction: the output is x0_hat, or M in (1 + M) Y"
     )
-    options: Annotated[Any, _own_keys(registry.NETWORKS, "name", "model.options")] = key(
-        {}, "keys of a network from outside this package"
-    )
+    options: Annotated[Any, _own_keys(registry.NETWORKS)] = key({}, "keys of a plugin's network")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -265,9 +264,7 @@ class SDEConfig(Section):
     """The stochastic differential equation between clean and noisy."""
 
     type: Annotated[str, _names(registry.SDES)] = key("bbed", "Brownian bridge; or ouve")
-    diffusion: Annotated[Any, _own_keys(registry.SDES, "type", "sde.diffusion")] = key(
-        {}, "the SDE's own keys"
-    )
+    diffusion: Annotated[Any, _own_keys(registry.SDES)] = key({}, "the SDE's own keys")
 
 
 class DataConfig(Section):
@@ -295,9 +292,7 @@ class TrainingConfig(Section):
     from_noisy: bool = key(False, "data_prediction: V of Y alone, at half own_estimate's cost")
     snr_weight: float = key(0.0, "data_prediction: plus this times -SNR, dB, of the spectrum", ge=0)
     optimizer: Annotated[str, _names(registry.OPTIMIZERS)] = key("adam", "of torch.optim, or muon")
-    optimizer_options: Annotated[
-        Any, _own_keys(registry.OPTIMIZERS, "optimizer", "training.optimizer_options")
-    ] = key({}, "keys of an optimizer from outside this package")
+    optimizer_options: Annotated[Any, _own_keys(registry.OPTIMIZERS)] = key({}, "of a plugin's")
     lr: float = key(0.0001, "learning rate", gt=0)
     lr_schedule: Literal["plateau", "linear"] = key(
         "plateau", "plateau: falls when validation stands still; linear: to zero in the last 70 %"
@@ -373,7 +368,7 @@ class Config(Section):
         frames = audio.num_frames
         if frames < 1:
             what = (
-                f"A {audio.chunk_size}-sample chunk gives no STFT frame of n_fft {audio.stft.n_fft}"
+                f"A {audio.chunk_size}-sample chunk has no STFT frame of n_fft {audio.stft.n_fft}"
             )
             fix = "raise audio.chunk_size or lower audio.stft.n_fft"
             raise ValueError(f"Buffer size must be at least 1. {what}: {fix}")
@@ -468,15 +463,12 @@ def _describe(problem: Any, section: type[Section], prefix: str = "", hint: str 
 
 
 def _parse_yaml(text: str) -> Any:
-    """Read YAML without objects; ValueError, whatever the parser meets.
-
-    PyYAML lets through what its scalars stumble over: a 13th month, a number too long, nesting
-    beyond Python's stack.
-    """
+    """Read YAML without objects; ValueError, whatever the parser meets."""
     try:
         return yaml.safe_load(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    # PyYAML lets through what its scalars stumble over, such as a 13th month or a number too long.
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError) as error:
         raise ValueError(str(error)) from error
 

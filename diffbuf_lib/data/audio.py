@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -257,8 +257,7 @@ def list_audio(folder: str | Path, extensions: tuple[str, ...] = EXTENSIONS) -> 
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"folder {folder} does not exist: check the path")
-    found: list[Path] = []
-    seen: set[str] = set()
+    found, seen = list[Path](), set[str]()
     for here, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         real = os.path.realpath(here)
@@ -271,9 +270,7 @@ def list_audio(folder: str | Path, extensions: tuple[str, ...] = EXTENSIONS) -> 
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def output_names(
-    root: Path, files: Sequence[Path], kept: tuple[str, ...] = EXTENSIONS
-) -> list[Path]:
+def output_names(root: Path, files: list[Path], kept: tuple[str, ...] = EXTENSIONS) -> list[Path]:
     """Return names below `root`, .wav instead of all but `kept` extensions; no two are equal."""
     names = [path.relative_to(root) for path in files]
     given = {name for name in names if name.suffix.lower() in kept}

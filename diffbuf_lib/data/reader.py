@@ -22,16 +22,14 @@ from diffbuf_lib.errors import DataError
 Block = np.ndarray[Any, np.dtype[np.float32]]
 
 # fmt: off
-READABLE = (
+READABLE = (  # ends of the names of what libsndfile reads
     ".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".mp3", ".mp2", ".ogg", ".oga", ".opus",
     ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".voc", ".sph", ".nist",
 )
-"""Ends of the names of what libsndfile reads."""
-CONVERTIBLE = (
+CONVERTIBLE = (  # and of sound that it does not read, and ffmpeg does
     ".m4a", ".m4b", ".aac", ".mp4", ".wma", ".webm", ".mka", ".mkv", ".mov", ".avi", ".amr", ".ape",
     ".wv", ".ac3", ".3gp", ".tta", ".dsf",
 )
-"""Ends of the names of sound that it does not read, and ffmpeg does."""
 # fmt: on
 
 # What libsndfile logs of a header that promises more (or other) bytes than the file has.

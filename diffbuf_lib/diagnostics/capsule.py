@@ -53,10 +53,7 @@ class Capsule:
 
     @classmethod
     def load(cls, path: str | Path) -> Capsule:
-        """Read a capsule folder.
-
-        CheckpointError for no capsule, a damaged one or another format; ConfigError for its config.
-        """
+        """Read a folder; CheckpointError or ConfigError if it holds no capsule of this library."""
         path = Path(path)
         content = load_tensors(path / "capsule.pt", "capsule")
         record = content.pop("record", {}) if isinstance(content, dict) else {}

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,33 +113,30 @@ def check_audible(name: str, wave: Tensor) -> None:
 
 def si_sdr(estimate: Tensor, target: Tensor, sample_rate: int) -> float:
     """Scale-invariant signal-to-distortion ratio, dB."""
-    from torchmetrics.functional import audio
-
     # float64: in float32 a good estimate's residual is rounding noise above about 70 dB.
-    return audio.scale_invariant_signal_distortion_ratio(estimate.double(), target.double()).item()
+    pair = estimate.double(), target.double()
+    return _torchmetrics().scale_invariant_signal_distortion_ratio(*pair).item()
 
 
 def sdr(estimate: Tensor, target: Tensor, sample_rate: int) -> float:
     """Signal-to-distortion ratio of BSS eval with a 512-tap filter, dB."""
-    from torchmetrics.functional import audio
-
-    return audio.signal_distortion_ratio(estimate.double(), target.double()).item()
+    return _torchmetrics().signal_distortion_ratio(estimate.double(), target.double()).item()
 
 
 def pesq(estimate: Tensor, target: Tensor, sample_rate: int) -> float:
     """MOS-LQO of ITU-T P.862.2 (wide band) at 16 kHz, of P.862 (narrow band) at 8 kHz."""
-    from torchmetrics.functional import audio
-
-    mode = "wb" if sample_rate == 16000 else "nb"
-    return audio.perceptual_evaluation_speech_quality(estimate, target, sample_rate, mode).item()
+    score = _torchmetrics().perceptual_evaluation_speech_quality
+    return score(estimate, target, sample_rate, "wb" if sample_rate == 16000 else "nb").item()
 
 
 def estoi(estimate: Tensor, target: Tensor, sample_rate: int) -> float:
     """Extended short-time objective intelligibility, 0 to 1."""
-    from torchmetrics.functional import audio
-
+    score = _torchmetrics().short_time_objective_intelligibility
     with warnings.catch_warnings():
         # Where too little speech is left pystoi warns and returns 1e-5, which is no score.
         warnings.filterwarnings("error", message="Not enough STFT frames", category=RuntimeWarning)
-        score = audio.short_time_objective_intelligibility(estimate, target, sample_rate, True)
-    return score.item()
+        return score(estimate, target, sample_rate, True).item()
+
+
+def _torchmetrics() -> Any:
+    return importlib.import_module("torchmetrics.functional.audio")  # which takes seconds
