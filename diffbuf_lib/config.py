@@ -327,7 +327,7 @@ class TrainingConfig(Section):
     valid_clips: int = key(16, "clips enhanced and scored a validation", ge=1)
     checkpoint_every: int = key(500, "steps between checkpoints in an epoch", ge=1)
     checkpoint_minutes: float | None = key(None, "most between checkpoints; null: no limit", gt=0)
-    mirror: str | None = key(None, "checkpoints go there too: s3://bucket/run; --resume finds them")
+    mirror: str | None = key(None, "of checkpoints too, such as s3://bucket/run; --resume reads it")
     log_every: int = key(10, "steps between TensorBoard points", ge=1)
 
     @property

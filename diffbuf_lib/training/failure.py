@@ -166,10 +166,10 @@ class Failures:
             for batch in attempt.batches:
                 draws = model.draw(batch.mix, _fresh(batch)).to_dict()
                 batches.append({"mix": batch.mix, "target": batch.target, "draws": draws})
+            losses = None if outcome is None else outcome.losses[self.rank].tolist()
+            norm = math.nan if outcome is None else outcome.grad_norm
             content = {"record": record, "batches": batches, "state": engine.state_dict()}
-            content["losses"] = None if outcome is None else outcome.losses[self.rank].tolist()
-            content["grad_norm"] = math.nan if outcome is None else outcome.grad_norm
-            _write(folder, content)
+            _write(folder, {**content, "losses": losses, "grad_norm": norm})
         except Exception as problem:  # a full disk must not mask the first error
             shutil.rmtree(folder, ignore_errors=True)
             return f". No capsule was written: {type(problem).__name__}: {reason(problem)}"

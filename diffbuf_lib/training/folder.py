@@ -311,8 +311,9 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / ".lock"
-        options = {"timeout": 0, "thread_local": False, "fallback_to_soft": False}
-        self._lock = filelock.FileLock(self.path, **options)
+        self._lock = filelock.FileLock(
+            self.path, timeout=0, thread_local=False, fallback_to_soft=False
+        )
 
     def acquire(self) -> None:
         """Take the lock, or go on without one on a file system that has none."""
