@@ -75,12 +75,11 @@ def read_tree(path: Path) -> dict[str, Any]:
 
 
 def build_config(
-    tree: dict[str, Any], overrides: Sequence[str] = (), source: str = "the config"
+    tree: dict[str, Any],  # stays as it is
+    overrides: Sequence[str] = (),
+    source: str = "the config",  # what error messages call it
 ) -> Config:
-    """Check nested dictionaries, which stay as they are; `load_config` without the file.
-
-    `source` is what error messages call the config.
-    """
+    """Check nested dictionaries; `load_config` without the file."""
     try:
         return Config.model_validate(reduce(_with_override, overrides, tree))
     except ValidationError as error:

@@ -50,18 +50,14 @@ def spectrograms(waves: Mapping[str, Tensor], sample_rate: int, stft: STFTConfig
 
 
 def training_progress(
-    lines: Sequence[Line],
-    clip: Mapping[str, Tensor],
+    lines: Sequence[Line],  # of the run so far
+    clip: Mapping[str, Tensor],  # signals [T] by title, such as mix, estimate and target
     audio: AudioConfig,
     *,
-    metric: str = "si_sdr",
-    clip_step: int | None = None,
+    metric: str = "si_sdr",  # a score of the validations, or "loss"
+    clip_step: int | None = None,  # the estimate's
 ) -> Figure:
-    """Draw where a run stands: loss, validation score, gradient norm, learning rate, one clip.
-
-    `lines` are those of the run so far; `clip` has signals [T] by title, such as mix, estimate and
-    target; `metric` is a score of the validations, or "loss"; `clip_step` the estimate's step.
-    """
+    """Draw where a run stands: loss, validation score, gradient norm, learning rate, one clip."""
     # Fixed margins: constrained layout takes longer than all of the drawing.
     figure = Figure(figsize=(10, 5.6), dpi=DPI)
     margins = {"left": 0.06, "right": 0.92, "top": 0.94, "bottom": 0.09}
@@ -145,15 +141,11 @@ def draw_level(
     sample_rate: int,
     stft: STFTConfig,
     *,
-    vmin: float | None = None,
+    vmin: float | None = None,  # the darkest value; None: the smallest
     vmax: float | None = None,
-    first: int = 0,
+    first: int = 0,  # number of the first frame in its clip
 ) -> AxesImage:
-    """Draw one picture [F, K] of levels or magnitudes with axes in kHz and seconds.
-
-    From vmin (None: the smallest value), which is darkest, to vmax; `first` is the number of the
-    first frame in its clip.
-    """
+    """Draw one picture [F, K] of levels or magnitudes with axes in kHz and seconds."""
     bins, frames = level.shape
     times = frame_times(first + frames, sample_rate, stft)[first:]
     half, half_bin = stft.hop_length / sample_rate / 2, sample_rate / stft.n_fft / 2000  # s, kHz

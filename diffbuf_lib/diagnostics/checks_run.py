@@ -155,12 +155,11 @@ def run_pass(
 
 
 def check_model(
-    cfg: Config, clip: tuple[Tensor, Tensor] | None, device: torch.device
+    cfg: Config,
+    clip: tuple[Tensor, Tensor] | None,  # mix and target, [C, T] float32, full scale 1; None: noise
+    device: torch.device,
 ) -> Iterator[Finding]:
-    """Build the model, make one training pass on a clip, and count memory.
-
-    The clip is mix and target, [C, T] float32, full scale 1, each; None takes noise.
-    """
+    """Build the model, make one training pass on a clip, and count memory."""
     free = memory.free_memory(device)
     try:
         if cfg.model.base_channels * cfg.audio.num_frames > _LARGE:
