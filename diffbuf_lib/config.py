@@ -22,7 +22,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
@@ -40,8 +39,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     `overrides` are `key.path=value` strings, applied in order; the value is read as YAML.
 
-    Raises:
-        ConfigError: no such file, not YAML, an unknown key, or a value out of its limits.
+    ConfigError: no such file, not YAML, an unknown key, or a value out of its limits.
     """
     path = Path(path)
     tree = read_tree(path)
@@ -57,10 +55,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         try:
             import_module(str(plugin))
         except ImportError as error:
-            raise ConfigError(
-                f"plugins of {path}: module {_short(plugin)} cannot be imported ({error}): install "
-                "it, or set PYTHONPATH to its folder"
-            ) from error
+            what = f"plugins of {path}: module {_short(plugin)} cannot be imported ({error})"
+            raise ConfigError(f"{what}: install it, or set PYTHONPATH to its folder") from error
     return build_config(tree, source=str(path))
 
 
@@ -69,23 +65,21 @@ def read_tree(path: Path) -> dict[str, Any]:
     try:
         tree = _parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
-        reason = error.strerror
-        raise ConfigError(f"config file {path}: {reason}: check --config_path") from error
+        raise ConfigError(f"config file {path}: {error.strerror}: check --config_path") from error
     except ValueError as error:
-        reason = _one_line(str(error))
-        raise ConfigError(f"config file {path} is not plain YAML: {reason}") from error
+        what = f"config file {path} is not plain YAML"
+        raise ConfigError(f"{what}: {_one_line(str(error))}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"config file {path} holds {_short(tree)}, not `section: ...` mappings")
     return tree
 
 
 def build_config(
-    tree: dict[str, Any], overrides: Sequence[str] = (), source: str = "the config"
+    tree: dict[str, Any],  # stays as it is
+    overrides: Sequence[str] = (),
+    source: str = "the config",  # what error messages call it
 ) -> Config:
-    """Check nested dictionaries, which stay as they are; `load_config` without the file.
-
-    `source` is what error messages call the config.
-    """
+    """Check nested dictionaries; `load_config` without the file."""
     try:
         return Config.model_validate(reduce(_with_override, overrides, tree))
     except ValidationError as error:
@@ -95,16 +89,12 @@ def build_config(
         raise ConfigError(f"{source} is nested too deeply, or holds itself") from None
 
 
-class Section(BaseModel):
+class Section(BaseModel, extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False):
     """What every part of a config is: frozen, and closed to unknown keys."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
-    )
+    # Pairs of keys, by their whole paths: the first is at most, or below, the second.
     at_most: ClassVar[tuple[tuple[str, str], ...]] = ()
-    """Pairs of keys, by their whole paths: the first is not larger than the second."""
     below: ClassVar[tuple[tuple[str, str], ...]] = ()
-    """Pairs of keys of which the first is smaller than the second."""
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
@@ -127,11 +117,12 @@ def _names(choices: Registry) -> AfterValidator:
     return AfterValidator(lambda name: choices[name].name)
 
 
-def _own_keys(choices: Registry, by: str, path: str) -> BeforeValidator:
-    """Return what checks the own keys, at `path`, of what the key `by` beside them chooses."""
+def _own_keys(choices: Registry) -> BeforeValidator:
+    """Return what checks the own keys of what the registry's key, beside them, chooses."""
 
     def check(given: Any, info: ValidationInfo) -> Any:
-        name = info.data.get(by)  # None if it was refused
+        parent, _, by = choices.key.rpartition(".")
+        name, path = info.data.get(by), f"{parent}.{info.field_name}"  # None if it was refused
         section = None if name is None else choices[name].options or Section
         if section is None or type(given) is section:
             return given
@@ -203,31 +194,24 @@ class ModelConfig(Section):
     num_res_blocks: int = key(1, "not conv: residual blocks a level, going down", ge=1)
     num_layers: int = key(4, "conv: hidden 3x3 convolutions", ge=1)
     dropout: float = key(0.0, "probability", ge=0, lt=1)
-    data_scale: float | None = key(
-        None, "size of compressed spectra, by which V (with sigma) and Y are divided", gt=0
-    )
+    data_scale: float | None = key(None, "size of spectra: V (with sigma) and Y are over it", gt=0)
     output_scale: Literal["sigma", "time", "time_inside", "none"] = key(
         "sigma", "the output is divided by it; time_inside: before ncsnpp's last layer"
     )
-    history_time: float = key(
-        0.0, "ncsnpp, bc_ncsnpp: time of history; 1 in their authors' checkpoints", ge=0, le=1
-    )
+    history_time: float = key(0.0, "ncsnpp, bc_ncsnpp: time of history; authors: 1", ge=0, le=1)
     x0_output: Literal["spectrum", "mask"] = key(
         "spectrum", "data prediction: the output is x0_hat, or M in (1 + M) Y"
     )
-    options: Annotated[Any, _own_keys(registry.NETWORKS, "name", "model.options")] = key(
-        {}, "keys of a network from outside this package"
-    )
+    options: Annotated[Any, _own_keys(registry.NETWORKS)] = key({}, "keys of a plugin's network")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         inside = self.output_scale == "time_inside"
         networks = ("ncsnpp",) if inside else ("ncsnpp", "bc_ncsnpp")
         if (inside or self.history_time) and self.name not in networks:
-            raise ValueError(
-                f"output_scale {self.output_scale} with history_time {self.history_time} is of "
-                f"{' and '.join(networks)}: with model.name {self.name} take time and 0"
-            )
+            what = f"output_scale {self.output_scale} with history_time {self.history_time}"
+            fix = f"with model.name {self.name} take time and 0"
+            raise ValueError(f"{what} is of {' and '.join(networks)}: {fix}")
         return self
 
 
@@ -235,15 +219,11 @@ class DiffusionBufferConfig(Section):
     """The buffer: the last B frames, at rising diffusion times."""
 
     buffer_size: int = key(20, "B, frames; the output delay is B - 1 hops")
-    buffers: int = key(
-        1, "of a training clip, side by side at its end; above 1 with model.name recurrent", ge=1
-    )
+    buffers: int = key(1, "of a training clip, at its end; above 1 with model.name recurrent", ge=1)
     num_frames: int | None = key(None, "K, frames of the window online; null: of chunk_size")
     t_eps: float = key(0.03, "smallest diffusion time of the buffer", gt=0, lt=1)
     t_max: float = key(0.8, "largest diffusion time of the buffer", gt=0, le=1)
-    time_sampling: Literal["random", "linspace"] = key(
-        "random", "how training draws the times; inference always takes linspace"
-    )
+    time_sampling: Literal["random", "linspace"] = key("random", "in training; elsewhere linspace")
     leading_zeros: bool = key(True, "K - 1 zero frames before a training clip: it shows starts")
     at_most = (("diffusion_buffer.buffer_size", "diffusion_buffer.num_frames"),)
     below = (("diffusion_buffer.t_eps", "diffusion_buffer.t_max"),)
@@ -283,9 +263,7 @@ class SDEConfig(Section):
     """The stochastic differential equation between clean and noisy."""
 
     type: Annotated[str, _names(registry.SDES)] = key("bbed", "Brownian bridge; or ouve")
-    diffusion: Annotated[Any, _own_keys(registry.SDES, "type", "sde.diffusion")] = key(
-        {}, "the SDE's own keys"
-    )
+    diffusion: Annotated[Any, _own_keys(registry.SDES)] = key({}, "the SDE's own keys")
 
 
 class DataConfig(Section):
@@ -300,9 +278,7 @@ class DataConfig(Section):
     speed: float = key(0.0, "largest drawn change of the speech's speed and pitch", ge=0, le=0.5)
     tilt: float = key(0.0, "dB per octave, largest drawn spectral tilt of the speech", ge=0, le=12)
     room_probability: float = key(0.0, "share of clips with speech in a room of rooms/", ge=0, le=1)
-    cache_path: str | None = key(
-        None, "folder that keeps what is read of remote shards; null: ~/.cache/diffbuf"
-    )
+    cache_path: str | None = key(None, "folder for remote shards; null: ~/.cache/diffbuf")
     cache_gb: float = key(10.0, "GB that it keeps of a set of shards at most", ge=0)
     at_most = (("data.snr_min", "data.snr_max"), ("data.distance_min", "data.distance_max"))
 
@@ -311,21 +287,11 @@ class TrainingConfig(Section):
     """The training run."""
 
     loss: Annotated[str, _names(registry.LOSSES)] = key("score", "see diffbuf_lib.diffusion.losses")
-    own_estimate: float = key(
-        0.0, "data_prediction: share of clips with V of a first estimate, as online", ge=0, le=1
-    )
-    from_noisy: bool = key(
-        False, "data_prediction: V is made of Y alone: a first stage, at half own_estimate's cost"
-    )
-    snr_weight: float = key(
-        0.0, "data_prediction: adds this times the negative SNR, in dB, of the spectrum", ge=0
-    )
-    optimizer: Annotated[str, _names(registry.OPTIMIZERS)] = key(
-        "adam", "torch.optim; muon: see diffbuf_lib.training.optimizer"
-    )
-    optimizer_options: Annotated[
-        Any, _own_keys(registry.OPTIMIZERS, "optimizer", "training.optimizer_options")
-    ] = key({}, "keys of an optimizer from outside this package")
+    own_estimate: float = key(0.0, "data_prediction: share of V from a first estimate", ge=0, le=1)
+    from_noisy: bool = key(False, "data_prediction: V of Y alone, at half own_estimate's cost")
+    snr_weight: float = key(0.0, "data_prediction: plus this times -SNR, dB, of the spectrum", ge=0)
+    optimizer: Annotated[str, _names(registry.OPTIMIZERS)] = key("adam", "of torch.optim, or muon")
+    optimizer_options: Annotated[Any, _own_keys(registry.OPTIMIZERS)] = key({}, "of a plugin's")
     lr: float = key(0.0001, "learning rate", gt=0)
     lr_schedule: Literal["plateau", "linear"] = key(
         "plateau", "plateau: falls when validation stands still; linear: to zero in the last 70 %"
@@ -338,10 +304,7 @@ class TrainingConfig(Section):
     )
     accumulation_steps: int = key(1, "batches whose gradients make one step", ge=1)
     global_batch: int | None = key(
-        None,
-        "clips a step over all processes: batch_size and accumulation_steps follow for any number "
-        "of them; null: their product",
-        ge=1,
+        None, "clips a step of all processes: batch_size, accumulation_steps follow; or null", ge=1
     )
     num_epochs: int = key(250, "epochs at most", ge=1)
     num_steps: int | None = key(None, "optimizer steps at most; null: no limit", ge=1)
@@ -352,17 +315,13 @@ class TrainingConfig(Section):
     seed: int = key(0, "of weights, crops, diffusion times and noise", ge=0)
     deterministic: bool = key(False, "torch.use_deterministic_algorithms")
     num_workers: int = key(4, "processes that read files", ge=0)
-    on_nonfinite: Literal["stop", "skip"] = key(
-        "stop", "a NaN or Inf loss or gradient ends the run, or its batch is left out"
-    )
+    on_nonfinite: Literal["stop", "skip"] = key("stop", "the run at a NaN or Inf, or the batch")
     max_skipped: int = key(10, "batches that on_nonfinite=skip leaves out of a run at most", ge=0)
 
     metrics: tuple[Annotated[str, _names(registry.METRICS)], ...] = key(
         ("si_sdr",), "scores of the enhanced validation clips", min_length=1
     )
-    metric_for_scheduler: str = key(
-        "si_sdr", "what lowers lr, stops early and picks the best: loss, or one of metrics"
-    )
+    metric_for_scheduler: str = key("si_sdr", "moves lr, stops, picks the best: loss or a metric")
     patience: int = key(10, "validations without gain before lr is lowered", ge=0)
     reduce_factor: float = key(0.5, "lr is multiplied by this", gt=0, lt=1)
     early_stopping: int | None = key(None, "validations without gain that end a run", ge=1)
@@ -373,12 +332,8 @@ class TrainingConfig(Section):
         ("tensorboard",), "who else is told: tensorboard, wandb, trackio"
     )
     tracker_project: str = key("diffbuf", "of W&B or trackio, where its runs are compared")
-    checkpoint_minutes: float | None = key(
-        None, "minutes between checkpoints at most; null: no limit", gt=0
-    )
-    mirror: str | None = key(
-        None, "where complete checkpoints go too, such as s3://bucket/run; --resume finds them"
-    )
+    checkpoint_minutes: float | None = key(None, "most between checkpoints; null: no limit", gt=0)
+    mirror: str | None = key(None, "of checkpoints too, such as s3://bucket/run; --resume reads it")
     log_every: int = key(10, "steps between the trackers' points", ge=1)
 
     @property
@@ -418,33 +373,29 @@ class Config(Section):
         buffer, audio = self.diffusion_buffer, self.audio
         frames = audio.num_frames
         if frames < 1:
-            raise ValueError(
-                f"Buffer size must be at least 1. A {audio.chunk_size}-sample chunk gives no STFT "
-                f"frame of n_fft {audio.stft.n_fft}: raise audio.chunk_size or lower "
-                "audio.stft.n_fft"
+            what = (
+                f"A {audio.chunk_size}-sample chunk has no STFT frame of n_fft {audio.stft.n_fft}"
             )
+            fix = "raise audio.chunk_size or lower audio.stft.n_fft"
+            raise ValueError(f"Buffer size must be at least 1. {what}: {fix}")
         if buffer.buffer_size < 1:
             fix = f"Raise diffusion_buffer.buffer_size {buffer.buffer_size}"
             raise ValueError(f"Buffer size must be at least 1. {fix}")
         if buffer.buffers * buffer.buffer_size > frames:
             many = buffer.buffers > 1
             times, key = (f"{buffer.buffers} times ", "buffers") if many else ("", "buffer_size")
-            raise ValueError(
-                f"{times}buffer_size {buffer.buffer_size} is larger than the {frames} STFT frames "
-                f"of a {audio.chunk_size}-sample chunk: lower diffusion_buffer.{key} or raise "
-                "audio.chunk_size"
-            )
+            has = f"the {frames} STFT frames of a {audio.chunk_size}-sample chunk"
+            fix = f"lower diffusion_buffer.{key} or raise audio.chunk_size"
+            raise ValueError(f"{times}buffer_size {buffer.buffer_size} is larger than {has}: {fix}")
         if buffer.buffers > 1 and not registry.NETWORKS[self.model.name].facts.get("many_buffers"):
-            raise ValueError(
-                f"buffers {buffer.buffers}: model.name {self.model.name} takes one buffer a clip: "
-                "set diffusion_buffer.buffers to 1, or model.name to recurrent"
-            )
+            what = f"buffers {buffer.buffers}: model.name {self.model.name} takes one buffer a clip"
+            fix = "set diffusion_buffer.buffers to 1, or model.name to recurrent"
+            raise ValueError(f"{what}: {fix}")
         limit = registry.SDES[self.sde.type].facts.get("t_limit", math.inf)
         if buffer.t_max >= limit:
-            raise ValueError(
-                f"t_max {buffer.t_max} is where sde.type {self.sde.type} ends and sigma is 0, so "
-                f"1 / sigma is infinite: lower diffusion_buffer.t_max below {limit:g}"
-            )
+            what = f"t_max {buffer.t_max} is where sde.type {self.sde.type} ends and sigma is 0"
+            fix = f"lower diffusion_buffer.t_max below {limit:g}"
+            raise ValueError(f"{what}, so 1 / sigma is infinite: {fix}")
         return self
 
     @property
@@ -472,9 +423,7 @@ class Config(Section):
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-def describe_keys(
-    section: type[BaseModel] = Config, prefix: str = ""
-) -> Iterator[tuple[str, str, str]]:
+def describe_keys(section: Any = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """Yield (key path, default, description with its unit) of every config key."""
     for name, field in section.model_fields.items():
         path, default = f"{prefix}{name}", field.get_default()
@@ -520,15 +469,12 @@ def _describe(problem: Any, section: type[Section], prefix: str = "", hint: str 
 
 
 def _parse_yaml(text: str) -> Any:
-    """Read YAML without objects; ValueError, whatever the parser meets.
-
-    PyYAML lets through what its scalars stumble over: a 13th month, a number too long, nesting
-    beyond Python's stack.
-    """
+    """Read YAML without objects; ValueError, whatever the parser meets."""
     try:
         return yaml.safe_load(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    # PyYAML lets through what its scalars stumble over, such as a 13th month or a number too long.
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError) as error:
         raise ValueError(str(error)) from error
 

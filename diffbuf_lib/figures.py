@@ -24,9 +24,9 @@ from torch import Tensor
 from diffbuf_lib.config import AudioConfig, STFTConfig
 from diffbuf_lib.diffusion.spectral import Spectral
 
+# Of a run: a line of its history (`read_history`) or `StepRecord.to_dict()`. One with "loss" is a
+# step, one with "valid" that is not None a validation.
 Line = Mapping[str, Any]
-"""Of a run: a line of its history (`read_history`) or `StepRecord.to_dict()`. One with "loss" is a
-step, one with "valid" that is not None a validation."""
 Array = npt.NDArray[np.floating[Any]]
 
 WIDTH = 9.0  # inches: 810 pixels, which fit a notebook's page beside its margins
@@ -50,23 +50,18 @@ def spectrograms(waves: Mapping[str, Tensor], sample_rate: int, stft: STFTConfig
 
 
 def training_progress(
-    lines: Sequence[Line],
-    clip: Mapping[str, Tensor],
+    lines: Sequence[Line],  # of the run so far
+    clip: Mapping[str, Tensor],  # signals [T] by title, such as mix, estimate and target
     audio: AudioConfig,
     *,
-    metric: str = "si_sdr",
-    clip_step: int | None = None,
+    metric: str = "si_sdr",  # a score of the validations, or "loss"
+    clip_step: int | None = None,  # the estimate's
 ) -> Figure:
-    """Draw where a run stands: loss, validation score, gradient norm, learning rate, one clip.
-
-    `lines` are those of the run so far; `clip` has signals [T] by title, such as mix, estimate and
-    target; `metric` is a score of the validations, or "loss"; `clip_step` the estimate's step.
-    """
+    """Draw where a run stands: loss, validation score, gradient norm, learning rate, one clip."""
     # Fixed margins: constrained layout takes longer than all of the drawing.
     figure = Figure(figsize=(10, 5.6), dpi=DPI)
-    grid = figure.add_gridspec(
-        2, 12, hspace=0.42, wspace=6, left=0.06, right=0.92, top=0.94, bottom=0.09
-    )
+    margins = {"left": 0.06, "right": 0.92, "top": 0.94, "bottom": 0.09}
+    grid = figure.add_gridspec(2, 12, hspace=0.42, wspace=6, **margins)
     steps, valid = split_history(lines)
     loss = figure.add_subplot(grid[0, :5])
     _draw_loss(loss, steps, valid)
@@ -124,10 +119,7 @@ def write_in_the_middle(axes: Axes, text: str, **look: Any) -> None:
 
 
 def scale_of(values: Iterable[float | None]) -> str:
-    """Return the scale of an axis of losses: log, or linear where one is not above 0.
-
-    With training.snr_weight a loss may be negative.
-    """
+    """Return the scale of an axis of losses: log, or linear where one (snr_weight) is negative."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     return "log" if known and min(known) > 0 else "linear"
 
@@ -162,15 +154,11 @@ def draw_level(
     sample_rate: int,
     stft: STFTConfig,
     *,
-    vmin: float | None = None,
+    vmin: float | None = None,  # the darkest value; None: the smallest
     vmax: float | None = None,
-    first: int = 0,
+    first: int = 0,  # number of the first frame in its clip
 ) -> AxesImage:
-    """Draw one picture [F, K] of levels or magnitudes with axes in kHz and seconds.
-
-    From vmin (None: the smallest value), which is darkest, to vmax; `first` is the number of the
-    first frame in its clip.
-    """
+    """Draw one picture [F, K] of levels or magnitudes with axes in kHz and seconds."""
     bins, frames = level.shape
     times = frame_times(first + frames, sample_rate, stft)[first:]
     half, half_bin = stft.hop_length / sample_rate / 2, sample_rate / stft.n_fft / 2000  # s, kHz
@@ -218,20 +206,17 @@ def centred(stft: STFTConfig) -> STFTConfig:
 def frame_times(count: int, sample_rate: int, stft: STFTConfig) -> Array:
     """Return the middle of every frame in seconds, [K]."""
     first = 0 if stft.center else stft.n_fft / 2
-    times: Array = (first + stft.hop_length * np.arange(count)) / sample_rate
-    return times
+    return np.asarray((first + stft.hop_length * np.arange(count)) / sample_rate)
 
 
 def decibels(spec: Tensor) -> Array:
     """Return 20 log10 of the magnitudes of a tensor; zeros become -100 dB."""
-    level: Array = 20 * np.log10(np.maximum(to_numpy(spec.abs()), _FAINTEST))
-    return level
+    return np.asarray(20 * np.log10(np.maximum(to_numpy(spec.abs()), _FAINTEST)))
 
 
 def to_numpy(tensor: Tensor) -> Array:
     """Return a real tensor as an array; NaN and Inf, which have no place in a picture, as 0."""
-    array: Array = tensor.detach().nan_to_num(posinf=0, neginf=0).cpu().numpy()
-    return array
+    return np.asarray(tensor.detach().nan_to_num(posinf=0, neginf=0).cpu())
 
 
 def to_png(figure: Figure, **options: Any) -> bytes:

@@ -97,8 +97,7 @@ class StageSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name, as JSON can hold them (`to_plain`)."""
-        plain: dict[str, Any] = to_plain(self)
-        return plain
+        return dict(to_plain(self))
 
     def __str__(self) -> str:
         return str(Summary((self,)))
@@ -210,5 +209,4 @@ def _fetch(flat: list[Tensor]) -> list[list[float]]:
         return []
     double = any(row.dtype == torch.float64 for row in numbers)
     dtype, device = torch.float64 if double else torch.float32, numbers[0].device
-    rows: list[list[float]] = torch.stack([row.to(device, dtype) for row in numbers]).tolist()
-    return rows
+    return list(torch.stack([row.to(device, dtype) for row in numbers]).tolist())

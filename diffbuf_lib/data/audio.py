@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -28,10 +28,8 @@ from diffbuf_lib.errors import DataError
 
 EXTENSIONS = (".wav", ".flac")
 # Integer type and bits that count of each PCM subtype that is written.
-_PCM: dict[str, tuple[type[np.signedinteger], int]] = {
-    "PCM_16": (np.int16, 16),
-    "PCM_24": (np.int32, 24),
-}
+_PCM: dict[str, tuple[type[np.signedinteger], int]]
+_PCM = {"PCM_16": (np.int16, 16), "PCM_24": (np.int32, 24)}
 _ENDLESS = 1 << 62  # samples: more than any file has
 
 
@@ -48,11 +46,7 @@ def read_info(path: str | Path, *, decode: bool = False) -> AudioInfo:
     """Read the header of an audio file; its samples only where it does not tell their number.
 
     With `decode` the samples that can be decoded are counted, and a header that promises others is
-    warned of.
-
-    Raises:
-        DataError: the file is missing, empty, no audio, or (without `decode`) shorter than its
-            header says.
+    warned of; without, DataError for a shorter file, too. Else for one missing, empty or no audio.
     """
     path = Path(path)
     with AudioReader(path) as file:
@@ -84,12 +78,8 @@ def _decoded(path: Path, size: int, changed: int) -> tuple[int, bool, list[str]]
 def read_audio(path: str | Path, start: int = 0, frames: int | None = None) -> tuple[Tensor, int]:
     """Read `frames` samples from `start` on, or all; of .wav and .flac only these are decoded.
 
-    Returns:
-        wave: [C, T] float32, full scale 1; and the sample rate in Hz.
-
-    Raises:
-        DataError: as in `read_info`; or the part lies outside the file, the file is cut short, or
-            it holds NaN or Inf.
+    Returns [C, T] float32, full scale 1, and the sample rate in Hz. DataError as in `read_info`; or
+    the part lies outside the file, the file is cut short, or it holds NaN or Inf.
     """
     with AudioReader(path) as file:
         known = file.frames
@@ -111,11 +101,8 @@ def write_audio(path: str | Path, wave: Tensor, sample_rate: int, subtype: str =
     """Write a wave, [C, T] float of full scale 1, as a .wav or .flac file, atomically.
 
     The subtype is PCM_16, PCM_24 or (wav only) FLOAT. PCM samples are rounded to the nearest step
-    of 2^(1 - bits); +1 becomes the largest step below.
-
-    Raises:
-        DataError: a wrong shape, extension or subtype; NaN or Inf; a PCM sample beyond full scale
-            (scale the wave down, or write FLOAT); or the disk is full.
+    of 2^(1 - bits); +1 becomes the largest step below. DataError for a wrong shape, extension or
+    subtype; NaN or Inf; a PCM sample beyond full scale; or a full disk.
     """
     write_bytes(path, encode_audio(Path(path), wave, sample_rate, subtype), sync=False)
 
@@ -134,10 +121,8 @@ def encode_audio(path: Path, wave: Tensor, sample_rate: int, subtype: str) -> by
     try:
         soundfile.write(content, values, sample_rate, subtype=subtype, format=kind)
     except (soundfile.SoundFileError, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be written as {subtype} at {sample_rate} Hz ({reason(error)}): "
-            "take PCM_16, or a .wav file"
-        ) from error
+        what = f"{path} cannot be written as {subtype} at {sample_rate} Hz ({reason(error)})"
+        raise DataError(f"{what}: take PCM_16, or a .wav file") from error
     return content.getvalue()
 
 
@@ -160,10 +145,7 @@ def audio_output(
     """Open a .wav of 32-bit floats, so that nothing is clipped, or a .flac of 24 bit to write to.
 
     Its folder is made. A .wav that outgrows the sizes of its format becomes RF64. Without `atomic`
-    (see `atomic_file`) the file is there and grows.
-
-    Raises:
-        DataError: another file name, or it cannot be written.
+    (see `atomic_file`) the file is there and grows. DataError for another name, or a full disk.
     """
     formats = {".wav": ("RF64", "FLOAT"), ".flac": ("FLAC", "PCM_24")}
     if path.suffix.lower() not in formats:
@@ -206,9 +188,8 @@ def writing(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, soundfile.SoundFileError) as error:
-        raise DataError(
-            f"{path} cannot be written ({reason(error)}): free disk space or choose another folder"
-        ) from error
+        fix = "free disk space or choose another folder"
+        raise DataError(f"{path} cannot be written ({reason(error)}): {fix}") from error
 
 
 @contextmanager
@@ -245,12 +226,8 @@ def wait_for_disk(path: Path) -> None:
 def resample(wave: Tensor, from_rate: int, to_rate: int) -> Tensor:
     """Change the sample rate (Hz) of [C, T] float32 with soxr's high-quality band-limited filter.
 
-    Returns:
-        [C, T'] float32 with T' = T * to_rate / from_rate, rounded up; `wave` itself if the rates
-        are equal.
-
-    Raises:
-        DataError: a rate below 1 Hz.
+    Returns [C, T'] float32 with T' = T * to_rate / from_rate, rounded up; `wave` itself if the
+    rates are equal. DataError for a rate below 1 Hz.
     """
     if from_rate < 1 or to_rate < 1:
         raise DataError(f"cannot resample from {from_rate} Hz to {to_rate} Hz: rates start at 1 Hz")
@@ -266,11 +243,9 @@ def resample(wave: Tensor, from_rate: int, to_rate: int) -> Tensor:
 def check_rate(info: AudioInfo, expected: int) -> None:
     """Raise DataError for a file whose rate is not `expected`, Hz: nothing is resampled unasked."""
     if info.sample_rate != expected:
-        raise DataError(
-            f"{info.path} has {info.sample_rate} Hz, not audio.sample_rate = {expected}: copy the "
-            f"data with `diffbuf data resample IN OUT --rate {expected}`, or set "
-            f"audio.sample_rate={info.sample_rate}"
-        )
+        what = f"{info.path} has {info.sample_rate} Hz, not audio.sample_rate = {expected}"
+        copy = f"copy the data with `diffbuf data resample IN OUT --rate {expected}`"
+        raise DataError(f"{what}: {copy}, or set audio.sample_rate={info.sample_rate}")
 
 
 def list_audio(folder: str | Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[Path]:
@@ -282,8 +257,7 @@ def list_audio(folder: str | Path, extensions: tuple[str, ...] = EXTENSIONS) -> 
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"folder {folder} does not exist: check the path")
-    found: list[Path] = []
-    seen: set[str] = set()
+    found, seen = list[Path](), set[str]()
     for here, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         real = os.path.realpath(here)
@@ -296,9 +270,7 @@ def list_audio(folder: str | Path, extensions: tuple[str, ...] = EXTENSIONS) -> 
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def output_names(
-    root: Path, files: Sequence[Path], kept: tuple[str, ...] = EXTENSIONS
-) -> list[Path]:
+def output_names(root: Path, files: list[Path], kept: tuple[str, ...] = EXTENSIONS) -> list[Path]:
     """Return names below `root`, .wav instead of all but `kept` extensions; no two are equal."""
     names = [path.relative_to(root) for path in files]
     given = {name for name in names if name.suffix.lower() in kept}
@@ -318,9 +290,7 @@ def resample_folder(
     """Copy a folder of any layout: the same tree, its audio as .wav of 32-bit floats at `rate`, Hz.
 
     Files that are no audio are copied as they are. A stopped copy goes on when started again.
-
-    Raises:
-        DataError: no audio, a copy that would lie in the source, a damaged file, a full disk.
+    DataError: no audio, a copy that would lie in the source, a damaged file, a full disk.
     """
     source, out_path = Path(source), Path(out_path)
     if rate < 1:

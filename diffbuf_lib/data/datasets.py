@@ -197,17 +197,14 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
             ("samples", mix.frames, target.frames, "cut them alike, or raise data.pair_tolerance"),
         ):
             if ours != theirs and (what != "samples" or difference > self.pair_tolerance):
-                raise DataError(
-                    f"{mix.path} has {ours} {what} but {target.path} has {theirs}: {fix}"
-                )
+                has = f"{mix.path} has {ours} {what} but {target.path} has {theirs}"
+                raise DataError(f"{has}: {fix}")
         check_rate(mix, self.sample_rate)
         if difference and not self._trimmed:
             self._trimmed = True
-            warnings.warn(
-                f"{mix.path} has {mix.frames} samples and {target.path} {target.frames}: such "
-                f"pairs are trimmed to the shorter (data.pair_tolerance is {self.pair_tolerance})",
-                stacklevel=2,
-            )
+            has = f"{mix.path} has {mix.frames} samples and {target.path} {target.frames}"
+            limit = f"data.pair_tolerance is {self.pair_tolerance}"
+            warnings.warn(f"{has}: such pairs are trimmed to the shorter ({limit})", stacklevel=2)
         return min(mix.frames, target.frames)
 
     def _nothing_found(self) -> DataError:
@@ -357,12 +354,8 @@ class MixingDataset(ClipDataset):
         for folder in (self.root / name for name in names):
             found[folder.name] = list_audio(folder) if folder.is_dir() else []
             if not found[folder.name]:
-                fix = (
-                    "add some, or set data.room_probability=0"
-                    if folder.name == "rooms"
-                    else "add some"
-                )
-                raise DataError(f"{folder} holds no .wav or .flac file: {fix}")
+                fix = ", or set data.room_probability=0" if folder.name == "rooms" else ""
+                raise DataError(f"{folder} holds no .wav or .flac file: add some{fix}")
         self.noise_files, self.room_files = found["noise"], found["rooms"]
         return [(path,) for path in found["speech"]]
 

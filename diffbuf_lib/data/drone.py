@@ -96,9 +96,7 @@ class DroneParameters:
         )
 
 
-def synthesise(
-    parameters: DroneParameters, samples: int, sample_rate: int, rng: np.random.Generator
-) -> Tensor:
+def synthesise(parameters: DroneParameters, samples: int, sample_rate: int, rng: _Rng) -> Tensor:
     """Synthesise the noise of one drone: [1, samples] float32, peak 1; nothing aliases.
 
     DataError for fewer than 1 sample, or a sample_rate below 1000 Hz.
@@ -133,8 +131,7 @@ def _rotor_speeds(p: DroneParameters, samples: int, rate: int, rng: _Rng) -> _Ar
     offset = p.speed_spread * rng.normal(size=(p.rotors, 1))
     # No rotor stops or doubles its speed in flight, whatever the draw.
     relative = np.clip(1 + offset + together + alone, 0.6, 1.6)
-    control = np.arange(points) / _CONTROL_RATE
-    time = np.arange(samples) / rate
+    control, time = np.arange(points) / _CONTROL_RATE, np.arange(samples) / rate  # s
     return p.rotor_speed * np.stack([np.interp(time, control, row) for row in relative])
 
 

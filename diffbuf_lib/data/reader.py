@@ -22,16 +22,14 @@ from diffbuf_lib.errors import DataError
 Block = np.ndarray[Any, np.dtype[np.float32]]
 
 # fmt: off
-READABLE = (
+READABLE = (  # ends of the names of what libsndfile reads
     ".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".mp3", ".mp2", ".ogg", ".oga", ".opus",
     ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".voc", ".sph", ".nist",
 )
-"""Ends of the names of what libsndfile reads."""
-CONVERTIBLE = (
+CONVERTIBLE = (  # and of sound that it does not read, and ffmpeg does
     ".m4a", ".m4b", ".aac", ".mp4", ".wma", ".webm", ".mka", ".mkv", ".mov", ".avi", ".amr", ".ape",
     ".wv", ".ac3", ".3gp", ".tta", ".dsf",
 )
-"""Ends of the names of sound that it does not read, and ffmpeg does."""
 # fmt: on
 
 # What libsndfile logs of a header that promises more (or other) bytes than the file has.
@@ -50,23 +48,17 @@ _RATES = (1000, 1_000_000)  # Hz; what is outside is no sound, but a damaged hea
 class AudioReader:
     """An audio file, decoded from front to back; use it in a `with` statement.
 
-    NaN and Inf are refused, or with `repair` taken as zeros.
-
-    Attributes:
-        promised: samples that the header promises; None if it says nothing that can be trusted.
-        position: samples that were read.
-        peak: the largest of their magnitudes.
-
-    Raises:
-        DataError: the file is missing, empty or no audio.
+    NaN and Inf are refused, or with `repair` taken as zeros. DataError if the file is missing,
+    empty or no audio.
     """
 
     def __init__(self, path: str | Path, *, repair: bool = False) -> None:
         self.path, self.repair = Path(path), repair
+        # Samples that the header promises; None if it says nothing that can be trusted.
         self._file, self.promised = _open(self.path)
         self.sample_rate, self.channels = self._file.samplerate, self._file.channels
-        self.position = self.repaired = 0
-        self.peak = 0.0
+        self.position = self.repaired = 0  # samples that were read, and values made zero
+        self.peak = 0.0  # the largest magnitude of what was read
         self._problem = ""
         self._decoded: Block = np.zeros((0, self.channels), np.float32)  # and not yet given out
         self._power = np.zeros(2)  # of the mono mix; of the channels, as far as they differ
@@ -97,13 +89,10 @@ class AudioReader:
         return self._file.subtype in SUBTYPES.values() and self._file.format != "FLAC"
 
     def blocks(self, size: int, *, mono: bool = False) -> Iterator[Block]:
-        """Yield the file from here to its end, `size` samples a block but for the last.
+        """Yield blocks of `size` samples, the last one shorter, from here to the file's end.
 
-        Yields:
-            [T, C] float32, full scale 1; if mono [T, 1], the channels' average.
-
-        Raises:
-            DataError: no sample can be decoded, or the file holds NaN or Inf.
+        [T, C] float32, full scale 1; if mono [T, 1], the channels' average. DataError if no sample
+        can be decoded, or the file holds NaN or Inf.
         """
         while len(block := self.read(size)):
             yield self._mix(block) if mono else block
@@ -136,9 +125,7 @@ class AudioReader:
                 self._file, _ = _open(self.path)
                 self.position, self._problem, self._decoded = 0, "", self._decoded[:0]
         repair, self.repair = self.repair, True  # what is passed over may hold anything
-        while self.position < start and len(
-            self.read(min(start - self.position, _DECODED_AT_A_TIME))
-        ):
+        while (left := start - self.position) > 0 and len(self.read(min(left, _DECODED_AT_A_TIME))):
             pass
         self.repair = repair
 
@@ -149,20 +136,19 @@ class AudioReader:
 
     def complaints(self) -> list[str]:
         """Say, a line each, what was wrong with the file; after the last block."""
-        said, promised, read = [], self.promised, f"{self.position} samples"
-        if promised is not None and promised > self.position:
-            said.append(f"only {self.position} of {promised} samples are there")
+        said, promised, read = [], self.promised, self.position
+        if promised is not None and promised > read:
+            said.append(f"only {read} of {promised} samples are there")
         elif self._problem:
-            said.append(f"{read} were read, then: {self._problem}")
+            said.append(f"{read} samples were read, then: {self._problem}")
         elif self._sizes:
-            said.append(f"sizes in its header are wrong; {read} read")
+            said.append(f"sizes in its header are wrong; {read} samples read")
         if self.repaired:
             said.append(f"{self.repaired} NaN or Inf values count as zeros")
         mix, apart = self._power
         if mix < 0.25 * apart:
-            drop = f"{10 * math.log10(apart / mix):.0f} dB" if mix else "all of it"
-            cancel = f"its channels cancel, and their mono mix loses {drop}"
-            said.append(f"{cancel}: give --channels keep")
+            loss = f"{10 * math.log10(apart / mix):.0f} dB" if mix else "all of it"
+            said.append(f"its channels cancel: the mono mix loses {loss}: give --channels keep")
         return [f"{self.path}: {line}" for line in said]
 
     def warn(self) -> None:
@@ -289,15 +275,11 @@ def _open(path: Path) -> tuple[_SoundFile, int | None]:
     except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
         fix = convert if path.suffix.lower() in CONVERTIBLE else _AGAIN
         raise DataError(f"{unread} ({reason(error)}): {fix}") from error
-    rate, problem = file.samplerate, ""
-    if count < 1:
-        problem = "has no samples"
-    elif not _RATES[0] <= rate <= _RATES[1]:
-        problem = f"has a sample rate of {rate} Hz, outside {_RATES[0]} to {_RATES[1]}"
-    if problem:
-        file.close()
-        raise DataError(f"{path} {problem}: {_AGAIN}")
-    return file, count if count < _GUESSED else None
+    if count > 0 and _RATES[0] <= file.samplerate <= _RATES[1]:
+        return file, count if count < _GUESSED else None
+    file.close()
+    problem = f"a sample rate of {file.samplerate} Hz, outside {_RATES[0]} to {_RATES[1]}"
+    raise DataError(f"{path} has {problem if count > 0 else 'no samples'}: {_AGAIN}")
 
 
 def _is_foreign(path: Path, head: bytes) -> bool:

@@ -34,27 +34,16 @@ __all__ = [
 
 def examine(
     cfg: Config,
-    dataset: Any,
-    valid_set: Any = None,
+    dataset: Any,  # for training, [i] -> (mix, target), each [C, T] float32, full scale 1; or None
+    valid_set: Any = None,  # for validation
     *,
-    device: str = "auto",
-    results_path: str | Path | None = None,
+    device: str = "auto",  # as for `train`
+    results_path: str | Path | None = None,  # where the run will write; None: the current folder
 ) -> list[Finding]:
-    """Look at everything that training will meet, in a few seconds.
+    """Look at everything that training will meet, in a few seconds; the worst comes first.
 
     Files are sampled, and the model makes one forward and backward pass on one clip (two where
     mixed precision is configured). Global random state and torch's flags are left as they were.
-
-    Args:
-        cfg: the config.
-        dataset: the training set: `[i] -> (mix, target)`, each [C, T] float32, full scale 1; None
-            leaves the data out.
-        valid_set: the validation set, or None.
-        device: "auto", "cpu", "cuda" or "cuda:N", as for `train`.
-        results_path: where the run will write; default: the current folder.
-
-    Returns:
-        Findings, the worst first.
     """
     where_to = Path(results_path or ".")
     findings = [*checks_run.check_machine(where_to), *checks_run.check_history(where_to)]
@@ -98,9 +87,8 @@ def examine_paths(
         except DataError as error:
             why = "training cannot start without its data"
             findings.append(from_error(error, f"{name}.open", why))
-    return worst_first(
-        [*findings, *examine(cfg, *sets.values(), device=device, results_path=results_path)]
-    )
+    findings += examine(cfg, *sets.values(), device=device, results_path=results_path)
+    return worst_first(findings)
 
 
 def _first_clip(dataset: Any) -> tuple[Tensor, Tensor] | None:

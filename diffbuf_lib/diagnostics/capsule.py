@@ -53,12 +53,7 @@ class Capsule:
 
     @classmethod
     def load(cls, path: str | Path) -> Capsule:
-        """Read a capsule folder.
-
-        Raises:
-            CheckpointError: no capsule, a damaged one, or one of another format.
-            ConfigError: its config is not one of this library.
-        """
+        """Read a folder; CheckpointError or ConfigError if it holds no capsule of this library."""
         path = Path(path)
         content = load_tensors(path / "capsule.pt", "capsule")
         record = content.pop("record", {}) if isinstance(content, dict) else {}
@@ -72,11 +67,8 @@ class Capsule:
         """Make the failed step again, up to the first bad value.
 
         With the same kind of device and the same torch the numbers are those of the failed step to
-        the bit. Elsewhere diffusion times and noise are still the same; dropout is not.
-
-        Args:
-            device: cpu, cuda or cuda:N.
-            model: of the run, where it was none of this library's; gets the saved weights.
+        the bit. Elsewhere diffusion times and noise are still the same; dropout is not. A `model`
+        that is none of this library's is given; it gets the saved weights.
         """
         where, precision = resolve_device(device), self.record.precision
         threads = torch.get_num_threads()
@@ -90,12 +82,11 @@ class Capsule:
                 if again.finding is not None and precision != "no":
                     plain = Replay(self, model, where)
                     plain.make_step("no")
-                    again.advice = (
-                        "in float32 the same batch is not finite either"
-                        if plain.finding is not None
-                        else f"in float32 the same batch is finite (loss {plain.losses[0]:.4g}): "
-                        "set training.use_amp=false or training.amp_dtype=bf16"
-                    )
+                    again.advice = "in float32 the same batch is not finite either"
+                    if plain.finding is None:
+                        now = f"in float32 the same batch is finite (loss {plain.losses[0]:.4g})"
+                        fix = "set training.use_amp=false or training.amp_dtype=bf16"
+                        again.advice = f"{now}: {fix}"
                 return again
         finally:
             torch.set_num_threads(threads)
@@ -166,9 +157,8 @@ class Replay:
         batch, rounds = self.capsule.batches[round_], len(self.capsule.batches)
         mix, target = batch["mix"].to(self.device), batch["target"].to(self.device)
         draws, model = Draws(**batch["draws"]).to(self.device), self.model
-        autocast = torch.autocast(
-            self.device.type, DTYPES.get(precision), enabled=precision in DTYPES
-        )
+        dtype = DTYPES.get(precision)
+        autocast = torch.autocast(self.device.type, dtype, enabled=dtype is not None)
         stages: dict[str, Tensor] = {}  # none if the trace fails: so will the step itself
         fork = torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
         with suppress(Exception), torch.no_grad(), fork, autocast:
@@ -181,8 +171,8 @@ class Replay:
                 (loss / rounds * scale).backward()
             except Exception as error:
                 self.error = error
-        before = {name: value for name, value in stages.items() if name in _BEFORE}
-        after = {name: value for name, value in stages.items() if name not in _BEFORE}
+        after = dict(stages)
+        before = {name: after.pop(name) for name in stages if name in _BEFORE}
         self.visits = [*summarise(before), *watch.visits, *summarise(after)]
         files = bad_files(mix, target, self.capsule.record.files[round_], round_)
         found = next(files, None) or next(self._bad_values(before, watch, after, round_), None)

@@ -75,12 +75,9 @@ class Audit(NamedTuple):
 
 
 def audit(dataset: Any, limit: int = 64, seconds: float = 2.0) -> Audit:
-    """Measure clips spread evenly over a dataset.
+    """Measure up to `limit` clips spread evenly over a dataset; of a `ClipDataset`, whole files.
 
-    Args:
-        dataset: `[i] -> (mix, target)`, each [C, T] float32; of a `ClipDataset` the files are read.
-        limit: clips to look at, at most.
-        seconds: wall time after which no further clip is begun.
+    No clip is begun after `seconds` of wall time.
     """
     facts, deadline = Audit(len(dataset), [], {}), time.monotonic() + seconds
     count = min(facts.size, limit)

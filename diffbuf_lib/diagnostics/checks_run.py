@@ -109,8 +109,8 @@ def check_history(results_path: Path) -> Iterator[Finding]:
 
 def check_device(cfg: Config, device: torch.device) -> Iterator[Finding]:
     """Say what training would run on, and in which precision where that is not as asked for."""
-    name = f"{torch.get_num_threads()} CPU threads"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
+    cuda, threads = device.type == "cuda", f"{torch.get_num_threads()} CPU threads"
+    name = torch.cuda.get_device_name(device) if cuda else threads
     message = f"{name}: {memory.free_memory(device) / GIB:.1f} GiB of memory are free"
     yield judge("machine.device", str(device), message=message)
     if cfg.training.use_amp and precision_on(cfg.training, device) == "no":
@@ -138,8 +138,7 @@ def run_pass(
 ) -> Pass:
     """Run forward and backward once; in float16 with the scales that a scaler would try.
 
-    Mix and target are [B, C, T] float32, full scale 1; precision None is float32. The model gets
-    gradients.
+    Mix and target are [B, C, T] float32, full scale 1; precision None is float32.
     """
     device, seed = mix.device, model.cfg.training.seed
     autocast = torch.autocast(device.type, precision, enabled=precision is not None)
@@ -168,12 +167,11 @@ def run_pass(
 
 
 def check_model(
-    cfg: Config, clip: tuple[Tensor, Tensor] | None, device: torch.device
+    cfg: Config,
+    clip: tuple[Tensor, Tensor] | None,  # mix and target, [C, T] float32, full scale 1; None: noise
+    device: torch.device,
 ) -> Iterator[Finding]:
-    """Build the model, make one training pass on a clip, and count memory.
-
-    The clip is mix and target, [C, T] float32, full scale 1, each; None takes noise.
-    """
+    """Build the model, make one training pass on a clip, and count memory."""
     free = memory.free_memory(device)
     try:
         if cfg.model.base_channels * cfg.audio.num_frames > _LARGE:

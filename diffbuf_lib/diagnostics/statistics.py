@@ -44,25 +44,17 @@ class ScoreStatistics:
 
 def score_statistics(
     model: DiffusionBufferModel,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Iterable[tuple[Tensor, Tensor]],  # (mix, target), each [B, C, T] float32, full scale 1
     *,
-    time_bins: int = 8,
-    bands: int = 8,
-    batches: int | None = None,
-    seed: int = 0,
+    time_bins: int = 8,  # equal ranges of [t_eps, t_max]
+    bands: int = 8,  # ranges of frequency, of equally many bins or nearly so
+    batches: int | None = None,  # at most so many; None for all
+    seed: int = 0,  # of diffusion times and noise
 ) -> ScoreStatistics:
     """Compare predicted and target score over diffusion times and frequencies.
 
     The model is evaluated without dropout and left in the mode it was in; times and noise have a
     generator of their own, so the same call gives the same numbers.
-
-    Args:
-        model: the model.
-        loader: batches (mix, target), each [B, C, T] float32, full scale 1.
-        time_bins: equal ranges of [t_eps, t_max].
-        bands: ranges of frequency, of equally many bins or nearly so.
-        batches: at most so many; None for all.
-        seed: of diffusion times and noise.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -128,10 +120,7 @@ class GradientStatistics(list[GradientRow]):
 
 @torch.no_grad()
 def gradient_statistics(model: nn.Module) -> GradientStatistics:
-    """Measure, module by module, the gradients that the last backward pass left.
-
-    Call this after `backward` and before `zero_grad`.
-    """
+    """Measure, module by module, the gradients of the last `backward`; before `zero_grad`."""
     rows, empty = GradientStatistics(), torch.zeros(0)
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=False))

@@ -46,15 +46,12 @@ class ModuleWatch:
 
 @contextmanager
 def watch_modules(
-    model: nn.Module, *, statistics: bool = True, gradients: bool = False
+    model: nn.Module,  # any; hooks are put on it and taken off again, whatever happens
+    *,
+    statistics: bool = True,  # a row for every output; else only its finiteness, which costs less
+    gradients: bool = False,  # those of a backward pass within the block too
 ) -> Iterator[ModuleWatch]:
-    """Watch all modules of a model while a block runs.
-
-    Args:
-        model: any module; hooks are put on it and taken off again, whatever happens.
-        statistics: note a row for every output; else only its finiteness, which costs less.
-        gradients: note the gradients of a backward pass within the block too.
-    """
+    """Watch all modules of a model while a block runs."""
     watch, handles = ModuleWatch(), []
 
     def note(name: str, gradient: Tensor) -> None:
@@ -101,17 +98,16 @@ class RecordingModel(DiffusionBufferModel):
     """A model that tells about the batches it trains on, before the backward pass of each.
 
     So a step that fails has been seen, too. The weights are those that `train` would begin with.
-
-    Args:
-        cfg: as for `DiffusionBufferModel`.
-        say: told lines to print.
-        shapes: whether to describe the first batch.
-        every: steps from one report of numbers to the next; 0 for none.
-        board: folder for a TensorBoard run of its own, beside the run's.
     """
 
     def __init__(
-        self, cfg: Config, say: Callable[[str], None], *, shapes: bool, every: int, board: Path
+        self,
+        cfg: Config,
+        say: Callable[[str], None],  # told lines to print
+        *,
+        shapes: bool,  # whether to describe the first batch
+        every: int,  # steps from one report of numbers to the next; 0 for none
+        board: Path,  # folder for a TensorBoard run of its own, beside the run's
     ) -> None:
         with isolated(torch.device("cpu"), deterministic=False):
             seed_everything(cfg.training.seed, Stream.WEIGHTS)

@@ -87,10 +87,9 @@ class Failures:
             return None
         culprits = (bad if bad.any() else ~bad).nonzero().tolist()
         files = [f for rank, i in culprits for f in self._files(attempt, attempt.rounds[i], rank)]
-        precision = self.engine.accelerator.mixed_precision.replace("no", "off")
-        precision += "" if outcome.scale is None else f", loss scale {outcome.scale:g}"
-        message = f"{attempt}: {what}; batch {', '.join(files)}; lr {self.engine.lr:g}; "
-        message += f"mixed precision {precision}"
+        message = f"{attempt}: {what}; batch {', '.join(files)}; lr {self.engine.lr:g}; mixed "
+        message += f"precision {self.engine.accelerator.mixed_precision.replace('no', 'off')}"
+        message += "" if outcome.scale is None else f", loss scale {outcome.scale:g}"
         if self.rank == culprits[0][0]:
             try:
                 found = next(self._bad_values(attempt, cause), None)
@@ -167,14 +166,10 @@ class Failures:
             for batch in attempt.batches:
                 draws = model.draw(batch.mix, _fresh(batch)).to_dict()
                 batches.append({"mix": batch.mix, "target": batch.target, "draws": draws})
-            content = {
-                "record": record,
-                "batches": batches,
-                "state": engine.state_dict(),
-                "losses": None if outcome is None else outcome.losses[self.rank].tolist(),
-                "grad_norm": math.nan if outcome is None else outcome.grad_norm,
-            }
-            _write(folder, content)
+            losses = None if outcome is None else outcome.losses[self.rank].tolist()
+            norm = math.nan if outcome is None else outcome.grad_norm
+            content = {"record": record, "batches": batches, "state": engine.state_dict()}
+            _write(folder, {**content, "losses": losses, "grad_norm": norm})
         except Exception as problem:  # a full disk must not mask the first error
             shutil.rmtree(folder, ignore_errors=True)
             return f". No capsule was written: {type(problem).__name__}: {reason(problem)}"

@@ -25,8 +25,8 @@ from diffbuf_lib.data import collate
 from diffbuf_lib.data.reader import reason
 from diffbuf_lib.errors import DataError
 
+# Those that ask a run to stop.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Those that ask a run to stop."""
 
 
 class ClipSource(Protocol):
@@ -115,9 +115,7 @@ class EpochPlan:
     `accumulation` rounds (fewer at the end of the epoch) are one optimizer step. What is left of
     the epoch after multiples of `unit` examples (default: of a round) is dropped, except when the
     whole set is smaller than one round: then the only round holds all of it in smaller batches.
-
-    Raises:
-        DataError: the training set is empty.
+    DataError for an empty training set.
     """
 
     size: int  # examples in the training set
@@ -191,8 +189,7 @@ class EpochPlan:
 
     def batches(self, epoch: int, rank: int, start: int = 0) -> list[list[int]]:
         """Return the dataset indices of one process's batches from round `start` on."""
-        order = self.order(epoch)
-        rounds = range(start, self.rounds)
+        order, rounds = self.order(epoch), range(start, self.rounds)
         return [[order[position] for position in self.positions(r, rank)] for r in rounds]
 
 
@@ -211,9 +208,7 @@ class ClipReader(Dataset[Any]):
         """Yield (mix, target), each [B, C, T] float32, of every list of dataset indices.
 
         The seed is of the workers' own generators (clips are keyed by index and do not use them).
-
-        Raises:
-            DataError: a clip cannot be read, or a reading process died; names the clip.
+        DataError names a clip that cannot be read, or at which a reading process died.
         """
         loader: DataLoader[Any] = DataLoader(
             self,
@@ -281,10 +276,8 @@ class ClipReader(Dataset[Any]):
         dead = re.findall(r"\d+", str(error).partition("pid")[2])
         clips = [clip for pid, clip in self._begun.tolist() if str(pid) in dead]
         names = ", ".join(self.dataset.name(clip) for clip in clips) or "the first clips"
-        return DataError(
-            f"a process that reads clips died at {names}: lower training.num_workers (0 reads in "
-            "the main process) or free memory, /dev/shm too"
-        )
+        fix = "lower training.num_workers (0: the main process reads) or free memory, /dev/shm too"
+        return DataError(f"a process that reads clips died at {names}: {fix}")
 
 
 def clip_error(name: str, error: Exception) -> DataError:

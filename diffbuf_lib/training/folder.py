@@ -39,16 +39,16 @@ from diffbuf_lib.figures import spectrograms, to_pixels
 from diffbuf_lib.trace import to_plain
 from diffbuf_lib.training.step import StepRecord, Validation
 
-FORMAT = 1
-"""Of a checkpoint; raised when its content changes so that an older library cannot read it."""
-
+FORMAT = 1  # of a checkpoint; raised when an older library can no longer read it
+# What a checkpoint holds. No state of random generators: all draws are keyed (see feed.py).
 KEYS = {
     *("format", "version", "config", "step", "epoch", "examples", "processes", "pending", "best"),
     *("bad_validations", "bad_batches", "model", "ema", "optimizer", "scheduler", "scaler"),
 }
-"""What a checkpoint holds. No state of random generators: all draws are keyed (see feed.py)."""
 
 _ENDS = frozenset({"training.num_epochs", "training.num_steps"})  # a linear rate goes by them
+# Config keys that a resumed run may change: they leave the steps before as they were (with
+# valid_clips, scores before and after compare less well).
 CHANGEABLE = _ENDS | {
     *("training.early_stopping", "training.num_workers", "training.log_every"),
     *("training.checkpoint_every", "training.on_nonfinite", "training.max_skipped"),
@@ -56,21 +56,17 @@ CHANGEABLE = _ENDS | {
     *("data.cache_path", "data.cache_gb"),
     *("training.trackers", "training.tracker_project"),
 }
-"""Config keys that a resumed run may change: they leave the steps before as they were (with
-valid_clips, scores before and after compare less well)."""
-
+# Those that change what follows, and are written into the history.
 NOTED = {
     *("training.lr", "training.metrics", "training.batch_size", "training.accumulation_steps"),
     "training.global_batch",
 }
-"""Those that change what follows, and are written into the history."""
 
 
 def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
     """Write a checkpoint, with the names in `KEYS` except "format"; make its folder if needed.
 
-    Raises:
-        CheckpointError: it cannot be written; an older file at `path` is still there and whole.
+    CheckpointError if that fails; an older file at `path` is still there and whole.
     """
     path = Path(path)
     with _writing(path):
@@ -82,9 +78,7 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, without running what is in it.
 
-    Raises:
-        CheckpointError: no such file, cut short or damaged, not a checkpoint of this library, or
-            one that holds more than tensors and plain values.
+    CheckpointError as in `load_tensors`, and for what is no checkpoint of this library.
     """
     path = Path(path)
     state = load_tensors(path, "checkpoint")
@@ -108,10 +102,8 @@ def saved_step(results_path: str | Path) -> int | None:
 def load_tensors(path: Path, what: str, pickle_module: Any = None) -> Any:
     """Read what `torch.save` wrote: tensors and plain values only, onto the CPU.
 
-    `pickle_module` may take more: see `diffbuf_lib.authors`.
-
-    Raises:
-        CheckpointError: no such file, a damaged one, or one that would run code; calls it `what`.
+    `pickle_module` may take more: see `diffbuf_lib.authors`. CheckpointError, which calls it
+    `what`, for no such file, a damaged one, or one that would run code.
     """
     if not path.is_file():
         raise CheckpointError(f"{what} {path} does not exist: check the path")
@@ -136,10 +128,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     From a `save_pretrained` folder, a name such as diffbuf/cpu-demo, a .safetensors file, a
     checkpoint of ours (its averaged weights), or what others save: a state_dict, plain or under
     "state_dict" (Lightning), its names behind module., model. or _orig_mod. (compiled) or not.
-
-    Raises:
-        CheckpointError: no such file, a damaged one, one without weights, or a pickle of more than
-            tensors and plain values, which is never executed.
+    CheckpointError as in `load_tensors`, and for one without weights.
     """
     path = Path(path)
     if not path.exists() and str(path) in pretrained.NAMES:
@@ -175,9 +164,7 @@ def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def apply_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
     """Put weights, or those of its network, into a model.
 
-    Raises:
-        CheckpointError: they do not fit; names the first tensors that are missing, unknown or of
-            another shape.
+    CheckpointError names the first tensors that are missing, unknown or of another shape.
     """
     if not model.state_dict().keys() & weights.keys():
         weights = {f"network.{name}": tensor for name, tensor in weights.items()}
@@ -185,8 +172,8 @@ def apply_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str |
         model.load_state_dict(dict(weights))
     except RuntimeError as error:  # a line of title, then one for each kind of problem
         why = "; ".join(line.strip().rstrip(".")[:300] for line in str(error).splitlines()[1:4])
-        fix = "make `model` equal"
-        raise CheckpointError(f"weights of {source} do not fit: {why}; {fix}") from error
+        what = f"weights of {source} do not fit: {why}"
+        raise CheckpointError(f"{what}; make `model` equal") from error
 
 
 @contextmanager
@@ -196,10 +183,8 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:  # torch's zip writer turns some OSErrors into these
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise CheckpointError(
-            f"{path} cannot be written ({reason(cause)}): free space or choose another "
-            "--results_path; what was there before is untouched"
-        ) from error
+        fix = "free space or choose another --results_path; what was there before is untouched"
+        raise CheckpointError(f"{path} cannot be written ({reason(cause)}): {fix}") from error
 
 
 class ResultsFolder:

@@ -101,8 +101,7 @@ def saved_bytes(model: nn.Module) -> Iterator[SavedBytes]:
             seen.add(identity(tensor))
             kept.append(tensor.detach())
             size = tensor.untyped_storage().nbytes()
-            saved.total += size
-            saved.largest = max(saved.largest, size)
+            saved.total, saved.largest = saved.total + size, max(saved.largest, size)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -145,9 +144,8 @@ def explain_out_of_memory(cfg: Config, device: torch.device, size: int, asked: s
     return (
         f"out of memory on {device} in a step of {size} clips of {cfg.audio.chunk_size} samples"
         f"{amount}; {fits} into the {free / 2**30:.3g} GiB that are free. Lower "
-        f"training.batch_size (now {cfg.training.batch_size}; --find_batch_size finds one that "
-        "fits, and training.accumulation_steps makes up for it), model.base_channels "
-        f"(now {cfg.model.base_channels}) or audio.chunk_size"
+        f"training.batch_size {cfg.training.batch_size} (--find_batch_size finds one that fits; "
+        "training.accumulation_steps makes up for it), model.base_channels or audio.chunk_size"
     )
 
 
@@ -157,10 +155,7 @@ def find_batch_size(cfg: Config, train_set: ClipSource, device: str = "auto") ->
     On a GPU any size up to that of the training set is tried: doubled while it fits, halved until
     it does, then narrowed to within an eighth. On a CPU, where larger batches make nothing faster
     and the system may end a process that takes too much, it is `training.batch_size` or what the
-    estimate allows.
-
-    Raises:
-        OutOfMemoryError: not even one clip fits.
+    estimate allows. OutOfMemoryError if not even one clip fits.
     """
     accelerator = make_accelerator(cfg.training, device)
     where, first = accelerator.device, min(cfg.training.batch_size, len(train_set))
@@ -213,7 +208,7 @@ def _fits(cfg: Config, accelerator: Accelerator, clip: tuple[Tensor, Tensor], si
                 generators = example_generators(keys, seed, Stream.EXAMPLE, device)
                 engine.step([Batch(mix, target, generators)])
     except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        return False
+        if is_out_of_memory(error):
+            return False
+        raise
     return True

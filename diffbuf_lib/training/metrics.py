@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,7 @@ from torch import Tensor
 from diffbuf_lib.errors import ConfigError, MissingExtraError, ShapeError
 from diffbuf_lib.registry import METRICS
 
-SILENCE_RMS = 1e-5
-"""Full scale 1. Below it (-100 dB, a third of a 16-bit step) a clip counts as silent."""
+SILENCE_RMS = 1e-5  # re full scale: below (-100 dB, a third of a 16-bit step) a clip is silent
 
 
 class UndefinedScoreError(Exception):
@@ -39,12 +38,8 @@ def score_clips(
 ) -> dict[str, Tensor]:
     """Score estimates against their targets, the clean speech; both [B, T], full scale 1.
 
-    Returns:
-        [B] float32 on the CPU for every metric; NaN where it is undefined.
-
-    Raises:
-        ShapeError: the two are not [B, T] of one shape.
-        MissingExtraError, ConfigError: as in `check_metrics`.
+    Returns [B] float32 on the CPU for every metric; NaN where it is undefined. ShapeError if the
+    two are not [B, T] of one shape; others as in `check_metrics`.
     """
     check_metrics(metrics, sample_rate)
     if estimate.dim() != 2 or estimate.shape != target.shape:
@@ -71,9 +66,8 @@ def mean_scores(scores: Mapping[str, Tensor]) -> dict[str, MeanScore]:
 def check_metrics(metrics: Iterable[str], sample_rate: int) -> None:
     """Check, before a run rather than at its first validation, that metrics can be computed.
 
-    Raises:
-        ConfigError: an unknown metric, or a rate that it is not defined for.
-        MissingExtraError: a package is missing; the message has the command that installs it.
+    ConfigError for an unknown metric or a rate that it is not defined for; MissingExtraError, with
+    the command that installs it, for a missing package.
     """
     for metric in metrics:
         facts = METRICS[metric].facts
@@ -95,8 +89,7 @@ def lower_is_better(name: str) -> bool:
 def score_clip(metric: str, estimate: Tensor, target: Tensor, sample_rate: int) -> float:
     """Score one estimate [T] against its target [T], both float32 on the CPU, full scale 1.
 
-    Raises:
-        UndefinedScoreError: the score does not exist for this clip; says why.
+    UndefinedScoreError says why the score does not exist for this clip.
     """
     check_audible("estimate", estimate)
     check_audible("target", target)
@@ -120,33 +113,30 @@ def check_audible(name: str, wave: Tensor) -> None:
 
 def si_sdr(estimate: Tensor, target: Tensor, sample_rate: int) -> float:
     """Scale-invariant signal-to-distortion ratio, dB."""
-    from torchmetrics.functional import audio
-
     # float64: in float32 a good estimate's residual is rounding noise above about 70 dB.
-    return audio.scale_invariant_signal_distortion_ratio(estimate.double(), target.double()).item()
+    pair = estimate.double(), target.double()
+    return _torchmetrics().scale_invariant_signal_distortion_ratio(*pair).item()
 
 
 def sdr(estimate: Tensor, target: Tensor, sample_rate: int) -> float:
     """Signal-to-distortion ratio of BSS eval with a 512-tap filter, dB."""
-    from torchmetrics.functional import audio
-
-    return audio.signal_distortion_ratio(estimate.double(), target.double()).item()
+    return _torchmetrics().signal_distortion_ratio(estimate.double(), target.double()).item()
 
 
 def pesq(estimate: Tensor, target: Tensor, sample_rate: int) -> float:
     """MOS-LQO of ITU-T P.862.2 (wide band) at 16 kHz, of P.862 (narrow band) at 8 kHz."""
-    from torchmetrics.functional import audio
-
-    mode = "wb" if sample_rate == 16000 else "nb"
-    return audio.perceptual_evaluation_speech_quality(estimate, target, sample_rate, mode).item()
+    score = _torchmetrics().perceptual_evaluation_speech_quality
+    return score(estimate, target, sample_rate, "wb" if sample_rate == 16000 else "nb").item()
 
 
 def estoi(estimate: Tensor, target: Tensor, sample_rate: int) -> float:
     """Extended short-time objective intelligibility, 0 to 1."""
-    from torchmetrics.functional import audio
-
+    score = _torchmetrics().short_time_objective_intelligibility
     with warnings.catch_warnings():
         # Where too little speech is left pystoi warns and returns 1e-5, which is no score.
         warnings.filterwarnings("error", message="Not enough STFT frames", category=RuntimeWarning)
-        score = audio.short_time_objective_intelligibility(estimate, target, sample_rate, True)
-    return score.item()
+        return score(estimate, target, sample_rate, True).item()
+
+
+def _torchmetrics() -> Any:
+    return importlib.import_module("torchmetrics.functional.audio")  # which takes seconds

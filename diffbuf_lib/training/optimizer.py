@@ -82,13 +82,9 @@ def make_optimizer(
     training: TrainingConfig, model: nn.Module, lr: float | None = None
 ) -> torch.optim.Optimizer:
     """Make `training.optimizer` for all parameters of a model; lr: None for `training.lr`."""
-    optimizer: torch.optim.Optimizer = OPTIMIZERS[training.optimizer].load()(
-        model.parameters(),
-        lr=training.lr if lr is None else lr,
-        weight_decay=training.weight_decay,
-        **training.optimizer_options.model_dump(),
-    )
-    return optimizer
+    rule: Callable[..., torch.optim.Optimizer] = OPTIMIZERS[training.optimizer].load()
+    options = {"lr": training.lr if lr is None else lr, "weight_decay": training.weight_decay}
+    return rule(model.parameters(), **options, **training.optimizer_options.model_dump())
 
 
 def make_scheduler(
