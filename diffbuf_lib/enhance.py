@@ -76,11 +76,8 @@ def enhance_path(
     In a folder, outputs that are there are made again only with `overwrite`, files that fail do not
     keep the others from their turn, and what is no .flac becomes a .wav. What else looks like audio
     is warned of. Options as in `enhance_file`. Yields (input, output) of each file that is written.
-
-    Raises:
-        DataError: nothing to enhance, an output that is there, a destination inside the source
-            folder, or as in `enhance_file`.
-        FilesFailedError: at the end, with the reasons.
+    DataError for nothing to enhance, an output that is there, or a destination inside the source;
+    FilesFailedError, with the reasons, at the end.
     """
     source, destination = Path(source), Path(destination)
     if not source.is_dir():

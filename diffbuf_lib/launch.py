@@ -58,8 +58,7 @@ def write_job(
 ) -> Path:
     """Write a job that trains, and goes on where it stopped, into the results folder.
 
-    Raises:
-        ConfigError: a config that cannot be read, or a value that no job file can hold.
+    ConfigError for a config that cannot be read, or a value that no job file can hold.
     """
     results_path = Path(results_path)
     load_config(config_path, overrides)
@@ -101,11 +100,7 @@ def write_job(
 
 
 def submit(kind: Kind, job: Path) -> None:
-    """Hand a job over to `sbatch`, `sky jobs launch` or `bash`.
-
-    Raises:
-        ConfigError: the program is not there or refuses.
-    """
+    """Hand a job over to `sbatch`, `sky jobs launch` or `bash`; ConfigError if that fails."""
     command = [*_SUBMIT[kind], str(job)]
     try:
         subprocess.run(command, check=True)

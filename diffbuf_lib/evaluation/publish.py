@@ -24,9 +24,8 @@ def write_model(
 ) -> Path:
     """Write what belongs on the hub under a name into a folder: weights, config and README.md.
 
-    Raises:
-        ConfigError: a name that the hub does not take, or an evaluation of another model.
-        DataError: `evaluation` is no results folder of `diffbuf evaluate`.
+    ConfigError for a name that the hub does not take, or an evaluation of another model; DataError
+    for one that is not finished.
     """
     try:
         validate_repo_id(name)

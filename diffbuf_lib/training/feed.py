@@ -115,9 +115,7 @@ class EpochPlan:
     `accumulation` rounds (fewer at the end of the epoch) are one optimizer step. What is left of
     the epoch after multiples of `unit` examples (default: of a round) is dropped, except when the
     whole set is smaller than one round: then the only round holds all of it in smaller batches.
-
-    Raises:
-        DataError: the training set is empty.
+    DataError for an empty one.
     """
 
     size: int  # examples in the training set
@@ -211,9 +209,7 @@ class ClipReader(Dataset[Any]):
         """Yield (mix, target), each [B, C, T] float32, of every list of dataset indices.
 
         The seed is of the workers' own generators (clips are keyed by index and do not use them).
-
-        Raises:
-            DataError: a clip cannot be read, or a reading process died; names the clip.
+        DataError, with the clip's name, for one that cannot be read, or a reader that died.
         """
         loader: DataLoader[Any] = DataLoader(
             self,
@@ -281,10 +277,8 @@ class ClipReader(Dataset[Any]):
         dead = re.findall(r"\d+", str(error).partition("pid")[2])
         clips = [clip for pid, clip in self._begun.tolist() if str(pid) in dead]
         names = ", ".join(self.dataset.name(clip) for clip in clips) or "the first clips"
-        return DataError(
-            f"a process that reads clips died at {names}: lower training.num_workers (0 reads in "
-            "the main process) or free memory, /dev/shm too"
-        )
+        fix = "lower training.num_workers (0: the main process reads) or free memory, /dev/shm too"
+        return DataError(f"a process that reads clips died at {names}: {fix}")
 
 
 def clip_error(name: str, error: Exception) -> DataError:

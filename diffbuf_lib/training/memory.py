@@ -157,10 +157,7 @@ def find_batch_size(cfg: Config, train_set: ClipSource, device: str = "auto") ->
     On a GPU any size up to that of the training set is tried: doubled while it fits, halved until
     it does, then narrowed to within an eighth. On a CPU, where larger batches make nothing faster
     and the system may end a process that takes too much, it is `training.batch_size` or what the
-    estimate allows.
-
-    Raises:
-        OutOfMemoryError: not even one clip fits.
+    estimate allows. OutOfMemoryError if not even one clip fits.
     """
     accelerator = make_accelerator(cfg.training, device)
     where, first = accelerator.device, min(cfg.training.batch_size, len(train_set))

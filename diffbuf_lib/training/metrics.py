@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffbuf_lib.data.reader import reason
 from diffbuf_lib.errors import ConfigError, MissingExtraError, ShapeError
 from diffbuf_lib.registry import METRICS
 
@@ -39,12 +40,8 @@ def score_clips(
 ) -> dict[str, Tensor]:
     """Score estimates against their targets, the clean speech; both [B, T], full scale 1.
 
-    Returns:
-        [B] float32 on the CPU for every metric; NaN where it is undefined.
-
-    Raises:
-        ShapeError: the two are not [B, T] of one shape.
-        MissingExtraError, ConfigError: as in `check_metrics`.
+    Returns [B] float32 on the CPU for every metric; NaN where it is undefined. ShapeError if the
+    two are not [B, T] of one shape; else as `check_metrics`.
     """
     check_metrics(metrics, sample_rate)
     if estimate.dim() != 2 or estimate.shape != target.shape:
@@ -71,9 +68,8 @@ def mean_scores(scores: Mapping[str, Tensor]) -> dict[str, MeanScore]:
 def check_metrics(metrics: Iterable[str], sample_rate: int) -> None:
     """Check, before a run rather than at its first validation, that metrics can be computed.
 
-    Raises:
-        ConfigError: an unknown metric, or a rate that it is not defined for.
-        MissingExtraError: a package is missing; the message has the command that installs it.
+    ConfigError for an unknown metric, or a rate that it is not defined for; MissingExtraError, with
+    the command that installs it, for a package that is missing.
     """
     for metric in metrics:
         facts = METRICS[metric].facts
@@ -95,16 +91,15 @@ def lower_is_better(name: str) -> bool:
 def score_clip(metric: str, estimate: Tensor, target: Tensor, sample_rate: int) -> float:
     """Score one estimate [T] against its target [T], both float32 on the CPU, full scale 1.
 
-    Raises:
-        UndefinedScoreError: the score does not exist for this clip; says why.
+    UndefinedScoreError says why the score does not exist for this clip.
     """
     check_audible("estimate", estimate)
     check_audible("target", target)
     try:
         value = METRICS[metric].load()(estimate, target, sample_rate)
     except Exception as error:  # pesq has its own errors, linear solvers theirs: all mean this
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UndefinedScoreError(f"{metric} gave up: {reason}") from error
+        why = reason(error) or type(error).__name__
+        raise UndefinedScoreError(f"{metric} gave up: {why}") from error
     if not math.isfinite(value):
         raise UndefinedScoreError(f"{metric} is not finite")
     return float(value)

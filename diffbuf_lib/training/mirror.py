@@ -34,11 +34,7 @@ class Mirror:
         self._known: dict[str, tuple[int, int]] = {}  # inode and time of what is there already
 
     def fetch(self) -> None:
-        """Bring the run here, if the mirror is further than this folder.
-
-        Raises:
-            CheckpointError, MissingExtraError: the mirror cannot be read.
-        """
+        """Bring the run here, if the mirror is further; CheckpointError if it cannot be read."""
         try:
             system, root = fsspec.core.url_to_fs(self.url)
             system.invalidate_cache()  # another machine has written there
