@@ -117,11 +117,8 @@ _TAKEN = {
     "spec_abs_exponent": "preprocessing.magnitude_compression.alpha",
     "dropout": "model.dropout",
 }
-_LOSSES = {
-    "mse": "weighted_score",
-    "onestep": "data_prediction",
-    "data_pred_loss": "data_prediction",
-}
+_DATA = "data_prediction"
+_LOSSES = {"mse": "weighted_score", "onestep": _DATA, "data_pred_loss": _DATA}
 _SDES = {  # their options, and ours
     "bbed": {"theta": "theta", "k": "k"},
     "ouve": {"theta": "gamma", "sigma_min": "sigma_min", "sigma_max": "sigma_max"},
@@ -140,11 +137,9 @@ def _config_tree(hyper: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     """Make our nested dictionaries of theirs flat ones; what deserves a look goes to `notes`."""
     backbone, get = hyper.get("backbone"), hyper.get
     if "diff_buffer_range" not in hyper or backbone not in ("ncsnpp", "bc_ncsnpp"):
-        raise ConfigError(
-            f"backbone {backbone!r:.40} with SDE {get('sde')!r:.40} is not the Diffusion Buffer's "
-            "(ncsnpp or bc_ncsnpp): networks of sgmse, such as ncsnpp_v2, know one diffusion time "
-            "for the whole utterance, and lack the layers that a buffer needs (Conv_time)"
-        )
+        what = f"backbone {backbone!r:.40} with SDE {get('sde')!r:.40} is no Diffusion Buffer's"
+        why = "networks of sgmse know one diffusion time for the utterance, and lack Conv_time"
+        raise ConfigError(f"{what} (ncsnpp or bc_ncsnpp): {why}")
     for key, value in _MUST_BE.items():
         if get(key, value) != value:
             raise ConfigError(f"{key} {get(key)!r:.40} of {backbone} is not here, only {value!r}")

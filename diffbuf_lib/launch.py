@@ -20,11 +20,7 @@ from diffbuf_lib.errors import ConfigError
 
 Kind = Literal["slurm", "skypilot", "torchrun"]
 _FILES = {"slurm": "slurm.sh", "skypilot": "skypilot.yaml", "torchrun": "torchrun.sh"}
-_SUBMIT = {
-    "slurm": ["sbatch"],
-    "skypilot": ["sky", "jobs", "launch", "--yes"],
-    "torchrun": ["bash"],
-}
+_SUBMIT = {"slurm": "sbatch", "skypilot": "sky jobs launch --yes", "torchrun": "bash"}
 _JOBS = jinja2.Environment(
     loader=jinja2.PackageLoader("diffbuf_lib"),
     trim_blocks=True,
@@ -101,7 +97,7 @@ def write_job(
 
 def submit(kind: Kind, job: Path) -> None:
     """Hand a job over to `sbatch`, `sky jobs launch` or `bash`; ConfigError if that fails."""
-    command = [*_SUBMIT[kind], str(job)]
+    command = [*_SUBMIT[kind].split(), str(job)]
     try:
         subprocess.run(command, check=True)
     except (OSError, subprocess.CalledProcessError) as error:

@@ -150,15 +150,14 @@ class DiffusionBufferModel(
             fix = "lower diffusion_buffer.buffer_size or raise audio.chunk_size"
             raise ShapeError(f"buffer_size {Kb} is larger than the {what}: {fix}")
         real = torch.float64 if mix.dtype == torch.float64 else torch.float32
-        given = (generator, mix.device, real)
         noise = (generator, mix.device, real.to_complex())
-        t = draw_times(buffer, B, *given)
+        t = draw_times(buffer, B, generator, mix.device, real)
         z = complex_normal((B, num_bins, Kb), *noise)
         if not self.cfg.training.own_estimate:
             return Draws(t, z)
         first_z = complex_normal((B, num_bins, K), *noise)
-        own = uniform((B, 1, 1), *given)[:, 0, 0] < self.cfg.training.own_estimate
-        return Draws(t, z, first_z, own)
+        u = uniform((B, 1, 1), generator, device=mix.device, dtype=real)[:, 0, 0]
+        return Draws(t, z, first_z, u < self.cfg.training.own_estimate)
 
     def _what_is_perturbed(
         self, Y: Tensor, S: Tensor, draws: Draws

@@ -67,9 +67,8 @@ class Registry(dict[str | int, Entry]):
         names = [str(known) for known in self]
         close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
         guess = f"; did you mean {close[0]}?" if close else ""
-        raise ConfigError(
-            f"{self.key} = {name!r:.80} is unknown: it must be {' or '.join(names)}{guess}"
-        )
+        fix = f"it must be {' or '.join(names)}{guess}"
+        raise ConfigError(f"{self.key} = {name!r:.80} is unknown: {fix}")
 
 
 LOSSES = Registry("training.loss")

@@ -82,13 +82,9 @@ def make_optimizer(
     training: TrainingConfig, model: nn.Module, lr: float | None = None
 ) -> torch.optim.Optimizer:
     """Make `training.optimizer` for all parameters of a model; lr: None for `training.lr`."""
-    optimizer: torch.optim.Optimizer = OPTIMIZERS[training.optimizer].load()(
-        model.parameters(),
-        lr=training.lr if lr is None else lr,
-        weight_decay=training.weight_decay,
-        **training.optimizer_options.model_dump(),
-    )
-    return optimizer
+    options = {"weight_decay": training.weight_decay, **training.optimizer_options.model_dump()}
+    make: Callable[..., torch.optim.Optimizer] = OPTIMIZERS[training.optimizer].load()
+    return make(model.parameters(), lr=training.lr if lr is None else lr, **options)
 
 
 def make_scheduler(
