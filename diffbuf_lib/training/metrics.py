@@ -19,8 +19,7 @@ from diffbuf_lib.data.reader import reason
 from diffbuf_lib.errors import ConfigError, MissingExtraError, ShapeError
 from diffbuf_lib.registry import METRICS
 
-SILENCE_RMS = 1e-5
-"""Full scale 1. Below it (-100 dB, a third of a 16-bit step) a clip counts as silent."""
+SILENCE_RMS = 1e-5  # full scale 1: below (a third of a 16-bit step) a clip counts as silent
 
 
 class UndefinedScoreError(Exception):

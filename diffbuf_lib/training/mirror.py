@@ -15,8 +15,7 @@ import fsspec
 from diffbuf_lib.data.reader import reason
 from diffbuf_lib.errors import CheckpointError, MissingExtraError
 
-PLACE = "place.json"
-"""Written last: the step of the checkpoint that is complete there."""
+PLACE = "place.json"  # written last: the step of the checkpoint that is complete there
 
 
 class Mirror:

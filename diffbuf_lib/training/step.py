@@ -33,8 +33,7 @@ from diffbuf_lib.training.metrics import mean_scores, score_clips
 from diffbuf_lib.training.optimizer import make_optimizer, make_scheduler
 from diffbuf_lib.training.signals import StopRequest
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""Of mixed precision, by accelerate's names; "no" is float32."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # accelerate's names; "no" is float32
 
 _PARTS = ("model", "ema", "optimizer", "scheduler")  # of an engine, in a checkpoint
 
