@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from diffbuf_lib.config import build_config
+from diffbuf_lib.data.reader import reason
 from diffbuf_lib.errors import CheckpointError, ConfigError
 from diffbuf_lib.foreign import put
 from diffbuf_lib.model import DiffusionBufferModel
@@ -34,20 +35,15 @@ class Imported(NamedTuple):
 def import_checkpoint(path: str | Path, *, raw: bool = False) -> Imported:
     """Read a Lightning checkpoint of the authors' branches interspeech_submission or main.
 
-    `raw` takes the weights as training left them, instead of the averaged ones.
-
-    Raises:
-        CheckpointError: no such file, a damaged one, not one of theirs, a network or option that
-            is not here, or tensors that do not fit.
+    `raw` takes the weights as training left them, instead of the averaged ones. CheckpointError for
+    no such file, or one that is damaged, not theirs, or of a network or option that is not here.
     """
     path, unknown = Path(path), set[str]()
     content = load_tensors(path, "checkpoint", pickle_module=_inert_pickle(unknown))
     hyper = content.get("hyper_parameters") if isinstance(content, dict) else None
     if not isinstance(hyper, dict) or not isinstance(content.get("state_dict"), dict):
-        raise CheckpointError(
-            f"{path} is no Lightning checkpoint: it lacks state_dict or hyper_parameters; weights "
-            "alone start a run with --start_check_point"
-        )
+        what = "no Lightning checkpoint: it lacks state_dict or hyper_parameters"
+        raise CheckpointError(f"{path} is {what}; weights alone are for --start_check_point")
     notes: list[str] = []
     try:
         model = DiffusionBufferModel(build_config(_config_tree(hyper, notes), source=str(path)))
@@ -55,8 +51,8 @@ def import_checkpoint(path: str | Path, *, raw: bool = False) -> Imported:
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise CheckpointError(f"{path} is not as the authors' code writes it: {reason}") from error
+        why = f"{type(error).__name__}: {reason(error)[:200]}"
+        raise CheckpointError(f"{path} is not as the authors' code writes it: {why}") from error
     name, network = model.cfg.model.name, model.network
     names = (_ncsnpp_names if name == "ncsnpp" else _bc_ncsnpp_names)(network)
     apply_weights(model, _renamed(weights, names, network, path), path)
@@ -121,11 +117,8 @@ _TAKEN = {
     "spec_abs_exponent": "preprocessing.magnitude_compression.alpha",
     "dropout": "model.dropout",
 }
-_LOSSES = {
-    "mse": "weighted_score",
-    "onestep": "data_prediction",
-    "data_pred_loss": "data_prediction",
-}
+_DATA = "data_prediction"
+_LOSSES = {"mse": "weighted_score", "onestep": _DATA, "data_pred_loss": _DATA}
 _SDES = {  # their options, and ours
     "bbed": {"theta": "theta", "k": "k"},
     "ouve": {"theta": "gamma", "sigma_min": "sigma_min", "sigma_max": "sigma_max"},
@@ -144,11 +137,9 @@ def _config_tree(hyper: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     """Make our nested dictionaries of theirs flat ones; what deserves a look goes to `notes`."""
     backbone, get = hyper.get("backbone"), hyper.get
     if "diff_buffer_range" not in hyper or backbone not in ("ncsnpp", "bc_ncsnpp"):
-        raise ConfigError(
-            f"backbone {backbone!r:.40} with SDE {get('sde')!r:.40} is not the Diffusion Buffer's "
-            "(ncsnpp or bc_ncsnpp): networks of sgmse, such as ncsnpp_v2, know one diffusion time "
-            "for the whole utterance, and lack the layers that a buffer needs (Conv_time)"
-        )
+        what = f"backbone {backbone!r:.40} with SDE {get('sde')!r:.40} is no Diffusion Buffer's"
+        why = "networks of sgmse know one diffusion time for the utterance, and lack Conv_time"
+        raise ConfigError(f"{what} (ncsnpp or bc_ncsnpp): {why}")
     for key, value in _MUST_BE.items():
         if get(key, value) != value:
             raise ConfigError(f"{key} {get(key)!r:.40} of {backbone} is not here, only {value!r}")
@@ -216,7 +207,6 @@ def _one_of(hyper: Mapping[str, Any], key: str, choices: Mapping[str, Any]) -> A
 
 
 # Their tensors under our names.
-
 
 _CONSTANTS = ("counts", "inv_div")  # of their norms, which are no parameters
 

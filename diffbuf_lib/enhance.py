@@ -55,12 +55,10 @@ def enhance_file(
                 out.write(block)
         file.warn()
     if model.level is None and 0 < file.peak < QUIET:
-        warnings.warn(
-            f"{source}: its peak is {20 * math.log10(file.peak):.0f} dB re full scale; this model, "
-            "made without preprocessing.level_seconds, knows louder signals: raise it to "
-            f"{20 * math.log10(QUIET):.0f} dB or more",
-            stacklevel=2,
-        )
+        peak, enough = (20 * math.log10(x) for x in (file.peak, QUIET))
+        what = f"{source}: its peak is {peak:.0f} dB re full scale; this model, made without "
+        what += "preprocessing.level_seconds, knows louder signals: raise it to"
+        warnings.warn(f"{what} {enough:.0f} dB or more", stacklevel=2)
 
 
 def enhance_path(
@@ -76,11 +74,8 @@ def enhance_path(
     In a folder, outputs that are there are made again only with `overwrite`, files that fail do not
     keep the others from their turn, and what is no .flac becomes a .wav. What else looks like audio
     is warned of. Options as in `enhance_file`. Yields (input, output) of each file that is written.
-
-    Raises:
-        DataError: nothing to enhance, an output that is there, a destination inside the source
-            folder, or as in `enhance_file`.
-        FilesFailedError: at the end, with the reasons.
+    DataError for nothing to enhance, an output that is there, or a destination inside the source;
+    FilesFailedError, with the reasons, at the end.
     """
     source, destination = Path(source), Path(destination)
     if not source.is_dir():
@@ -94,21 +89,16 @@ def enhance_path(
         raise DataError(f"{destination} lies inside the input {source}: choose another folder")
     left_out = list_audio(source, CONVERTIBLE)
     if left_out:
-        warnings.warn(
-            f"{len(left_out)} files that cannot be read are left out, such as {left_out[0]}: "
-            f"convert them, as with {ffmpeg_line(left_out[0])}",
-            stacklevel=2,
-        )
+        what = f"{len(left_out)} files that cannot be read are left out, such as {left_out[0]}"
+        warnings.warn(f"{what}: convert them, as with {ffmpeg_line(left_out[0])}", stacklevel=2)
     files = list_audio(source, READABLE)
     if not files:
         raise DataError(f"{source} holds no .wav or .flac file, or others to read: check the path")
     targets = [destination / name for name in output_names(source, files)]
     there = {target for target in targets if target.exists()} if not overwrite else set()
     if there:
-        warnings.warn(
-            f"{len(there)} of {len(files)} outputs are there and stay: --overwrite makes them anew",
-            stacklevel=2,
-        )
+        what = f"{len(there)} of {len(files)} outputs are there and stay"
+        warnings.warn(f"{what}: --overwrite makes them anew", stacklevel=2)
     failed = []
     for path, target in zip(files, targets, strict=True):
         if target in there:

@@ -49,10 +49,7 @@ def export_model(
 
     start.bin is the state of one stream that begins, float32: state.0, state.1, ... one after the
     other. The last Kb frames of state.0 hold noise, start_sigma of stream.json times CN(0, 1).
-
-    Raises:
-        ConfigError: a model without such a graph, or whose graph in fp32 is more than 1e-4 off.
-        MissingExtraError: the packages of the extra `export` are not installed.
+    Errors as in `graph.write_hop`.
     """
     sampler, folder = hop_sampler(model, delay), Path(folder)
     with tempfile.TemporaryDirectory() as work:

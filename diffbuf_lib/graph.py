@@ -86,16 +86,13 @@ def hop_sampler(model: DiffusionBufferModel, delay: int | None = None) -> Buffer
     ConfigError for a network that cannot stream, or a model that is not in float32 on the CPU.
     """
     if not can_stream(model.network):
-        raise ConfigError(
-            f"model.name {model.cfg.model.name} computes all {model.cfg.num_frames} frames for "
-            "each new one: a hop is exported of networks that can stream, such as block_causal"
-        )
+        what = f"model.name {model.cfg.model.name} computes all {model.cfg.num_frames} frames"
+        fix = "export a network that can stream, such as block_causal"
+        raise ConfigError(f"{what} for each new one, so it has no hop: {fix}")
     sampler = model.sampler(delay)
     if sampler.t.dtype != torch.float32 or sampler.t.device.type != "cpu":
-        raise ConfigError(
-            f"a graph is made of a float32 model on the CPU, not of {sampler.t.dtype} on "
-            f"{sampler.t.device}: model.float().cpu()"
-        )
+        what = f"a float32 model on the CPU, not of {sampler.t.dtype} on {sampler.t.device}"
+        raise ConfigError(f"a graph is made of {what}: model.float().cpu()")
     return sampler
 
 
@@ -133,12 +130,8 @@ def write_hop(
     """Write the graph of a hop: noisy, noise, state.0, ... to clean, next.0, ...
 
     noisy and clean are [batch, F, 2], compressed spectra, real and imaginary; noise is [batch, F,
-    Kb + 1, 2] of variance 1/2. Returns `worst_error` of so many hops.
-
-    Raises:
-        ConfigError: a network that cannot stream, whose step torch.export cannot trace, or whose
-            graph is more than `LIMIT` off.
-        MissingExtraError: onnx or onnxscript is not installed.
+    Kb + 1, 2] of variance 1/2. Returns `worst_error` of so many hops. ConfigError for a network
+    that cannot stream or be traced by torch.export, or whose graph is more than `LIMIT` off.
     """
     for package in ("onnx", "onnxscript"):
         need(package, "ONNX", _INSTALL)
@@ -167,19 +160,16 @@ def write_hop(
                     output_names=["clean", *(f"next.{i}" for i in numbers)],
                 )  # fmt: skip
         except Exception as error:  # whatever a network of one's own does that cannot be traced
-            reason = str(error).strip().partition("\n")[0]
-            raise ConfigError(
-                f"the step of model.name {model.cfg.model.name} cannot be exported: {reason}"
-            ) from error
+            why = str(error).strip().partition("\n")[0]
+            what = f"the step of model.name {model.cfg.model.name} cannot be exported"
+            raise ConfigError(f"{what}: {why}") from error
     assert program is not None
     program.save(path, external_data=False)
     worst = worst_error(model, path, delay, hops)
     if not worst <= LIMIT:
-        raise ConfigError(
-            f"the graph differs from the model by {worst:.1e} of the peak, more than {LIMIT:.0e}: "
-            f"see what StreamingNetwork.start asks of the memory of model.name "
-            f"{model.cfg.model.name}; an SDE must be linear in its spectra"
-        )
+        what = f"the graph differs from the model by {worst:.1e} of the peak, more than {LIMIT:.0e}"
+        fix = f"see what StreamingNetwork.start asks of the memory of {model.cfg.model.name}"
+        raise ConfigError(f"{what}: {fix}; an SDE must be linear in its spectra")
     return worst
 
 

@@ -20,11 +20,7 @@ from diffbuf_lib.errors import ConfigError
 
 Kind = Literal["slurm", "skypilot", "torchrun"]
 _FILES = {"slurm": "slurm.sh", "skypilot": "skypilot.yaml", "torchrun": "torchrun.sh"}
-_SUBMIT = {
-    "slurm": ["sbatch"],
-    "skypilot": ["sky", "jobs", "launch", "--yes"],
-    "torchrun": ["bash"],
-}
+_SUBMIT = {"slurm": "sbatch", "skypilot": "sky jobs launch --yes", "torchrun": "bash"}
 _JOBS = jinja2.Environment(
     loader=jinja2.PackageLoader("diffbuf_lib"),
     trim_blocks=True,
@@ -58,8 +54,7 @@ def write_job(
 ) -> Path:
     """Write a job that trains, and goes on where it stopped, into the results folder.
 
-    Raises:
-        ConfigError: a config that cannot be read, or a value that no job file can hold.
+    ConfigError for a config that cannot be read, or a value that no job file can hold.
     """
     results_path = Path(results_path)
     load_config(config_path, overrides)
@@ -101,12 +96,8 @@ def write_job(
 
 
 def submit(kind: Kind, job: Path) -> None:
-    """Hand a job over to `sbatch`, `sky jobs launch` or `bash`.
-
-    Raises:
-        ConfigError: the program is not there or refuses.
-    """
-    command = [*_SUBMIT[kind], str(job)]
+    """Hand a job over to `sbatch`, `sky jobs launch` or `bash`; ConfigError if that fails."""
+    command = [*_SUBMIT[kind].split(), str(job)]
     try:
         subprocess.run(command, check=True)
     except (OSError, subprocess.CalledProcessError) as error:

@@ -57,10 +57,9 @@ def stream_path(
             found = file.sample_rate
             hops = (torch.from_numpy(block[:, 0]) for block in file.blocks(hop, mono=True))
         if found != cfg.sample_rate:
-            raise DataError(
-                f"{source if file else 'stdin'} is at {found} Hz and the model at {cfg.sample_rate}"
-                " Hz: a live stream is not resampled; diffbuf enhance takes any rate"
-            )
+            rates = f"at {found} Hz and the model at {cfg.sample_rate} Hz"
+            why = "a live stream is not resampled; diffbuf enhance takes any rate"
+            raise DataError(f"{source if file else 'stdin'} is {rates}: {why}")
         sink: Callable[[Tensor], object] = partial(write_pcm, sys.stdout.buffer)
         if output != PIPE:
             if source != PIPE:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from diffbuf_lib import pretrained
 from diffbuf_lib.config import Config, build_config
+from diffbuf_lib.data.reader import reason
 from diffbuf_lib.diffusion.buffer import (
     Generators,
     complex_normal,
@@ -72,8 +73,7 @@ class DiffusionBufferModel(
         From a folder that `save_pretrained` wrote, a run's folder (its model/ is taken), or by a
         name: diffbuf/cpu-demo, which comes with the package, or one on the hub.
 
-        Raises:
-            ConfigError: no model is there, and it is no name that the hub could have.
+        ConfigError where no model is, and that is no name that the hub could have.
         """
         location = _location(pretrained_model_name_or_path)
         with redirect_stdout(io.StringIO()):  # huggingface_hub prints
@@ -109,10 +109,8 @@ class DiffusionBufferModel(
         ShapeError for other shapes, or a signal with fewer STFT frames than the buffer has.
         """
         if mix.shape != target.shape:
-            raise ShapeError(
-                f"mix {list(mix.shape)} and target {list(target.shape)} differ: both must be "
-                "one [B, C, T] (mono and stereo do not mix)"
-            )
+            differ = f"mix {list(mix.shape)} and target {list(target.shape)} differ"
+            raise ShapeError(f"{differ}: both must be one [B, C, T] (mono and stereo do not mix)")
         draws = self.draw(mix, generator) if draws is None else draws
         Y, S, level = self._spectra(mix, target)
         t, z, Kb = draws.t, draws.z, draws.t.shape[-1]
@@ -148,21 +146,18 @@ class DiffusionBufferModel(
         buffer = self.cfg.diffusion_buffer
         Kb = buffer.buffers * buffer.buffer_size
         if Kb > K:
-            raise ShapeError(
-                f"buffer_size {Kb} is larger than the {K} STFT frames of a "
-                f"{mix.shape[-1]}-sample signal: lower diffusion_buffer.buffer_size or raise "
-                "audio.chunk_size"
-            )
+            what = f"{K} STFT frames of a {mix.shape[-1]}-sample signal"
+            fix = "lower diffusion_buffer.buffer_size or raise audio.chunk_size"
+            raise ShapeError(f"buffer_size {Kb} is larger than the {what}: {fix}")
         real = torch.float64 if mix.dtype == torch.float64 else torch.float32
-        given = (generator, mix.device, real)
         noise = (generator, mix.device, real.to_complex())
-        t = draw_times(self.cfg.diffusion_buffer, B, *given)
+        t = draw_times(buffer, B, generator, mix.device, real)
         z = complex_normal((B, num_bins, Kb), *noise)
         if not self.cfg.training.own_estimate:
             return Draws(t, z)
         first_z = complex_normal((B, num_bins, K), *noise)
-        own = uniform((B, 1, 1), *given)[:, 0, 0] < self.cfg.training.own_estimate
-        return Draws(t, z, first_z, own)
+        u = uniform((B, 1, 1), generator, device=mix.device, dtype=real)[:, 0, 0]
+        return Draws(t, z, first_z, u < self.cfg.training.own_estimate)
 
     def _what_is_perturbed(
         self, Y: Tensor, S: Tensor, draws: Draws
@@ -199,24 +194,19 @@ class DiffusionBufferModel(
         return squared_error if scale is None else squared_error / scale**2
 
     def denoise(
-        self, V: Tensor, Y: Tensor, t: Tensor, sigma: Tensor | None = None, memory: Any = None
+        self,
+        V: Tensor,  # [B, F, K] complex, perturbed input
+        Y: Tensor,  # [B, F, K] complex, noisy spectrum of the same frames
+        t: Tensor,  # [B, Kb], diffusion times of the last Kb frames
+        sigma: Tensor | None = None,  # [B, Kb], the SDE's std(t), if it is known
+        # From `start_memory`, changed in place; K is then 1 + Kb: the newest history frame first.
+        memory: Any = None,
     ) -> tuple[Tensor, Tensor]:
-        """Run the network once.
+        """Run the network once: score and x0_hat, each [B, F, Kb] complex.
 
         A score model's x0_hat follows from Tweedie's formula, E[mean | V] = V + sigma^2 score; a
-        data-prediction model's score from its inverse.
-
-        Args:
-            V: [B, F, K] complex, perturbed input.
-            Y: [B, F, K] complex, noisy spectrum of the same frames.
-            t: [B, Kb], diffusion times of the last Kb frames.
-            sigma: [B, Kb], the SDE's std(t), if it is known.
-            memory: what a streaming network remembers, from `start_memory`; K is then 1 + Kb: the
-                frame that has just become history, and the buffer. Changed in place.
-
-        Returns:
-            (score, x0_hat), each [B, F, Kb] complex in the precision of V: scaling and loss stay
-            in float32 under mixed precision.
+        data-prediction model's score from its inverse. Both are in the precision of V: scaling and
+        loss stay in float32 under mixed precision.
         """
         sigma = self.sde.std(t) if sigma is None else sigma
         x = self._inputs(V, Y, sigma)
@@ -280,10 +270,8 @@ class DiffusionBufferModel(
         if cached and can_stream(self.network):
             start_memory = partial(self.start_memory, compiled=compiled, precision=precision)
         elif compiled or precision != "fp32":
-            raise ConfigError(
-                "compiled and bf16 streams need a network that remembers its history, such as "
-                f"model.name block_causal, not {self.cfg.model.name}"
-            )
+            need = "a network that remembers its history, such as model.name block_causal"
+            raise ConfigError(f"compiled and bf16 streams need {need}, not {self.cfg.model.name}")
         parameter = next(self.parameters())
         t = inference_times(self.cfg.diffusion_buffer, parameter.device, parameter.dtype)
         return BufferSampler(
@@ -293,23 +281,15 @@ class DiffusionBufferModel(
 
     @torch.inference_mode()
     def enhance(
-        self, mix: Tensor, generator: Generators = None, delay: int | None = None
+        self,
+        mix: Tensor,  # [B, C, T] floating point, full scale 1; channels are averaged
+        generator: Generators = None,  # of the diffusion noise; None for the global state
+        delay: int | None = None,  # d, 1 to B frames, of a data-prediction model; None for B
     ) -> Tensor:
-        """Enhance whole signals as a stream would, one network call a frame.
+        """Enhance whole signals as a stream would: [B, C, T] aligned with mix, C equal channels.
 
-        Sample for sample what `OnlineEnhancer` puts out for the same noise.
-
-        Args:
-            mix: [B, C, T] floating point, full scale 1; channels are averaged, as in training.
-            generator: of the diffusion noise; None for the global state.
-            delay: d, 1 to B frames, of a data-prediction model; None for B.
-
-        Returns:
-            [B, C, T], aligned with mix; C equal channels.
-
-        Raises:
-            ShapeError: not [B, C, T], or empty.
-            ConfigError: a delay that this model cannot have.
+        Sample for sample what `OnlineEnhancer` puts out for the same noise. ShapeError for what is
+        not [B, C, T] or empty; ConfigError for a delay that this model cannot have.
         """
         mono = _mono(mix).to(next(self.parameters()).dtype)  # [B, T]
         length, hop = mono.shape[-1], self.framing.hop_length
@@ -368,14 +348,11 @@ def load_model(
     try:
         model = DiffusionBufferModel.from_pretrained(source)
     except (OSError, HFValidationError) as error:  # what the hub raises, offline too, is an OSError
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"model {source} is no folder here and could not be fetched as a name: {reason}"
-        ) from error
+        what = f"model {source} is no folder here and could not be fetched as a name"
+        raise ConfigError(f"{what}: {reason(error)[:200]}") from error
     if overrides:
-        changed = DiffusionBufferModel(model.cfg.override(*overrides))
-        changed.load_state_dict(model.state_dict())
-        model = changed
+        weights, model = model.state_dict(), DiffusionBufferModel(model.cfg.override(*overrides))
+        model.load_state_dict(weights)
     return model.to(where).eval()
 
 
@@ -398,10 +375,8 @@ def _location(source: str | Path) -> str | Path:
         return pretrained.FOLDER / folder.name
     of_hub = re.fullmatch(r"(?!diffbuf/)[\w.-]+/[\w.-]+", name)
     if folder.exists() or not of_hub:
-        raise ConfigError(
-            f"model {source}: no trained model is there; give a folder that training wrote, such "
-            f"as results/demo/model, or a name such as {' or '.join(pretrained.NAMES)}"
-        )
+        fix = "give a folder of training, such as results/demo/model, or a name such as"
+        raise ConfigError(f"model {source}: no model is there; {fix} {', '.join(pretrained.NAMES)}")
     return name
 
 

@@ -67,39 +67,27 @@ class Registry(dict[str | int, Entry]):
         names = [str(known) for known in self]
         close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
         guess = f"; did you mean {close[0]}?" if close else ""
-        raise ConfigError(
-            f"{self.key} = {name!r:.80} is unknown: it must be {' or '.join(names)}{guess}"
-        )
+        fix = f"it must be {' or '.join(names)}{guess}"
+        raise ConfigError(f"{self.key} = {name!r:.80} is unknown: {fix}")
 
 
+# (LossInputs) -> a loss of any shape, whose mean is trained on. Fact: `predicts`, data or score:
+# what the network's output is taken for.
 LOSSES = Registry("training.loss")
-"""(LossInputs) -> a loss of any shape, whose mean is trained on. Fact: `predicts`, data or score:
-what the network's output is taken for."""
-
+# (ModelConfig) -> nn.Module; see `diffbuf_lib.networks`. Fact: `many_buffers`, that its forward
+# takes how many there are in a clip.
 NETWORKS = Registry("model.name")
-"""(ModelConfig) -> nn.Module; see `diffbuf_lib.networks`. Fact: `many_buffers`, that its forward
-takes how many there are in a clip."""
-
-SDES = Registry("sde.type")
-"""(**options) -> an `SDE`. Fact: `t_limit`, which t_max must stay below."""
-
+SDES = Registry("sde.type")  # (**options) -> an `SDE`. Fact: `t_limit`, which t_max stays below
+# (parameters, lr, weight_decay, **options) -> an optimizer. Fact: `states`, how many copies of the
+# weights it keeps.
 OPTIMIZERS = Registry("training.optimizer")
-"""(parameters, lr, weight_decay, **options) -> an optimizer. Fact: `states`, how many copies of the
-weights it keeps."""
-
+# (estimate [T], target [T], sample_rate) -> a number. Facts, all optional: `package`, which it
+# needs; `needs_target`; `lower_is_better`; `label`, `unit` (or range), for tables; `speech`, that
+# it judges speech, which then has to be there; `shortest`, seconds; `sample_rates`, if not all.
 METRICS = Registry("training.metrics")
-"""(estimate [T], target [T], sample_rate) -> a number. Facts, all optional: `package`, which it
-needs; `needs_target`; `lower_is_better`; `label` and `unit` (or range), for tables; `speech`, that
-it judges speech, which then has to be there; `shortest`, seconds; `sample_rates`, if not all."""
-
-TRACKERS = Registry("training.trackers")
-"""(Config, results folder, step) -> a `diffbuf_lib.training.trackers.Tracker`."""
-
-LAYOUTS = Registry("--dataset_type")
-"""A dataset class with the arguments of `DNLMDataset`."""
-
-BASELINES = Registry("--baselines")
-"""() -> what `diffbuf evaluate` compares with: see `diffbuf_lib.evaluation.baselines.Baseline`."""
+TRACKERS = Registry("training.trackers")  # (Config, results folder, step) -> a `trackers.Tracker`
+LAYOUTS = Registry("--dataset_type")  # a dataset class with the arguments of `DNLMDataset`
+BASELINES = Registry("--baselines")  # () -> an `evaluation.baselines.Baseline`
 
 for _name in ("score", "weighted_score", "data_prediction"):
     _predicts = "data" if _name == "data_prediction" else "score"

@@ -48,11 +48,7 @@ class OnlineEnhancer:
     input is cut into pushes, and needs no future sample: a frame is analysed when its last
     sample has been pushed. After `flush` as many samples have come out as went in. A network that
     can remember its history does so: a frame then costs the same after an hour. The last three
-    arguments are for such networks.
-
-    Raises:
-        ConfigError: a delay, compiled, precision or backend that the model cannot have.
-        MissingExtraError: the packages of the extra `export` are not installed.
+    arguments are for such networks. ConfigError for one that the model cannot have.
     """
 
     def __init__(
@@ -140,16 +136,12 @@ class OnlineEnhancer:
         known = isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.dtype in full)
         if not known or tensor.ndim not in (1, 2):
             kind = f"{list(samples.shape)} {samples.dtype}" if hasattr(samples, "dtype") else ""
-            raise ShapeError(
-                f"push takes a tensor or array of floats, int16 or int32, [T] or [{self.batch}, "
-                f"T], not {kind or type(samples).__name__}"
-            )
+            takes = f"a tensor or array of floats, int16 or int32, [T] or [{self.batch}, T]"
+            raise ShapeError(f"push takes {takes}, not {kind or type(samples).__name__}")
         rows = tensor.unsqueeze(0) if tensor.ndim == 1 else tensor
         if rows.shape[0] != self.batch:
-            raise ShapeError(
-                f"push takes [T] or [{self.batch}, T] samples, not {list(samples.shape)}: "
-                "average the channels, or give OnlineEnhancer batch=..."
-            )
+            what = f"[T] or [{self.batch}, T] samples, not {list(samples.shape)}"
+            raise ShapeError(f"push takes {what}: average the channels, or give batch=...")
         scale = full.get(tensor.dtype)
         rows = rows.to(self.device, self.sampler.t.dtype) / (scale or 1.0)
         bad = ~rows.isfinite()

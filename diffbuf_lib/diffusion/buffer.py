@@ -29,10 +29,9 @@ def perturb(x0: Tensor, y: Tensor, t: Tensor, z: Tensor, sde: SDE) -> Tensor:
     """
     Kb = t.shape[-1]
     if x0.shape != y.shape or z.shape != (*x0.shape[:-1], Kb) or not 1 <= Kb <= x0.shape[-1]:
-        raise ShapeError(
-            f"x0 {list(x0.shape)} and y {list(y.shape)} must be one [B, F, K], z {list(z.shape)} "
-            f"[B, F, Kb] and t {list(t.shape)} [B, Kb], with 1 <= Kb <= K"
-        )
+        x0_y = f"x0 {list(x0.shape)} and y {list(y.shape)} must be one [B, F, K]"
+        z_t = f"z {list(z.shape)} [B, F, Kb] and t {list(t.shape)} [B, Kb]"
+        raise ShapeError(f"{x0_y}, {z_t}, with 1 <= Kb <= K")
     V = x0.clone()
     buffer = V[..., -Kb:]
     buffer.copy_(sde.mean(x0[..., -Kb:], y[..., -Kb:], t))
@@ -54,7 +53,8 @@ def draw_times(
     """
     if cfg.time_sampling == "linspace":
         return inference_times(cfg, device, dtype).repeat(cfg.buffers).expand(batch, -1)
-    u = uniform((batch, cfg.buffers, cfg.buffer_size), generator, device, dtype)
+    shape = (batch, cfg.buffers, cfg.buffer_size)
+    u = uniform(shape, generator, device=device, dtype=dtype)
     u[..., 0] = 0
     return (cfg.t_eps + (cfg.t_max - cfg.t_eps) * u).sort(dim=-1).values.flatten(1)
 
@@ -73,14 +73,9 @@ def next_times(t: Tensor) -> Tensor:
     return torch.cat([t.new_zeros(1), t[:-1]])
 
 
-def uniform(
-    shape: tuple[int, ...],
-    generator: Generators = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
+def uniform(shape: tuple[int, ...], generator: Generators = None, **kind: Any) -> Tensor:
     """Draw uniformly from [0, 1); the arguments are those of `complex_normal`, with a real type."""
-    return _draw(torch.rand, shape, generator, device=device, dtype=dtype)
+    return _draw(torch.rand, shape, generator, **kind)
 
 
 def complex_normal(

@@ -67,10 +67,9 @@ class BufferSampler:
         if not 1 <= delay <= Kb:
             raise ConfigError(f"delay {delay} is not within 1 and buffer_size {Kb}")
         if delay < Kb and not predicts_data:
-            raise ConfigError(
-                f"delay {delay} below buffer_size {Kb} needs a model trained with training.loss "
-                "data_prediction: a score model's estimate is ready when it leaves the buffer"
-            )
+            why = "a score model's estimate is ready when it leaves the buffer"
+            need = "a model trained with training.loss data_prediction"
+            raise ConfigError(f"delay {delay} below buffer_size {Kb} needs {need}: {why}")
         self.denoise, self.sde, self.t, self.level = denoise, sde, t, level
         self.predicts_data, self.delay, self.start_memory = predicts_data, delay, start_memory
         self.num_frames = num_frames if start_memory is None else 1 + Kb

@@ -70,10 +70,8 @@ class Spectral(nn.Module):
         if wave.ndim != 2:
             raise ShapeError(f"Spectral takes [B, T], not {list(wave.shape)}: average the channels")
         if self.num_frames(wave.shape[-1]) < 1:
-            raise ShapeError(
-                f"Buffer size must be at least 1. {wave.shape[-1]} samples give no STFT frame of "
-                f"n_fft {self.n_fft}: give a longer signal or lower audio.stft.n_fft"
-            )
+            what = f"Buffer size must be at least 1. {wave.shape[-1]} samples give no STFT frame of"
+            raise ShapeError(f"{what} n_fft {self.n_fft}: give more or lower audio.stft.n_fft")
         wave = wave if wave.dtype == torch.float64 else wave.float()
         if self.center:  # torch.stft's own padding loses the last frame of an odd n_fft
             wave = F.pad(wave, (self.n_fft // 2, self.n_fft - self.n_fft // 2))

@@ -169,6 +169,5 @@ def _load(baseline: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except (OSError, RuntimeError) as error:
-        raise MissingExtraError(
-            f"baseline {baseline} cannot run here ({error}): take it out of --baselines"
-        ) from error
+        fix = "take it out of --baselines"
+        raise MissingExtraError(f"baseline {baseline} cannot run here ({error}): {fix}") from error

@@ -182,8 +182,7 @@ def compare_folders(
             a_mean, b_mean = np.mean(pairs, axis=0).tolist() if pairs else (None, None)
             difference = bootstrap((y - x for x, y in pairs), seed=seed)
             better = sum(y > x for x, y in pairs) / max(len(pairs), 1)
-            row = (metric, band, a_mean, b_mean, difference, better, len(clips))
-            found.append(Difference(*row))
+            found.append(Difference(metric, band, a_mean, b_mean, difference, better, len(clips)))
     return found
 
 

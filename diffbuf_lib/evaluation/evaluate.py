@@ -231,11 +231,9 @@ def evaluate_part(
     Part "i/n" of a job array scores every n-th batch of clips; whoever comes last, or does the
     whole ("1/1"), finds all scores and writes the rest: before, None is returned. The scores, to
     the four decimals that are kept, do not depend on parts or the number of processes (None: the
-    cores of this machine). `page` is for report.html, `progress` for a bar on stderr.
-
-    Raises:
-        DiffbufError: as in `Job.evaluator`; a clip that cannot be read; a folder that is in use or
-            belongs to another evaluation; or a process was killed.
+    cores of this machine). `page` is for report.html, `progress` for a bar on stderr. DiffbufError
+    as in `Job.evaluator`; for a clip that cannot be read; a folder that is in use or belongs to
+    another evaluation; or a process that was killed.
     """
     if processes is not None and processes < 1:
         raise ConfigError(f"--processes {processes}: give at least 1")

@@ -24,9 +24,8 @@ def write_model(
 ) -> Path:
     """Write what belongs on the hub under a name into a folder: weights, config and README.md.
 
-    Raises:
-        ConfigError: a name that the hub does not take, or an evaluation of another model.
-        DataError: `evaluation` is no results folder of `diffbuf evaluate`.
+    ConfigError for a name that the hub does not take, or an evaluation of another model; DataError
+    for one that is not finished.
     """
     try:
         validate_repo_id(name)
@@ -58,10 +57,9 @@ def send(folder: Path, name: str, *, private: bool = False) -> str:
         address = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="diffbuf push")
     except Exception as error:  # the hub's and its HTTP client's have no class in common
-        raise ConfigError(
-            f"model {name} could not be sent: {reason(error)[:300]}: log in with `hf auth login`, "
-            "or see with --dry_run what would be sent"
-        ) from error
+        fix = "log in with `hf auth login`, or see with --dry_run what would be sent"
+        why = reason(error)[:300]
+        raise ConfigError(f"model {name} could not be sent: {why}: {fix}") from error
     return str(address)
 
 

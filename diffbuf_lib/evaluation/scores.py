@@ -28,12 +28,9 @@ from diffbuf_lib.registry import METRICS
 from diffbuf_lib.training import metrics as basics
 from diffbuf_lib.training.metrics import UndefinedScoreError
 
-SPEECH_RMS = 1e-4
-"""Full scale 1. A target below it (-80 dB) is rounding noise, which PESQ would rate as good."""
-
+SPEECH_RMS = 1e-4  # full scale 1: a target below it is rounding noise, which PESQ takes for good
+# What the name `dnsmos` stands for: one network call gives all four.
 DNSMOS = ("dnsmos_ovrl", "dnsmos_sig", "dnsmos_bak", "dnsmos_p808")
-"""What the name `dnsmos` stands for: one network call gives all four."""
-
 _FIXED = ("clip", "method", "snr_db", "seconds", "checksum")
 
 
@@ -157,9 +154,8 @@ def read_scores(folder: str | Path) -> tuple[list[str], list[Row]]:
         with open(Path(folder) / "scores.csv", encoding="utf-8", newline="") as file:
             lines = list(csv.DictReader(file))
     except OSError:
-        raise DataError(
-            f"{folder} has no scores.csv: give a folder that diffbuf evaluate has finished"
-        ) from None
+        fix = "give a folder that diffbuf evaluate has finished"
+        raise DataError(f"{folder} has no scores.csv: {fix}") from None
     metrics = [name for name in lines[0] if name not in (*_FIXED, "undefined")]
     rows = []
     for line in lines:

@@ -24,33 +24,24 @@ class StreamingNetwork(Protocol):
     """What a network has that need not see its history again."""
 
     def start(
-        self, num_bins: int, t: Tensor, *, compiled: bool = False, precision: Precision = "fp32"
+        self,
+        num_bins: int,  # F, bins of the frames to come
+        t: Tensor,  # [B, Kb], the diffusion times of the buffer, the same at every step
+        *,
+        compiled: bool = False,  # make steps faster by compiling them
+        precision: Precision = "fp32",  # of the steps
     ) -> Any:
-        """Begin B streams after endless silence.
+        """Begin B streams after endless silence, and return what the network remembers.
 
-        Args:
-            num_bins: F, bins of the frames to come.
-            t: [B, Kb], the diffusion times of the buffer, the same at every step.
-            compiled: make steps faster by compiling them, if that is possible.
-            precision: of the steps.
-
-        Returns:
-            What the network remembers: tensors [B, ...] in dataclasses, lists, tuples and dicts;
-            to be exported, each of one shape forever.
-
-        Raises:
-            ConfigError: compiled or precision that this network does not have.
+        Tensors [B, ...] in dataclasses, lists, tuples and dicts; to be exported, each of one shape
+        forever. ConfigError for compiled or a precision that this network does not have.
         """
 
     def step(self, state: Any, x: Tensor) -> Tensor:
         """Take one more frame into the history, and run the buffer after it.
 
-        Args:
-            state: from `start`, changed in place.
-            x: [B, 4, F, 1 + Kb]: the frame that has just reached t = 0, then the buffer.
-
-        Returns:
-            [B, 2, F, Kb], what the network gives for a window that shows the whole past.
+        x [B, 4, F, 1 + Kb] is the frame that has just reached t = 0, then the buffer. Changes the
+        state in place; returns [B, 2, F, Kb], as for a window that shows the whole past.
         """
 
 

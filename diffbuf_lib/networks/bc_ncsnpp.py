@@ -106,9 +106,6 @@ class BlockCausalNCSNpp(nn.Module):
 
         Step n gives what `forward` gives for a window of block - Kb % block frames of silence, the
         n frames of history so far and the buffer: the norms count frames from there on.
-
-        Raises:
-            ConfigError: compiled, or another precision than fp32.
         """
         if compiled or precision != "fp32":
             raise ConfigError("streams of bc_ncsnpp are neither compiled nor bf16: leave it out")

@@ -121,11 +121,7 @@ class BlockCausal(nn.Module):
         A frame is some two hundred small operations. Compiled, its norms, activations and copies
         become a few loops, and every weight is laid out once as the convolutions want it. That
         takes about a minute, and takes the weights as they are now. bfloat16 differs from float32
-        by about 40 dB below the signal.
-
-        Raises:
-            ConfigError: a precision other than fp32 and bf16.
-            MissingExtraError: there is no C++ compiler to compile with.
+        by about 40 dB below the signal. MissingExtraError without a C++ compiler to compile with.
         """
         if precision not in ("fp32", "bf16"):
             raise ConfigError(f"precision {precision!r} is none of fp32, bf16")
@@ -163,9 +159,8 @@ class BlockCausal(nn.Module):
                 x = silence.clone(memory_format=torch.channels_last)
                 self.step(replace(history, past=copies), x)
         except torch._inductor.exc.InvalidCxxCompiler as error:
-            raise MissingExtraError(
-                "a compiled stream needs a C++ compiler: install one (Debian: apt-get install g++)"
-            ) from error
+            fix = "install one (Debian: apt-get install g++)"
+            raise MissingExtraError(f"a compiled stream needs a C++ compiler: {fix}") from error
 
     def _unet(
         self, x: Tensor, modulation: list[Tensor], num_history: int, past: Past | None

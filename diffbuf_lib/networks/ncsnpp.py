@@ -100,9 +100,7 @@ class NCSNpp(nn.Module):
         (bins, frames), Kb = x.shape[2:], t.shape[-1]
         # Whole steps of the coarsest level: zeros above the band and before the past, so that the
         # buffer keeps its place at the end.
-        missing_bins, missing_frames = -bins % self.stride, -frames % self.stride
-        if missing_bins or missing_frames:
-            x = F.pad(x, (missing_frames, 0, 0, missing_bins))
+        x = F.pad(x, (-frames % self.stride, 0, 0, -bins % self.stride))
         time = self.embed_time(frame_times(t, x.shape[-1], self.history_time))
         out = self._unet(x, time)[:, :, :bins, -Kb:]
         if self.divide_by_time:

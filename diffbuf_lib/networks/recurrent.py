@@ -34,8 +34,7 @@ from diffbuf_lib.networks.layers import (
     modulations,
 )
 
-Memory = dict[nn.Module, Tensor]
-"""What layers over time remember, changed in place; empty at the beginning."""
+Memory = dict[nn.Module, Tensor]  # what layers over time remember, changed in place; first empty
 
 
 @dataclass

@@ -4,5 +4,4 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 NAMES = sorted(f"diffbuf/{path.parent.name}" for path in FOLDER.glob("*/config.json"))
-DEFAULT = "diffbuf/cpu-demo"
-"""What the commands take without --model."""
+DEFAULT = "diffbuf/cpu-demo"  # what the commands take without --model

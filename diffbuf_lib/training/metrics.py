@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffbuf_lib.data.reader import reason
 from diffbuf_lib.errors import ConfigError, MissingExtraError, ShapeError
 from diffbuf_lib.registry import METRICS
 
@@ -96,8 +97,8 @@ def score_clip(metric: str, estimate: Tensor, target: Tensor, sample_rate: int) 
     try:
         value = METRICS[metric].load()(estimate, target, sample_rate)
     except Exception as error:  # pesq has its own errors, linear solvers theirs: all mean this
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UndefinedScoreError(f"{metric} gave up: {reason}") from error
+        why = reason(error) or type(error).__name__
+        raise UndefinedScoreError(f"{metric} gave up: {why}") from error
     if not math.isfinite(value):
         raise UndefinedScoreError(f"{metric} is not finite")
     return float(value)

@@ -15,8 +15,7 @@ import fsspec
 from diffbuf_lib.data.reader import reason
 from diffbuf_lib.errors import CheckpointError, MissingExtraError
 
-PLACE = "place.json"
-"""Written last: the step of the checkpoint that is complete there."""
+PLACE = "place.json"  # written last: the step of the checkpoint that is complete there
 
 
 class Mirror:
@@ -34,11 +33,7 @@ class Mirror:
         self._known: dict[str, tuple[int, int]] = {}  # inode and time of what is there already
 
     def fetch(self) -> None:
-        """Bring the run here, if the mirror is further than this folder.
-
-        Raises:
-            CheckpointError, MissingExtraError: the mirror cannot be read.
-        """
+        """Bring the run here, if the mirror is further; CheckpointError if it cannot be read."""
         try:
             system, root = fsspec.core.url_to_fs(self.url)
             system.invalidate_cache()  # another machine has written there

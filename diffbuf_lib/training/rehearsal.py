@@ -116,17 +116,13 @@ def find_lr(
 
     After Smith 2017 (arXiv 1506.01186), but the loss is always of the same batch with the same
     diffusion times and noise: that of each step's own examples would vary by more than it falls.
-
-    Raises:
-        ConfigError: the epoch has too few steps.
+    ConfigError for an epoch of too few steps.
     """
     with rehearsal(cfg, train_set, device, start_check_point) as stage:
         engine, plan = stage.engine, stage.plan
         if (steps := min(steps, plan.steps)) < _FEWEST:
-            raise ConfigError(
-                f"an epoch of {plan.size} clips has {steps} steps, and a range test needs "
-                f"{_FEWEST}: lower training.batch_size {cfg.training.batch_size}"
-            )
+            what = f"an epoch of {plan.size} clips has {steps} steps, and {_FEWEST} are needed"
+            raise ConfigError(f"{what}: lower training.batch_size {cfg.training.batch_size}")
         batches = stage.read()
         probe = next(batches)
         result = RangeTest([], [])

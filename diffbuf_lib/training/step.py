@@ -33,8 +33,7 @@ from diffbuf_lib.training.metrics import mean_scores, score_clips
 from diffbuf_lib.training.optimizer import make_optimizer, make_scheduler
 from diffbuf_lib.training.signals import StopRequest
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""Of mixed precision, by accelerate's names; "no" is float32."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # accelerate's names; "no" is float32
 
 _PARTS = ("model", "ema", "optimizer", "scheduler")  # of an engine, in a checkpoint
 
@@ -56,13 +55,7 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step.
-
-    Args:
-        skipped: the weights stayed as they were: in float16 the gradients overflowed, and the
-            scaler lowered its scale, as it does now and then; or training.on_nonfinite=skip.
-        valid: where there was a validation, "loss", the metrics' means, and `<metric>_clips`.
-    """
+    """One optimizer step."""
 
     step: int  # counted from 1 over the whole run, resumed or not
     epoch: int  # counted from 0, as in `set_epoch`
@@ -70,8 +63,10 @@ class StepRecord:
     grad_norm: float  # of all gradients together, before clipping; infinite in a skipped step
     lr: float  # that the step was made with
     seconds: float  # wall time, reading included, validation not
+    # The weights stayed as they were: in float16 the gradients overflowed, and the scaler lowered
+    # its scale, as it does now and then; or training.on_nonfinite=skip.
     skipped: bool = False
-    valid: dict[str, float] | None = None
+    valid: dict[str, float] | None = None  # of a validation: see `Validation.values`
     bad_batches: int = 0  # that the run has left out so far
     waited: float = 0.0  # of `seconds`, for the clips
 
@@ -246,10 +241,8 @@ def validate(
     """Enhance and score the first `training.valid_clips` clips, in float32.
 
     Every clip has its own generator, seeded by (seed, clip): the same noise at every validation,
-    whatever the batch size or the number of processes.
-
-    Returns:
-        None when `stop` was requested of some process; the example only in the main process.
+    whatever the batch size or the number of processes. None when `stop` was requested of some
+    process; the example only in the main process.
     """
     training, device = cfg.training, accelerator.device
     count, processes = min(training.valid_clips, len(dataset)), accelerator.num_processes

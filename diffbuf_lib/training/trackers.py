@@ -31,15 +31,10 @@ NOTES = "trackers.json"  # of a results folder: what its run is called at each s
 
 
 class Tracker(Protocol):
-    """What a run tells. Made of the config, the results folder, and the step that it goes on from.
+    """What a run tells. Made of config, results folder, and the step that it goes on from."""
 
-    Attributes:
-        link: where to see the run, an address or a command; "" if that goes without saying.
-        name: of the run, by which it goes on after a stop.
-    """
-
-    link: str
-    name: str
+    link: str  # where to see the run, an address or a command; "" if that goes without saying
+    name: str  # of the run, by which it goes on after a stop
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Take finite numbers by name, such as train/loss."""
