@@ -41,6 +41,7 @@ def measure(best: Best) -> Iterator[tuple[str, float, str, str]]:
     yield from recomputed_ncsnpp(best)
     for name in ("tiny", "cpu", "base"):
         yield from one_core(name, best)
+    yield from journals_network(best)
     report = one_minute("block_causal_cpu")
     for label, q in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99), ("worst", 1.0)):
         note = f"a minute of audio, B 20, hop {report.hop_ms:.0f} ms"
@@ -59,6 +60,17 @@ def frame_times(best: Best, matmul: float) -> Iterator[tuple[str, float, str, st
         again, flop = one_frame(model.sampler(cached=False), best, 5)
         note = f"{flop:.2f} GFLOP, {again / cached:.1f} times the cached frame"
         yield f"cpu size, frame, recomputed, K {frames}", 1e3 * again, "ms", note
+
+
+def journals_network(best: Best) -> Iterator[tuple[str, float, str, str]]:
+    """Yield what the journal's network takes for a frame, and for a window of 128 frames."""
+    model = stream_model("journal_bc_ncsnpp")
+    seconds, flop = one_frame(model.sampler(), best, 5)
+    yield "bc_ncsnpp, frame", 1e3 * seconds, "ms", f"{flop:.1f} GFLOP, B 16"
+    x, t = torch.randn(1, 4, BINS, 128), torch.linspace(0.03, 0.8, 16)[None]
+    with torch.inference_mode():
+        whole = best(lambda: model.network(x, t), 3)
+    yield "bc_ncsnpp, window of 128 frames", 1e3 * whole, "ms", "a training step's forward pass"
 
 
 def in_own_process() -> Iterator[tuple[str, float, str, str]]:
