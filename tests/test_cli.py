@@ -191,7 +191,7 @@ def test_demo_model_needs_a_checkout(monkeypatch, capsys, tmp_path):
         (["train", "--dataset_type", "99"], "--dataset_type = 99"),
         (["train", "--dataset_type", "2"], "--dataset_type 1"),
         (["train", "--device_ids", "0", "1"], "torchrun --nproc_per_node 2"),
-        (["enhance", "a.wav", "-o", "b.wav", "--model", "nowhere"], "no trained model"),
+        (["enhance", "a.wav", "-o", "b.wav", "--model", "nowhere"], "no model is there"),
         ([], "data demo"),
         (["trian"], "did you mean train?"),
         (["config", "configs/debug.yaml", "--set", "x"], "key.path=value"),

@@ -35,7 +35,7 @@ def start(count, function, *args):
 
     def begin(rank):
         world = {"WORLD_SIZE": count, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count,
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}  # fmt: skip
         if count > 1:
             os.environ.update({name: str(value) for name, value in world.items()})
         status = 1
