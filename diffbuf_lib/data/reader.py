@@ -58,7 +58,7 @@ class AudioReader:
         self._file, self.promised = _open(self.path)
         self.sample_rate, self.channels = self._file.samplerate, self._file.channels
         self.position = self.repaired = 0  # samples that were read, and values made zero
-        self.peak = 0.0  # the largest magnitude of what was read
+        self.peak = 0.0  # the largest magnitude that `blocks` read
         self._problem = ""
         self._decoded: Block = np.zeros((0, self.channels), np.float32)  # and not yet given out
         self._power = np.zeros(2)  # of the mono mix; of the channels, as far as they differ
@@ -95,6 +95,7 @@ class AudioReader:
         can be decoded, or the file holds NaN or Inf.
         """
         while len(block := self.read(size)):
+            self.peak = max(self.peak, float(np.abs(block).max()))
             yield self._mix(block) if mono else block
         if self.position == 0:
             why = self._problem or "nothing in it can be decoded"
@@ -182,7 +183,6 @@ class AudioReader:
                 raise DataError(f"{self.path} holds {number} NaN or Inf samples: {fix}")
             self.repaired += number
             block[bad] = 0
-        self.peak = max(self.peak, float(np.abs(block).max(initial=0)))
         return block
 
     def _mix(self, block: Block) -> Block:
