@@ -27,9 +27,10 @@ from benchmarks import streaming
 from benchmarks.diagnostics import bench_diagnostics
 from benchmarks.shards import bench_shards
 from diffbuf_lib import Config, DiffusionBufferModel, load_config
-from diffbuf_lib.data import DNLMDataset, DroneParameters, build_dnlm, synthesise, write_audio
+from diffbuf_lib.data import DNLMDataset, build_dnlm, write_audio
 from diffbuf_lib.diffusion.buffer import complex_normal, draw_times, perturb
 from diffbuf_lib.diffusion.sde import make_sde
+from recipes.demo.drone import DroneParameters, synthesise
 
 CONFIG = "configs/9_Diffusion_Buffer_BBED.yaml"
 BINS, FRAMES, BUFFER = 256, 128, 20  # the paper's F, K and B

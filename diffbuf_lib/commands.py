@@ -599,10 +599,9 @@ class Demo(Command, name="demo"):
     overrides: Overrides = ()
 
     def __call__(self) -> None:
-        from diffbuf_lib.demo import run_demo
-
         cfg = load_config(self.config_path, self.overrides)
-        print(run_demo(cfg, self.data_path, self.results_path, say=say, progress=True))
+        run = _recipe("demo.run").run_demo
+        print(run(cfg, self.data_path, self.results_path, say=say, progress=True))
 
 
 class DemoModel(Command, name="demo-model"):
@@ -614,14 +613,8 @@ class DemoModel(Command, name="demo-model"):
     overrides: Overrides = ()
 
     def __call__(self) -> None:
-        root = Path(__file__).parents[1]
-        if not (root / "recipes" / "cpu_demo").is_dir():
-            raise ConfigError(
-                "demo-model needs recipes/cpu_demo, which only a checkout has: pip install -e ."
-            )
         cfg = load_config(self.config_path, self.overrides)
-        sys.path.insert(0, str(root))
-        run = import_module("recipes.cpu_demo.pretraining").run_pretraining
+        run = _recipe("cpu_demo.pretraining").run_pretraining
         print(run(cfg, self.data_path, self.results_path, say=say, progress=True))
 
 
@@ -634,8 +627,7 @@ class DataDemo(Command, name="data demo"):
     seed: int = 0  # of everything drawn
 
     def __call__(self) -> None:
-        from diffbuf_lib.data import build_demo
-
+        build_demo = _recipe("demo.demo_set").build_demo
         print(build_demo(self.out_path, **self.flags("out_path"), progress=True))
 
 
@@ -756,6 +748,15 @@ class Import(Command, name="import"):
             imported = import_checkpoint(self.checkpoint, raw=self.raw)
             imported.model.save_pretrained(self.output)
         print("\n".join([*imported.notes, str(self.output)]))
+
+
+def _recipe(name: str) -> Any:
+    """Import a module of recipes/, which only a checkout has."""
+    root = Path(__file__).parents[1]
+    if not (root / "recipes").is_dir():
+        raise ConfigError("this needs recipes/, which only a checkout has: pip install -e .")
+    sys.path.insert(0, str(root))
+    return import_module(f"recipes.{name}")
 
 
 @contextmanager

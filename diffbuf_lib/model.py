@@ -115,9 +115,10 @@ class DiffusionBufferModel(
         Y, S, level = self._spectra(mix, target)
         t, z, Kb = draws.t, draws.z, draws.t.shape[-1]
         sigma = self.sde.std(t)
-        x0, first_loss = self._what_is_perturbed(Y, S, draws)
+        heard = self._heard(Y)
+        x0, first_loss = self._what_is_perturbed(Y, S, draws, heard)
         V = perturb(x0, Y, t, z, self.sde)
-        score, x0_hat = self.denoise(V, Y, t, sigma)
+        score, x0_hat = self.denoise(V, Y, t, sigma, heard=heard)
         end, sigma_z = S[..., -Kb:], over_frequency(sigma, z)
         loss_map = self.loss_map(LossInputs(score, x0_hat, end, z, sigma_z, self.spectral))
         if self.predicts_data:
@@ -160,7 +161,7 @@ class DiffusionBufferModel(
         return Draws(t, z, first_z, u < self.cfg.training.own_estimate)
 
     def _what_is_perturbed(
-        self, Y: Tensor, S: Tensor, draws: Draws
+        self, Y: Tensor, S: Tensor, draws: Draws, heard: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Return what V is made of, [B, F, K], and the loss of the call that it took, if any.
 
@@ -175,7 +176,8 @@ class DiffusionBufferModel(
         # With one buffer also the history; a network of many does not look at it.
         n = Y.shape[-1] if self.cfg.diffusion_buffer.buffers == 1 else draws.t.shape[-1]
         t = Y.real.new_full((Y.shape[0], n), self.cfg.diffusion_buffer.t_max)
-        first = self.denoise(perturb(Y, Y, t, draws.first_z[..., -n:], self.sde), Y, t)[1]
+        V = perturb(Y, Y, t, draws.first_z[..., -n:], self.sde)
+        first = self.denoise(V, Y, t, heard=heard)[1]
         end = S[..., -n:]
         loss = self._in_data_units(abs2(first - end)).mean() + self._snr_loss(first, end)
         own = torch.where(draws.own[:, None, None], first.detach(), end)
@@ -201,6 +203,7 @@ class DiffusionBufferModel(
         sigma: Tensor | None = None,  # [B, Kb], the SDE's std(t), if it is known
         # From `start_memory`, changed in place; K is then 1 + Kb: the newest history frame first.
         memory: Any = None,
+        heard: Any = None,  # what the network made of Y alone, if it is known
     ) -> tuple[Tensor, Tensor]:
         """Run the network once: score and x0_hat, each [B, F, Kb] complex.
 
@@ -210,7 +213,7 @@ class DiffusionBufferModel(
         """
         sigma = self.sde.std(t) if sigma is None else sigma
         x = self._inputs(V, Y, sigma)
-        out = self._run(x, t) if memory is None else self.network.step(memory, x)
+        out = self._run(x, t, heard) if memory is None else self.network.step(memory, x)
         out = out.to(V.real.dtype)
         out = torch.complex(out[:, 0], out[:, 1])  # [B, F, Kb]
         scale = self.cfg.model.output_scale
@@ -227,11 +230,16 @@ class DiffusionBufferModel(
             out = Yb + out * Yb
         return (self.sde.mean(out, Yb, t) - Vb) / variance, out
 
-    def _run(self, x: Tensor, t: Tensor) -> Tensor:
-        buffer = self.cfg.diffusion_buffer
-        if buffer.buffers == 1:
-            return self.network(x, t)
-        return self.network(x, t, t.shape[-1] // buffer.buffer_size)
+    def _run(self, x: Tensor, t: Tensor, heard: Any) -> Tensor:
+        buffer, options = self.cfg.diffusion_buffer, {} if heard is None else {"heard": heard}
+        if buffer.buffers > 1:
+            options["buffers"] = t.shape[-1] // buffer.buffer_size
+        return self.network(x, t, **options)
+
+    def _heard(self, Y: Tensor) -> Any:
+        """Return what calls with the same Y have in common, of a network that can `hear` it."""
+        hear, scale = getattr(self.network, "hear", None), self.cfg.model.data_scale or 1.0
+        return None if hear is None else hear(torch.stack([Y.real, Y.imag], dim=1) / scale)
 
     def _inputs(self, V: Tensor, Y: Tensor, sigma: Tensor) -> Tensor:
         """Make of V and Y [B, F, K] complex what networks see: [B, 4, F, K] real, channels-last.

@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from diffbuf_lib import DiffusionBufferModel, DNLMDataset, OnlineEnhancer, load_config
-from diffbuf_lib.data import build_demo, read_audio, write_audio
+from diffbuf_lib.data import read_audio, write_audio
 from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.model import load_model
 from diffbuf_lib.pretrained import DEFAULT
@@ -17,6 +17,7 @@ from diffbuf_lib.training.feed import Stream, seed_everything
 from diffbuf_lib.training.folder import apply_weights, read_history
 from diffbuf_lib.training.metrics import score_clips
 from recipes.cpu_demo import pretraining
+from recipes.demo.demo_set import build_demo
 from tests.conftest import call, seeded, stream
 from tests.training.helpers import same
 

@@ -1,4 +1,4 @@
-"""Audio files, mixtures, drones, and datasets of (mix, target) clips."""
+"""Audio files, mixtures, and datasets of (mix, target) clips."""
 
 from diffbuf_lib.data.audio import read_audio, read_info, write_audio
 from diffbuf_lib.data.build import build_dnlm, download_librispeech
@@ -13,15 +13,12 @@ from diffbuf_lib.data.datasets import (
     open_dataset,
     open_datasets,
 )
-from diffbuf_lib.data.demo_set import build_demo
-from diffbuf_lib.data.drone import DroneParameters, synthesise
 from diffbuf_lib.data.mixing import mix_pair
 from diffbuf_lib.data.pack import pack_folder
 from diffbuf_lib.data.shards import ShardDataset
 
 __all__ = [
-    "LAYOUTS", "ClipDataset", "DNLMDataset", "DroneParameters", "MixingDataset",
-    "PairedFolderDataset", "ShardDataset", "build_demo", "build_dnlm", "collate",
-    "download_librispeech", "find_layout", "mix_pair", "open_dataset", "open_datasets",
-    "pack_folder", "read_audio", "read_info", "synthesise", "write_audio",
+    "LAYOUTS", "ClipDataset", "DNLMDataset", "MixingDataset", "PairedFolderDataset",
+    "ShardDataset", "build_dnlm", "collate", "download_librispeech", "find_layout", "mix_pair",
+    "open_dataset", "open_datasets", "pack_folder", "read_audio", "read_info", "write_audio",
 ]  # fmt: skip

@@ -77,13 +77,21 @@ class Recurrent(nn.Module):
         """Make the network of `cfg.model`."""
         return cls(cfg.base_channels, cfg.channel_multipliers, cfg.num_res_blocks, cfg.dropout)
 
-    def forward(self, x: Tensor, t: Tensor, buffers: int = 1) -> Tensor:
+    def hear(self, y: Tensor) -> Tensor:
+        """Take Y [B, 2, F, K] to the trunk's features, for several calls that have it in common."""
+        heard: Tensor = self.trunk(self._padded(y)[0], {})
+        return heard
+
+    def forward(
+        self, x: Tensor, t: Tensor, buffers: int = 1, heard: Tensor | None = None
+    ) -> Tensor:
         """Take x [B, 4, F, K] and t [B, N Kb] to [B, 2, F, N Kb]; see `diffbuf_lib.networks`.
 
         The last frames are N buffers side by side, none of which sees another.
         """
+        heard = self.hear(x[:, 2:]) if heard is None else heard
         x, bins = self._padded(x)
-        heard, (B, n) = self.trunk(x[..., 2:], {}), t.shape
+        B, n = t.shape
 
         def each(frames: Tensor) -> Tensor:  # [B, N Kb, ...] to [B N, Kb, ...]
             return frames[:, -n:].reshape(B * buffers, n // buffers, *frames.shape[2:])

@@ -47,7 +47,7 @@ from diffbuf_lib.training.folder import (
 )
 from diffbuf_lib.training.metrics import check_metrics, lower_is_better
 from diffbuf_lib.training.mirror import Mirror
-from diffbuf_lib.training.signals import StopRequest, isolated
+from diffbuf_lib.training.signals import StopRequest, isolated, keeping_memory
 from diffbuf_lib.training.step import Engine, Outcome, StepRecord, make_accelerator, validate
 
 _PLACE = ("step", "epoch", "best", "bad_validations", "bad_batches")
@@ -134,6 +134,8 @@ class Run:
         self.cfg, self.stop = cfg, stop
         self.folder = ResultsFolder(results_path)
         self.accelerator = make_accelerator(training, device)
+        if self.accelerator.device.type == "cpu":
+            ending.enter_context(keeping_memory())
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         stop.together = self.processes > 1
         self.mirror: Mirror | None = None  # in the main process

@@ -1,4 +1,4 @@
-"""What a run changes in its process, and only while it runs: seeds, flags and signals.
+"""What a run changes in its process, and only while it runs: seeds, flags, memory, signals.
 
 Between two records the caller's own code runs: it must find the random generators and torch's flags
 as it left them, and must not change the run by drawing from them.
@@ -6,6 +6,7 @@ as it left them, and must not change the run by drawing from them.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import signal
@@ -17,6 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from torch.utils import deterministic as of_torch
 
 from diffbuf_lib.training.feed import STOP_SIGNALS
 
@@ -31,7 +33,7 @@ def isolated(device: torch.device, *, deterministic: bool) -> Iterator[None]:
     cudnn = torch.backends.cudnn
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    flags = cudnn.deterministic, cudnn.benchmark
+    flags, fills = (cudnn.deterministic, cudnn.benchmark), of_torch.fill_uninitialized_memory
     numpy_state, python_state = np.random.get_state(), random.getstate()
     try:
         if deterministic:
@@ -39,13 +41,32 @@ def isolated(device: torch.device, *, deterministic: bool) -> Iterator[None]:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
             cudnn.deterministic, cudnn.benchmark = True, False
+            of_torch.fill_uninitialized_memory = False  # a tenth of a step on a CPU, for debugging
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         cudnn.deterministic, cudnn.benchmark = flags
+        of_torch.fill_uninitialized_memory = fills
         np.random.set_state(numpy_state)
         random.setstate(python_state)
+
+
+_MMAP_MAX, _TRIM = -4, -1  # of glibc's mallopt
+
+
+@contextmanager
+def keeping_memory() -> Iterator[None]:
+    """Let glibc keep what is freed, or the pages of every large tensor are faulted in anew."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is None or not (mallopt(_MMAP_MAX, 0) and mallopt(_TRIM, -1)):
+        yield
+        return
+    try:
+        yield
+    finally:
+        mallopt(_MMAP_MAX, 65536)
+        mallopt(_TRIM, 128 * 1024)
 
 
 class StopRequest:

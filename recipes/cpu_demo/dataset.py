@@ -28,8 +28,6 @@ from diffbuf_lib.data.build import (
     make_samples,
     run_parallel,
 )
-from diffbuf_lib.data.demo_set import join_recordings
-from diffbuf_lib.data.drone import DroneParameters, synthesise
 from diffbuf_lib.errors import DataError
 from recipes.cpu_demo.noises import KINDS
 from recipes.cpu_demo.rooms import draw_response
@@ -42,6 +40,8 @@ from recipes.cpu_demo.voices import (
     speak,
     unpack_prompts,
 )
+from recipes.demo.demo_set import join_recordings
+from recipes.demo.drone import DroneParameters, synthesise
 
 _Job = tuple[Callable[..., None], tuple[object, ...]]  # a function and its arguments
 # The English and the Spanish prompts are by one speaker, so they stay together.

@@ -1,9 +1,10 @@
-"""`--dataset_type 4`: speech files under noise that is drawn, never read; for `plugins`.
+"""`--dataset_type 4`: speech files under noise that is drawn; for `plugins`.
 
     plugins: [recipes.cpu_demo.endless]
 
-Every clip of a speech file is one item. Noise, room, microphone, SNR and level are functions of
-(seed, epoch, index), as everywhere.
+Every speech file is one item. Noise, room, microphone, SNR and level are functions of (seed, epoch,
+index), as everywhere. Two families of noise are read: babble, of the speech files themselves, and
+recordings in noise/, if there are any, played at a speed of their own.
 """
 
 from __future__ import annotations
@@ -15,12 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffbuf_lib.data.audio import list_audio
+from diffbuf_lib.data.audio import list_audio, read_audio
 from diffbuf_lib.data.datasets import ClipDataset, apply_crop, draw_crop, read_info
 from diffbuf_lib.data.mixing import is_silent, tilt_spectrum
 from diffbuf_lib.errors import DataError
 from diffbuf_lib.registry import LAYOUTS
-from recipes.cpu_demo.noise_families import HELD_OUT, TRAINING, draw_noise, microphone, random_room
+from recipes.cpu_demo.noise_families import (
+    HELD_OUT,
+    TRAINING,
+    Array,
+    draw_noise,
+    microphone,
+    random_room,
+)
 
 SNR = (
     -30.0,
@@ -30,6 +38,8 @@ SNR = (
 PEAK_DB = (-40.0, 0.0)  # of a mixture, re full scale
 ROOMS = 0.3  # share of clips whose speech is in a room
 TILT = 3.0  # dB per octave, of the speech
+TALKERS = (3, 9)  # of a babble
+SPEED = 2.0  # recordings are played at up to this speed, and down to its inverse
 _TRIES = 20
 
 
@@ -37,16 +47,20 @@ _TRIES = 20
 class EndlessMixtures(ClipDataset):
     """`speech/**` under drawn noise; validation (not training) under families of `HELD_OUT` too."""
 
-    holds = "a folder speech/ and noise that is drawn"
+    holds = "a folder speech/, maybe noise/, and noise that is drawn"
     parts = ("speech/",)
 
     def _find(self) -> Sequence[tuple[Path, ...]]:
+        noise = self.root / "noise"
+        self.recordings = list_audio(noise) if noise.is_dir() else []
         return [(path,) for path in list_audio(self.root / "speech")]
 
     def _load(self, index: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         (path,) = self.items[index]
         speech = self._speech(path, rng)
-        families = TRAINING if self.training else {**TRAINING, **HELD_OUT}
+        families = TRAINING | ({} if self.training else HELD_OUT) | {"babble": self._babble}
+        if self.recordings:
+            families["recorded"] = self._recorded
         noise = draw_noise(rng, self.chunk_size, self.sample_rate, families)
         snr_db = rng.triangular(*SNR)
         gain = np.sqrt(np.mean(speech**2)) * 10 ** (-snr_db / 20)  # noise has RMS 1
@@ -70,6 +84,27 @@ class EndlessMixtures(ClipDataset):
         tilted = tilt_spectrum(wave, self.sample_rate, rng.uniform(-TILT, TILT))
         speech = tilted[0].double().numpy()
         return random_room(rng, speech, self.sample_rate) if rng.random() < ROOMS else speech
+
+    def _babble(self, rng: np.random.Generator, samples: int, rate: int) -> Array:
+        """Let several speakers of the speech files talk at once, each at a level of their own."""
+        total = np.zeros(samples)
+        for index in rng.integers(len(self.items), size=int(rng.integers(*TALKERS))):
+            total += 10 ** (rng.uniform(-12, 0) / 20) * _excerpt(self.items[index][0], rng, samples)
+        return total
+
+    def _recorded(self, rng: np.random.Generator, samples: int, rate: int) -> Array:
+        """Play a recording at a drawn speed."""
+        path = self.recordings[int(rng.integers(len(self.recordings)))]
+        speed = SPEED ** rng.uniform(-1, 1)
+        wave = _excerpt(path, rng, int(samples * speed) + 2)
+        return np.interp(speed * np.arange(samples), np.arange(len(wave)), wave)
+
+
+def _excerpt(path: Path, rng: np.random.Generator, samples: int) -> Array:
+    """Draw a place in a file, and repeat what follows it as often as needed: [samples]."""
+    crop = draw_crop(read_info(path).frames, samples, 0, rng)
+    wave = read_audio(path, crop.start, crop.frames)[0][0].double().numpy()
+    return np.resize(np.roll(wave, int(rng.integers(len(wave)))), samples)
 
 
 def _wave(samples: np.ndarray) -> Tensor:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.signal import butter, lfilter, sosfilt
 
-from diffbuf_lib.data.drone import DroneParameters, synthesise
+from recipes.demo.drone import DroneParameters, synthesise
 
 Array = npt.NDArray[np.float64]
 Family = Callable[[np.random.Generator, int, int], Array]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from diffbuf_lib.data import build_demo
+from recipes.demo.demo_set import build_demo
 from tests.browser.page import HEIGHT, WIDTH, NotebookPage, find_chromium
 from tests.browser.server import LabServer
 from tests.notebook.cells import DEMO

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffbuf_lib.data import DroneParameters, synthesise, write_audio
+from diffbuf_lib.data import write_audio
+from recipes.demo.drone import DroneParameters, synthesise
 
 RATE = 16000
 

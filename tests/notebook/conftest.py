@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffbuf_lib.data import build_demo
+from recipes.demo.demo_set import build_demo
 from tests.notebook.cells import CONFIG, DEMO, copy_workspace
 
 

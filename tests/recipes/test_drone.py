@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffbuf_lib.data import DroneParameters, synthesise
-from diffbuf_lib.data.drone import _rotor_speeds, _wander
+from recipes.demo.drone import DroneParameters, _rotor_speeds, _wander, synthesise
 from tests.conftest import refused
 
 RATE = 16000

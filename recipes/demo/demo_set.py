@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from diffbuf_lib.data.audio import read_audio, resample, write_audio
 from diffbuf_lib.data.build import build_dnlm, claim
-from diffbuf_lib.data.drone import DroneParameters, synthesise
 from diffbuf_lib.errors import MissingExtraError
+from recipes.demo.drone import DroneParameters, synthesise
 
 SAMPLE_RATE = 16000  # Hz
 VALID_LANGUAGES = ("en", "it", "ja")

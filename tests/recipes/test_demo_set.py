@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-import diffbuf_lib.data.demo_set as demo_module
-from diffbuf_lib.data import DNLMDataset, MixingDataset, build_demo, read_info
+import recipes.demo.demo_set as demo_module
+from diffbuf_lib.data import DNLMDataset, MixingDataset, read_info
+from recipes.demo.demo_set import build_demo
 from tests.conftest import refused
 
 
