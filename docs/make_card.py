@@ -1,6 +1,6 @@
 """Bundle a trained model with its card: weights, config, training curve, measured scores.
 
-    python docs/make_card.py results/demo_model results/eval_test results/eval_recordings
+    python -m docs.make_card results/demo_model results/eval_test results/eval_recordings
 
 after `make demo-model` and, for each of the two folders, `diffbuf evaluate`. No score is typed by
 hand.
@@ -23,6 +23,7 @@ from diffbuf_lib.evaluation.page import cell
 from diffbuf_lib.evaluation.scores import label_of
 from diffbuf_lib.pretrained import DEFAULT, FOLDER
 from diffbuf_lib.training.folder import read_history
+from recipes.demo.progress import smooth
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
 STAGES = ("first", "second")
@@ -64,7 +65,7 @@ def draw_curve(stages: list[list[dict[str, Any]]], path: Path) -> None:
     series, before = [], 0
     for stage, history in zip(STAGES, stages, strict=True):
         steps = [line for line in history if "loss" in line]
-        loss = figures.smooth([line["loss"] for line in steps], 100)
+        loss = smooth([line["loss"] for line in steps], 100)
         series.append((f"{stage} stage", [before + line["step"] for line in steps], loss))
         before += len(steps)
     figure = Figure(figsize=(7.5, 3), dpi=figures.DPI, layout="constrained")

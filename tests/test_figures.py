@@ -15,7 +15,7 @@ from diffbuf_lib import figures
 from diffbuf_lib.config import AudioConfig
 from diffbuf_lib.diffusion.sde import BBED, OUVE
 from diffbuf_lib.diffusion.spectral import Spectral
-from diffbuf_lib.figures import training_progress
+from recipes.demo.progress import smooth, training_progress
 from tests.conftest import make_model, seeded
 from walk import listening, plots, stages
 
@@ -102,7 +102,7 @@ def test_every_stage_is_drawn_also_with_nan(trace, tiny_cfg):
 def test_the_running_mean_is_that_of_numpy():
     values = list(np.random.default_rng(0).normal(size=20))
     means = [np.mean(values[max(0, i - 4) : i + 1]) for i in range(20)]
-    np.testing.assert_allclose(figures.smooth(values, 5), means)
+    np.testing.assert_allclose(smooth(values, 5), means)
 
 
 BAD_STEP = {**STEPS[0], "loss": None, "grad_norm": math.inf}

@@ -18,7 +18,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch.utils import deterministic as of_torch
 
 from diffbuf_lib.training.feed import STOP_SIGNALS
 
@@ -33,7 +32,7 @@ def isolated(device: torch.device, *, deterministic: bool) -> Iterator[None]:
     cudnn = torch.backends.cudnn
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    flags, fills = (cudnn.deterministic, cudnn.benchmark), of_torch.fill_uninitialized_memory
+    flags, fills = (cudnn.deterministic, cudnn.benchmark), _FILLING.fill_uninitialized_memory
     numpy_state, python_state = np.random.get_state(), random.getstate()
     try:
         if deterministic:
@@ -41,17 +40,18 @@ def isolated(device: torch.device, *, deterministic: bool) -> Iterator[None]:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
             cudnn.deterministic, cudnn.benchmark = True, False
-            of_torch.fill_uninitialized_memory = False  # a tenth of a step on a CPU, for debugging
+            _FILLING.fill_uninitialized_memory = False  # a tenth of a step on a CPU, for debugging
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         cudnn.deterministic, cudnn.benchmark = flags
-        of_torch.fill_uninitialized_memory = fills
+        _FILLING.fill_uninitialized_memory = fills
         np.random.set_state(numpy_state)
         random.setstate(python_state)
 
 
+_FILLING: Any = torch.utils.deterministic
 _MMAP_MAX, _TRIM = -4, -1  # of glibc's mallopt
 
 

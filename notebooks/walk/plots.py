@@ -21,23 +21,20 @@ from diffbuf_lib.diffusion.sde import SDE
 from diffbuf_lib.figures import (
     DPI,
     RED,
-    UNITS,
     WIDTH,
     add_colour_bar,
     analyse,
     centred,
     decibels,
     draw_level,
-    draw_points,
-    draw_smoothed,
     draw_spectra,
-    split_history,
     stack,
     to_numpy,
 )
 from diffbuf_lib.live import LiveReport
 from diffbuf_lib.trace import Trace
 from diffbuf_lib.training.folder import ResultsFolder, read_history
+from recipes.demo.progress import UNITS, draw_points, draw_smoothed, split_history
 
 if TYPE_CHECKING:
     from diffbuf_lib.diagnostics.statistics import GradientStatistics, ScoreStatistics

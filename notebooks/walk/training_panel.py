@@ -14,12 +14,12 @@ import ipywidgets as widgets
 import torch
 
 from diffbuf_lib.config import Config
-from diffbuf_lib.figures import training_progress
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.training import StepRecord, load_weights, train
 from diffbuf_lib.training.feed import ClipSource
 from diffbuf_lib.training.folder import ResultsFolder, apply_weights, read_history
 from diffbuf_lib.training.trackers import NOTES, tracked
+from recipes.demo.progress import training_progress
 from walk.panels import WorkerPanel, label
 
 _PICTURE_EVERY = 0.25  # s, at least

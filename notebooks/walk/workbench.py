@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,6 @@ from diffbuf_lib.config import Config, load_config
 from diffbuf_lib.data import LAYOUTS, ClipDataset, find_layout, open_dataset
 from diffbuf_lib.errors import DataError
 from diffbuf_lib.figures import to_jpeg
-
-sys.path.append(str(Path(__file__).parents[2]))  # of recipes/, which is not installed
 from recipes.demo.demo_set import build_demo
 
 CONFIG_VARIABLE = "DIFFBUF_CONFIG"
