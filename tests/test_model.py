@@ -92,7 +92,7 @@ def test_own_estimate_of_a_perfect_network_changes_nothing(tiny_cfg, monkeypatch
     model = make_model(cfg)
     mix, target = torch.randn(2, 2, 1, 800, generator=seeded()) * 0.1
     S = model.spectral(target[:, 0])
-    perfect = lambda V, Y, t, *_: (V[..., -t.shape[1] :], S[..., -t.shape[1] :])  # noqa: E731
+    perfect = lambda V, Y, t, *_, **__: (V[..., -t.shape[1] :], S[..., -t.shape[1] :])  # noqa: E731
     monkeypatch.setattr(model, "denoise", perfect)
     trace = model.trace(mix, target, seeded(1))
     plain = make_model(cfg.override("training.own_estimate=0")).trace(mix, target, seeded(1))

@@ -1,0 +1,121 @@
+"""Recorded speech and noise under free licences, from public repositories, as 16 kHz FLAC.
+
+    python -m recipes.cpu_demo.recordings --out DIR                    # fetches them by git
+    python -m recipes.cpu_demo.recordings --out DIR --clones FOLDER    # from FOLDER/NAME, as cloned
+
+Writes DIR/{speech,noise}/NAME/. What cannot be fetched is said and left out; what is there stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffbuf_lib.data.audio import read_audio, resample, write_audio
+
+RATE = 16000  # Hz
+_PEAK = 0.8
+_SHORTEST = 0.5  # s
+_CLIPPED = 30  # samples at full scale: more than a peak
+_PAUSES_BELOW = 45.0  # dB below the speech that a clip's pauses are, or its noise would be learnt
+
+
+@dataclass(frozen=True)
+class Source:
+    """A repository on GitHub, and which of its files are taken."""
+
+    repository: str
+    licence: str
+    part: str  # speech or noise
+    files: Callable[[Path], Iterator[Path]]
+
+
+def _kerstin(clone: Path) -> Iterator[Path]:
+    # One woman, 106 minutes: a quarter of them, or every third training clip would be hers.
+    yield from sorted(clone.rglob("*.flac"))[::4]
+
+
+def _precise(clone: Path) -> Iterator[Path]:
+    """Yield what its speakers have put into the public domain, file by file, and is clean."""
+    texts = [path.read_text(errors="replace") for path in clone.glob("licenses/license-2*")]
+    named = {Path(name).name for text in texts for name in re.findall(r"[\w./-]+\.wav", text)}
+    for path in sorted(clone.rglob("*.wav")):
+        if path.name in named and "noises" not in path.parts and range_of(path) > _PAUSES_BELOW:
+            yield path
+
+
+def _propeller(clone: Path) -> Iterator[Path]:
+    yield from sorted((clone / "clips" / "prop").rglob("*.wav"))
+
+
+SOURCES = {
+    "kerstin": Source("rhasspy/dataset-voice-kerstin", "CC0 1.0", "speech", _kerstin),
+    "precise": Source("MycroftAI/Precise-Community-Data", "public domain", "speech", _precise),
+    "propeller": Source("grigoriev-vladimir/drone-audio-dataset", "MIT", "noise", _propeller),
+}
+
+
+def range_of(path: Path) -> float:
+    """Return how far the quietest of a file's 20 ms lie below the loudest, dB, but for a tenth."""
+    wave, rate = read_audio(path)
+    frames = wave[0].unfold(0, rate // 50, rate // 50).square().mean(1).clamp_min(1e-10)
+    low, high = torch.quantile(10 * frames.log10(), torch.tensor([0.05, 0.95])).tolist()
+    return float(high - low)
+
+
+def prepare(path: Path) -> Tensor | None:
+    """Return a recording as [1, T] at RATE; None if it is too short, silent or clipped."""
+    wave, rate = read_audio(path)
+    wave = resample(wave.mean(0, keepdim=True), rate, RATE)
+    peak = float(wave.abs().max())
+    clipped = peak > 0.98 and int((wave.abs() > 0.99 * peak).sum()) > _CLIPPED
+    if wave.shape[1] < _SHORTEST * RATE or peak < 1e-3 or clipped:
+        return None
+    return wave * (_PEAK / peak)
+
+
+def fetch(source: Source, clones: Path) -> Path | None:
+    """Return a clone of the repository, made if it is not there; None if that fails."""
+    clone = clones / Path(source.repository).name
+    if not clone.is_dir():
+        address = f"https://github.com/{source.repository}"
+        done = subprocess.run(
+            ["git", "clone", "--quiet", "--depth", "1", address, str(clone)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            print(f"left out: {source.repository} ({done.stderr.strip()[-120:]})")
+            return None
+    return clone
+
+
+def gather(out: Path, clones: Path | None = None) -> None:
+    """Make the folders of all sources that can be had."""
+    for name, source in SOURCES.items():
+        folder = out / source.part / name
+        if folder.exists() or (clone := fetch(source, clones or out / "clones")) is None:
+            continue
+        temporary = folder.with_name(f".{name}.tmp")
+        temporary.mkdir(parents=True, exist_ok=True)
+        seconds = 0.0
+        for path in source.files(clone):
+            if (wave := prepare(path)) is not None:
+                write_audio(temporary / f"{path.stem}.flac", wave, RATE)
+                seconds += wave.shape[1] / RATE
+        temporary.rename(folder)
+        print(f"{folder}: {seconds / 60:.0f} min, {source.licence}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the products")
+    parser.add_argument("--clones", type=Path, help="where the repositories are or will be cloned")
+    given = parser.parse_args()
+    gather(given.out, given.clones)
