@@ -1,9 +1,9 @@
 """Bundle a trained model with its card: weights, config, training curve, measured scores.
 
-    python -m docs.make_card results/demo_model results/eval_test results/eval_recordings
+    python -m docs.make_card RUN REAL_WORLD TEST RECORDINGS --speech_hours 4
 
-after `make demo-model` and, for each of the two folders, `diffbuf evaluate`. No score is typed by
-hand.
+after `make demo-model` (RUN), `python -m benchmarks.real_world` and, for each of the two last
+folders, `diffbuf evaluate`. No score is typed by hand.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import jinja2
 from matplotlib.figure import Figure
 from PIL import Image
 
+from benchmarks.real_world import GAINS, by_level, by_snr, of_pairs
 from diffbuf_lib import figures
 from diffbuf_lib.evaluation.page import cell
 from diffbuf_lib.evaluation.scores import label_of
@@ -33,8 +34,10 @@ def main() -> None:
     """Write the bundled model's folder."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="results folder of diffbuf demo-model")
+    parser.add_argument("real", type=Path, help="results of python -m benchmarks.real_world")
     parser.add_argument("test", type=Path, help="results of diffbuf evaluate on test")
     parser.add_argument("recordings", type=Path, help="the same on test_recordings")
+    parser.add_argument("--speech_hours", required=True, help="of its training speech, in words")
     arguments = parser.parse_args()
     folder = FOLDER / DEFAULT.removeprefix("diffbuf/")
     folder.mkdir(exist_ok=True)
@@ -56,8 +59,25 @@ def main() -> None:
             "test": tables(json.loads((arguments.test / "summary.json").read_text())),
             "recordings": tables(json.loads((arguments.recordings / "summary.json").read_text())),
         },
+        speech_hours=arguments.speech_hours,
+        real=real_world(arguments.real),
     )
     (folder / "README.md").write_text(text + "\n")
+
+
+def real_world(folder: Path) -> dict[str, str]:
+    """Return the tables of `benchmarks.real_world`, as it prints them."""
+
+    def summary(name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((folder / name / "summary.json").read_text())
+        return found
+
+    levels = {gain: summary(f"by_level/{gain:g}") for gain in GAINS}
+    return {
+        "drones": by_snr(summary("by_snr")),
+        "levels": by_level(levels),
+        "pairs": of_pairs(summary("pairs"), {}),
+    }
 
 
 def draw_curve(stages: list[list[dict[str, Any]]], path: Path) -> None:

@@ -1,16 +1,16 @@
-"""The data of a model to ship: made at build time from Debian packages and synthesis.
+"""The data of a model to ship: Debian packages, recordings under free licences, synthesis.
 
-    train/{speech,noise,rooms}/   mixed while training (dataset_type 3)
-    valid/sample_*/               DN-LM clips, another language, speaker and other drones
-    test/sample_*/                the same again
+    train/{speech,noise}/         for dataset_type 4, which draws all other noise (`endless`)
+    valid/speech/                 speakers of their own, under families of noise of their own too
+    test/sample_*/                DN-LM clips, another language and speaker, synthesised drones
     test_recordings/sample_*/     recordings of another kind, in nine languages
 
-Who speaks and which drones fly is stated in `SPEAKERS` and `HELD_OUT_HZ`, and is disjoint between
-training, validation and test.
+Who speaks where is stated in `SPEAKERS`.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffbuf_lib.data.audio import list_audio, read_audio, read_info, write_audio
+from diffbuf_lib.data.audio import list_audio, read_info, write_audio
 from diffbuf_lib.data.build import (
     Sample,
     Split,
@@ -29,8 +29,7 @@ from diffbuf_lib.data.build import (
     run_parallel,
 )
 from diffbuf_lib.errors import DataError
-from recipes.cpu_demo.noises import KINDS
-from recipes.cpu_demo.rooms import draw_response
+from recipes.cpu_demo import recordings
 from recipes.cpu_demo.voices import (
     SAMPLE_RATE,
     VOICES,
@@ -46,38 +45,39 @@ from recipes.demo.drone import DroneParameters, synthesise
 _Job = tuple[Callable[..., None], tuple[object, ...]]  # a function and its arguments
 # The English and the Spanish prompts are by one speaker, so they stay together.
 SPEAKERS = {"train": ("en", "es", "fr"), "valid": ("ru",), "test": ("it",)}
-# Blade-passing frequencies, Hz, of the drones of validation and test; training has none of them.
-HELD_OUT_HZ = {"valid": (150.0, 175.0), "test": (220.0, 260.0)}
-SNRS = (-10.0, -5.0, 0.0, 5.0)  # dB, taken in turn by validation and test clips
+TEST_DRONES_HZ = (220.0, 260.0)  # blade-passing frequencies
+SNRS = (-10.0, -5.0, 0.0, 5.0)  # dB, taken in turn by test clips
 
-_COUNTS = {"valid": 48, "test": 100, "test_recordings": 100}
-_SPLIT_NUMBERS = {"valid": 1, "test": 2, "test_recordings": 3}  # keys of randomness
+_COUNT = 100  # clips of each test set
+_SPLIT_NUMBERS = {"test": 2, "test_recordings": 3}  # keys of randomness
 _CLIP_SECONDS = 4.0
 _DISTANCE = (1.0, 4.0)  # m
 _FILE_SECONDS = 10.0  # of a training speech file: prompts alone are too short to crop
 _SENTENCES = 60  # that each synthetic voice reads
 _PAUSE = 0.2  # s between prompts
-_NOISE_SECONDS = 20.0
-_DRONES = {"train": 1000, "valid": 12, "test": 16}  # what they differ in cannot be learnt from few
-_DRONE_SECONDS = {"train": 8.0, "valid": _NOISE_SECONDS, "test": _NOISE_SECONDS}
-_OTHER_NOISES = 64
-_BABBLES = 24
-_ROOMS = 200
+_DRONES, _DRONE_SECONDS = 16, 20.0
 
 
 def build_pretraining(
-    out_dir: str | Path, *, seed: int = 0, processes: int = 2, progress: bool = False
+    out_dir: str | Path,
+    *,
+    seed: int = 0,
+    processes: int = 2,
+    say: Callable[[str], None] = lambda line: None,
+    progress: bool = False,
 ) -> Path:
     """Make the data of a model to ship; what is there already is kept.
 
-    A few minutes on two cores and 0.9 GB. It needs Debian's archive (telephone prompts), the
+    A few minutes on two cores and 0.3 GB. It needs Debian's archive (telephone prompts), the
     programs flite, festival and espeak-ng with the voices of `voices.VOICES`, and
-    `pip install 'diffbuf[demo,pretraining]'`.
+    `pip install 'diffbuf[demo,pretraining]'`. Recordings that cannot be fetched are left out, and
+    so is `out_dir/kokoro`, where `speech.py` has not written it.
 
     Args:
         out_dir: where to make it.
         seed: of everything drawn.
         processes: worker processes.
+        say: told what is left out.
         progress: show progress bars on stderr.
 
     Returns:
@@ -91,27 +91,32 @@ def build_pretraining(
         voices = sorted({voice.package for voice in VOICES} | set(missing))
         raise DataError(f"{', '.join(missing)} not installed: apt-get install {' '.join(voices)}")
     work: list[_Job] = []
-    train = out / "train"
     for split, languages in SPEAKERS.items():
         for language in languages:
             folder = _speech_folder(out, split) / f"asterisk-{language}"
             work.append((_record, (language, folder, out / "packages")))
     for number, voice in enumerate(VOICES):
-        work.append((_read, (number, train / "speech" / voice.name, seed)))
-    for split, count in _DRONES.items():
-        for number in range(count):
-            path = _noise_folder(out, split) / f"drone-{number:03d}.wav"
-            work.append((_fly, (path, split, number, seed)))
-    for number in range(_OTHER_NOISES):
-        work.append((_other, (train / "noise", number, seed)))
+        work.append((_read, (number, out / "train" / "speech" / voice.name, seed)))
+    drones = out / "sources" / "drones"
+    work += [(_fly, (drones / f"drone-{n:03d}.wav", n, seed)) for n in range(_DRONES)]
     run_parallel(_run, work, processes, desc="sources", disable=not progress)
     join_recordings(_speech_folder(out, "test_recordings"))
-    work = [(_babble, (train, number, seed)) for number in range(_BABBLES)]
-    work += [(_room, (train / "rooms", number, seed)) for number in range(_ROOMS)]
-    run_parallel(_run, work, processes, desc="rooms", disable=not progress)
-    samples = [sample for name in _COUNTS for sample in _clips(out, name, seed)]
+    recordings.gather(out / "train", out / "clones", say=say)
+    _link_kokoro(out, say)
+    samples = [sample for name in _SPLIT_NUMBERS for sample in _clips(out, name, drones, seed)]
     make_samples(samples, processes=processes, progress=progress)
     return out
+
+
+def _link_kokoro(out: Path, say: Callable[[str], None]) -> None:
+    """Let training and validation find the speech that `speech.py` wrote."""
+    if not (out / "kokoro" / "train").is_dir():
+        say(f"left out: Kokoro's speech ({out / 'kokoro'}; see recipes/cpu_demo/README.md)")
+        return
+    for split, part in (("train", "train"), ("valid", "test")):
+        link = out / split / "speech" / "kokoro"
+        if not link.exists() and (out / "kokoro" / part).is_dir():
+            os.symlink((out / "kokoro" / part).resolve(), link)
 
 
 def _run(job: _Job) -> None:
@@ -120,17 +125,13 @@ def _run(job: _Job) -> None:
 
 
 def _speech_folder(out: Path, split: str) -> Path:
-    return out / "train" / "speech" if split == "train" else out / "sources" / split / "speech"
+    below = out / split if split in ("train", "valid") else out / "sources" / split
+    return below / "speech"
 
 
-def _noise_folder(out: Path, split: str) -> Path:
-    return out / "train" / "noise" if split == "train" else out / "sources" / split / "noise"
-
-
-def _clips(out: Path, name: str, seed: int) -> Iterator[Sample]:
-    """Draw the clips of validation or test."""
+def _clips(out: Path, name: str, noise_dir: Path, seed: int) -> Iterator[Sample]:
+    """Draw the clips of a test set."""
     speech_dir = _speech_folder(out, name)
-    noise_dir = _noise_folder(out, "test" if name == "test_recordings" else name)
     speech = [path.relative_to(speech_dir).as_posix() for path in list_audio(speech_dir)]
     noise = [
         (path.relative_to(noise_dir).as_posix(), 0, read_info(path).frames)
@@ -139,7 +140,7 @@ def _clips(out: Path, name: str, seed: int) -> Iterator[Sample]:
     split = Split(
         name=name,
         number=_SPLIT_NUMBERS[name],
-        count=_COUNTS[name],
+        count=_COUNT,
         frames=round(_CLIP_SECONDS * SAMPLE_RATE),
         sample_rate=SAMPLE_RATE,
         snr=SNRS,
@@ -152,7 +153,7 @@ def _clips(out: Path, name: str, seed: int) -> Iterator[Sample]:
     return draw_samples(split, speech, noise)
 
 
-# The sources. Each function makes what is missing of one speaker, one noise or one room.
+# The sources. Each function makes what is missing of one speaker or one drone.
 
 
 def _record(language: str, folder: Path, packages: Path) -> None:
@@ -202,60 +203,15 @@ def _loud(wave: Tensor) -> Tensor:
     return wave * (0.9 / wave.abs().max())
 
 
-def _fly(path: Path, split: str, number: int, seed: int) -> None:
-    """Synthesise a drone whose blade-passing frequency belongs to the split."""
+def _fly(path: Path, number: int, seed: int) -> None:
+    """Synthesise a drone whose blade-passing frequency is the test's."""
     if path.exists():
         return
-    rng = np.random.default_rng([seed, 20, list(_DRONES).index(split), number])
+    rng = np.random.default_rng([seed, 20, 2, number])
+    low, high = TEST_DRONES_HZ
     drone = DroneParameters.draw(rng)
-    while _owner(drone.blades * drone.rotor_speed) != split:
+    while not low <= drone.blades * drone.rotor_speed <= high:
         drone = DroneParameters.draw(rng)
     path.parent.mkdir(parents=True, exist_ok=True)
-    frames = round(_DRONE_SECONDS[split] * SAMPLE_RATE)
+    frames = round(_DRONE_SECONDS * SAMPLE_RATE)
     write_audio(path, 0.9 * synthesise(drone, frames, SAMPLE_RATE, rng), SAMPLE_RATE)
-
-
-def _owner(blade_passing: float) -> str:
-    """Return the split that a blade-passing frequency, Hz, belongs to."""
-    for split, (low, high) in HELD_OUT_HZ.items():
-        if low <= blade_passing <= high:
-            return split
-    return "train"
-
-
-def _other(folder: Path, number: int, seed: int) -> None:
-    """Synthesise noise that is no drone."""
-    kind = list(KINDS)[number % len(KINDS)]
-    path = folder / f"{kind}-{number:03d}.wav"
-    if path.exists():
-        return
-    rng = np.random.default_rng([seed, 30, number])
-    folder.mkdir(parents=True, exist_ok=True)
-    wave = KINDS[kind](rng, round(_NOISE_SECONDS * SAMPLE_RATE), SAMPLE_RATE)
-    write_audio(path, 0.9 * wave, SAMPLE_RATE)
-
-
-def _babble(train: Path, number: int, seed: int) -> None:
-    """Let 4 to 10 of the training speakers talk at once."""
-    path = train / "noise" / f"babble-{number:03d}.wav"
-    if path.exists():
-        return
-    rng = np.random.default_rng([seed, 40, number])
-    files = list_audio(train / "speech")
-    frames = round(_NOISE_SECONDS * SAMPLE_RATE)
-    total = torch.zeros(1, frames)
-    for _ in range(int(rng.integers(4, 11))):
-        wave = torch.cat([read_audio(files[i])[0] for i in rng.integers(len(files), size=4)], dim=1)
-        wave = wave.repeat(1, -(-frames // wave.shape[1]))[:, :frames]
-        total += rng.uniform(0.3, 1) * wave.roll(int(rng.integers(frames)), dims=1)
-    write_audio(path, _loud(total), SAMPLE_RATE)
-
-
-def _room(folder: Path, number: int, seed: int) -> None:
-    """Synthesise one room's impulse response."""
-    path = folder / f"room-{number:03d}.wav"
-    if path.exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    response = draw_response(np.random.default_rng([seed, 50, number]), SAMPLE_RATE)
-    write_audio(path, response[None] / response.abs().max(), SAMPLE_RATE, subtype="FLOAT")

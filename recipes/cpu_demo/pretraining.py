@@ -5,26 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import recipes.cpu_demo.endless  # noqa: F401  # dataset_type 4
 from diffbuf_lib.config import Config
 from diffbuf_lib.data import open_dataset
 from diffbuf_lib.training import train
 from diffbuf_lib.training.folder import ResultsFolder
 from recipes.cpu_demo.dataset import build_pretraining
 
-_VALID_SECONDS = 3
 
-
-# The network learns what speech under noise is from Y alone: a step costs half of what it costs
-# with own estimates in V, and the few thousand steps of that kind then start from there.
+# The network learns what speech under noise is from Y alone: a step costs two thirds of what it
+# costs with own estimates in V, and the fewer steps of that kind then start from there.
 def first_stage(cfg: Config) -> Config:
-    """Return the config of the first of two runs: thrice the steps, two thirds of the frames."""
+    """Return the config of the first of two runs: thrice the steps."""
     steps = cfg.training.num_steps
     return cfg.override(
         "training.from_noisy=true",
         "training.own_estimate=0",
         f"training.num_steps={3 * steps if steps else 'null'}",
         f"training.lr={cfg.training.lr * 5 / 3:.6g}",
-        f"diffusion_buffer.buffer_size={max(1, cfg.audio.num_frames * 2 // 3)}",
+        f"training.valid_every={2 * cfg.training.valid_every}",
     )
 
 
@@ -53,7 +52,7 @@ def run_pretraining(
         DiffbufError: as in `build_pretraining` and `train`.
     """
     say(f"1/3  data: {data_path}")
-    build_pretraining(data_path, progress=progress)
+    build_pretraining(data_path, say=say, progress=progress)
     first, second = results_path / "first", results_path / "second"
     say(f"2/3  first stage, V from the noisy spectrum: {first}")
     _train(first_stage(cfg), data_path, first, None, progress)
@@ -65,15 +64,14 @@ def _train(
     cfg: Config, data_path: Path, results_path: Path, start: Path | None, progress: bool
 ) -> Path:
     """Train in a folder, from its last checkpoint if there is one; return the model's folder."""
-    train_set = open_dataset(3, data_path / "train", cfg, training=True)
-    longer = cfg.override(f"audio.chunk_size={_VALID_SECONDS * cfg.audio.sample_rate}")
-    valid_set = open_dataset(1, data_path / "valid", longer, training=False)
+    train_set = open_dataset(4, data_path / "train", cfg, training=True)
+    valid_set = open_dataset(4, data_path / "valid", cfg, training=False)
     folder = ResultsFolder(results_path)
     resume = folder.last.exists()
     for _ in train(
         cfg,
         train_set,
-        None if cfg.training.from_noisy else valid_set,
+        valid_set,
         results_path,
         resume=resume,
         start_check_point=None if resume else start,

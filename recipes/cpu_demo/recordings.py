@@ -81,7 +81,7 @@ def prepare(path: Path) -> Tensor | None:
     return wave * (_PEAK / peak)
 
 
-def fetch(source: Source, clones: Path) -> Path | None:
+def fetch(source: Source, clones: Path, say: Callable[[str], None]) -> Path | None:
     """Return a clone of the repository, made if it is not there; None if that fails."""
     clone = clones / Path(source.repository).name
     if not clone.is_dir():
@@ -91,16 +91,16 @@ def fetch(source: Source, clones: Path) -> Path | None:
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:
-            print(f"left out: {source.repository} ({done.stderr.strip()[-120:]})")
+            say(f"left out: {source.repository} ({done.stderr.strip()[-120:]})")
             return None
     return clone
 
 
-def gather(out: Path, clones: Path | None = None) -> None:
-    """Make the folders of all sources that can be had."""
+def gather(out: Path, clones: Path, say: Callable[[str], None] = print) -> None:
+    """Make the folders of all sources that can be had; `say` is told of each."""
     for name, source in SOURCES.items():
         folder = out / source.part / name
-        if folder.exists() or (clone := fetch(source, clones or out / "clones")) is None:
+        if folder.exists() or (clone := fetch(source, clones, say)) is None:
             continue
         temporary = folder.with_name(f".{name}.tmp")
         temporary.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def gather(out: Path, clones: Path | None = None) -> None:
                 write_audio(temporary / f"{path.stem}.flac", wave, RATE)
                 seconds += wave.shape[1] / RATE
         temporary.rename(folder)
-        print(f"{folder}: {seconds / 60:.0f} min, {source.licence}")
+        say(f"{folder}: {seconds / 60:.0f} min, {source.licence}")
 
 
 if __name__ == "__main__":
@@ -118,4 +118,4 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True, help="folder of the products")
     parser.add_argument("--clones", type=Path, help="where the repositories are or will be cloned")
     given = parser.parse_args()
-    gather(given.out, given.clones)
+    gather(given.out, given.clones or given.out / "clones")

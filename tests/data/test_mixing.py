@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recipes.cpu_demo.rooms import draw_response
 
 from diffbuf_lib.data import mix_pair
 from diffbuf_lib.data.audio import resample
@@ -17,7 +18,6 @@ from diffbuf_lib.data.mixing import (
     snr,
     tilt_spectrum,
 )
-from recipes.cpu_demo.rooms import draw_response
 from tests.conftest import refused
 
 RATE = 16000

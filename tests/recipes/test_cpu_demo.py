@@ -7,35 +7,82 @@ import numpy as np
 import pytest
 import torch
 
+from diffbuf_lib.data import write_audio
 from diffbuf_lib.errors import DataError
-from recipes.cpu_demo import dataset, voices
-from recipes.cpu_demo.noises import KINDS
-from recipes.cpu_demo.rooms import draw_response
+from recipes.cpu_demo import dataset, endless, noise_families, recordings, voices
+from tests.conftest import seeded
 
 RATE = 16000
 
 
 @pytest.mark.law
-@pytest.mark.parametrize("kind", KINDS)
-def test_noises_are_loud_finite_and_keyed_by_their_seed(kind):
-    waves = [KINDS[kind](np.random.default_rng(seed), RATE, RATE) for seed in (0, 0, 1, 2, 3)]
-    assert torch.equal(waves[0], waves[1])
-    assert not torch.equal(waves[0], waves[2])
+@pytest.mark.parametrize("name", noise_families.TRAINING | noise_families.HELD_OUT)
+def test_noises_are_loud_finite_and_keyed_by_their_seed(name):
+    family = {name: (noise_families.TRAINING | noise_families.HELD_OUT)[name]}
+    waves = [
+        noise_families.draw_noise(np.random.default_rng(seed), RATE, RATE, family)
+        for seed in (0, 0, 1, 2, 3)
+    ]
+    assert np.array_equal(waves[0], waves[1])
+    assert not np.array_equal(waves[0], waves[2])
     for wave in waves:
-        assert wave.shape == (1, RATE)
-        assert wave.dtype == torch.float32
-        assert float(wave.abs().max()) == pytest.approx(1)
-        assert float(wave.square().mean()) > 1e-6
+        assert wave.shape == (RATE,)
+        assert np.mean(wave**2) == pytest.approx(1)
+
+
+@pytest.fixture
+def speech(tmp_path):
+    for number in range(3):
+        wave = 0.1 * torch.randn(1, RATE + 4000 * number, generator=seeded(number))
+        write_audio(_made(tmp_path / "set" / "speech") / f"{number}.wav", wave, RATE)
+    return tmp_path / "set"
+
+
+def _made(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _endless(folder, training=True):
+    return endless.EndlessMixtures(folder, RATE, training=training)
 
 
 @pytest.mark.law
-def test_every_drone_belongs_to_one_split():
-    owners = [dataset._owner(f) for f in np.linspace(80, 460, 2000)]
-    assert set(owners) == {"train", "valid", "test"}
-    assert owners.count("train") > 1500
-    low, high = dataset.HELD_OUT_HZ["test"]
-    assert dataset._owner(low) == dataset._owner(high) == "test"
-    assert dataset._owner(low - 0.1) == dataset._owner(high + 0.1) == "train"
+def test_an_endless_clip_follows_from_epoch_and_index(speech):
+    clips, again = _endless(speech), _endless(speech)
+    assert all(map(torch.equal, clips[1], again[1]))
+    again.set_epoch(1)
+    assert not torch.equal(clips[1][0], again[1][0])
+    for mix, target in (clips[i] for i in range(3)):
+        assert mix.shape == target.shape == (1, RATE)
+        low, high = endless.PEAK_DB
+        assert 10 ** (low / 20) <= max(mix.abs().max(), target.abs().max()) <= 10 ** (high / 20)
+
+
+def test_recordings_beside_the_speech_are_one_family_of_noise(speech):
+    write_audio(_made(speech / "noise") / "a.wav", torch.full((1, 2 * RATE), 0.1), RATE)
+    clips = _endless(speech)
+    assert clips._recorded(np.random.default_rng(0), RATE, RATE) == pytest.approx(0.1, abs=1e-4)
+    babble = clips._babble(np.random.default_rng(0), RATE, RATE)
+    assert babble.shape == (RATE,)
+    assert babble.std() > 0.05
+
+
+def test_of_fetched_repositories_only_what_is_free_and_clean_is_taken(tmp_path, capsys):
+    clone = _made(tmp_path / "clones" / "Precise-Community-Data" / "hey")
+    loud = 0.5 * torch.randn(1, RATE, generator=seeded()).clamp(-1, 1)
+    pauses = torch.cat([loud, torch.zeros(1, RATE // 2)], dim=1)
+    for name, wave in (("clean", pauses), ("noisy", loud), ("not-named", pauses)):
+        write_audio(clone / f"{name}.wav", wave, RATE)
+    (_made(clone.parent / "licenses") / "license-2019-someone.txt").write_text(
+        "into the public domain:\nhey/clean.wav\nhey/noisy.wav\n"
+    )
+    for name in ("dataset-voice-kerstin", "drone-audio-dataset"):
+        _made(clone.parents[1] / name)
+    recordings.gather(tmp_path / "out", tmp_path / "clones")
+    found = [path.stem for path in (tmp_path / "out").rglob("*.flac")]
+    assert found == ["clean"]
+    assert "public domain" in capsys.readouterr().out
 
 
 @pytest.mark.law
@@ -73,13 +120,3 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"apt-get install .*festvox-czech-dita .*flite"):
         dataset.build_pretraining(tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.law
-def test_rooms_differ_and_are_repeated_by_their_seed():
-    first, again, other = (draw_response(np.random.default_rng(s), RATE) for s in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert first.shape != other.shape or not torch.equal(first, other)
-    energy = first.square()
-    late = float(energy[len(energy) // 2 :].sum() / energy.sum())
-    assert 0 < late < 0.3  # it has a tail, and the tail decays
