@@ -544,9 +544,9 @@ class Compare(Command, name="compare"):
 
 
 class Sweep(Scoring, name="sweep"):
-    """Plot quality against latency: sweep.csv and sweep.png."""
+    """Plot quality against latency, or train a grid of small runs: sweep.csv and sweep.png."""
 
-    models: tuple[str, ...]  # folders of trained models, runs' folders, or names
+    models: tuple[str, ...] = ()  # folders of trained models, runs' folders, or names
     results_path: Path  # folder for everything; a stopped sweep goes on when started again
     #: none: models as they were trained; auto: delay for data prediction, else buffer_size
     vary: Literal["auto", "buffer_size", "delay", "t_max", "none"] = "auto"
@@ -554,14 +554,32 @@ class Sweep(Scoring, name="sweep"):
     #: 0.5 0.7 0.8 0.9
     values: tuple[float, ...] = ()
     metrics: tuple[str, ...] = ("pesq", "estoi", "si_sdr")  # as in evaluate
+    train: Path | None = None  # config of runs to train first, and to score as they were trained
+    train_path: tuple[str, ...] = ()  # their training data; data_path validates
+    #: the runs' config keys, each with its values: --over training.lr=1e-3,3e-3
+    over: UseAppendAction[tuple[str, ...]] = ()
+    part: str = "1/1"  # of a job array: 2/8 trains the second of eight shares
 
     def __call__(self) -> None:
-        from diffbuf_lib.evaluation.sweep import overview, run_sweep
+        from diffbuf_lib.evaluation.sweep import overview, run_sweep, train_grid
 
+        models, vary = self.models, self.vary
+        if bool(models) == bool(self.train) or bool(self.train) != bool(self.train_path):
+            raise ConfigError("give --models, or --train with --train_path")
+        without = ["models", "vary", "values", "train", "train_path", "over", "part"]
+        job = self.job(*without, model=models[0] if models else "")
+        if self.train:
+            found = train_grid(
+                load_config(self.train), self.over, self.train_path, job, self.results_path,
+                part=self.part, progress=True, say=say,
+            )  # fmt: skip
+            if found is None:
+                print(f"part {self.part} is trained: the last one writes the results")
+                return
+            models, vary = tuple(found), "none"
         points = run_sweep(
-            self.models, self.job("models", "vary", "values", model=self.models[0]),
-            self.results_path, vary=self.vary, values=self.values, processes=self.processes,
-            progress=True, say=say,
+            models, job, self.results_path, vary=vary, values=self.values,
+            processes=self.processes, progress=True, say=say,
         )  # fmt: skip
         print(overview(points))
         print(self.results_path / "sweep.png")

@@ -1,12 +1,14 @@
-"""Latency against quality: evaluate models at several buffer lengths, delays or diffusion times.
+"""Evaluate models at several buffer lengths, delays or diffusion times; or train a grid of them.
 
 sweep.csv    a row a model, value and metric
 sweep.png    every metric against latency (against t_max, when that is varied)
 points/      the results folder of every evaluation; a sweep that is stopped goes on
+runs/        those that `train_grid` trained
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -17,7 +19,9 @@ from matplotlib.figure import Figure
 
 from diffbuf_lib import figures
 from diffbuf_lib.config import Config
+from diffbuf_lib.data import open_datasets
 from diffbuf_lib.data.audio import write_bytes
+from diffbuf_lib.data.build import take_part
 from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.evaluation.baselines import NOISY, OURS
 from diffbuf_lib.evaluation.evaluate import Job, evaluate_folder
@@ -25,6 +29,7 @@ from diffbuf_lib.evaluation.page import Mark, cell, draw_panels
 from diffbuf_lib.evaluation.scores import label_of, write_csv
 from diffbuf_lib.model import load_model
 from diffbuf_lib.trace import format_table
+from diffbuf_lib.training import train
 
 Vary = Literal["auto", "buffer_size", "delay", "t_max", "none"]
 BUFFER_SIZES = (5, 10, 20, 30, 60)
@@ -105,6 +110,47 @@ def run_sweep(
     return points
 
 
+def train_grid(
+    cfg: Config,
+    over: Sequence[str],  # config keys and their values, such as training.lr=1e-3,3e-3
+    train_path: Sequence[str],  # training data
+    job: Job,  # says what validates: its data, layout and device
+    results_path: str | Path,
+    *,
+    part: str = "1/1",  # of a job array: "2/8" trains the second of eight shares
+    progress: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[str] | None:
+    """Train one run for every combination of values; return all runs' folders, for `run_sweep`.
+
+    None while another part has not finished its share. A run that was stopped goes on. ConfigError
+    for keys, values or a part that cannot be; else as `train`.
+    """
+    axes = []
+    for text in over:
+        key, _, values = text.partition("=")
+        # At commas that are not within a list.
+        axes.append([f"{key}={value}" for value in re.split(r",(?![^\[]*\])", values)])
+    grid = {re.sub(r"[^\w.=+-]+", "_", " ".join(one)): one for one in itertools.product(*axes)}
+    configs = {name: cfg.override(*one) for name, one in grid.items()}
+    folders = {name: Path(results_path) / "runs" / (name or "as-it-is") for name in grid}
+    for name in take_part(list(grid), part):
+        if (folders[name] / "finished").exists():
+            continue
+        say(f"training {folders[name]}")
+        sets = [
+            open_datasets(job.dataset_type, paths, configs[name], training=training)
+            for paths, training in ((train_path, True), ([job.data_path], False))
+        ]
+        for _ in train(
+            configs[name], *sets, folders[name], resume="auto", device=job.device, progress=progress
+        ):
+            pass
+        (folders[name] / "finished").touch()
+    whole = all((folder / "finished").exists() for folder in folders.values())
+    return [str(folder) for folder in folders.values()] if whole else None
+
+
 def overview(points: Sequence[Point]) -> str:
     """Return the points as a table for a terminal."""
     rows = [["", "", "latency", "real-time factor", *map(label_of, points[0].scores)]]
@@ -160,15 +206,19 @@ def _csv_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
 
 
 def _draw(points: Sequence[Point]) -> Figure:
-    """Draw every metric against latency, or against t_max where that is varied."""
+    """Draw every metric against latency, t_max where that is varied, or run by run of a grid."""
     by_time = all(point.varied == "t_max" for point in points)
+    one_by_one = len(points) > 1 and len({(p.varied, p.latency_ms) for p in points}) == 1
     panels: dict[str, dict[str, list[Mark]]] = {metric: {} for metric in points[0].scores}
-    for point in sorted(points, key=lambda p: p.t_max if by_time else p.latency_ms):
+    ordered = sorted(points, key=lambda p: p.t_max if by_time else p.latency_ms)
+    for number, point in enumerate(ordered, 1):
         for metric, curves in panels.items():
             if mean := point.scores[metric]["mean"]:
-                x = point.t_max if by_time else point.latency_ms
-                curves.setdefault(point.curve, []).append((x, mean, point.setting))
-    figure = draw_panels(panels, "largest diffusion time t_max" if by_time else "latency (ms)")
+                x = point.t_max if by_time else number if one_by_one else point.latency_ms
+                word = Path(point.model).name if one_by_one else point.setting
+                curves.setdefault(point.curve, []).append((x, mean, word))
+    label = "run" if one_by_one else "latency (ms)"
+    figure = draw_panels(panels, "largest diffusion time t_max" if by_time else label)
     for axes, metric in zip(figure.axes, panels, strict=True):
         if noisy := points[0].scores[metric]["noisy"]:
             axes.axhline(noisy["mean"], color="0.4", linestyle="--", linewidth=1)

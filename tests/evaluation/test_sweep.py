@@ -2,12 +2,14 @@
 
 import csv
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import yaml
 
 from diffbuf_lib.evaluation.evaluate import Evaluator
 from diffbuf_lib.evaluation.sweep import run_sweep
-from tests.conftest import call, make_model, refused
+from tests.conftest import TINY, call, make_model, refused
 
 
 @pytest.fixture
@@ -88,3 +90,20 @@ def test_the_commands(model_path, data, tmp_path, monkeypatch, capsys):
     assert "3 of 3" in run("compare", tmp_path / "a", tmp_path / "b")
     more = ["--results_path", tmp_path, "--values", 2, "--metrics", "si_sdr"]
     assert "d 2" in run("sweep", "--models", model_path, *common, *more)
+
+
+def test_a_grid_is_trained_in_parts_and_scored(data, tmp_path, monkeypatch, capsys):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump({**TINY, "training": {**TINY["training"], "num_steps": 1}}))
+    command = ["sweep", "--train", config, "--train_path", data, "--data_path", data, "--limit", 1]
+    command += ["--results_path", tmp_path / "s", "--metrics", "si_sdr", "--processes", 1]
+    command += ["--over", "training.lr=1e-3,3e-3", "--over", "model.base_channels=4", "--part"]
+    status, out, err = call(monkeypatch, capsys, *command, "1/2")
+    assert (status, "part 1/2 is trained" in out) == (0, True), err
+    status, out, err = call(monkeypatch, capsys, *command, "2/2")
+    assert status == 0, err
+    runs = sorted(path.name for path in (tmp_path / "s" / "runs").iterdir())
+    assert runs == [f"training.lr={lr}_model.base_channels=4" for lr in ("1e-3", "3e-3")]
+    rows = list(csv.DictReader((tmp_path / "s" / "sweep.csv").read_text().splitlines()))
+    assert [Path(row["model"]).name for row in rows] == runs
+    assert call(monkeypatch, capsys, *command[:5], *command[7:], "1/1")[0] == 2  # no data_path
