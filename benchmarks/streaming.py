@@ -9,16 +9,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.real_world import available
 from diffbuf_lib import DiffusionBufferModel, OnlineEnhancer, load_config
 from diffbuf_lib.diffusion.sampler import BufferSampler
+from diffbuf_lib.evaluation.baselines import make_baselines
 from diffbuf_lib.live import LiveReport, run_live
+from diffbuf_lib.model import load_model
 from diffbuf_lib.networks import Precision
+from diffbuf_lib.pretrained import DEFAULT
 
 BINS = 256
 WINDOWS = (64, 128, 256, 512)  # K, frames
@@ -42,6 +47,7 @@ def measure(best: Best) -> Iterator[tuple[str, float, str, str]]:
     for name in ("tiny", "cpu", "base"):
         yield from one_core(name, best)
     yield from journals_network(best)
+    yield from rivals()
     report = one_minute("block_causal_cpu")
     for label, q in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99), ("worst", 1.0)):
         note = f"a minute of audio, B 20, hop {report.hop_ms:.0f} ms"
@@ -71,6 +77,37 @@ def journals_network(best: Best) -> Iterator[tuple[str, float, str, str]]:
     with torch.inference_mode():
         whole = best(lambda: model.network(x, t), 3)
     yield "bc_ncsnpp, window of 128 frames", 1e3 * whole, "ms", "a training step's forward pass"
+
+
+def rivals() -> Iterator[tuple[str, float, str, str]]:
+    """Yield the real-time factors of the bundled model and of small rivals, in turn, on one thread.
+
+    Streams of ours and of GTCRN go hop by hop; the C libraries of the others are resampled to
+    48 kHz and back in the time that counts.
+    """
+    seconds, rate, rounds = 4, 16000, 5
+    wave = 0.1 * torch.randn(seconds * rate, generator=torch.Generator().manual_seed(0))
+    model = load_model(DEFAULT, "cpu")
+    runs: dict[str, Callable[[], Any]] = {}
+    with threads(1):
+        for backend in ("torch", "onnx"):
+            enhancer = OnlineEnhancer(model, backend=backend)
+            hops = wave.split(model.cfg.audio.stft.hop_length)
+            runs[f"{DEFAULT}, {backend}"] = partial(
+                lambda e, h: [e.push(x) for x in h], enhancer, hops
+            )
+        for name, method in make_baselines(available()).items():
+            if "noisereduce" not in name:  # not online
+                runs[name] = partial(method, wave, rate)
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(rounds + 1):
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run()
+                times[name].append(time.perf_counter() - start)
+    for name, found in times.items():
+        factor = statistics.median(found[1:]) / seconds
+        yield f"real-time factor, {name}", factor, "", f"one thread, median of {rounds} in turn"
 
 
 def in_own_process() -> Iterator[tuple[str, float, str, str]]:
