@@ -32,6 +32,8 @@ test-long: $(VENV)/.test demo-set chromium   ## the slow tests too
 	$(BIN)/pytest -n 2 -m "not browser"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(NBVAL) notebooks
 	$(BIN)/pytest -m browser tests/browser
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then $(BIN)/python -m tests.cluster; \
+	else echo "test-cluster is left out: it needs root and apt"; fi
 
 test-cluster: $(VENV)/.test   ## a real Slurm and S3 server on loopback, installed and run as root
 	$(BIN)/python -m tests.cluster

@@ -19,6 +19,7 @@ import yaml
 from diffbuf_lib import cli
 from diffbuf_lib.data.audio import write_audio
 from diffbuf_lib.errors import CheckpointError, ConfigError
+from diffbuf_lib.launch import write_job
 from diffbuf_lib.training.feed import EpochPlan
 from diffbuf_lib.training.run import make_plan
 from tests.training.helpers import TREE, Clips, config, fit, history, last
@@ -245,8 +246,7 @@ def test_storms_of_signals_under_torchrun(command, tmp_path):
             assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))
-        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-        workers = [int(pid) for pid in workers.stdout.split()]
+        workers = workers_of(process)
         for _ in range(rng.choice([1, 5])):
             number = rng.choice(SIGNALS)
             for pid in rng.choice([[process.pid], workers, [*workers, process.pid]]):
@@ -314,3 +314,56 @@ def test_a_process_that_dies_ends_the_others_with_a_message(command, tmp_path):
     assert "error: " in (folder / "log0").read_text()
     assert finish(start(1, run_command, args, folder)) == [0]
     assert_same_losses(whole, folder)
+
+
+@pytest.mark.slow
+def test_of_two_machines_one_dies_and_the_other_goes_on(command, tmp_path):
+    """Two agents of torchrun, as `diffbuf launch torchrun --nodes 1:2` starts them."""
+    args, _ = command
+    folder = tmp_path / "run"
+    config_path, data = (args[args.index(f"--{x}") + 1] for x in ("config_path", "data_path"))
+    endless = [
+        "training.num_epochs=4000",
+        "training.global_batch=2",
+        "training.checkpoint_every=10",
+    ]
+    job = write_job(
+        "torchrun", config_path, data, folder, nodes="1:2", gpus=0, env=["OMP_NUM_THREADS=1"],
+        train=["--skip_doctor"], overrides=endless,
+    )  # fmt: skip
+    agents = [subprocess.Popen(["bash", str(job)], start_new_session=True)]
+    time.sleep(3)  # the first one keeps their store
+    agents.append(subprocess.Popen(["bash", str(job)], start_new_session=True))
+
+    def made():
+        return len(steps_of(folder)) if (folder / "history.jsonl").exists() else 0
+
+    try:
+        wait_until(lambda: made() > 30)
+        killed = made()
+        for pid in [*workers_of(agents[1]), agents[1].pid]:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(
+            lambda: "another process of the run has gone" in (folder / "job.log").read_text()
+        )
+        wait_until(lambda: made() > killed + 30)
+        made_steps = [line["step"] for line in steps_of(folder)]
+        assert made_steps == list(range(1, len(made_steps) + 1))
+    finally:
+        for pid in [*workers_of(agents[0]), *(agent.pid for agent in agents)]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for agent in agents:
+            agent.wait()
+
+
+def workers_of(agent):
+    found = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def wait_until(true, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
