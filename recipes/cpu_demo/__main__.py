@@ -21,7 +21,7 @@ def main(
     """Make data from Debian's voices and train a model to ship on it: hours on a CPU.
 
     Args:
-        config_path: what to train, in the second of two stages; the first has thrice its steps.
+        config_path: what to train, in the second of two stages; the first has four times its steps.
         data_path: where the data is, or will be made from Debian's packages.
         results_path: where everything else goes; an interrupted run continues.
         set: config keys, such as training.num_steps=100.

@@ -16,12 +16,12 @@ from recipes.cpu_demo.dataset import build_pretraining
 # The network learns what speech under noise is from Y alone: a step costs two thirds of what it
 # costs with own estimates in V, and the fewer steps of that kind then start from there.
 def first_stage(cfg: Config) -> Config:
-    """Return the config of the first of two runs: thrice the steps."""
+    """Return the config of the first of two runs: four times the steps."""
     steps = cfg.training.num_steps
     return cfg.override(
         "training.from_noisy=true",
         "training.own_estimate=0",
-        f"training.num_steps={3 * steps if steps else 'null'}",
+        f"training.num_steps={4 * steps if steps else 'null'}",
         f"training.lr={cfg.training.lr * 5 / 3:.6g}",
         f"training.valid_every={2 * cfg.training.valid_every}",
     )
@@ -39,7 +39,7 @@ def run_pretraining(
 
     Args:
         cfg: what to train, such as `configs/demo_model.yaml`; `first_stage` changes it for the
-            first of the two runs, whose averaged weights the second one starts from.
+            first of the two runs, whose last averaged weights the second one starts from.
         data_path: where the data is, or will be made.
         results_path: for the runs' folders, first/ and second/.
         say: told in one line what comes next.
@@ -57,7 +57,7 @@ def run_pretraining(
     say(f"2/3  first stage, V from the noisy spectrum: {first}")
     _train(first_stage(cfg), data_path, first, None, progress)
     say(f"3/3  second stage, V from own estimates: {second}")
-    return _train(cfg, data_path, second, first / "model", progress)
+    return _train(cfg, data_path, second, ResultsFolder(first).last, progress)
 
 
 def _train(
