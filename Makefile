@@ -28,7 +28,7 @@ test: lint demo-set chromium   ## every check: lint, types, unit tests, notebook
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(NBVAL) notebooks
 	$(BIN)/pytest -m "browser and not slow" tests/browser
 
-test-long: $(VENV)/.test demo-set chromium   ## the slow tests too
+test-long: $(VENV)/.test demo-set chromium   ## the slow tests too; as root on Debian also test-cluster
 	$(BIN)/pytest -n 2 -m "not browser"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(NBVAL) notebooks
 	$(BIN)/pytest -m browser tests/browser

@@ -82,8 +82,8 @@ def journals_network(best: Best) -> Iterator[tuple[str, float, str, str]]:
 def rivals() -> Iterator[tuple[str, float, str, str]]:
     """Yield the real-time factors of the bundled model and of small rivals, in turn, on one thread.
 
-    Streams of ours and of GTCRN go hop by hop; the C libraries of the others are resampled to
-    48 kHz and back in the time that counts.
+    Streams of ours and of GTCRN go hop by hop; the C libraries of the others work at
+    48 kHz, and the time counts that resampling takes.
     """
     seconds, rate, rounds = 4, 16000, 5
     wave = 0.1 * torch.randn(seconds * rate, generator=torch.Generator().manual_seed(0))

@@ -566,6 +566,11 @@ class Sweep(Scoring, name="sweep"):
         models, vary = self.models, self.vary
         if bool(models) == bool(self.train) or bool(self.train) != bool(self.train_path):
             raise ConfigError("give --models, or --train with --train_path")
+        unused = self.over or self.part != "1/1" if models else self.values or vary != "auto"
+        if unused:
+            raise ConfigError(
+                "--over and --part belong to --train, --vary and --values to --models"
+            )
         without = ["models", "vary", "values", "train", "train_path", "over", "part"]
         job = self.job(*without, model=models[0] if models else "")
         if self.train:
@@ -617,8 +622,8 @@ class Demo(Command, name="demo"):
     overrides: Overrides = ()
 
     def __call__(self) -> None:
-        cfg = load_config(self.config_path, self.overrides)
         run = _recipe("demo.run").run_demo
+        cfg = load_config(self.config_path, self.overrides)
         print(run(cfg, self.data_path, self.results_path, say=say, progress=True))
 
 
@@ -631,8 +636,8 @@ class DemoModel(Command, name="demo-model"):
     overrides: Overrides = ()
 
     def __call__(self) -> None:
-        cfg = load_config(self.config_path, self.overrides)
         run = _recipe("cpu_demo.pretraining").run_pretraining
+        cfg = load_config(self.config_path, self.overrides)
         print(run(cfg, self.data_path, self.results_path, say=say, progress=True))
 
 
@@ -771,7 +776,7 @@ class Import(Command, name="import"):
 def _recipe(name: str) -> Any:
     """Import a module of recipes/, which only a checkout has."""
     root = Path(__file__).parents[1]
-    if not (root / "recipes").is_dir():
+    if not (root / "recipes" / "demo" / "drone.py").is_file():
         raise ConfigError("this needs recipes/, which only a checkout has: pip install -e .")
     sys.path.insert(0, str(root))
     return import_module(f"recipes.{name}")

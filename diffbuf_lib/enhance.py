@@ -21,7 +21,7 @@ from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.streaming import OnlineEnhancer
 
 BLOCK_SECONDS = 4.0
-QUIET = 0.1  # peak, full scale 1: diffbuf/cpu-demo loses 3.6 dB SI-SDR at a tenth of its level
+QUIET = 0.1  # peak, full scale 1: models without a level have lost 3.6 dB SI-SDR there
 
 
 class FilesFailedError(DataError):

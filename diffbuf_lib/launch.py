@@ -22,12 +22,9 @@ Kind = Literal["slurm", "skypilot", "torchrun"]
 _FILES = {"slurm": "slurm.sh", "skypilot": "skypilot.yaml", "torchrun": "torchrun.sh"}
 _SUBMIT = {"slurm": "sbatch", "skypilot": "sky jobs launch --yes", "torchrun": "bash"}
 _JOBS = jinja2.Environment(
-    loader=jinja2.PackageLoader("diffbuf_lib"),
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-    undefined=jinja2.StrictUndefined,
-)
+    loader=jinja2.PackageLoader("diffbuf_lib"), undefined=jinja2.StrictUndefined,
+    trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+)  # fmt: skip
 _JOBS.filters["quote"] = shlex.quote
 # What stands unquoted in a job file: no space, quote or new line.
 _PLAIN = re.compile(r"[\w@%+=:,./-]+")

@@ -3,7 +3,7 @@
     python -m docs.make_card RUN REAL_WORLD TEST RECORDINGS --speech_hours 4
 
 after `make demo-model` (RUN), `python -m benchmarks.real_world` and, for each of the two last
-folders, `diffbuf evaluate`. No score is typed by hand.
+folders, `diffbuf evaluate`. None of our scores is typed by hand.
 """
 
 from __future__ import annotations

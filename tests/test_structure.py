@@ -12,7 +12,7 @@ LIBRARY = Path(__file__).parents[1] / "diffbuf_lib"
 LAYERS = (
     "errors pretrained foreign | registry | config trace | data diffusion | networks | model"
     " | graph | streaming | live figures launch | enhance export training"
-    " | diagnostics evaluation authors | demo"
+    " | diagnostics evaluation authors"
     " | commands | cli"
 )
 LEVEL = {part: i for i, line in enumerate(LAYERS.split("|")) for part in line.split()}

@@ -26,12 +26,10 @@ _SHOWN_REASONS = 10
 _PANELS = 3
 _PACKAGES = ("diffbuf", "torch", "torchaudio", "accelerate", "torchmetrics", "numpy")
 PAGES = jinja2.Environment(
-    loader=jinja2.PackageLoader("diffbuf_lib.evaluation"),
+    loader=jinja2.PackageLoader("diffbuf_lib.evaluation"), undefined=jinja2.StrictUndefined,
     autoescape=lambda name: name is not None and ".html" in name,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    undefined=jinja2.StrictUndefined,
-)
+    trim_blocks=True, lstrip_blocks=True,
+)  # fmt: skip
 
 
 def write_page(

@@ -1,7 +1,7 @@
 """Evaluate models at several buffer lengths, delays or diffusion times; or train a grid of them.
 
 sweep.csv    a row a model, value and metric
-sweep.png    every metric against latency (against t_max, when that is varied)
+sweep.png    every metric against latency (against t_max, when that is varied; run by run of a grid)
 points/      the results folder of every evaluation; a sweep that is stopped goes on
 runs/        those that `train_grid` trained
 """
@@ -9,7 +9,9 @@ runs/        those that `train_grid` trained
 from __future__ import annotations
 
 import itertools
+import math
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +35,7 @@ from diffbuf_lib.training import train
 
 Vary = Literal["auto", "buffer_size", "delay", "t_max", "none"]
 BUFFER_SIZES = (5, 10, 20, 30, 60)
+RUNS = "runs"
 T_MAX = (0.3, 0.5, 0.7, 0.8, 0.9)
 
 
@@ -128,24 +131,24 @@ def train_grid(
     """
     axes = []
     for text in over:
-        key, _, values = text.partition("=")
-        # At commas that are not within a list.
-        axes.append([f"{key}={value}" for value in re.split(r",(?![^\[]*\])", values)])
+        key, _, listed = text.partition("=")
+        values = re.split(r",(?![^\[]*\])", listed)  # at commas that are not within a list
+        if not all(values):
+            raise ConfigError(f"--over {text}: give a key and its values, as KEY.PATH=V1,V2")
+        axes.append([f"{key}={value}" for value in values])
     grid = {re.sub(r"[^\w.=+-]+", "_", " ".join(one)): one for one in itertools.product(*axes)}
+    if len(grid) < math.prod(map(len, axes)):
+        raise ConfigError(f"--over {' '.join(over)}: two combinations have one name, or are one")
     configs = {name: cfg.override(*one) for name, one in grid.items()}
-    folders = {name: Path(results_path) / "runs" / (name or "as-it-is") for name in grid}
+    if mirror := cfg.training.mirror:  # else one run would go on with another's checkpoint
+        configs = {n: c.override(f"training.mirror={mirror}/{n}") for n, c in configs.items()}
+    folders = {name: Path(results_path) / RUNS / (name or "as-it-is") for name in grid}
     for name in take_part(list(grid), part):
-        if (folders[name] / "finished").exists():
-            continue
-        say(f"training {folders[name]}")
-        sets = [
-            open_datasets(job.dataset_type, paths, configs[name], training=training)
-            for paths, training in ((train_path, True), ([job.data_path], False))
-        ]
-        for _ in train(
-            configs[name], *sets, folders[name], resume="auto", device=job.device, progress=progress
-        ):
-            pass
+        say(f"training {folders[name]}")  # of a finished run, only the config is compared
+        train_set = open_datasets(job.dataset_type, train_path, configs[name], training=True)
+        valid_set = open_datasets(job.dataset_type, [job.data_path], configs[name], training=False)
+        options: Any = {"resume": "auto", "device": job.device, "progress": progress}
+        deque(train(configs[name], train_set, valid_set, folders[name], **options), maxlen=0)
         (folders[name] / "finished").touch()
     whole = all((folder / "finished").exists() for folder in folders.values())
     return [str(folder) for folder in folders.values()] if whole else None
@@ -208,17 +211,17 @@ def _csv_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
 def _draw(points: Sequence[Point]) -> Figure:
     """Draw every metric against latency, t_max where that is varied, or run by run of a grid."""
     by_time = all(point.varied == "t_max" for point in points)
-    one_by_one = len(points) > 1 and len({(p.varied, p.latency_ms) for p in points}) == 1
+    grid = all(Path(point.model).parent.name == RUNS for point in points)
     panels: dict[str, dict[str, list[Mark]]] = {metric: {} for metric in points[0].scores}
-    ordered = sorted(points, key=lambda p: p.t_max if by_time else p.latency_ms)
-    for number, point in enumerate(ordered, 1):
+    key = (lambda p: 0) if grid else (lambda p: p.t_max if by_time else p.latency_ms)
+    for number, point in enumerate(sorted(points, key=key), 1):
         for metric, curves in panels.items():
             if mean := point.scores[metric]["mean"]:
-                x = point.t_max if by_time else number if one_by_one else point.latency_ms
-                word = Path(point.model).name if one_by_one else point.setting
-                curves.setdefault(point.curve, []).append((x, mean, word))
-    label = "run" if one_by_one else "latency (ms)"
-    figure = draw_panels(panels, "largest diffusion time t_max" if by_time else label)
+                x = number if grid else point.t_max if by_time else point.latency_ms
+                curve, word = (Path(point.model).name, "") if grid else (point.curve, point.setting)
+                curves.setdefault(curve, []).append((x, mean, word))
+    label = "largest diffusion time t_max" if by_time else "latency (ms)"
+    figure = draw_panels(panels, "run" if grid else label)
     for axes, metric in zip(figure.axes, panels, strict=True):
         if noisy := points[0].scores[metric]["noisy"]:
             axes.axhline(noisy["mean"], color="0.4", linestyle="--", linewidth=1)

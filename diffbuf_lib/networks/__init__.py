@@ -4,8 +4,10 @@
     t [B, Kb]         the diffusion times of the last Kb frames
     out [B, 2, F, Kb] real and imaginary part of what the last Kb frames are given
 
-`registry.NETWORKS` names them. A network that remembers its history can stream: see
-`StreamingNetwork`. Nobody asks a network for its class, only for what it can do.
+One that makes something of Y alone may have `hear(y [B, 2, F, K])`, whose result its forward then
+takes as `heard=`: calls with the same Y have it in common. One that remembers its history can
+stream: see `StreamingNetwork`. Nobody asks a network (`registry.NETWORKS`) for its class, only for
+what it can do.
 """
 
 from __future__ import annotations

@@ -52,21 +52,26 @@ def isolated(device: torch.device, *, deterministic: bool) -> Iterator[None]:
 
 
 _FILLING: Any = torch.utils.deterministic
-_MMAP_MAX, _TRIM = -4, -1  # of glibc's mallopt
+# Of glibc's mallopt. At the end as high as glibc itself would have raised the thresholds.
+_KEEPING = {-4: 0, -1: -1}  # no mapping of its own for a large tensor; never trim
+_USUAL = {-4: 65536, -3: 32 << 20, -1: 64 << 20}
 
 
 @contextmanager
 def keeping_memory() -> Iterator[None]:
     """Let glibc keep what is freed, or the pages of every large tensor are faulted in anew."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is None or not (mallopt(_MMAP_MAX, 0) and mallopt(_TRIM, -1)):
+    library: Any = ctypes.CDLL(None) if os.name == "posix" else None
+    if not hasattr(library, "mallopt"):
         yield
         return
     try:
+        for option, value in _KEEPING.items():
+            library.mallopt(option, value)
         yield
     finally:
-        mallopt(_MMAP_MAX, 65536)
-        mallopt(_TRIM, 128 * 1024)
+        for option, value in _USUAL.items():
+            library.mallopt(option, value)
+        library.malloc_trim(0)
 
 
 class StopRequest:

@@ -10,7 +10,6 @@ Who speaks where is stated in `SPEAKERS`.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +23,7 @@ from diffbuf_lib.data.audio import list_audio, read_info, write_audio
 from diffbuf_lib.data.build import (
     Sample,
     Split,
+    claim,
     draw_samples,
     make_samples,
     run_parallel,
@@ -90,6 +90,7 @@ def build_pretraining(
     if missing := missing_programs():
         voices = sorted({voice.package for voice in VOICES} | set(missing))
         raise DataError(f"{', '.join(missing)} not installed: apt-get install {' '.join(voices)}")
+    claim(out / "pretraining.json", {"version": 2, "seed": seed})
     work: list[_Job] = []
     for split, languages in SPEAKERS.items():
         for language in languages:
@@ -115,8 +116,9 @@ def _link_kokoro(out: Path, say: Callable[[str], None]) -> None:
         return
     for split, part in (("train", "train"), ("valid", "test")):
         link = out / split / "speech" / "kokoro"
-        if not link.exists() and (out / "kokoro" / part).is_dir():
-            os.symlink((out / "kokoro" / part).resolve(), link)
+        if not link.is_symlink() and (out / "kokoro" / part).is_dir():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(Path("..", "..", "kokoro", part))
 
 
 def _run(job: _Job) -> None:

@@ -89,22 +89,26 @@ class EndlessMixtures(ClipDataset):
         """Let several speakers of the speech files talk at once, each at a level of their own."""
         total = np.zeros(samples)
         for index in rng.integers(len(self.items), size=int(rng.integers(*TALKERS))):
-            total += 10 ** (rng.uniform(-12, 0) / 20) * _excerpt(self.items[index][0], rng, samples)
+            level = 10 ** (rng.uniform(-12, 0) / 20)
+            total += level * self._excerpt(self.items[index][0], rng, samples)
         return total
 
     def _recorded(self, rng: np.random.Generator, samples: int, rate: int) -> Array:
         """Play a recording at a drawn speed."""
         path = self.recordings[int(rng.integers(len(self.recordings)))]
         speed = SPEED ** rng.uniform(-1, 1)
-        wave = _excerpt(path, rng, int(samples * speed) + 2)
+        wave = self._excerpt(path, rng, int(samples * speed) + 2)
         return np.interp(speed * np.arange(samples), np.arange(len(wave)), wave)
 
-
-def _excerpt(path: Path, rng: np.random.Generator, samples: int) -> Array:
-    """Draw a place in a file, and repeat what follows it as often as needed: [samples]."""
-    crop = draw_crop(read_info(path).frames, samples, 0, rng)
-    wave = read_audio(path, crop.start, crop.frames)[0][0].double().numpy()
-    return np.resize(np.roll(wave, int(rng.integers(len(wave)))), samples)
+    def _excerpt(self, path: Path, rng: np.random.Generator, samples: int) -> Array:
+        """Draw an excerpt; of a file that is shorter, all of it again and again: [samples]."""
+        info = read_info(path)
+        if info.sample_rate != self.sample_rate:
+            fix = "resample it (`diffbuf data resample`)"
+            raise DataError(f"{path} has {info.sample_rate} Hz, not {self.sample_rate}: {fix}")
+        crop = draw_crop(info.frames, samples, 0, rng)
+        wave = read_audio(path, crop.start, crop.frames)[0][0].double().numpy()
+        return np.resize(np.roll(wave, int(rng.integers(len(wave)))), samples)
 
 
 def _wave(samples: np.ndarray) -> Tensor:

@@ -40,7 +40,7 @@ def draw_noise(
     """
     chosen = TRAINING if families is None else families
     names = list(chosen)
-    # Drones above all: a clip has one with probability 0.4, alone or among others.
+    # Drones above all: their family is the likeliest.
     weights = np.array([WEIGHTS.get(name, 1.0) for name in names])
     count = int(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15]))
     total = np.zeros(samples)

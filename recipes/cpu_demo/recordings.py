@@ -9,7 +9,9 @@ Writes DIR/{speech,noise}/NAME/. What cannot be fetched is said and left out; wh
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -63,8 +65,10 @@ SOURCES = {
 
 
 def range_of(path: Path) -> float:
-    """Return how far the quietest of a file's 20 ms lie below the loudest, dB, but for a tenth."""
+    """Return the 95th less the 5th percentile of the level of a file's 20 ms, dB."""
     wave, rate = read_audio(path)
+    if wave.shape[1] < rate // 50:
+        return 0.0
     frames = wave[0].unfold(0, rate // 50, rate // 50).square().mean(1).clamp_min(1e-10)
     low, high = torch.quantile(10 * frames.log10(), torch.tensor([0.05, 0.95])).tolist()
     return float(high - low)
@@ -86,13 +90,17 @@ def fetch(source: Source, clones: Path, say: Callable[[str], None]) -> Path | No
     clone = clones / Path(source.repository).name
     if not clone.is_dir():
         address = f"https://github.com/{source.repository}"
-        done = subprocess.run(
-            ["git", "clone", "--quiet", "--depth", "1", address, str(clone)],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode:
-            say(f"left out: {source.repository} ({done.stderr.strip()[-120:]})")
+        temporary = clone.with_name(f".{clone.name}.tmp")  # a clone that is cut is no clone
+        shutil.rmtree(temporary, ignore_errors=True)
+        command = ["git", "clone", "--quiet", "--depth", "1", address, str(temporary)]
+        environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+        try:
+            subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        except (OSError, subprocess.CalledProcessError) as error:
+            why = getattr(error, "stderr", None) or str(error)
+            say(f"left out: {source.repository} ({why.strip()[-120:]})")
             return None
+        temporary.rename(clone)
     return clone
 
 
@@ -109,6 +117,9 @@ def gather(out: Path, clones: Path, say: Callable[[str], None] = print) -> None:
             if (wave := prepare(path)) is not None:
                 write_audio(temporary / f"{path.stem}.flac", wave, RATE)
                 seconds += wave.shape[1] / RATE
+        if not seconds:
+            say(f"left out: {source.repository} has no file to take")
+            continue
         temporary.rename(folder)
         say(f"{folder}: {seconds / 60:.0f} min, {source.licence}")
 

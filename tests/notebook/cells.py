@@ -24,8 +24,8 @@ class Failure(NamedTuple):
 
 
 def copy_workspace(folder: Path) -> Path:
-    """Copy notebooks and configs to a folder, where they also write; return the notebooks'."""
-    for name in ("notebooks", "configs"):
+    """Copy notebooks and what they need to a folder, where they also write; return theirs."""
+    for name in ("notebooks", "configs", "recipes"):
         ignored = shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     return folder / "notebooks"

@@ -317,6 +317,7 @@ def test_a_process_that_dies_ends_the_others_with_a_message(command, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_of_two_machines_one_dies_and_the_other_goes_on(command, tmp_path):
     """Two agents of torchrun, as `diffbuf launch torchrun --nodes 1:2` starts them."""
     args, _ = command
@@ -338,10 +339,12 @@ def test_of_two_machines_one_dies_and_the_other_goes_on(command, tmp_path):
     def made():
         return len(steps_of(folder)) if (folder / "history.jsonl").exists() else 0
 
+    workers = [[], []]
     try:
         wait_until(lambda: made() > 30)
         killed = made()
-        for pid in [*workers_of(agents[1]), agents[1].pid]:
+        workers = [workers_of(agent) for agent in agents]
+        for pid in [*workers[1], agents[1].pid]:
             os.kill(pid, signal.SIGKILL)
         wait_until(
             lambda: "another process of the run has gone" in (folder / "job.log").read_text()
@@ -350,7 +353,7 @@ def test_of_two_machines_one_dies_and_the_other_goes_on(command, tmp_path):
         made_steps = [line["step"] for line in steps_of(folder)]
         assert made_steps == list(range(1, len(made_steps) + 1))
     finally:
-        for pid in [*workers_of(agents[0]), *(agent.pid for agent in agents)]:
+        for pid in [*workers_of(agents[0]), *workers[1], *(agent.pid for agent in agents)]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         for agent in agents:
