@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from diffbuf_lib.data.audio import read_audio, resample, write_audio
+from diffbuf_lib.errors import DataError
 
 RATE = 16000  # Hz
 _PEAK = 0.8
 _SHORTEST = 0.5  # s
 _CLIPPED = 30  # samples at full scale: more than a peak
-_PAUSES_BELOW = 45.0  # dB below the speech that a clip's pauses are, or its noise would be learnt
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ class Source:
     licence: str
     part: str  # speech or noise
     files: Callable[[Path], Iterator[Path]]
+    pauses: float = (
+        0.0  # dB below the speech that a file's pauses are, or its noise would be learnt
+    )
 
 
 def _kerstin(clone: Path) -> Iterator[Path]:
@@ -45,11 +48,11 @@ def _kerstin(clone: Path) -> Iterator[Path]:
 
 
 def _precise(clone: Path) -> Iterator[Path]:
-    """Yield what its speakers have put into the public domain, file by file, and is clean."""
+    """Yield what its speakers have put into the public domain, file by file."""
     texts = [path.read_text(errors="replace") for path in clone.glob("licenses/license-2*")]
     named = {Path(name).name for text in texts for name in re.findall(r"[\w./-]+\.wav", text)}
     for path in sorted(clone.rglob("*.wav")):
-        if path.name in named and "noises" not in path.parts and range_of(path) > _PAUSES_BELOW:
+        if path.name in named and "noises" not in path.parts:
             yield path
 
 
@@ -59,28 +62,30 @@ def _propeller(clone: Path) -> Iterator[Path]:
 
 SOURCES = {
     "kerstin": Source("rhasspy/dataset-voice-kerstin", "CC0 1.0", "speech", _kerstin),
-    "precise": Source("MycroftAI/Precise-Community-Data", "public domain", "speech", _precise),
+    "precise": Source(
+        "MycroftAI/Precise-Community-Data", "public domain", "speech", _precise, 45.0
+    ),
     "propeller": Source("grigoriev-vladimir/drone-audio-dataset", "MIT", "noise", _propeller),
 }
 
 
-def range_of(path: Path) -> float:
-    """Return the 95th less the 5th percentile of the level of a file's 20 ms, dB."""
-    wave, rate = read_audio(path)
-    if wave.shape[1] < rate // 50:
-        return 0.0
-    frames = wave[0].unfold(0, rate // 50, rate // 50).square().mean(1).clamp_min(1e-10)
+def range_of(wave: Tensor) -> float:
+    """Return the 95th less the 5th percentile of the level of 20 ms of [1, T] at RATE, dB."""
+    frames = wave[0].unfold(0, RATE // 50, RATE // 50).square().mean(1).clamp_min(1e-10)
     low, high = torch.quantile(10 * frames.log10(), torch.tensor([0.05, 0.95])).tolist()
     return float(high - low)
 
 
-def prepare(path: Path) -> Tensor | None:
-    """Return a recording as [1, T] at RATE; None if it is too short, silent or clipped."""
-    wave, rate = read_audio(path)
+def prepare(path: Path, pauses: float) -> Tensor | None:
+    """Return a recording as [1, T] at RATE; None if it is cut, short, silent, clipped or noisy."""
+    try:
+        wave, rate = read_audio(path)
+    except DataError:
+        return None
     wave = resample(wave.mean(0, keepdim=True), rate, RATE)
     peak = float(wave.abs().max())
     clipped = peak > 0.98 and int((wave.abs() > 0.99 * peak).sum()) > _CLIPPED
-    if wave.shape[1] < _SHORTEST * RATE or peak < 1e-3 or clipped:
+    if wave.shape[1] < _SHORTEST * RATE or peak < 1e-3 or clipped or range_of(wave) < pauses:
         return None
     return wave * (_PEAK / peak)
 
@@ -114,7 +119,7 @@ def gather(out: Path, clones: Path, say: Callable[[str], None] = print) -> None:
         temporary.mkdir(parents=True, exist_ok=True)
         seconds = 0.0
         for path in source.files(clone):
-            if (wave := prepare(path)) is not None:
+            if (wave := prepare(path, source.pauses)) is not None:
                 write_audio(temporary / f"{path.stem}.flac", wave, RATE)
                 seconds += wave.shape[1] / RATE
         if not seconds:
