@@ -30,9 +30,9 @@ from torch import Tensor
 from diffbuf_lib.data.audio import list_audio, read_audio, read_info, resample, write_audio
 from diffbuf_lib.data.mixing import is_silent, mix_pair
 from diffbuf_lib.errors import DataError, MissingExtraError
-from diffbuf_lib.evaluation.baselines import NOISY, make_baselines
+from diffbuf_lib.evaluation.baselines import NOISY, OURS, make_baselines
 from diffbuf_lib.evaluation.evaluate import Evaluation, Job, evaluate_folder
-from diffbuf_lib.evaluation.scores import score
+from diffbuf_lib.evaluation.scores import read_scores, score
 from diffbuf_lib.registry import BASELINES
 from diffbuf_lib.trace import format_table
 
@@ -75,12 +75,11 @@ def main() -> None:
     if clips is not None:
         found = run(clips, 1, "by_snr", given.baselines)
         print(by_snr(found.summary))
-        levels = {}
         for gain in GAINS:
             folder = given.out / "levels" / f"{gain:g}"
             scale_clips(clips, folder, gain)
-            levels[gain] = run(folder, 1, f"by_level/{gain:g}", [NOISY]).summary
-        print(by_level(levels))
+            run(folder, 1, f"by_level/{gain:g}", [NOISY])
+        print(by_level(given.out))
     if given.pairs is not None:
         found = run(given.pairs, 2, "pairs", given.baselines)
         others = dict(item.split("=", 1) for item in given.outputs)
@@ -173,12 +172,20 @@ def by_snr(summary: dict[str, Any]) -> str:
     return format_table(table) + "\n"
 
 
-def by_level(summaries: dict[float, dict[str, Any]]) -> str:
-    """SI-SDR of the model's output for every gain of the same clips."""
-    table = [["all clips times", *(f"{gain:g}" for gain in summaries)]]
+def by_level(out: Path) -> str:
+    """Scores of the model's output for every gain, of those clips that have them at every gain.
+
+    At the lowest gains the speech of the noisiest clips counts as silence, which has no score.
+    """
+    scores = []
+    for gain in GAINS:
+        _, rows = read_scores(out / "by_level" / f"{gain:g}")
+        scores.append({row.clip: row.values for row in rows if row.method == OURS})
+    table = [["clips times", *(f"{gain:g}" for gain in GAINS), "clips"]]
     for metric in METRICS:
-        means = [mean_of(one, "all", metric, one["methods"][-1]) for one in summaries.values()]
-        table.append([metric, *(f"{mean:.2f}" for mean in means)])
+        common = set.intersection(*({c for c in one if metric in one[c]} for one in scores))
+        means = [fmean(one[clip][metric] for clip in common) for one in scores]
+        table.append([metric, *(f"{mean:.2f}" for mean in means), str(len(common))])
     return format_table(table) + "\n"
 
 

@@ -18,7 +18,7 @@ import jinja2
 from matplotlib.figure import Figure
 from PIL import Image
 
-from benchmarks.real_world import GAINS, by_level, by_snr, of_pairs
+from benchmarks.real_world import by_level, by_snr, of_pairs
 from diffbuf_lib import figures
 from diffbuf_lib.evaluation.page import cell
 from diffbuf_lib.evaluation.scores import label_of
@@ -72,10 +72,9 @@ def real_world(folder: Path) -> dict[str, str]:
         found: dict[str, Any] = json.loads((folder / name / "summary.json").read_text())
         return found
 
-    levels = {gain: summary(f"by_level/{gain:g}") for gain in GAINS}
     return {
         "drones": by_snr(summary("by_snr")),
-        "levels": by_level(levels),
+        "levels": by_level(folder),
         "pairs": of_pairs(summary("pairs"), {}),
     }
 
