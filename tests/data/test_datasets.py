@@ -340,4 +340,4 @@ def test_open_dataset_passes_the_config_on(make_dnlm, paired, to_mix):
         assert data.leading_zeros == cfg.leading_zero_samples
         assert open_dataset(number, root, cfg, training=False).leading_zeros == 0
     assert data.snr == (-3.0, -2.0)
-    refused(lambda: open_dataset(4, to_mix, cfg, training=True), "dataset_type")
+    refused(lambda: open_dataset(99, to_mix, cfg, training=True), "dataset_type")
