@@ -120,7 +120,8 @@ def main() -> None:
     tree = {**TREE, "training": {**TREE["training"], "num_epochs": 100, "num_steps": STEPS,
                                  "global_batch": 4, "valid_every": 1000}}  # fmt: skip
     tree["audio"] = {**TREE["audio"], "chunk_size": 16000}
-    tree["model"] = {"name": "conv", "base_channels": 32, "num_layers": 3}
+    # So large that its steps take longer than the limit on quick machines too.
+    tree["model"] = {"name": "conv", "base_channels": 80, "num_layers": 3}
     config = root / "config.yaml"
     config.write_text(yaml.safe_dump(tree))
     for i in range(CLIPS):
