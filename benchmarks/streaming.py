@@ -99,15 +99,11 @@ def rivals() -> Iterator[tuple[str, float, str, str]]:
         for name, method in make_baselines(available()).items():
             if "noisereduce" not in name:  # not online
                 runs[name] = partial(method, wave, rate)
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(rounds + 1):
-            for name, run in runs.items():
-                start = time.perf_counter()
-                run()
-                times[name].append(time.perf_counter() - start)
-    for name, found in times.items():
-        factor = statistics.median(found[1:]) / seconds
-        yield f"real-time factor, {name}", factor, "", f"one thread, median of {rounds} in turn"
+        medians([*runs.values()], rounds=1, each=1)  # warming up
+        times = medians([*runs.values()], rounds, each=1)
+    for name, found in zip(runs, times, strict=True):
+        note = f"one thread, median of {rounds} in turn"
+        yield f"real-time factor, {name}", found / seconds, "", note
 
 
 def in_own_process() -> Iterator[tuple[str, float, str, str]]:
@@ -161,12 +157,12 @@ def gains() -> Iterator[tuple[str, float, str, str]]:
             yield label, again / seconds, "times", note
 
 
-def medians(functions: list[Callable[[], Any]], rounds: int) -> list[float]:
-    """Return the median seconds of functions that are called in turn, ten times each."""
+def medians(functions: list[Callable[[], Any]], rounds: int, each: int = 10) -> list[float]:
+    """Return the median seconds of functions that are called in turn, `each` times in a row."""
     seconds: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds):
         for function, times in zip(functions, seconds, strict=True):
-            for _ in range(10):
+            for _ in range(each):
                 start = time.perf_counter()
                 function()
                 times.append(time.perf_counter() - start)

@@ -489,12 +489,12 @@ class Scoring(Command):
     batch_size: int = 8  # clips enhanced at a time
     device: str = "auto"  # auto, cpu or cuda
 
-    def job(self, *without: str, **more: Any) -> Any:
-        """Return what is to be evaluated: the flags, but some, and more."""
+    def job(self, **more: Any) -> Any:
+        """Return what is to be evaluated: the flags that say so, and more."""
         from diffbuf_lib.evaluation import Job
 
-        flags = self.flags("data_path", "results_path", "processes", *without)
-        return Job(data_path=self.data_path, **flags, **more)
+        known = Job.__dataclass_fields__
+        return Job(**{name: value for name, value in vars(self).items() if name in known}, **more)
 
 
 class Evaluate(Scoring, name="evaluate"):
@@ -514,7 +514,7 @@ class Evaluate(Scoring, name="evaluate"):
 
         with tempfile.TemporaryDirectory() as temporary:
             found = evaluate_part(
-                self.job("part"), self.results_path or temporary, self.part,
+                self.job(), self.results_path or temporary, self.part,
                 processes=self.processes, page=self.results_path is not None, progress=True,
             )  # fmt: skip
         if found is None:
@@ -563,16 +563,12 @@ class Sweep(Scoring, name="sweep"):
     def __call__(self) -> None:
         from diffbuf_lib.evaluation.sweep import overview, run_sweep, train_grid
 
-        models, vary = self.models, self.vary
+        models = self.models
         if bool(models) == bool(self.train) or bool(self.train) != bool(self.train_path):
             raise ConfigError("give --models, or --train with --train_path")
-        unused = self.over or self.part != "1/1" if models else self.values or vary != "auto"
-        if unused:
-            raise ConfigError(
-                "--over and --part belong to --train, --vary and --values to --models"
-            )
-        without = ["models", "vary", "values", "train", "train_path", "over", "part"]
-        job = self.job(*without, model=models[0] if models else "")
+        if (self.over or self.part != "1/1") if models else (self.values or self.vary != "auto"):
+            raise ConfigError("--over, --part go with --train, --vary, --values with --models")
+        job = self.job(model=models[0] if models else "")
         if self.train:
             found = train_grid(
                 load_config(self.train), self.over, self.train_path, job, self.results_path,
@@ -581,10 +577,10 @@ class Sweep(Scoring, name="sweep"):
             if found is None:
                 print(f"part {self.part} is trained: the last one writes the results")
                 return
-            models, vary = tuple(found), "none"
+            models = tuple(found)
         points = run_sweep(
-            models, job, self.results_path, vary=vary, values=self.values,
-            processes=self.processes, progress=True, say=say,
+            models, job, self.results_path, vary="grid" if self.train else self.vary,
+            values=self.values, processes=self.processes, progress=True, say=say,
         )  # fmt: skip
         print(overview(points))
         print(self.results_path / "sweep.png")

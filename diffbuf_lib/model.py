@@ -238,8 +238,12 @@ class DiffusionBufferModel(
 
     def _heard(self, Y: Tensor) -> Any:
         """Return what calls with the same Y have in common, of a network that can `hear` it."""
-        hear, scale = getattr(self.network, "hear", None), self.cfg.model.data_scale or 1.0
-        return None if hear is None else hear(torch.stack([Y.real, Y.imag], dim=1) / scale)
+        hear, Y = getattr(self.network, "hear", None), self._of_unit_size(Y)
+        return None if hear is None else hear(torch.stack([Y.real, Y.imag], dim=1))
+
+    def _of_unit_size(self, Y: Tensor) -> Tensor:
+        scale = self.cfg.model.data_scale
+        return Y if scale is None else Y / scale
 
     def _inputs(self, V: Tensor, Y: Tensor, sigma: Tensor) -> Tensor:
         """Make of V and Y [B, F, K] complex what networks see: [B, 4, F, K] real, channels-last.
@@ -251,7 +255,7 @@ class DiffusionBufferModel(
         scale = self.cfg.model.data_scale
         if scale is not None:
             size = (frame_times(sigma, V.shape[-1]) ** 2 + scale**2).sqrt()  # history: sigma = 0
-            V, Y = V / size.unsqueeze(1), Y / scale
+            V, Y = V / size.unsqueeze(1), self._of_unit_size(Y)
         x = torch.stack([V.real, V.imag, Y.real, Y.imag], dim=1)
         return x.contiguous(memory_format=torch.channels_last)
 

@@ -45,7 +45,7 @@ def main() -> None:
         shutil.copyfile(arguments.run / "second" / "model" / name, folder / name)
     stages = [list(read_history(arguments.run / stage / "history.jsonl")) for stage in STAGES]
     draw_curve(stages, folder / "training.png")
-    timing = json.loads((arguments.test / "timing.json").read_text())
+    timing = load(arguments.test, "timing")
     card = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -56,8 +56,8 @@ def main() -> None:
         steps=[sum("loss" in line for line in history) for history in stages],
         hours=sum(line.get("seconds", 0) for history in stages for line in history) / 3600,
         sets={
-            "test": tables(json.loads((arguments.test / "summary.json").read_text())),
-            "recordings": tables(json.loads((arguments.recordings / "summary.json").read_text())),
+            "test": tables(load(arguments.test, "summary")),
+            "recordings": tables(load(arguments.recordings, "summary")),
         },
         speech_hours=arguments.speech_hours,
         real=real_world(arguments.real),
@@ -67,16 +67,17 @@ def main() -> None:
 
 def real_world(folder: Path) -> dict[str, str]:
     """Return the tables of `benchmarks.real_world`, as it prints them."""
-
-    def summary(name: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((folder / name / "summary.json").read_text())
-        return found
-
     return {
-        "drones": by_snr(summary("by_snr")),
+        "drones": by_snr(load(folder / "by_snr", "summary")),
         "levels": by_level(folder),
-        "pairs": of_pairs(summary("pairs"), {}),
+        "pairs": of_pairs(load(folder / "pairs", "summary"), {}),
     }
+
+
+def load(folder: Path, name: str) -> dict[str, Any]:
+    """Read one of an evaluation's JSON files."""
+    found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    return found
 
 
 def draw_curve(stages: list[list[dict[str, Any]]], path: Path) -> None:

@@ -230,8 +230,7 @@ def _download(where: str) -> bytes:
     for wait in (*_WAITS, None):
         try:
             system, path = fsspec.core.url_to_fs(where)
-            content: bytes = system.cat_file(path)
-            return content
+            return bytes(system.cat_file(path))
         except Exception as error:  # of what lies between here and there
             if wait is None or _lasts(error):
                 raise _explained(where, error) from error

@@ -14,6 +14,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,9 +34,8 @@ from diffbuf_lib.model import load_model
 from diffbuf_lib.trace import format_table
 from diffbuf_lib.training import train
 
-Vary = Literal["auto", "buffer_size", "delay", "t_max", "none"]
+Vary = Literal["auto", "buffer_size", "delay", "t_max", "none", "grid"]
 BUFFER_SIZES = (5, 10, 20, 30, 60)
-RUNS = "runs"
 T_MAX = (0.3, 0.5, 0.7, 0.8, 0.9)
 
 
@@ -45,7 +45,7 @@ class Point(NamedTuple):
     model: str  # as it was given
     loss: str
     parameters: int
-    varied: str  # buffer_size, delay or t_max; none for a model as it was trained
+    varied: str  # buffer_size, delay or t_max; none or grid for a model as it was trained
     buffer_size: int  # B, frames
     delay: int  # d, frames; B unless it is varied
     t_max: float
@@ -62,7 +62,9 @@ class Point(NamedTuple):
 
     @property
     def curve(self) -> str:
-        """Its model; models as they were trained are one curve a loss."""
+        """Its model; models as they were trained are one curve a loss, but for those of a grid."""
+        if self.varied == "grid":
+            return Path(self.model).name
         if self.varied == "none":
             return f"{self.loss}, as trained"
         return f"{self.model}: {self.loss}, {self.parameters / 1e6:.1f} M parameters"
@@ -83,7 +85,7 @@ def run_sweep(
 
     The weights stay as they are: a model that is run with another B or t_max than it was trained
     with shows what they can do there, not what training for it would give (for that, train one
-    model for each B and give them all with vary="none").
+    model for each B and give them all with vary="none", or "grid" to compare them one by one).
 
     `auto` varies the delay of a data-prediction model, else the buffer size; without values, those
     of the papers that fit are tried. The job says all but model, delay, overrides and baselines;
@@ -142,7 +144,7 @@ def train_grid(
     configs = {name: cfg.override(*one) for name, one in grid.items()}
     if mirror := cfg.training.mirror:  # else one run would go on with another's checkpoint
         configs = {n: c.override(f"training.mirror={mirror}/{n}") for n, c in configs.items()}
-    folders = {name: Path(results_path) / RUNS / (name or "as-it-is") for name in grid}
+    folders = {name: Path(results_path) / "runs" / (name or "as-it-is") for name in grid}
     for name in take_part(list(grid), part):
         say(f"training {folders[name]}")  # of a finished run, only the config is compared
         train_set = open_datasets(job.dataset_type, train_path, configs[name], training=True)
@@ -174,7 +176,7 @@ def _settings(
     slug = re.sub(r"[^\w.-]+", "_", model).strip("_.")
     if vary == "auto":
         vary = "delay" if loaded.predicts_data else "buffer_size"
-    if vary == "none":
+    if vary in ("none", "grid"):
         yield f"{slug}-as-trained", vary, cfg, job
         return
     most = min(cfg.num_frames, cfg.audio.num_frames)
@@ -211,15 +213,14 @@ def _csv_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
 def _draw(points: Sequence[Point]) -> Figure:
     """Draw every metric against latency, t_max where that is varied, or run by run of a grid."""
     by_time = all(point.varied == "t_max" for point in points)
-    grid = all(Path(point.model).parent.name == RUNS for point in points)
+    grid = all(point.varied == "grid" for point in points)
     panels: dict[str, dict[str, list[Mark]]] = {metric: {} for metric in points[0].scores}
-    key = (lambda p: 0) if grid else (lambda p: p.t_max if by_time else p.latency_ms)
-    for number, point in enumerate(sorted(points, key=key), 1):
+    xs = [i if grid else p.t_max if by_time else p.latency_ms for i, p in enumerate(points, 1)]
+    for x, point in sorted(zip(xs, points, strict=True), key=itemgetter(0)):
         for metric, curves in panels.items():
             if mean := point.scores[metric]["mean"]:
-                x = number if grid else point.t_max if by_time else point.latency_ms
-                curve, word = (Path(point.model).name, "") if grid else (point.curve, point.setting)
-                curves.setdefault(curve, []).append((x, mean, word))
+                word = "" if grid else point.setting
+                curves.setdefault(point.curve, []).append((x, mean, word))
     label = "largest diffusion time t_max" if by_time else "latency (ms)"
     figure = draw_panels(panels, "run" if grid else label)
     for axes, metric in zip(figure.axes, panels, strict=True):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffbuf_lib.data.audio import list_audio, read_audio
+from diffbuf_lib.data.audio import check_rate, list_audio, read_audio
 from diffbuf_lib.data.datasets import ClipDataset, apply_crop, draw_crop, read_info
 from diffbuf_lib.data.mixing import is_silent, tilt_spectrum
 from diffbuf_lib.errors import DataError
@@ -103,9 +103,7 @@ class EndlessMixtures(ClipDataset):
     def _excerpt(self, path: Path, rng: np.random.Generator, samples: int) -> Array:
         """Draw an excerpt; of a file that is shorter, all of it again and again: [samples]."""
         info = read_info(path)
-        if info.sample_rate != self.sample_rate:
-            fix = "resample it (`diffbuf data resample`)"
-            raise DataError(f"{path} has {info.sample_rate} Hz, not {self.sample_rate}: {fix}")
+        check_rate(info, self.sample_rate)
         crop = draw_crop(info.frames, samples, 0, rng)
         wave = read_audio(path, crop.start, crop.frames)[0][0].double().numpy()
         return np.resize(np.roll(wave, int(rng.integers(len(wave)))), samples)

@@ -67,6 +67,10 @@ def steps_of(folder):
     return [line for line in history(folder) if "loss" in line]
 
 
+def steps_made(folder):
+    return len(steps_of(folder)) if (folder / "history.jsonl").exists() else 0
+
+
 def assert_same_losses(one, other):
     a, b = steps_of(one), steps_of(other)
     assert [line["step"] for line in a] == [line["step"] for line in b]
@@ -207,7 +211,7 @@ def test_storms_of_signals(command, tmp_path, tries, processes):
     rng, total = random.Random(10 * tries + processes), len(steps_of(whole))
     folder, stops = tmp_path / "run0", 0
     for attempt in range(10 * tries):
-        done = len(steps_of(folder)) if (folder / "history.jsonl").exists() else 0
+        done = steps_made(folder)
         begun = start(processes, run_command, args, folder)
         wait_for(folder, done + rng.randrange(1, total // 2), begun)
         time.sleep(rng.uniform(0, 0.02))
@@ -239,10 +243,10 @@ def test_storms_of_signals_under_torchrun(command, tmp_path):
              "-m", "diffbuf_lib.cli", *args, "--results_path", str(folder),
              "--set", "training.num_epochs=400", "training.global_batch=2"]  # fmt: skip
     for _ in range(20):
-        done = len(steps_of(folder)) if (folder / "history.jsonl").exists() else 0
+        done = steps_made(folder)
         with open(tmp_path / "log", "a") as log:
             process = subprocess.Popen(agent, stdout=log, stderr=log)
-        while (len(steps_of(folder)) if (folder / "history.jsonl").exists() else 0) < done + 3:
+        while steps_made(folder) < done + 3:
             assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))
@@ -290,7 +294,7 @@ def test_only_a_persons_second_ctrl_c_stops_at_once(command, tmp_path):
             status = end.code
         finally:
             os._exit(status)
-    while not (tmp_path / "run" / "history.jsonl").exists() or len(steps_of(tmp_path / "run")) < 3:
+    while steps_made(tmp_path / "run") < 3:
         time.sleep(0.01)
     for _ in range(2):  # in the middle of step 4, which never ends
         os.write(terminal, b"\x03")
@@ -336,22 +340,19 @@ def test_of_two_machines_one_dies_and_the_other_goes_on(command, tmp_path):
     time.sleep(3)  # the first one keeps their store
     agents.append(subprocess.Popen(["bash", str(job)], start_new_session=True))
 
-    def made():
-        return len(steps_of(folder)) if (folder / "history.jsonl").exists() else 0
-
     workers = [[], []]
     try:
-        wait_until(lambda: made() > 30)
-        killed = made()
+        wait_until(lambda: steps_made(folder) > 30)
+        killed = steps_made(folder)
         workers = [workers_of(agent) for agent in agents]
         for pid in [*workers[1], agents[1].pid]:
             os.kill(pid, signal.SIGKILL)
         wait_until(
             lambda: "another process of the run has gone" in (folder / "job.log").read_text()
         )
-        wait_until(lambda: made() > killed + 30)
-        made_steps = [line["step"] for line in steps_of(folder)]
-        assert made_steps == list(range(1, len(made_steps) + 1))
+        wait_until(lambda: steps_made(folder) > killed + 30)
+        steps = [line["step"] for line in steps_of(folder)]
+        assert steps == list(range(1, len(steps) + 1))
     finally:
         for pid in [*workers_of(agents[0]), *workers[1], *(agent.pid for agent in agents)]:
             with suppress(ProcessLookupError):
