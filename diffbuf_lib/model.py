@@ -321,13 +321,15 @@ class DiffusionBufferModel(
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Hold a module in evaluation mode, and leave it as it was."""
+    """Hold a module in evaluation mode, and leave it as it was; at no cost where it is in it."""
     was_training = module.training
-    module.train(False)
+    if was_training:  # to walk through all its parts takes a tenth of a hop
+        module.train(False)
     try:
         yield
     finally:
-        module.train(was_training)
+        if was_training:
+            module.train(True)
 
 
 def resolve_device(name: str, *, fallback: bool = False) -> torch.device:
