@@ -314,6 +314,9 @@ class TrainingConfig(Section):
     amp_dtype: Literal["fp16", "bf16"] = key("fp16", "fp16 has a gradient scaler")
     seed: int = key(0, "of weights, crops, diffusion times and noise", ge=0)
     deterministic: bool = key(False, "torch.use_deterministic_algorithms")
+    memory_format: Literal["auto", "channels_last", "contiguous"] = key(
+        "auto", "of images in memory; auto: a short test on a CPU decides, a resumed run keeps it"
+    )
     num_workers: int = key(4, "processes that read files", ge=0)
     on_nonfinite: Literal["stop", "skip"] = key("stop", "the run at a NaN or Inf, or the batch")
     max_skipped: int = key(10, "batches that on_nonfinite=skip leaves out of a run at most", ge=0)

@@ -63,7 +63,8 @@ class DiffusionBufferModel(
         self.framing = Spectral.from_config(stft.model_copy(update={"center": True}), compression)
         self.level = RunningLevel.from_config(cfg, self.spectral)
         self.sde = make_sde(cfg.sde)
-        self.network = make_network(cfg.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network: Any = make_network(cfg.model)
+        self.set_memory_format("channels_last")
         self.loss_map = LOSSES[cfg.training.loss].load()
 
     @classmethod
@@ -79,6 +80,11 @@ class DiffusionBufferModel(
         with redirect_stdout(io.StringIO()):  # huggingface_hub prints
             loaded: Self = super().from_pretrained(location, **options)
         return loaded
+
+    def set_memory_format(self, name: str) -> None:
+        """Keep images in memory as channels_last or contiguous: the same values, another speed."""
+        self.memory_format = {"contiguous": torch.contiguous_format}.get(name, torch.channels_last)
+        self.network.to(memory_format=self.memory_format)
 
     @property
     def predicts_data(self) -> bool:
@@ -246,7 +252,7 @@ class DiffusionBufferModel(
         return Y if scale is None else Y / scale
 
     def _inputs(self, V: Tensor, Y: Tensor, sigma: Tensor) -> Tensor:
-        """Make of V and Y [B, F, K] complex what networks see: [B, 4, F, K] real, channels-last.
+        """Make of V and Y [B, F, K] complex what networks see: [B, 4, F, K] real.
 
         With model.data_scale s the network sees V / sqrt(s^2 + sigma(t)^2) and Y / s, of unit size
         at every t (Karras et al. 2022, arXiv 2206.00364, equation 7). Speech far below sigma is
@@ -257,7 +263,7 @@ class DiffusionBufferModel(
             size = (frame_times(sigma, V.shape[-1]) ** 2 + scale**2).sqrt()  # history: sigma = 0
             V, Y = V / size.unsqueeze(1), self._of_unit_size(Y)
         x = torch.stack([V.real, V.imag, Y.real, Y.imag], dim=1)
-        return x.contiguous(memory_format=torch.channels_last)
+        return x.contiguous(memory_format=self.memory_format)
 
     def start_memory(self, num_bins: int, t: Tensor, **options: Any) -> Any:
         """Begin streams with a network that remembers: `StreamingNetwork.start`."""

@@ -18,6 +18,7 @@ import math
 import os
 import pickle
 import shutil
+import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -371,6 +372,11 @@ class RunLog:
             self._draw("train", points, record.step)
         self._bar.set_postfix(epoch=record.epoch, loss=f"{record.loss:.4g}", refresh=False)
         self._bar.update(record.step - self._bar.n)
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar, if there is one."""
+        if not self._bar.disable:
+            self._bar.write(text, file=sys.stderr)
 
     def change(self, step: int, changed: Mapping[str, Any]) -> None:
         """Write what a resumed run does otherwise from a step on."""

@@ -48,7 +48,14 @@ from diffbuf_lib.training.folder import (
 from diffbuf_lib.training.metrics import check_metrics, lower_is_better
 from diffbuf_lib.training.mirror import Mirror
 from diffbuf_lib.training.signals import StopRequest, isolated, keeping_memory
-from diffbuf_lib.training.step import Engine, Outcome, StepRecord, make_accelerator, validate
+from diffbuf_lib.training.step import (
+    Engine,
+    Outcome,
+    StepRecord,
+    fastest_format,
+    make_accelerator,
+    validate,
+)
 
 _PLACE = ("step", "epoch", "best", "bad_validations", "bad_batches")
 
@@ -151,7 +158,10 @@ class Run:
         self.total = min(steps, training.num_steps or steps)  # unless it stops early
         with self._isolated():
             seed_everything(training.seed, Stream.WEIGHTS)
+            self.memory_format, self.why = self._together(self._choose_format)
             model = DiffusionBufferModel(cfg) if model is None else model
+            if (set_memory_format := getattr(model, "set_memory_format", None)) is not None:
+                set_memory_format(self.memory_format)
             self.engine = Engine(cfg, model, self.accelerator, self.total)
         self.reader = ClipReader(train_set, training.num_workers)
         self.batches: Iterator[tuple[Tensor, Tensor]] | None = None  # the rest of this epoch's
@@ -366,6 +376,12 @@ class Run:
         self.folder.check_fresh()
         return None
 
+    def _choose_format(self) -> tuple[str, str]:
+        """Return the memory format, measured where a run begins, and what was measured."""
+        if self.state is not None:  # another format would round otherwise
+            return self.state.get("memory_format", "channels_last"), ""
+        return fastest_format(self.cfg, self.accelerator)
+
     def begin(self, *, start_check_point: str | Path | None, progress: bool) -> None:
         """Load what there is to load, save the starting point."""
         changed: dict[str, Any] = {}
@@ -384,6 +400,8 @@ class Run:
             if not self._over():
                 self.folder.truncate_history(self.step, validated=self.pending is None)
             self.log = RunLog(self.cfg, self.folder, self.step, self.total, progress)
+            if self.why:
+                self.log.say(f"memory format: {self.why}")
             if changed:
                 self.log.change(self.step, changed)
         self.whole = True
@@ -441,6 +459,7 @@ class Run:
             "global_batch": self.plan.global_batch,
             "unit": self.plan.unit or self.plan.a_round,
             "pending": self.pending and self.pending.to_dict(),
+            "memory_format": self.memory_format,
         }
         place = {name: getattr(self, name) for name in _PLACE}
         save_checkpoint(path, {**state, **place, **self.engine.state_dict()})
