@@ -57,12 +57,6 @@ def lr_range(lrs: Sequence[float], losses: Sequence[float], proposed: float | No
     return figure
 
 
-def write_in_the_middle(axes: Axes, text: str, **look: Any) -> None:
-    """Write a few words where there is nothing to draw."""
-    look = {"color": "0.4", **look}
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", **look)
-
-
 def scale_of(values: Iterable[float | None]) -> str:
     """Return the scale of an axis of losses: log, or linear where one (snr_weight) is negative."""
     known = [value for value in values if value is not None and math.isfinite(value)]
@@ -161,11 +155,6 @@ def to_png(figure: Figure, **options: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, **{"format": "png", **options})
     return buffer.getvalue()
-
-
-def to_jpeg(figure: Figure) -> bytes:
-    """Return the figure as a JPEG file's bytes: a tenth of a spectrogram's PNG."""
-    return to_png(figure, format="jpeg", pil_kwargs={"quality": 88})
 
 
 def to_pixels(figure: Figure) -> npt.NDArray[np.uint8]:

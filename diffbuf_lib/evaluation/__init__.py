@@ -1,6 +1,6 @@
 """Judge models: scores of clips, baselines beside them, intervals, comparisons, sweeps."""
 
-from diffbuf_lib.evaluation.bootstrap import compare_folders, summary
+from diffbuf_lib.evaluation.bootstrap import compare_folders
 from diffbuf_lib.evaluation.evaluate import Job, evaluate, evaluate_folder, evaluate_part
 from diffbuf_lib.evaluation.scores import ScoredClip
 
@@ -11,5 +11,4 @@ __all__ = [
     "evaluate",
     "evaluate_folder",
     "evaluate_part",
-    "summary",
 ]

@@ -12,7 +12,7 @@ from scipy import stats
 
 from diffbuf_lib.errors import DataError
 from diffbuf_lib.evaluation.baselines import NOISY, OURS
-from diffbuf_lib.evaluation.scores import Row, ScoredClip, read_scores
+from diffbuf_lib.evaluation.scores import Row, read_scores
 
 LEVEL = 0.95
 RESAMPLES = 2000
@@ -121,28 +121,6 @@ def compare_methods(
             for method, scores in table.items()
         },
     }
-
-
-class MeanGain(NamedTuple):
-    """A metric's means over the clips for which it is defined before and after."""
-
-    metric: str
-    noisy: float  # mean of the mixtures; NaN if no clip has a score
-    enhanced: float  # mean of the estimates
-    gain: float  # enhanced - noisy
-    scored: int  # clips that the means are over
-    clips: int  # clips that there were
-
-
-def summary(clips: Sequence[ScoredClip], metrics: Sequence[str]) -> list[MeanGain]:
-    """Average over clips, a row a metric; a clip without a score on either side is left out."""
-    rows = []
-    for metric in metrics:
-        found = [(clip.scores[NOISY].values, clip.scores[OURS].values) for clip in clips]
-        pairs = [(x[metric], y[metric]) for x, y in found if metric in x and metric in y]
-        noisy, enhanced = np.mean(pairs, axis=0).tolist() if pairs else (math.nan, math.nan)
-        rows.append(MeanGain(metric, noisy, enhanced, enhanced - noisy, len(pairs), len(clips)))
-    return rows
 
 
 class Difference(NamedTuple):

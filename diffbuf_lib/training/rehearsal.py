@@ -29,7 +29,7 @@ from diffbuf_lib.training.feed import (
 from diffbuf_lib.training.folder import apply_weights, load_weights
 from diffbuf_lib.training.run import make_plan
 from diffbuf_lib.training.signals import isolated
-from diffbuf_lib.training.step import Engine, make_accelerator
+from diffbuf_lib.training.step import Engine, fastest_format, make_accelerator
 
 LR_RANGE = (1e-6, 1.0)
 _FEWEST = 10  # steps of a range test
@@ -72,6 +72,7 @@ def rehearsal(
         model = DiffusionBufferModel(cfg)
         if start_check_point is not None:
             apply_weights(model, load_weights(start_check_point), start_check_point)
+        model.set_memory_format(fastest_format(cfg, accelerator)[0])
         engine = Engine(cfg, model, accelerator, total_steps=plan.steps)
         yield Rehearsal(cfg, engine, plan, ClipReader(train_set, training.num_workers))
 

@@ -158,7 +158,9 @@ class Run:
         self.total = min(steps, training.num_steps or steps)  # unless it stops early
         with self._isolated():
             seed_everything(training.seed, Stream.WEIGHTS)
-            self.memory_format, self.why = self._together(self._choose_format)
+            kept = self.state and (self.state.get("memory_format", "channels_last"), "")
+            choose = partial(fastest_format, cfg, self.accelerator)  # another would round otherwise
+            self.memory_format, self.why = kept or self._together(choose)
             model = DiffusionBufferModel(cfg) if model is None else model
             if (set_memory_format := getattr(model, "set_memory_format", None)) is not None:
                 set_memory_format(self.memory_format)
@@ -375,12 +377,6 @@ class Run:
             return self.folder.load_last(self.cfg)
         self.folder.check_fresh()
         return None
-
-    def _choose_format(self) -> tuple[str, str]:
-        """Return the memory format, measured where a run begins, and what was measured."""
-        if self.state is not None:  # another format would round otherwise
-            return self.state.get("memory_format", "channels_last"), ""
-        return fastest_format(self.cfg, self.accelerator)
 
     def begin(self, *, start_check_point: str | Path | None, progress: bool) -> None:
         """Load what there is to load, save the starting point."""

@@ -14,13 +14,14 @@ from torch import Tensor
 from diffbuf_lib.config import Config
 from diffbuf_lib.data import ClipDataset, collate, find_layout, open_dataset, read_info
 from diffbuf_lib.errors import ConfigError, MissingExtraError
-from diffbuf_lib.evaluation import ScoredClip, summary
+from diffbuf_lib.evaluation import ScoredClip
 from diffbuf_lib.figures import data_uri, player_gain, player_wav
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.streaming import OnlineEnhancer
 from diffbuf_lib.trace import format_table
 from diffbuf_lib.training import score_clips
 from diffbuf_lib.training.metrics import check_metrics
+from recipes.demo.means import summary
 from walk import Workbench
 
 _METRICS = ("si_sdr", "estoi", "pesq")

@@ -18,7 +18,7 @@ import ipywidgets as widgets
 from IPython.display import DisplayHandle, display
 from matplotlib.figure import Figure
 
-from diffbuf_lib.figures import to_jpeg
+from diffbuf_lib.figures import to_png
 
 Item = TypeVar("Item")
 State = Literal["ready", "running", "paused", "stopped", "finished", "failed"]
@@ -33,6 +33,11 @@ _REQUESTS = {
     "stop": {"stop": True},
     "save": {"reopen": True},
 }
+
+
+def to_jpeg(figure: Figure) -> bytes:
+    """Return the figure as a JPEG file's bytes: a tenth of a spectrogram's PNG."""
+    return to_png(figure, format="jpeg", pil_kwargs={"quality": 88})
 
 
 class Panel:

@@ -20,9 +20,9 @@ from diffbuf_lib.figures import (
     decibels,
     draw_level,
     scale_of,
-    write_in_the_middle,
 )
 from diffbuf_lib.trace import Trace
+from recipes.demo.progress import write_in_the_middle
 
 _RATIO_RANGE = 40  # dB that a picture shows of what is neither signal nor spectrum
 _MOST_MODULES = 14  # that a small picture has room for

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from diffbuf_lib.config import Config, load_config
 from diffbuf_lib.data import LAYOUTS, ClipDataset, find_layout, open_dataset
 from diffbuf_lib.errors import DataError
-from diffbuf_lib.figures import to_jpeg
 from recipes.demo.demo_set import build_demo
+from walk.panels import to_jpeg
 
 CONFIG_VARIABLE = "DIFFBUF_CONFIG"
 DATA_VARIABLE = "DIFFBUF_DATA"

@@ -12,12 +12,18 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from diffbuf_lib.config import AudioConfig
-from diffbuf_lib.figures import DPI, analyse, centred, draw_spectra, scale_of, write_in_the_middle
+from diffbuf_lib.figures import DPI, analyse, centred, draw_spectra, scale_of
 
 # Of a run: a line of its history (`read_history`) or `StepRecord.to_dict()`. One with "loss" is a
 # step, one with "valid" that is not None a validation.
 Line = Mapping[str, Any]
 UNITS = {"si_sdr": "SI-SDR (dB)", "sdr": "SDR (dB)", "pesq": "PESQ (1 to 4.6)", "estoi": "ESTOI"}
+
+
+def write_in_the_middle(axes: Axes, text: str, **look: Any) -> None:
+    """Write a few words where there is nothing to draw."""
+    look = {"color": "0.4", **look}
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", **look)
 
 
 def training_progress(

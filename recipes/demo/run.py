@@ -7,13 +7,14 @@ from pathlib import Path
 
 from diffbuf_lib.config import Config
 from diffbuf_lib.data import DNLMDataset, open_dataset, write_audio
-from diffbuf_lib.evaluation import evaluate, summary
+from diffbuf_lib.evaluation import evaluate
 from diffbuf_lib.evaluation.page import write_page
 from diffbuf_lib.model import load_model
 from diffbuf_lib.pretrained import DEFAULT as DEFAULT_MODEL
 from diffbuf_lib.training import train
 from diffbuf_lib.training.folder import ResultsFolder, read_history
 from recipes.demo.demo_set import build_demo
+from recipes.demo.means import summary
 from recipes.demo.progress import training_progress
 
 TEST_SECONDS = 6
