@@ -1,6 +1,6 @@
-// The page: a file in, two sounds and two spectrograms out.
+// The page: a file or the microphone in, two sounds and two spectrograms out.
 
-import { analyse, enhance, load } from "./stream.js";
+import { Stream, analyse, enhance, joined, load } from "./stream.js";
 
 const at = (id) => document.getElementById(id);
 const say = (text) => { at("status").textContent = text; };
@@ -26,22 +26,82 @@ async function show(file) {
   if (!file || busy) return;
   busy = true;
   try {
-    const before = await samplesOf(file);
-    const begun = performance.now();
+    const before = await samplesOf(file), begun = performance.now();
     const after = await enhance(model, before, (share) => say(`${(100 * share).toFixed(0)} %`));
-    const seconds = (performance.now() - begun) / 1000, length = before.length / rate;
-    at("results").hidden = false;
-    picture(at("before"), before);
-    picture(at("after"), after);
-    at("play-before").src = URL.createObjectURL(wav(before));
-    at("play-after").src = URL.createObjectURL(wav(after));
-    say(`${length.toFixed(1)} s in ${seconds.toFixed(1)} s: real-time factor `
-      + `${(seconds / length).toFixed(2)} on one thread of this browser.`);
+    results(before, after, (performance.now() - begun) / 1000);
   } catch (error) {
     say(`${file.name} could not be enhanced: ${error.message}`);
   } finally {
     busy = false;
   }
+}
+
+function results(before, after, seconds) {
+  const length = before.length / rate;
+  at("results").hidden = false;
+  for (const [id, samples] of [["before", before], ["after", after]]) {
+    picture(at(id), samples);
+    at(`play-${id}`).src = URL.createObjectURL(wav(samples));
+  }
+  say(`${length.toFixed(1)} s in ${seconds.toFixed(1)} s: real-time factor `
+    + `${(seconds / length).toFixed(2)} on one thread of this browser.`);
+}
+
+// The microphone: enhanced while it records, heard at once with headphones, shown at the end.
+let stopRecording = null;
+at("microphone").addEventListener("click", () => (stopRecording ? stopRecording() : record()));
+
+async function record() {
+  if (busy) return;
+  busy = true;
+  let context, source;
+  try {
+    const processing = { echoCancellation: false, noiseSuppression: false, autoGainControl: false };
+    source = await navigator.mediaDevices.getUserMedia({ audio: processing });
+    context = new AudioContext({ sampleRate: rate });
+    await context.audioWorklet.addModule("recorder.js");
+    const recorder = new AudioWorkletNode(context, "recorder", { numberOfOutputs: 0 });
+    const stream = new Stream(model), before = [], after = [], asked = at("listen").checked;
+    let seconds = 0, due = 0, work = Promise.resolve();
+    recorder.port.onmessage = ({ data }) => {
+      before.push(data);
+      work = work.then(async () => {
+        const begun = performance.now(), ready = await stream.push(data);
+        seconds += (performance.now() - begun) / 1000;
+        after.push(ready);
+        if (asked && ready.length) due = play(context, ready, due);
+      });
+    };
+    context.createMediaStreamSource(source).connect(recorder);
+    at("microphone").textContent = "Stop";
+    const begun = performance.now();
+    const clock = setInterval(() => say(`Recording: ${((performance.now() - begun) / 1000)
+      .toFixed(0)} s, real-time factor ${(seconds * rate / Math.max(1, stream.taken)).toFixed(2)}`), 200);
+    await new Promise((resolve) => { stopRecording = resolve; });
+    clearInterval(clock);
+    recorder.port.onmessage = null;
+    await work;
+    results(joined(before), joined([...after, await stream.flush()]), seconds);
+  } catch (error) {
+    say(`The microphone cannot be used: ${error.message}`);
+  } finally {
+    source?.getTracks().forEach((track) => track.stop());
+    await context?.close();
+    at("microphone").textContent = "Use the microphone";
+    stopRecording = null;
+    busy = false;
+  }
+}
+
+// Play samples when those before them end; a twentieth of a second is kept in hand.
+function play(context, samples, due) {
+  const buffer = context.createBuffer(1, samples.length, rate), node = context.createBufferSource();
+  buffer.copyToChannel(samples, 0);
+  node.buffer = buffer;
+  node.connect(context.destination);
+  const begin = due > context.currentTime ? due : context.currentTime + 0.05;
+  node.start(begin);
+  return begin + samples.length / rate;
 }
 
 // Decode any audio that the browser knows, at the model's rate, channels averaged.

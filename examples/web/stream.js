@@ -34,44 +34,96 @@ export function gaussian(count) {
   return z;
 }
 
-// Enhance samples at the model's rate; as many come out. Calls progress(share) now and then.
-export async function enhance(model, samples, progress = () => {}, noise = gaussian) {
-  const { about, session } = model;
-  const { n_fft, hop_length: hop, delay, alpha, beta } = about;
-  const bins = (n_fft >> 1) + 1, buffer = about.times.length, past = n_fft >> 1;
-  let state = begin(model, bins, buffer, noise);
-  // Frames are centred; silence follows until the last sample has left the buffer.
-  const frames = Math.ceil(samples.length / hop) + 1 + delay;
-  const padded = new Float32Array(frames * hop + n_fft);
-  padded.set(samples, past);
-  const sum = new Float32Array(padded.length), envelope = new Float32Array(padded.length);
-  const names = session.inputNames;
-  for (let k = 0; k < frames; k++) {
-    const noisy = compress(analyse(padded, k * hop, about), alpha, beta);
+// One stream: as many samples come out of push and flush as went in, as from run.py's Stream.
+export class Stream {
+  constructor(model, noise = gaussian) {
+    const { n_fft, times } = model.about;
+    this.model = model;
+    this.noise = noise;
+    this.bins = (n_fft >> 1) + 1;
+    this.state = begin(model, this.bins, times.length, noise);
+    this.waiting = new Float32Array(n_fft >> 1); // frames are centred
+    this.sum = new Float32Array(n_fft); // of windowed output frames
+    this.envelope = new Float32Array(n_fft); // of their squared windows
+    this.frames = this.taken = 0;
+    this.given = -(n_fft >> 1); // below 0: samples before the first one, left out
+  }
+
+  // Take samples at the model's rate; give those that are ready.
+  async push(samples) {
+    const { n_fft, hop_length: hop, delay } = this.model.about, ready = [];
+    this.taken += samples.length;
+    this.waiting = joined([this.waiting, samples]);
+    while (this.waiting.length >= n_fft) {
+      const clean = await this.enhance(this.waiting);
+      this.waiting = this.waiting.slice(hop);
+      this.frames += 1;
+      if (this.frames >= delay) ready.push(this.overlapAdd(clean)); // before, it is the buffer's noise
+    }
+    const out = joined(ready), early = Math.max(-this.given, 0);
+    this.given += out.length;
+    return out.subarray(early);
+  }
+
+  // End the stream: give what is still inside.
+  async flush() {
+    const { hop_length: hop } = this.model.about, ready = [];
+    const { taken } = this, missing = taken - Math.max(this.given, 0);
+    while (this.given < taken) ready.push(await this.push(new Float32Array(hop)));
+    return joined(ready).subarray(0, missing);
+  }
+
+  // Take the newest frame through the network; give the clean one that leaves the buffer.
+  async enhance(samples) {
+    const { bins, model: { about, session } } = this, { alpha, beta, times } = about;
+    const names = session.inputNames, frames = times.length + 1;
+    const noisy = compress(analyse(samples, 0, about), alpha, beta);
     const feeds = {
       [names[0]]: new ort.Tensor("float32", noisy, [1, bins, 2]),
-      [names[1]]: new ort.Tensor("float32", noise(bins * (buffer + 1) * 2), [1, bins, buffer + 1, 2]),
+      [names[1]]: new ort.Tensor("float32", this.noise(bins * frames * 2), [1, bins, frames, 2]),
     };
-    state.forEach((tensor, i) => { feeds[names[2 + i]] = tensor; });
+    this.state.forEach((tensor, i) => { feeds[names[2 + i]] = tensor; });
     const out = await session.run(feeds);
-    state = session.outputNames.slice(1).map((name) => out[name]);
-    const first = (k - delay + 1) * hop; // the frame that comes out entered delay - 1 hops ago
-    if (first >= 0) synthesise(expand(out[session.outputNames[0]].data, alpha, beta), first);
-    if (k % 25 === 0) {
-      progress(k / frames);
-      await new Promise((resolve) => setTimeout(resolve)); // let the page draw
-    }
+    this.state = session.outputNames.slice(1).map((name) => out[name]);
+    return inverse(expand(out[session.outputNames[0]].data, alpha, beta), about.n_fft);
   }
-  return sum.map((x, i) => (envelope[i] > 1e-8 ? x / envelope[i] : x))
-    .slice(past, past + samples.length);
 
-  function synthesise(spectrum, first) {
-    const frame = inverse(spectrum, n_fft);
-    for (let n = 0; n < n_fft; n++) {
-      sum[first + n] += frame[n] * about.window[n];
-      envelope[first + n] += about.window[n] ** 2;
+  // Add a frame; give the hop of samples that no later frame changes.
+  overlapAdd(frame) {
+    const { hop_length: hop, window } = this.model.about;
+    window.forEach((w, n) => {
+      this.sum[n] += frame[n] * w;
+      this.envelope[n] += w * w;
+    });
+    const done = this.sum.slice(0, hop)
+      .map((x, n) => (this.envelope[n] > 1e-8 ? x / this.envelope[n] : x));
+    for (const kept of [this.sum, this.envelope]) {
+      kept.copyWithin(0, hop);
+      kept.fill(0, kept.length - hop);
     }
+    return done;
   }
+}
+
+export function joined(pieces) {
+  const all = new Float32Array(pieces.reduce((length, piece) => length + piece.length, 0));
+  let at = 0;
+  for (const piece of pieces) {
+    all.set(piece, at);
+    at += piece.length;
+  }
+  return all;
+}
+
+// Enhance a whole signal. Calls progress(share) now and then.
+export async function enhance(model, samples, progress = () => {}, noise = gaussian) {
+  const stream = new Stream(model, noise), second = model.about.sample_rate, ready = [];
+  for (let i = 0; i < samples.length; i += second) {
+    ready.push(await stream.push(samples.subarray(i, i + second)));
+    progress(i / samples.length);
+    await new Promise((resolve) => setTimeout(resolve)); // let the page draw
+  }
+  return joined([...ready, await stream.flush()]);
 }
 
 // The state of a stream that begins: the last frames of its first tensor are noise.

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 _FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --no-proxy-server"
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --no-proxy-server "
+    "--use-fake-device-for-media-stream --use-fake-ui-for-media-stream"
 )
 
 

@@ -84,6 +84,26 @@ def test_a_file_is_cleaned_heard_and_seen(page, tmp_path):
     page.get_by_text("could not be enhanced").wait_for()
 
 
+def test_the_microphone_is_cleaned_while_it_records(page):
+    """Chromium's own one beeps."""
+    page.check("#listen")
+    page.click("text=Use the microphone")
+    page.get_by_text("Recording: 1 s").wait_for()
+    page.click("text=Stop")
+    page.get_by_text("on one thread of this browser").wait_for()
+    lengths = [
+        page.locator(f"#play-{which}").evaluate(
+            "a => fetch(a.src).then(r => r.blob()).then(b => b.size)"
+        )
+        for which in ("before", "after")
+    ]
+    assert lengths[0] == lengths[1] > 44 + 2 * 8000
+    pixels = "c.getContext('2d').getImageData(0, 0, c.width, c.height).data"
+    heard = page.locator("#before").evaluate(f"c => {pixels}.some((x, i) => i % 4 < 3 && x > 100)")
+    assert heard, "it was silence"
+    page.get_by_text("Use the microphone").wait_for()
+
+
 @pytest.mark.law
 def test_the_page_gives_the_samples_of_the_script(page, folder):
     """Without noise, since the page draws its own."""
