@@ -45,7 +45,7 @@ notebooks: $(VENV)/.lab   ## run all notebooks, and pages of them to read: site/
 	$(BIN)/python docs/make_site.py
 
 demo-model: $(VENV)/.test   ## train configs/demo_model.yaml from scratch: hours, and Debian's voices
-	$(BIN)/python -m recipes.cpu_demo
+	$(BIN)/python -O -m diffbuf_lib.cli demo-model  # -O: see recipes/cpu_demo/pesq_loss.py
 
 bench: $(VENV)/.test  ## speed and memory on this machine, as a table and JSON
 	$(BIN)/python -m benchmarks

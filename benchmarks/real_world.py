@@ -2,6 +2,7 @@
 
     python -m benchmarks.real_world --speech FOLDER --noise FOLDER --out results/real_world
     python -m benchmarks.real_world --clips FOLDER --pairs FOLDER --outputs theirs=FOLDER ...
+    python -m benchmarks.real_world --clips FOLDER --also smaller=results/small/model
 
 Whoever has the same recordings gets the same clips: all that is drawn follows from the seed and
 the sorted names of the files. Public recordings that the card's numbers are of, none of which
@@ -18,7 +19,8 @@ Three tables: by input SNR, by level, and of the pairs.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -31,7 +33,7 @@ from diffbuf_lib.data.audio import list_audio, read_audio, read_info, resample, 
 from diffbuf_lib.data.mixing import is_silent, mix_pair
 from diffbuf_lib.errors import DataError, MissingExtraError
 from diffbuf_lib.evaluation.baselines import NOISY, OURS, make_baselines
-from diffbuf_lib.evaluation.evaluate import Evaluation, Job, evaluate_folder
+from diffbuf_lib.evaluation.evaluate import Job, evaluate_folder
 from diffbuf_lib.evaluation.scores import read_scores, score
 from diffbuf_lib.registry import BASELINES
 from diffbuf_lib.trace import format_table
@@ -55,6 +57,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, help="a folder with clean/ and noisy/")
     theirs = "what other systems made of noisy/, files of the same names"
     parser.add_argument("--outputs", nargs="*", default=[], metavar="NAME=FOLDER", help=theirs)
+    also = "further models, beside --model"
+    parser.add_argument("--also", nargs="*", default=[], metavar="NAME=MODEL", help=also)
     parser.add_argument("--clips-per-snr", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -68,23 +72,31 @@ def main() -> None:
     if clips is None and given.pairs is None:
         parser.error("give --speech and --noise, --clips, or --pairs")
 
-    def run(folder: Path, layout: int, name: str, baselines: Sequence[str]) -> Evaluation:
-        job = Job(given.model, str(folder), layout, METRICS, tuple(baselines), delay=given.delay)
-        return evaluate_folder(job, given.out / name, progress=True)
+    def run(
+        folder: Path, layout: int, name: str, baselines: Sequence[str], model: str = given.model
+    ) -> dict[str, Any]:
+        job = Job(model, str(folder), layout, METRICS, tuple(baselines), delay=given.delay)
+        return evaluate_folder(job, given.out / name, progress=True).summary
 
+    others = dict(item.split("=", 1) for item in given.also)
     if clips is not None:
-        found = run(clips, 1, "by_snr", given.baselines)
-        print(by_snr(found.summary))
+        found = [run(clips, 1, "by_snr", given.baselines)]
+        found += [run(clips, 1, f"also/{n}/by_snr", [NOISY], m) for n, m in others.items()]
+        print(by_snr(joined(found, others)))
         for gain in GAINS:
             folder = given.out / "levels" / f"{gain:g}"
             scale_clips(clips, folder, gain)
             run(folder, 1, f"by_level/{gain:g}", [NOISY])
         print(by_level(given.out))
     if given.pairs is not None:
-        found = run(given.pairs, 2, "pairs", given.baselines)
-        others = dict(item.split("=", 1) for item in given.outputs)
-        print(of_pairs(found.summary, {name: score_outputs(given.pairs / "clean", Path(folder))
-                                       for name, folder in others.items()}))  # fmt: skip
+        found = [run(given.pairs, 2, "pairs", given.baselines)]
+        found += [run(given.pairs, 2, f"also/{n}/pairs", [NOISY], m) for n, m in others.items()]
+        outputs = dict(item.split("=", 1) for item in given.outputs)
+        theirs_scored = {
+            name: score_outputs(given.pairs / "clean", Path(folder))
+            for name, folder in outputs.items()
+        }
+        print(of_pairs(joined(found, others), theirs_scored))
 
 
 def available() -> list[str]:
@@ -155,6 +167,18 @@ def score_outputs(clean: Path, outputs: Path) -> dict[str, float]:
         length = min(target.shape[1], estimate.shape[1])
         found.append(score(estimate[:, :length].mean(0), target[:, :length].mean(0), rate, METRICS))
     return {metric: fmean(one.values[metric] for one in found) for metric in METRICS}
+
+
+def joined(summaries: Sequence[dict[str, Any]], names: Iterable[str]) -> dict[str, Any]:
+    """Return the first summary.json with our model of each of the others beside its own."""
+    first, *rest = copy.deepcopy(list(summaries))
+    for name, other in zip(names, rest, strict=True):
+        first["methods"].append(name)
+        for band, found in first["bands"].items():
+            for metric, column in found["columns"].items():
+                theirs = other["bands"][band]["columns"][metric]["methods"][OURS]
+                column["methods"][name] = theirs
+    return first
 
 
 def by_snr(summary: dict[str, Any]) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,16 @@ import jinja2
 from matplotlib.figure import Figure
 from PIL import Image
 
-from benchmarks.real_world import by_level, by_snr, of_pairs
-from diffbuf_lib import figures
+from benchmarks.real_world import by_level, by_snr, joined, of_pairs
+from diffbuf_lib import DiffusionBufferModel, figures, load_config
 from diffbuf_lib.evaluation.page import cell
 from diffbuf_lib.evaluation.scores import label_of
 from diffbuf_lib.pretrained import DEFAULT, FOLDER
-from diffbuf_lib.training.folder import read_history
+from diffbuf_lib.training.folder import apply_weights, load_weights, read_history
 from recipes.demo.progress import smooth
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
+CONFIG = Path(__file__).parents[1] / "configs" / "demo_model.yaml"
 STAGES = ("first", "second")
 
 
@@ -37,12 +37,15 @@ def main() -> None:
     parser.add_argument("real", type=Path, help="results of python -m benchmarks.real_world")
     parser.add_argument("test", type=Path, help="results of diffbuf evaluate on test")
     parser.add_argument("recordings", type=Path, help="the same on test_recordings")
+    parser.add_argument("--weights", type=Path, help="to bundle; default: the second stage's best")
     parser.add_argument("--speech_hours", required=True, help="of its training speech, in words")
     arguments = parser.parse_args()
     folder = FOLDER / DEFAULT.removeprefix("diffbuf/")
     folder.mkdir(exist_ok=True)
-    for name in ("config.json", "model.safetensors"):
-        shutil.copyfile(arguments.run / "second" / "model" / name, folder / name)
+    model = DiffusionBufferModel(load_config(CONFIG))  # without what only its training needs
+    weights = arguments.weights or arguments.run / "second" / "model"
+    apply_weights(model, load_weights(weights), weights)
+    model.save_pretrained(folder)
     stages = [list(read_history(arguments.run / stage / "history.jsonl")) for stage in STAGES]
     draw_curve(stages, folder / "training.png")
     timing = load(arguments.test, "timing")
@@ -67,11 +70,14 @@ def main() -> None:
 
 def real_world(folder: Path) -> dict[str, str]:
     """Return the tables of `benchmarks.real_world`, as it prints them."""
-    return {
-        "drones": by_snr(load(folder / "by_snr", "summary")),
-        "levels": by_level(folder),
-        "pairs": of_pairs(load(folder / "pairs", "summary"), {}),
-    }
+    names = sorted(path.name for path in folder.glob("also/*"))
+
+    def every(kind: str) -> dict[str, Any]:
+        folders = [folder / kind, *(folder / "also" / name / kind for name in names)]
+        return joined([load(one, "summary") for one in folders], names)
+
+    drones, pairs = by_snr(every("by_snr")), of_pairs(every("pairs"), {})
+    return {"drones": drones, "levels": by_level(folder), "pairs": pairs}
 
 
 def load(folder: Path, name: str) -> dict[str, Any]:

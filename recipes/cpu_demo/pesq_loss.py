@@ -43,12 +43,12 @@ def mean_opinion(given: LossInputs) -> Tensor:
         heard = clean.square().mean(1).sqrt() > _SILENT
         if not heard.any():
             return given.x0_hat.real.new_zeros(())
-        judge = _judge(given.S.device)
-        return torch.as_tensor(judge.mos(clean[heard], wave[heard]).mean())
+        return torch.as_tensor(judge(given.S.device).mos(clean[heard], wave[heard]).mean())
 
 
 @functools.cache
-def _judge(device: torch.device) -> Any:
+def judge(device: torch.device) -> Any:
+    """Return torch-pesq's module; MissingExtraError where it cannot work."""
     package = need("torch_pesq", "data_and_pesq", "pip install --no-deps torch-pesq torchtyping")
     if __debug__:
         raise MissingExtraError("torch-pesq's type checks fail beside tyro: start it as python -O")

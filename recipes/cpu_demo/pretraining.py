@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+
+import torch
 
 import recipes.cpu_demo.endless  # noqa: F401  # dataset_type 4
 from diffbuf_lib.config import Config
 from diffbuf_lib.data import open_dataset
 from diffbuf_lib.training import train
 from diffbuf_lib.training.folder import ResultsFolder
+from recipes.cpu_demo import pesq_loss
 from recipes.cpu_demo.dataset import build_pretraining
 
 
@@ -25,6 +30,16 @@ def first_stage(cfg: Config) -> Config:
         f"training.lr={cfg.training.lr * 5 / 3:.6g}",
         f"training.valid_every={2 * cfg.training.valid_every}",
     )
+
+
+def second_stage(cfg: Config, say: Callable[[str], None]) -> Config:
+    """Return the config of the second run: with a term of PESQ, where torch-pesq is installed."""
+    if find_spec("torch_pesq") is None:
+        say("left out: the term of PESQ (pip install --no-deps torch-pesq torchtyping)")
+        return cfg
+    pesq_loss.judge(torch.device("cpu"))  # now rather than after hours
+    plugins = ["recipes.cpu_demo.endless", "recipes.cpu_demo.pesq_loss"]
+    return cfg.override(f"plugins={json.dumps(plugins)}", "training.loss=data_and_pesq")
 
 
 def run_pretraining(
@@ -51,13 +66,14 @@ def run_pretraining(
     Raises:
         DiffbufError: as in `build_pretraining` and `train`.
     """
+    last = second_stage(cfg, say)
     say(f"1/3  data: {data_path}")
     build_pretraining(data_path, say=say, progress=progress)
     first, second = results_path / "first", results_path / "second"
     say(f"2/3  first stage, V from the noisy spectrum: {first}")
     _train(first_stage(cfg), data_path, first, None, progress)
     say(f"3/3  second stage, V from own estimates: {second}")
-    return _train(cfg, data_path, second, ResultsFolder(first).last, progress)
+    return _train(last, data_path, second, ResultsFolder(first).last, progress)
 
 
 def _train(

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from diffbuf_lib.data import write_audio
-from diffbuf_lib.errors import DataError
-from recipes.cpu_demo import dataset, endless, noise_families, recordings, voices
+from diffbuf_lib.diffusion.losses import LossInputs, data_prediction
+from diffbuf_lib.diffusion.spectral import Spectral
+from diffbuf_lib.errors import DataError, MissingExtraError
+from recipes.cpu_demo import dataset, endless, noise_families, pesq_loss, recordings, voices
 from tests.conftest import seeded
 
 RATE = 16000
@@ -83,6 +85,38 @@ def test_of_fetched_repositories_only_what_is_free_and_clean_is_taken(tmp_path, 
     found = [path.stem for path in (tmp_path / "out").rglob("*.flac")]
     assert found == ["clean"]
     assert "public domain" in capsys.readouterr().out
+
+
+class _Judge:
+    """In the place of torch-pesq, which does not install beside tyro: minus the mean error."""
+
+    def mos(self, clean, wave):
+        return -(clean - wave).square().mean(1)
+
+
+def test_pesq_counts_where_there_is_speech(monkeypatch):
+    monkeypatch.setattr(pesq_loss, "judge", lambda device: _Judge())
+    spectral = Spectral()
+    wave = torch.randn(2, RATE // 2, generator=seeded())
+    wave[1] = 0
+    S = spectral(wave)
+    x0_hat = (1.1 * S).requires_grad_()
+    given = LossInputs(S, x0_hat, S, S, S.real, spectral)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = pesq_loss.data_and_pesq(given)
+    samples = (S.shape[-1] - 1) * spectral.hop_length
+    error = (spectral.inverse(x0_hat, samples) - spectral.inverse(S, samples))[0].square().mean()
+    term = loss - data_prediction(given)
+    torch.testing.assert_close(term, (pesq_loss.WEIGHT * 0.01 * error).expand_as(term))
+    loss.mean().backward()
+    assert x0_hat.grad.isfinite().all()
+    nothing = LossInputs(S, S[1:], S[1:], S, S.real, spectral)
+    assert pesq_loss.mean_opinion(nothing) == 0
+
+
+def test_without_its_package_or_beside_type_checks_pesq_says_so():
+    with pytest.raises(MissingExtraError, match=r"torch-pesq|python -O"):
+        pesq_loss.judge(torch.device("cpu"))
 
 
 @pytest.mark.law
