@@ -438,11 +438,12 @@ class Stream(Command, name="stream"):
 
 
 class Export(Command, name="export"):
-    """Write an ONNX graph of a model's hop and a script that streams it without torch."""
+    """Write a graph of a model's hop, and for ONNX a script that streams it without torch."""
 
     model: Positional[str]  # folder of a trained model, a run's folder, or a name
     output: Annotated[Path, arg(aliases=["-o"])]  # folder
     precision: Literal["fp32", "fp16", "int8"] = "fp32"  # of the graph; its error is printed
+    format: Literal["onnx", "executorch"] = "onnx"  # the runtime's
     delay: int | None = None  # output delay, 1 to buffer_size frames (data prediction)
 
     def __call__(self) -> None:
@@ -450,7 +451,7 @@ class Export(Command, name="export"):
         from diffbuf_lib.model import load_model
 
         model = load_model(self.model, "cpu")
-        print(export_model(model, self.output, precision=self.precision, delay=self.delay))
+        print(export_model(model, self.output, **self.flags("model", "output")))
 
 
 class ServeBench(Command, name="serve-bench"):

@@ -1,4 +1,4 @@
-"""A model as a folder that runs without torch: an ONNX graph, what stands around it, a script."""
+"""A model as a folder that runs without torch: a graph, what stands around it, a script."""
 
 from __future__ import annotations
 
@@ -11,28 +11,37 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 import diffbuf_lib
+from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.graph import OPSET, hop_sampler, quiet, tensors, worst_error, write_hop
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.streaming import OnlineEnhancer
 
 GraphPrecision = Literal["fp32", "fp16", "int8"]
+Format = Literal["onnx", "executorch"]
 HOPS = 500  # that the graph is compared over
 
 
 class Exported(NamedTuple):
     """What `export_model` wrote."""
 
-    folder: Path
+    graph: Path  # in the folder
     precision: GraphPrecision
     error: float  # largest difference from the model in a hop, over the peak
-    num_bytes: int  # of the graph
+
+    @property
+    def folder(self) -> Path:
+        """The folder that was written."""
+        return self.graph.parent
 
     def __str__(self) -> str:
+        size, script = self.graph.stat().st_size / 1e6, self.folder / "run.py"
+        kind = (
+            f"{self.precision}, opset {OPSET}" if script.exists() else f"{self.precision}, XNNPACK"
+        )
+        run = f" and run.py, which needs no torch: python {script} noisy.wav clean.wav"
         return (
-            f"{self.folder / 'hop.onnx'}: {self.num_bytes / 1e6:.1f} MB, {self.precision}, opset "
-            f"{OPSET}; worst error of {HOPS} hops {self.error:.1e} of the peak\n"
-            f"beside it start.bin, stream.json and run.py, which needs no torch: "
-            f"python {self.folder / 'run.py'} noisy.wav clean.wav"
+            f"{self.graph}: {size:.1f} MB, {kind}; worst error of {HOPS} hops {self.error:.1e} of "
+            f"the peak\nbeside it start.bin, stream.json{run if script.exists() else ''}"
         )
 
 
@@ -44,32 +53,37 @@ def export_model(
     # both at the price of an error.
     precision: GraphPrecision = "fp32",
     delay: int | None = None,  # d, 1 to B frames, of a data-prediction model; None for B
+    format: Format = "onnx",  # executorch: one stream, for a phone's program; no run.py
 ) -> Exported:
-    """Write hop.onnx (see `graph.write_hop`), start.bin, stream.json and run.py.
+    """Write hop.onnx or hop.pte (see `graph.write_hop`), start.bin, stream.json and run.py.
 
     start.bin is the state of one stream that begins, float32: state.0, state.1, ... one after the
     other. The last Kb frames of state.0 hold noise, start_sigma of stream.json times CN(0, 1).
-    Errors as in `graph.write_hop`.
+    Errors as in `graph.write_hop`; ConfigError for executorch in another precision than fp32.
     """
-    sampler, folder = hop_sampler(model, delay), Path(folder)
+    sampler, folder, mobile = hop_sampler(model, delay), Path(folder), format == "executorch"
+    if mobile and precision != "fp32":
+        raise ConfigError(f"--precision {precision} is of ONNX: leave it out with executorch")
     with tempfile.TemporaryDirectory() as work:
-        graph = Path(work) / "hop.onnx"
+        graph = Path(work) / ("hop.pte" if mobile else "hop.onnx")
         error = write_hop(model, graph, delay, HOPS)
         if precision != "fp32":
             with quiet():
                 _convert(graph, precision)
             error = worst_error(model, graph, delay, HOPS)
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(graph, folder / "hop.onnx")
+        shutil.copyfile(graph, folder / graph.name)
     state = sampler.start(1, model.framing.num_bins)
     state.V.zero_()
     flat = [np.ravel(tensor.numpy()).view(np.float32) for tensor in tensors(state)]
     np.concatenate(flat).tofile(folder / "start.bin")
-    shutil.copyfile(Path(__file__).with_name("standalone.py"), folder / "run.py")
-    about = _about(model, delay) | {"precision": precision, "opset": OPSET, "worst_error": error}
+    about = _about(model, delay) | {"precision": precision, "worst_error": error}
+    if not mobile:
+        shutil.copyfile(Path(__file__).with_name("standalone.py"), folder / "run.py")
+        about["opset"] = OPSET
     lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in about.items())
     (folder / "stream.json").write_text(f"{{\n{lines}\n}}\n")
-    return Exported(folder, precision, error, (folder / "hop.onnx").stat().st_size)
+    return Exported(folder / graph.name, precision, error)
 
 
 def _about(model: DiffusionBufferModel, delay: int | None) -> dict[str, object]:

@@ -1,8 +1,9 @@
-"""One hop of a stream as an ONNX graph, and the sampler that runs it in torch's place.
+"""One hop of a stream as a graph for ONNX Runtime or ExecuTorch, and the sampler that runs it.
 
 A graph takes the newest frame, its noise and the state to the clean frame and the next state: real
-tensors [batch, ...], batch free. The state is whatever tensors `BufferState`, and with it the
-network's memory, hold in dataclasses, lists, tuples and dicts, in order.
+tensors [batch, ...]; batch is free in ONNX (.onnx), 1 in ExecuTorch (.pte). The state is whatever
+tensors `BufferState`, and with it the network's memory, hold in dataclasses, lists, tuples and
+dicts, in order.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -28,26 +30,26 @@ from diffbuf_lib.model import DiffusionBufferModel, evaluating, fingerprint
 from diffbuf_lib.networks import can_stream
 
 _INSTALL = "pip install 'diffbuf[export]'"
+_MOBILE = (
+    "in an environment of its own, pip install executorch==1.2.0, which is made for torch 2.11"
+)
+Run = Callable[[list[Tensor]], Sequence[Tensor]]
 Backend = Literal["torch", "onnx"]
 OPSET = 18
 LIMIT = 1e-4  # of the peak: the largest error that a graph may have
 
 
 class GraphSampler:
-    """A `BufferSampler` whose hops ONNX Runtime runs, on as many threads as torch has now.
+    """A `BufferSampler` whose hops a graph's runtime runs, ONNX on as many threads as torch has.
 
     The graph at `path` is from `write_hop`; the sampler of the same model draws the noise and
-    begins the streams. MissingExtraError without onnxruntime.
+    begins the streams. MissingExtraError without its runtime.
     """
 
     def __init__(self, sampler: BufferSampler, path: Path) -> None:
         self.t, self.delay = sampler.t, sampler.delay
         self.start, self.draw = sampler.start, sampler.draw
-        runtime = need("onnxruntime", "ONNX", _INSTALL)
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        self.session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self.names = [given.name for given in self.session.get_inputs()]
+        self.run = _program(path) if path.suffix == ".pte" else _session(path)
 
     def step(self, state: BufferState, R: Tensor, generator: Generators = None) -> Tensor:
         """Take in one noisy frame and put out one clean frame; see `BufferSampler.step`."""
@@ -55,14 +57,34 @@ class GraphSampler:
 
     def move(self, state: BufferState, R: Tensor, z: Tensor) -> Tensor:
         """Do what `step` does, with the noise of `draw`."""
-        arrays = [_real(tensor).contiguous().numpy() for tensor in (R, z, *tensors(state))]
-        made = self.session.run(None, dict(zip(self.names, arrays, strict=True)))
-        clean, *after = map(torch.from_numpy, made)
+        clean, *after = self.run([_real(t).contiguous() for t in (R, z, *tensors(state))])
         moved = with_tensors(state, after)
         for field in fields(BufferState):
             setattr(state, field.name, getattr(moved, field.name))
         state.pushed += 1
         return torch.view_as_complex(clean)
+
+
+def _session(path: Path) -> Run:
+    runtime = need("onnxruntime", "ONNX", _INSTALL)
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+
+    def run(given: list[Tensor]) -> list[Tensor]:
+        feeds = {name: tensor.numpy() for name, tensor in zip(names, given, strict=True)}
+        return [torch.from_numpy(made) for made in session.run(None, feeds)]
+
+    return run
+
+
+def _program(path: Path) -> Run:
+    program = need("executorch.runtime", "ExecuTorch", _MOBILE).Runtime.get().load_program(path)
+    method = program.load_method("forward")
+    return lambda given: [
+        made.clone() for made in method.execute(given)
+    ]  # its memory is used again
 
 
 def cached_graph(model: DiffusionBufferModel, delay: int | None = None) -> Path:
@@ -102,10 +124,10 @@ def worst_error(
     """Return a graph's largest difference from the model's hops, over the peak of each tensor.
 
     Every hop begins with the model's state, and what becomes of the state counts too: an untrained
-    network can be chaotic, and any two ways of rounding then part in time. Two streams side by
-    side, of noise that rises and falls by 60 dB within 200 hops.
+    network can be chaotic, and any two ways of rounding then part in time. Of noise that rises and
+    falls by 60 dB within 200 hops; in ONNX two streams side by side.
     """
-    sampler, shape = hop_sampler(model, delay), (2, model.framing.num_bins)
+    sampler, shape = hop_sampler(model, delay), (_streams(path), model.framing.num_bins)
     graph, generator = GraphSampler(sampler, path), torch.Generator().manual_seed(0)
     state = sampler.start(*shape, generator)
     errors, peaks = [], []
@@ -130,12 +152,14 @@ def write_hop(
     """Write the graph of a hop: noisy, noise, state.0, ... to clean, next.0, ...
 
     noisy and clean are [batch, F, 2], compressed spectra, real and imaginary; noise is [batch, F,
-    Kb + 1, 2] of variance 1/2. Returns `worst_error` of so many hops. ConfigError for a network
-    that cannot stream or be traced by torch.export, or whose graph is more than `LIMIT` off.
+    Kb + 1, 2] of variance 1/2. The path ends in .onnx or .pte. Returns `worst_error` of so many
+    hops. ConfigError for a network that cannot stream or be traced by torch.export, or whose graph
+    is more than `LIMIT` off.
     """
-    for package in ("onnx", "onnxscript"):
-        need(package, "ONNX", _INSTALL)
-    sampler = hop_sampler(model, delay)
+    mobile = path.suffix == ".pte"
+    for package in ("executorch.exir",) if mobile else ("onnx", "onnxscript"):
+        need(package, *(("ExecuTorch", _MOBILE) if mobile else ("ONNX", _INSTALL)))
+    sampler, kept = hop_sampler(model, delay), model.memory_format
 
     def hop(given: list[Tensor]) -> list[Tensor]:
         R, z, *own = (tensor.clone() for tensor in given)  # the network changes its state in place
@@ -144,33 +168,57 @@ def write_hop(
         return [_real(tensor) for tensor in (clean, *tensors(after))]
 
     with torch.no_grad(), evaluating(model):
-        state = sampler.start(2, model.framing.num_bins)
+        state = sampler.start(_streams(path), model.framing.num_bins)
         noisy = torch.zeros_like(state.V[..., 0])
         given = [_real(tensor) for tensor in (noisy, sampler.draw(noisy), *tensors(state))]
         numbers = range(len(given) - 2)
-        shapes = ([{0: torch.export.Dim("batch")} for _ in given],)
+        shapes = None if mobile else ([{0: torch.export.Dim("batch")} for _ in given],)
         try:
+            if mobile:  # its kernels know no other
+                model.set_memory_format("contiguous")
             with quiet():
                 traced = torch.export.export(_Call(hop, model), (given,), dynamic_shapes=shapes)
                 graph: Any = traced.module(check_guards=False)
-                program = torch.onnx.export(
-                    _Call(lambda given: _RealArithmetic(graph).run(*given), graph), (given,),
-                    dynamo=True, dynamic_shapes=shapes, opset_version=OPSET, verbose=False,
-                    input_names=["noisy", "noise", *(f"state.{i}" for i in numbers)],
-                    output_names=["clean", *(f"next.{i}" for i in numbers)],
-                )  # fmt: skip
+                step = _Call(lambda given: _RealArithmetic(graph).run(*given), graph)
+                if mobile:
+                    path.write_bytes(_lowered(torch.export.export(step, (given,))))
+                else:
+                    program = torch.onnx.export(
+                        step, (given,), dynamo=True, dynamic_shapes=shapes,
+                        opset_version=OPSET, verbose=False,
+                        input_names=["noisy", "noise", *(f"state.{i}" for i in numbers)],
+                        output_names=["clean", *(f"next.{i}" for i in numbers)],
+                    )  # fmt: skip
+                    assert program is not None
+                    program.save(path, external_data=False)
         except Exception as error:  # whatever a network of one's own does that cannot be traced
             why = str(error).strip().partition("\n")[0]
             what = f"the step of model.name {model.cfg.model.name} cannot be exported"
             raise ConfigError(f"{what}: {why}") from error
-    assert program is not None
-    program.save(path, external_data=False)
+        finally:
+            if kept is not model.memory_format:
+                model.set_memory_format("channels_last")
     worst = worst_error(model, path, delay, hops)
     if not worst <= LIMIT:
         what = f"the graph differs from the model by {worst:.1e} of the peak, more than {LIMIT:.0e}"
         fix = f"see what StreamingNetwork.start asks of the memory of {model.cfg.model.name}"
         raise ConfigError(f"{what}: {fix}; an SDE must be linear in its spectra")
     return worst
+
+
+def _streams(path: Path) -> int:
+    return 1 if path.suffix == ".pte" else 2
+
+
+def _lowered(program: Any) -> bytes:
+    """Let ExecuTorch lower an exported program, with XNNPACK where that knows an operation."""
+    partition = "executorch.backends.xnnpack.partition.xnnpack_partitioner"
+    partitioner = need(partition, "ExecuTorch", _MOBILE).XnnpackPartitioner()
+    if (flatc := Path(sys.executable).with_name("flatc")).is_file():  # not on an inactive PATH
+        os.environ.setdefault("FLATC_EXECUTABLE", str(flatc))
+    exir = need("executorch.exir", "ExecuTorch", _MOBILE)
+    lowered = exir.to_edge_transform_and_lower(program, partitioner=[partitioner])
+    return bytes(lowered.to_executorch().buffer)
 
 
 class _Call(nn.Module):
