@@ -30,7 +30,7 @@ from pydantic import (
 
 from diffbuf_lib import registry
 from diffbuf_lib.errors import ConfigError
-from diffbuf_lib.foreign import is_foreign, translate
+from diffbuf_lib.foreign import is_foreign, put, translate
 from diffbuf_lib.registry import Registry
 
 
@@ -448,15 +448,7 @@ def _with_override(tree: dict[str, Any], override: str) -> dict[str, Any]:
         value = _parse_yaml(text)
     except ValueError as error:
         raise ConfigError(f"override {override!r}: the value is not YAML") from error
-
-    def replaced(node: Any, keys: list[str]) -> Any:
-        if not keys:
-            return value
-        node = node if isinstance(node, dict) else {}
-        return {**node, keys[0]: replaced(node.get(keys[0]), keys[1:])}
-
-    changed: dict[str, Any] = replaced(tree, [key.strip() for key in path.split(".")])
-    return changed
+    return put(tree, ".".join(key.strip() for key in path.split(".")), value)
 
 
 def _describe(problem: Any, section: type[Section], prefix: str = "", hint: str = "") -> str:

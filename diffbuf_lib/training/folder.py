@@ -37,6 +37,7 @@ from diffbuf_lib.data.audio import atomic_file, wait_for_disk
 from diffbuf_lib.data.reader import reason
 from diffbuf_lib.errors import CheckpointError
 from diffbuf_lib.figures import spectrograms, to_pixels
+from diffbuf_lib.foreign import flatten
 from diffbuf_lib.trace import to_plain
 from diffbuf_lib.training.step import StepRecord, Validation
 
@@ -268,7 +269,7 @@ def check_same_config(
 
     CheckpointError if they differ in others that are not `CHANGEABLE`.
     """
-    before, after = dict(_flat(old)), dict(_flat(new))
+    before, after = dict(flatten(old)), dict(flatten(new))
     linear = "linear" in (before.get("training.lr_schedule"), after.get("training.lr_schedule"))
     changeable = CHANGEABLE.difference(_ENDS if linear else ())
     different = [key for key in {**before, **after} if before.get(key) != after.get(key)]
@@ -283,14 +284,6 @@ def check_same_config(
         fix = "choose another --results_path (--start_check_point takes over the weights)"
         raise CheckpointError(f"{what}. Set them back, or {fix}")
     return {key: [before.get(key), after.get(key)] for key in different if key in NOTED}
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def read_history(path: str | Path) -> Iterator[dict[str, Any]]:

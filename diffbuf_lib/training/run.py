@@ -158,7 +158,7 @@ class Run:
         self.total = min(steps, training.num_steps or steps)  # unless it stops early
         with self._isolated():
             seed_everything(training.seed, Stream.WEIGHTS)
-            kept = self.state and (self.state.get("memory_format", "channels_last"), "")
+            kept: Any = self.state and (self.state.get("memory_format", "channels_last"), "")
             choose = partial(fastest_format, cfg, self.accelerator)  # another would round otherwise
             self.memory_format, self.why = kept or self._together(choose)
             model = DiffusionBufferModel(cfg) if model is None else model
