@@ -42,10 +42,8 @@ def pack_folder(source: str | Path, out_path: str | Path, **how: Any) -> Path:
 
     Samples of 16 bits stay what they are, others are rounded to 24. Part i of n writes every n-th
     shard, and whoever comes last the index; a stopped packing goes on when started again. `how`
-    has the options of `write_shards`.
-
-    Raises:
-        DataError: no folder of pairs, a pair that does not match, another packing, a full disk.
+    has the options of `write_shards`. DataError: no folder of pairs, a pair that does not match,
+    another packing, a full disk.
     """
     source, out_path = Path(source), Path(out_path)
     splits = [source / name for name in ("train", "valid", "test") if find_layout(source / name)]

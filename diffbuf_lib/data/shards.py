@@ -138,8 +138,7 @@ class ShardDataset(ClipDataset):
     def fetch(self, indices: Sequence[int]) -> list[bytes]:
         """Return the bytes of clips, from the cache or from where they lie.
 
-        Raises:
-            DataError: an object is gone, forbidden, short or damaged, also after some tries.
+        DataError for an object that is gone, forbidden, short or damaged, also after some tries.
         """
         found = {i: data for i in indices if (data := self._from_cache(i))}
         for wait in (*(_WAITS if self.is_remote else ()), None):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
@@ -228,8 +228,10 @@ class Run:
         )
         if self.log is not None:
             self.log.step(record)
-        if outcome.stop:
-            self._interrupt(record)
+        if outcome.stop:  # before the record is handed out: a resumed run will begin with it
+            self.pending = record
+            self.stop.requested = self.agreed = True
+            raise KeyboardInterrupt
         return record
 
     def _finish_step(self, record: StepRecord) -> StepRecord:
@@ -309,12 +311,6 @@ class Run:
         self.bad_batches += 1
         warnings.warn(f"left out, {so_far + 1} of at most {most}: {error}", stacklevel=2)
         return True
-
-    def _interrupt(self, record: StepRecord) -> NoReturn:
-        """Stop after a step whose record was not handed out: a resumed run will begin with it."""
-        self.pending = record
-        self.stop.requested = self.agreed = True
-        raise KeyboardInterrupt
 
     def _judge(self, values: dict[str, float]) -> bool:
         """Let a validation change the learning rate; return whether it is the best one."""
@@ -489,8 +485,7 @@ def make_plan(
 ) -> EpochPlan:
     """Cut epochs into batches; a resumed run keeps its global batch unless another is asked for.
 
-    Raises:
-        ConfigError: the processes cannot share the global batch.
+    ConfigError if the processes cannot share it.
     """
     batch, rounds, unit = training.batch_size, training.accumulation_steps, training.global_batch
     total = training.global_batch or batch * rounds * processes
