@@ -17,17 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffbuf_lib.data import audio
-from diffbuf_lib.data.build import (
-    Sample,
-    claim,
-    cores,
-    make_sample,
-    prepare,
-    run_parallel,
-    take_part,
-    write_records,
-)
+from diffbuf_lib.data import audio, build
 from diffbuf_lib.data.datasets import ClipDataset, find_layout
 from diffbuf_lib.data.shards import INDEX, row_type, shard_path
 from diffbuf_lib.errors import DataError
@@ -74,12 +64,12 @@ def build_shards(
     """
     given = ("clips", "part", "processes", "progress")
     how = {name: options.pop(name) for name in given if name in options}
-    samples = prepare(speech_dir, noise_dir, out_path, **options)
+    samples = build.prepare(speech_dir, noise_dir, out_path, **options)
     for split, found in groupby(samples, key=lambda sample: sample.split):
         made = list(found)
         names = [sample.folder.name for sample in made]
         write_shards(split.folder, names, partial(_made, made), remove=True, **how)
-        write_records(split.folder, made)
+        build.write_records(split.folder, made)
     return Path(out_path)
 
 
@@ -99,14 +89,12 @@ def write_shards(
         raise DataError(f"--clips {clips}: a shard holds at least 1")
     longest = max(len(name.encode()) for name in names)
     digest = hashlib.sha256("\0".join(names).encode()).hexdigest()
-    claim(out / "pack.json", {"format": 1, "clips": len(names), "a_shard": clips, "names": digest})
-    numbers = range(-(-len(names) // clips))
-    todo = [
-        k for k in take_part(numbers, part) if not shard_path(out, k).with_suffix(".npy").exists()
-    ]
+    made_of = {"format": 1, "clips": len(names), "a_shard": clips, "names": digest}
+    build.claim(out / "pack.json", made_of)
+    rows = [shard_path(out, k).with_suffix(".npy") for k in range(-(-len(names) // clips))]
+    todo = [k for k in build.take_part(range(len(rows)), part) if not rows[k].exists()]
     write = partial(_write_shard, out, len(names), make, clips, row_type(longest), remove)
-    run_parallel(write, todo, processes or cores(), desc="shards", disable=not progress)
-    rows = [shard_path(out, k).with_suffix(".npy") for k in numbers]
+    build.run_parallel(write, todo, processes or build.cores(), desc="shards", disable=not progress)
     if all(path.exists() for path in rows):
         _save(out / INDEX, np.concatenate([np.load(path) for path in rows]))
 
@@ -117,8 +105,8 @@ def _checked(dataset: ClipDataset, i: int) -> Source:
     return dataset.label(i), mix, target
 
 
-def _made(samples: Sequence[Sample], i: int) -> Source:
-    make_sample(samples[i])
+def _made(samples: Sequence[build.Sample], i: int) -> Source:
+    build.make_sample(samples[i])
     folder = samples[i].folder
     return folder.name, folder / "mixture.wav", folder / "vocals.wav"
 

@@ -25,18 +25,8 @@ from diffbuf_lib.config import Config, TrainingConfig
 from diffbuf_lib.data.reader import reason
 from diffbuf_lib.errors import CheckpointError, ConfigError, DiffbufError, NonFiniteError
 from diffbuf_lib.model import DiffusionBufferModel
+from diffbuf_lib.training import feed
 from diffbuf_lib.training.failure import Attempt, Failures
-from diffbuf_lib.training.feed import (
-    Batch,
-    ClipReader,
-    ClipSource,
-    EpochPlan,
-    FixedClips,
-    Stream,
-    example_generators,
-    seed_everything,
-    stream_seed,
-)
 from diffbuf_lib.training.folder import (
     FolderLock,
     ResultsFolder,
@@ -62,8 +52,8 @@ _PLACE = ("step", "epoch", "best", "bad_validations", "bad_batches")
 
 def train(
     cfg: Config,
-    train_set: ClipSource,
-    valid_set: ClipSource | None,
+    train_set: feed.ClipSource,
+    valid_set: feed.ClipSource | None,
     results_path: str | Path,
     *,
     resume: bool | Literal["auto"] = False,
@@ -127,8 +117,8 @@ class Run:
     def __init__(
         self,
         cfg: Config,
-        train_set: ClipSource,
-        valid_set: ClipSource | None,
+        train_set: feed.ClipSource,
+        valid_set: feed.ClipSource | None,
         results_path: str | Path,
         resume: bool | Literal["auto"],
         device: str,
@@ -151,13 +141,13 @@ class Run:
         if training.overfit_batches is not None:
             self.plan = dataclasses.replace(self.plan, shuffled=False)
             size = training.overfit_batches * self.plan.a_round
-            valid_set = FixedClips(train_set, size)
-            train_set = FixedClips(train_set, size, len(train_set))
+            valid_set = feed.FixedClips(train_set, size)
+            train_set = feed.FixedClips(train_set, size, len(train_set))
         self.valid_set = valid_set if valid_set is not None and len(valid_set) else None
         steps = training.num_epochs * self.plan.steps
         self.total = min(steps, training.num_steps or steps)  # unless it stops early
         with self._isolated():
-            seed_everything(training.seed, Stream.WEIGHTS)
+            feed.seed_everything(training.seed, feed.Stream.WEIGHTS)
             kept: Any = self.state and (self.state.get("memory_format", "channels_last"), "")
             choose = partial(fastest_format, cfg, self.accelerator)  # another would round otherwise
             self.memory_format, self.why = kept or self._together(choose)
@@ -165,7 +155,7 @@ class Run:
             if (set_memory_format := getattr(model, "set_memory_format", None)) is not None:
                 set_memory_format(self.memory_format)
             self.engine = Engine(cfg, model, self.accelerator, self.total)
-        self.reader = ClipReader(train_set, training.num_workers)
+        self.reader = feed.ClipReader(train_set, training.num_workers)
         self.batches: Iterator[tuple[Tensor, Tensor]] | None = None  # the rest of this epoch's
         place = self.engine, self.plan, train_set, self.rank
         self.failures = Failures(cfg, self.folder.path, *place)
@@ -271,20 +261,21 @@ class Run:
             self.log.validation(record, result, final=final)
         return dataclasses.replace(record, valid=result.values)
 
-    def _next_batch(self, round_: int) -> Batch:
+    def _next_batch(self, round_: int) -> feed.Batch:
         seed, device = self.cfg.training.seed, self.accelerator.device
         if self.batches is None:
             self.reader.dataset.set_epoch(self.epoch)
             clips = self.plan.batches(self.epoch, self.rank, start=round_)
-            key = stream_seed(seed, Stream.WORKERS, self.epoch, self.rank)
+            key = feed.stream_seed(seed, feed.Stream.WORKERS, self.epoch, self.rank)
             self.batches = self.reader.read(clips, key, pin_memory=device.type == "cuda")
         mix, target = (wave.to(device, non_blocking=True) for wave in next(self.batches))
         keys = [(self.epoch, position) for position in self.plan.positions(round_, self.rank)]
-        generators = example_generators(keys, seed, Stream.EXAMPLE, device)
-        return Batch(mix, target, generators, self.plan.share(round_, self.rank))
+        generators = feed.example_generators(keys, seed, feed.Stream.EXAMPLE, device)
+        return feed.Batch(mix, target, generators, self.plan.share(round_, self.rank))
 
     def _make_step(self, attempt: Attempt) -> Outcome:
-        seed_everything(self.cfg.training.seed, Stream.STEP, self.step, self.rank)  # for dropout
+        seed = self.cfg.training.seed
+        feed.seed_everything(seed, feed.Stream.STEP, self.step, self.rank)  # for dropout
         try:
             return self.engine.step(attempt.batches, stop=self.stop.requested)
         except Exception as error:
@@ -482,7 +473,7 @@ class Run:
 
 def make_plan(
     training: TrainingConfig, size: int, processes: int, state: dict[str, Any] | None
-) -> EpochPlan:
+) -> feed.EpochPlan:
     """Cut epochs into batches; a resumed run keeps its global batch unless another is asked for.
 
     ConfigError if the processes cannot share it.
@@ -501,7 +492,7 @@ def make_plan(
         )
     share = total // processes
     batch = max(n for n in range(1, min(batch, share) + 1) if share % n == 0)
-    return EpochPlan(size, batch, share // batch, processes, training.seed, unit)
+    return feed.EpochPlan(size, batch, share // batch, processes, training.seed, unit)
 
 
 def old_batch(state: dict[str, Any]) -> tuple[int, int]:
