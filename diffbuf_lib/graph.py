@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from diffbuf_lib.data.audio import atomic_file
-from diffbuf_lib.diffusion.buffer import Generators
 from diffbuf_lib.diffusion.sampler import BufferSampler, BufferState
 from diffbuf_lib.errors import ConfigError, need
 from diffbuf_lib.model import DiffusionBufferModel, evaluating, fingerprint
@@ -33,7 +32,7 @@ OPSET = 18
 LIMIT = 1e-4  # of the peak: the largest error that a graph may have
 
 
-class GraphSampler:
+class GraphSampler(BufferSampler):
     """A `BufferSampler` whose hops ONNX Runtime runs, on as many threads as torch has now.
 
     The graph at `path` is from `write_hop`; the sampler of the same model draws the noise and
@@ -41,17 +40,12 @@ class GraphSampler:
     """
 
     def __init__(self, sampler: BufferSampler, path: Path) -> None:
-        self.t, self.delay = sampler.t, sampler.delay
-        self.start, self.draw = sampler.start, sampler.draw
+        vars(self).update(vars(sampler))
         runtime = need("onnxruntime", "ONNX", _INSTALL)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         self.session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.names = [given.name for given in self.session.get_inputs()]
-
-    def step(self, state: BufferState, R: Tensor, generator: Generators = None) -> Tensor:
-        """Take in one noisy frame and put out one clean frame; see `BufferSampler.step`."""
-        return self.move(state, R, self.draw(R, generator))
 
     def move(self, state: BufferState, R: Tensor, z: Tensor) -> Tensor:
         """Do what `step` does, with the noise of `draw`."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffbuf_lib.diffusion.sampler import BufferSampler, BufferState
+from diffbuf_lib.diffusion.sampler import BufferState
 from diffbuf_lib.errors import ConfigError, ShapeError
 from diffbuf_lib.graph import Backend, GraphSampler, cached_graph, tensors
 from diffbuf_lib.model import DiffusionBufferModel, evaluating
@@ -66,12 +66,11 @@ class OnlineEnhancer:
     ) -> None:
         self.model, self.seed, self.batch = model, seed, batch
         self.spectral = model.framing
-        sampler = model.sampler(delay, compiled=compiled, precision=precision)
-        self.sampler: BufferSampler | GraphSampler = sampler
+        self.sampler = model.sampler(delay, compiled=compiled, precision=precision)
         if backend == "onnx":
             if compiled or precision != "fp32":
                 raise ConfigError("compiled and bf16 are of torch: leave them out, or onnx")
-            self.sampler = GraphSampler(sampler, cached_graph(model, delay))
+            self.sampler = GraphSampler(self.sampler, cached_graph(model, delay))
         self.device = self.sampler.t.device
         self.reset()
 

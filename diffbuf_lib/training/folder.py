@@ -21,7 +21,7 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from diffbuf_lib import pretrained
 from diffbuf_lib.config import Config
-from diffbuf_lib.data.audio import atomic_file, wait_for_disk
+from diffbuf_lib.data.audio import atomic_file, wait_for_disk, writing
 from diffbuf_lib.data.reader import reason
 from diffbuf_lib.errors import CheckpointError
 from diffbuf_lib.figures import spectrograms, to_pixels
@@ -63,6 +63,10 @@ NOTED = {
     *("training.lr", "training.metrics", "training.batch_size", "training.accumulation_steps"),
     "training.global_batch",
 }
+_writing = partial(
+    writing, fails=RuntimeError, makes=CheckpointError,
+    fix="free space or choose another --results_path; what was there before is untouched",
+)  # fmt: skip
 
 
 def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
@@ -176,17 +180,6 @@ def apply_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str |
         why = "; ".join(line.strip().rstrip(".")[:300] for line in str(error).splitlines()[1:4])
         what = f"weights of {source} do not fit: {why}"
         raise CheckpointError(f"{what}; make `model` equal") from error
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn the system's errors into one that names the file."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns some OSErrors into these
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        fix = "free space or choose another --results_path; what was there before is untouched"
-        raise CheckpointError(f"{path} cannot be written ({reason(cause)}): {fix}") from error
 
 
 class ResultsFolder:
