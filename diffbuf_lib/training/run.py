@@ -52,47 +52,33 @@ _PLACE = ("step", "epoch", "best", "bad_validations", "bad_batches")
 
 def train(
     cfg: Config,
-    train_set: feed.ClipSource,
-    valid_set: feed.ClipSource | None,
-    results_path: str | Path,
+    train_set: feed.ClipSource,  # [i] -> (mix, target), each [C, T] float32, full scale 1
+    valid_set: feed.ClipSource | None,  # the same; None or empty: no validation, one learning rate
+    results_path: str | Path,  # for checkpoints, logs and the model; see `training.folder`
     *,
+    # Go on with the run there or, if that is further, in training.mirror; "auto": if there is one.
     resume: bool | Literal["auto"] = False,
+    # A checkpoint or a `save_pretrained` folder, whose weights (averaged ones, if there) are the
+    # first ones; and whether to validate these too, as step 0: it decides nothing, and yields a
+    # record whose loss is NaN. Neither when resuming.
     start_check_point: str | Path | None = None,
     pre_valid: bool = False,
-    device: str = "auto",
-    progress: bool = False,
-    model: nn.Module | None = None,
+    device: str = "auto",  # auto, cpu, cuda or cuda:N; without a CUDA device the CPU, and a warning
+    progress: bool = False,  # draw a progress bar on standard error
+    model: nn.Module | None = None,  # to train in place; None: a new one, seeded by training.seed
 ) -> Generator[StepRecord, None, None]:
     """Train, yielding a record after every optimizer step.
 
     On `close()` (`contextlib.closing`), a signal (see `StopRequest`) or an error between steps it
     saves a checkpoint and closes its logs. A signal waits for the end of a step, in all processes,
-    and is then raised as KeyboardInterrupt.
+    and is then raised as KeyboardInterrupt. A run is its global batch: it may go on with other
+    processes, as long as they can share that.
 
-    A run is its global batch: it may go on with other processes, as long as they can share that.
-
-    Args:
-        cfg: the config.
-        train_set: `[i] -> (mix, target)`, each [C, T] float32, full scale 1.
-        valid_set: the same; None or empty: no validation, and the learning rate stays.
-        results_path: folder for checkpoints, logs and the model; see `training.folder`.
-        resume: go on with the run in `results_path` or, if that is further, `training.mirror`;
-            "auto": if there is one.
-        start_check_point: a checkpoint file or a `save_pretrained` folder whose weights (averaged
-            ones, if there) are the first ones. Not read when resuming.
-        pre_valid: validate the first weights too, as step 0; decides nothing, and yields a record
-            whose loss is NaN. Not when resuming.
-        device: "auto", "cpu", "cuda" or "cuda:N". Without a CUDA device: a warning, and the CPU.
-        progress: draw a progress bar on standard error.
-        model: a model to train in place; default: a new one, seeded by `training.seed`.
-
-    Raises:
-        CheckpointError: a run in the folder (with `resume`: none, or one of another config),
-            weights that do not fit, or a file that cannot be written.
-        NonFiniteError: the loss or gradient is NaN or infinite; names the files. The checkpoints
-            are from before. (Infinite gradients in float16: the scaler lowers its scale first.)
-        DataError: an empty training set, or a clip that cannot be read; names it.
-        MissingExtraError, ConfigError: a metric or device that is unavailable.
+    CheckpointError for a run in the folder (with `resume`: none, or one of another config), weights
+    that do not fit, or a file that cannot be written; DataError for an empty training set or a clip
+    that cannot be read; MissingExtraError, ConfigError for a metric or device that is unavailable.
+    NonFiniteError, naming the files, for a loss or gradient that is NaN or infinite (in float16 the
+    scaler lowers its scale first); the checkpoints are from before.
     """
     with StopRequest() as stop, ExitStack() as ending:
         with stop.running():
