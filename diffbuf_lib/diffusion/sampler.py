@@ -99,7 +99,7 @@ class BufferSampler:
             memory = self.start_memory(num_bins, self.t.expand(batch, -1))
         state = BufferState(V=V, Y=torch.zeros_like(V), memory=memory)
         if self.level is not None:
-            state.level = self.level.start(batch, V.real)
+            state.level = V.real.new_zeros(batch, 2)
             state.scales = V.real.new_ones(batch, 1, Kb)
         return state
 

@@ -96,7 +96,7 @@ class BlockCausal(nn.Module):
     @property
     def receptive_field(self) -> int:
         """History frames that a buffer frame sees."""
-        return sum(conv.dilation for block in self._blocks() for conv in block.convs)
+        return sum(2 * block.conv_in.dilation for block in self._blocks())
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Take x [B, 4, F, K] and t [B, Kb] to [B, 2, F, Kb]; see `diffbuf_lib.networks`."""
@@ -204,11 +204,6 @@ class ResBlock(nn.Module):
         self.time = layers.linear(time_channels, 2 * channels)
         self.dropout = nn.Dropout(dropout)
         self.conv_out = layers.TimeConv(channels, dilation, zero=True)
-
-    @property
-    def convs(self) -> tuple[layers.TimeConv, layers.TimeConv]:
-        """The two convolutions over time, in the order of the cache."""
-        return self.conv_in, self.conv_out
 
     def forward(
         self, x: Tensor, modulation: Tensor, num_history: int, past: tuple[Tensor, Tensor] | None

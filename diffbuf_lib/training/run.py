@@ -436,7 +436,7 @@ class Run:
     def _load(self, state: dict[str, Any]) -> dict[str, Any]:
         """Take a checkpoint's state; return what changes, for the history."""
         changed = {**state["changed"]}
-        before, now = old_batch(state)[0], self.plan.global_batch
+        before, now = state["global_batch"], self.plan.global_batch
         if before != now:
             changed["global batch"] = [before, now]
         try:
@@ -467,7 +467,7 @@ def make_plan(
     batch, rounds, unit = training.batch_size, training.accumulation_steps, training.global_batch
     total = training.global_batch or batch * rounds * processes
     if state is not None:
-        before, kept_unit = old_batch(state)
+        before, kept_unit = state["global_batch"], state["unit"]
         asked = {"training.batch_size", "training.accumulation_steps", "training.global_batch"}
         total = total if asked & state["changed"].keys() else before
         unit = kept_unit if total == before else unit
@@ -479,11 +479,3 @@ def make_plan(
     share = total // processes
     batch = max(n for n in range(1, min(batch, share) + 1) if share % n == 0)
     return feed.EpochPlan(size, batch, share // batch, processes, training.seed, unit)
-
-
-def old_batch(state: dict[str, Any]) -> tuple[int, int]:
-    """Return global batch and unit (see `EpochPlan`) of a checkpoint, also of an older library."""
-    training = state["config"]["training"]
-    a_round = training["batch_size"] * state["processes"]
-    total = a_round * training["accumulation_steps"]
-    return state.get("global_batch", total), state.get("unit", a_round)
