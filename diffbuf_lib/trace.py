@@ -99,9 +99,6 @@ class StageSummary:
         """Return the fields by name, as JSON can hold them (`to_plain`)."""
         return dict(to_plain(self))
 
-    def __str__(self) -> str:
-        return str(Summary((self,)))
-
 
 @dataclass(frozen=True)
 class Summary:

@@ -22,7 +22,6 @@ from diffbuf_lib.errors import ConfigError, DataError
 from diffbuf_lib.model import resolve_device
 
 __all__ = [
-    "Finding",
     "examine",
     "examine_paths",
     "gradient_statistics",

@@ -20,11 +20,10 @@ import json
 import math
 import os
 import sys
-import time
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +44,7 @@ from diffbuf_lib.live import latency_report
 from diffbuf_lib.model import DiffusionBufferModel, fingerprint, load_model
 from diffbuf_lib.training.feed import Stream, example_generators
 from diffbuf_lib.training.folder import FolderLock
+from diffbuf_lib.training.timing import Stopwatch
 
 Batch = tuple[list[scores.Row], dict[str, float]]  # what a batch gave, and seconds by kind of work
 
@@ -99,11 +99,12 @@ class Evaluator:
         self.lengths = [dataset.chunk_size] * len(clips)  # samples
         if longest is not None:
             self.lengths = [min(longest, dataset.length(i)) for i in clips]
-        self.seconds: dict[str, float] = defaultdict(float)  # by kind of work, so far
+        self.timed = Stopwatch(next(model.parameters()).device)
+        self.seconds = self.timed.seconds  # by kind of work, so far
 
     def run(self, indices: Sequence[int]) -> list[scores.ScoredClip]:
         """Read, enhance and score clips; DataError if a file cannot be read."""
-        with self._timed("reading"):
+        with self.timed("reading"):
             clips = [self.read(i) for i in indices]
         for method, waves in self.estimates(clips).items():
             for clip, wave in zip(clips, waves, strict=True):
@@ -125,11 +126,11 @@ class Evaluator:
         """Return every method's estimates [T], in the order of clips."""
         found = {NOISY: [clip.mix for clip in clips]}
         for name, baseline in self.baselines.items():
-            with self._timed(name), warnings.catch_warnings():
+            with self.timed(name), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # another package's, about its own insides
                 found[name] = [baseline(clip.mix, self.rate) for clip in clips]
-        with self._timed(OURS):
-            device = next(self.model.parameters()).device
+        with self.timed(OURS):
+            device = self.timed.device
             keys = [(clip.index,) for clip in clips]  # so the noise is a clip's own in any batch
             generators = example_generators(keys, self.seed, Stream.VALID, device)
             # Silence behind a shorter clip is what a stream's end is: it changes no sample before.
@@ -148,12 +149,6 @@ class Evaluator:
                 batches.append([])
             batches[-1].append(i)
         return batches
-
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - begun
 
 
 @dataclass(frozen=True)

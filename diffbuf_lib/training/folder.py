@@ -351,7 +351,7 @@ class RunLog:
         """Write one optimizer step."""
         line = record.to_dict()
         del line["valid"]
-        self._write(line)
+        self.write(line)
         if record.step % self.cfg.training.log_every == 0:
             points = {name: line[name] for name in ("loss", "grad_norm", "lr")}
             points["steps_per_second"] = 1 / max(record.seconds, 1e-9)
@@ -364,14 +364,10 @@ class RunLog:
         if not self._bar.disable:
             self._bar.write(text, file=sys.stderr)
 
-    def change(self, step: int, changed: Mapping[str, Any]) -> None:
-        """Write what a resumed run does otherwise from a step on."""
-        self._write({"step": step, "changed": changed})
-
     def validation(self, record: StepRecord, result: Validation, *, final: bool) -> None:
         """Write one validation: its scores, and sound and picture of its first clip."""
         step, rate = record.step, self.cfg.audio.sample_rate
-        self._write({"step": step, "epoch": record.epoch, "valid": result.values, "final": final})
+        self.write({"step": step, "epoch": record.epoch, "valid": result.values, "final": final})
         self._draw("valid", result.values, step)
         if result.example is not None and self.cfg.training.trackers:
             waves = dict(zip(("mix", "target", "estimate"), result.example, strict=True))
@@ -390,7 +386,8 @@ class RunLog:
         self._trackers.tell("close")
         self._bar.close()
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def write(self, line: dict[str, Any]) -> None:
+        """Write a line of the history."""
         with _writing(self.history):
             self._file.write(json.dumps(to_plain(line), allow_nan=False) + "\n")
             self._file.flush()  # a killed process loses nothing that the system has

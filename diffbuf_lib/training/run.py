@@ -372,7 +372,7 @@ class Run:
             if self.why:
                 self.log.say(f"memory format: {self.why}")
             if changed:
-                self.log.change(self.step, changed)
+                self.log.write({"step": self.step, "changed": changed})
         self.whole = True
 
     def close(self) -> None:

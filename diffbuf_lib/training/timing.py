@@ -65,7 +65,7 @@ class Timing:
         return "\n".join(line + bar for line, bar in zip(lines, bars, strict=True))
 
 
-class _Stopwatch:
+class Stopwatch:
     """Adds up the seconds that blocks take, by name; a GPU has ended what it was told to do."""
 
     def __init__(self, device: torch.device) -> None:
@@ -74,6 +74,7 @@ class _Stopwatch:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
+        """Add the time of a block to that of a part."""
         started = self._now()
         with record_function(part):  # the part's name in a trace
             yield
@@ -102,7 +103,7 @@ def time_steps(
     """
     with rehearsal(cfg, train_set, device, start_check_point) as stage:
         engine, accelerator = stage.engine, stage.engine.accelerator
-        engine.phase = watch = _Stopwatch(accelerator.device)
+        engine.phase = watch = Stopwatch(accelerator.device)
         clips = stage.read()
 
         def make(steps: int) -> None:
