@@ -28,8 +28,7 @@ from diffbuf_lib.errors import DataError, DiffbufError
 
 EXTENSIONS = (".wav", ".flac")
 # Integer type and bits that count of each PCM subtype that is written.
-_PCM: dict[str, tuple[type[np.signedinteger], int]]
-_PCM = {"PCM_16": (np.int16, 16), "PCM_24": (np.int32, 24)}
+_PCM: dict[str, tuple[Any, int]] = {"PCM_16": (np.int16, 16), "PCM_24": (np.int32, 24)}
 _ENDLESS = 1 << 62  # samples: more than any file has
 
 

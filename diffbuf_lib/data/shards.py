@@ -110,9 +110,6 @@ class ShardDataset(ClipDataset):
             self._cached = int(np.searchsorted(self._places + self._sizes, self._limit, "right"))
             digest = hashlib.sha256(f"{self.url} {zlib.crc32(content)}".encode()).hexdigest()
             self._cache = self._folder / f"{digest[:16]}.clips"
-        return self._find()
-
-    def _find(self) -> Sequence[tuple[Path, ...]]:
         return [()] * len(self.index)  # clips are no files
 
     def name(self, i: int) -> str:

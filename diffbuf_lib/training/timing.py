@@ -60,9 +60,8 @@ class Timing:
     def __str__(self) -> str:
         rows = [(part, s, self.shares[part]) for part, s in self.seconds.items()]
         rows.append(("a step", sum(self.seconds.values()), 1.0))
-        lines = (f"{part:17}{1000 * s:9.1f} ms {share:4.0%}  " for part, s, share in rows)
-        bars = ("#" * round(_BAR * share) for *_, share in rows)
-        return "\n".join(line + bar for line, bar in zip(lines, bars, strict=True))
+        bars = [(*row, "#" * round(_BAR * row[-1])) for row in rows]
+        return "\n".join(f"{part:17}{1000 * s:9.1f} ms {x:4.0%}  {bar}" for part, s, x, bar in bars)
 
 
 class Stopwatch:
