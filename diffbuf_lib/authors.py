@@ -178,7 +178,7 @@ def _config_tree(hyper: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     }
     tree: dict[str, Any] = {"model": _widths(hyper)}
     for path, value in keys.items():
-        put(tree, path, value)
+        tree = put(tree, path, value)
     return tree
 
 

@@ -27,6 +27,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from diffbuf_lib.config import Config, build_config, describe_keys, load_config, read_tree
 from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.foreign import is_foreign, translate
+from diffbuf_lib.launch import Job, submit, write_job
 from diffbuf_lib.pretrained import DEFAULT as DEFAULT_MODEL
 from diffbuf_lib.registry import Registry
 
@@ -209,30 +210,18 @@ class _Interrupt:
             raise KeyboardInterrupt
 
 
-class Launch(Command, name="launch"):
+class Launch(Job, Command, name="launch"):
     """Write a job that trains, and goes on where it stopped, for Slurm, SkyPilot or torchrun."""
 
     kind: Positional[Literal["slurm", "skypilot", "torchrun"]]  # who starts it
     config_path: Positional[Path]  # YAML config of the experiment
     data_path: str  # training data, as in train
     results_path: Path  # folder for the job, checkpoints, logs and the model
-    valid_path: str | None = None  # validation data
-    nodes: str = "1"  # machines; torchrun: also 1:4, as many of them as are there
-    gpus: int = 1  # on each; 0 trains on CPUs
-    processes: int | None = None  # on each; default: one a GPU
-    time: str = "24:00:00"  # limit of a Slurm job; the run goes on in the next one
-    margin: int = 120  # seconds before it at which the run is asked to stop
-    accelerator: str = "H100"  # SkyPilot's name of the GPU
-    restarts: int = 3  # of the processes, when one of them dies
-    options: UseAppendAction[tuple[str, ...]] = ()  # #SBATCH lines: --options=--partition=gpu
-    env: UseAppendAction[tuple[str, ...]] = ()  # environment of the job, NAME=VALUE
     train: str = ""  # further flags of train, in quotes
     submit: bool = False  # hand it over at once
     overrides: Overrides = ()
 
     def __call__(self) -> None:
-        from diffbuf_lib.launch import submit, write_job
-
         job = write_job(**self.flags("submit", "train"), train=shlex.split(self.train))
         print(job)
         if self.submit:

@@ -17,20 +17,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import pydantic
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    model_validator,
-)
 
 from diffbuf_lib import registry
 from diffbuf_lib.errors import ConfigError
-from diffbuf_lib.foreign import is_foreign, translate
+from diffbuf_lib.foreign import is_foreign, put, translate
 from diffbuf_lib.registry import Registry
 
 
@@ -82,21 +74,23 @@ def build_config(
     """Check nested dictionaries; `load_config` without the file."""
     try:
         return Config.model_validate(reduce(_with_override, overrides, tree))
-    except ValidationError as error:
+    except pydantic.ValidationError as error:
         problems = "; ".join(_describe(problem, Config) for problem in error.errors()[:20])
         raise ConfigError(_one_line(f"{source}: {problems}")) from None
     except RecursionError:
         raise ConfigError(f"{source} is nested too deeply, or holds itself") from None
 
 
-class Section(BaseModel, extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False):
+class Section(
+    pydantic.BaseModel, extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+):
     """What every part of a config is: frozen, and closed to unknown keys."""
 
     # Pairs of keys, by their whole paths: the first is at most, or below, the second.
     at_most: ClassVar[tuple[tuple[str, str], ...]] = ()
     below: ClassVar[tuple[tuple[str, str], ...]] = ()
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _check_order(self) -> Self:
         for pair in (*self.at_most, *self.below):
             low, high = (getattr(self, path.rpartition(".")[2]) for path in pair)
@@ -109,18 +103,18 @@ class Section(BaseModel, extra="forbid", frozen=True, validate_default=True, all
 
 def key(default: Any, description: str, **limits: Any) -> Any:
     """Return a config key: its default, its unit and meaning, and pydantic's limits."""
-    return Field(default, description=description, **limits)
+    return pydantic.Field(default, description=description, **limits)
 
 
-def _names(choices: Registry) -> AfterValidator:
+def _names(choices: Registry) -> pydantic.AfterValidator:
     """Return what checks a name in a registry."""
-    return AfterValidator(lambda name: choices[name].name)
+    return pydantic.AfterValidator(lambda name: choices[name].name)
 
 
-def _own_keys(choices: Registry) -> BeforeValidator:
+def _own_keys(choices: Registry) -> pydantic.BeforeValidator:
     """Return what checks the own keys of what the registry's key, beside them, chooses."""
 
-    def check(given: Any, info: ValidationInfo) -> Any:
+    def check(given: Any, info: pydantic.ValidationInfo) -> Any:
         parent, _, by = choices.key.rpartition(".")
         name, path = info.data.get(by), f"{parent}.{info.field_name}"  # None if it was refused
         section = None if name is None else choices[name].options or Section
@@ -128,12 +122,12 @@ def _own_keys(choices: Registry) -> BeforeValidator:
             return given
         try:
             return section.model_validate(given)
-        except ValidationError as error:
+        except pydantic.ValidationError as error:
             hint = f"with {choices.key} {name} the names are {', '.join(section.model_fields)}"
             problems = [_describe(problem, section, path, hint) for problem in error.errors()[:5]]
             raise ValueError("; ".join(problems)) from None
 
-    return BeforeValidator(check)
+    return pydantic.BeforeValidator(check)
 
 
 class STFTConfig(Section):
@@ -188,7 +182,7 @@ class ModelConfig(Section):
 
     name: Annotated[str, _names(registry.NETWORKS)] = key("ncsnpp", "block_causal is for streams")
     base_channels: int = key(96, "channels of the first level", ge=4, multiple_of=4)
-    channel_multipliers: tuple[Annotated[int, Field(ge=1)], ...] = key(
+    channel_multipliers: tuple[Annotated[int, pydantic.Field(ge=1)], ...] = key(
         (1, 2, 2, 2), "not conv: base_channels times this, one a level", min_length=1
     )
     num_res_blocks: int = key(1, "not conv: residual blocks a level, going down", ge=1)
@@ -204,7 +198,7 @@ class ModelConfig(Section):
     )
     options: Annotated[Any, _own_keys(registry.NETWORKS)] = key({}, "keys of a plugin's network")
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
         inside = self.output_scale == "time_inside"
         networks = ("ncsnpp",) if inside else ("ncsnpp", "bc_ncsnpp")
@@ -236,7 +230,7 @@ class BBEDDiffusion(Section):
     c: float | None = key(None, "factor of the diffusion coefficient (paper)", gt=0, le=1000.0)
     theta: float | None = key(None, "c squared (authors' code)", gt=0, le=1000000.0)
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
         if self.c is not None and self.theta is not None:
             fix = "c = sqrt(theta): remove sde.diffusion.c or sde.diffusion.theta"
@@ -344,7 +338,7 @@ class TrainingConfig(Section):
         """Whether the loss takes the network's output for x0_hat rather than for a score."""
         return registry.LOSSES[self.loss].facts.get("predicts") == "data"
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
         if self.from_noisy and self.own_estimate:
             fix = "change it, or set training.from_noisy to false"
@@ -371,7 +365,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
         buffer, audio = self.diffusion_buffer, self.audio
         frames = audio.num_frames
@@ -448,15 +442,7 @@ def _with_override(tree: dict[str, Any], override: str) -> dict[str, Any]:
         value = _parse_yaml(text)
     except ValueError as error:
         raise ConfigError(f"override {override!r}: the value is not YAML") from error
-
-    def replaced(node: Any, keys: list[str]) -> Any:
-        if not keys:
-            return value
-        node = node if isinstance(node, dict) else {}
-        return {**node, keys[0]: replaced(node.get(keys[0]), keys[1:])}
-
-    changed: dict[str, Any] = replaced(tree, [key.strip() for key in path.split(".")])
-    return changed
+    return put(tree, ".".join(key.strip() for key in path.split(".")), value)
 
 
 def _describe(problem: Any, section: type[Section], prefix: str = "", hint: str = "") -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import reprlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from functools import reduce
 from typing import Any, NamedTuple
 
 
@@ -66,7 +67,7 @@ _DEPTH = 3  # sections within sections, there and here
 
 def is_foreign(tree: Mapping[str, Any]) -> bool:
     """Whether nested dictionaries have the other project's layout rather than ours."""
-    find = dict(_flatten(tree)).get
+    find = dict(flatten(tree)).get
     return str(find("model.name")).startswith(NAME) or any(find(m) is not None for m in _MARKS)
 
 
@@ -76,7 +77,7 @@ def translate(tree: Mapping[str, Any], known: set[str]) -> tuple[dict[str, Any],
     Returns nested dictionaries, not checked yet, and a short table of what was taken as what, what
     was left out and what deserves a look.
     """
-    theirs, ours = dict(_flatten(tree)), dict[str, Any]()
+    theirs, ours = dict(flatten(tree)), dict[str, Any]()  # by path
     looks = list(_settle(theirs, ours))
     taken: list[tuple[str, str, str]] = []  # their key, our key, what is different
     left = defaultdict(list)  # why a key is left out -> keys
@@ -89,7 +90,7 @@ def translate(tree: Mapping[str, Any], known: set[str]) -> tuple[dict[str, Any],
             left[row.why].append(f"{key}: {_shown(value)}")
             continue
         value = row.make(value) if row.make else value
-        put(ours, row.ours, value)
+        ours[row.ours] = value
         if key == row.ours and value == theirs[key]:
             same += 1
         else:
@@ -99,7 +100,8 @@ def translate(tree: Mapping[str, Any], known: set[str]) -> tuple[dict[str, Any],
     lines = [f"{a:{widths[0]}}  ->  {b:{widths[1]}}  {why}".rstrip() for a, b, why in taken]
     lines.append(f"{same} keys are the same")
     lines += [f"left out ({why}): {', '.join(keys)}" for why, keys in left.items()]
-    return ours, "\n".join([*lines, *(f"look at {look}" for look in looks)])
+    nested = reduce(lambda made, item: put(made, *item), ours.items(), dict[str, Any]())
+    return nested, "\n".join([*lines, *(f"look at {look}" for look in looks)])
 
 
 def _settle(theirs: dict[str, Any], ours: dict[str, Any]) -> Iterator[str]:
@@ -109,7 +111,7 @@ def _settle(theirs: dict[str, Any], ours: dict[str, Any]) -> Iterator[str]:
         theirs.pop(f"{early}.patience", None)
     metric = TABLE[f"{early}.metric"].make
     if f"{early}.metric" in theirs and "training.metrics" not in theirs and metric:
-        put(ours, "training.metrics", [metric(get(f"{early}.metric"))])
+        ours["training.metrics"] = [metric(get(f"{early}.metric"))]
     epochs, steps = get("training.num_epochs"), get("training.num_steps")
     if isinstance(epochs, int) and isinstance(steps, int):
         yield f"training.num_steps {steps}: an epoch's there, {steps} * {epochs} for the run here"
@@ -134,11 +136,11 @@ def _settle(theirs: dict[str, Any], ours: dict[str, Any]) -> Iterator[str]:
             yield f"{key} {_shown(theirs[key])}: {what}, {other}, is taken"
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (key path, value) of nested dictionaries, which may hold themselves."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value and prefix.count(".") < _DEPTH:
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -147,12 +149,10 @@ def _shown(value: Any) -> str:
     return reprlib.repr(value) if isinstance(value, dict | list) else str(value)[:80]
 
 
-def put(tree: dict[str, Any], path: str, value: Any) -> None:
-    """Set a key path of nested dictionaries."""
-    *sections, name = path.split(".")
-    for section in sections:
-        inner = tree.get(section)
-        if not isinstance(inner, dict):
-            tree[section] = inner = {}
-        tree = inner
-    tree[name] = value
+def put(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """Return a copy of nested dictionaries in which a key path has a value."""
+    key, dot, rest = path.partition(".")
+    if dot:
+        inner = tree.get(key)
+        value = put(inner if isinstance(inner, dict) else {}, rest, value)
+    return {**tree, key: value}

@@ -82,9 +82,8 @@ def _session(path: Path) -> Run:
 def _program(path: Path) -> Run:
     program = need("executorch.runtime", "ExecuTorch", _MOBILE).Runtime.get().load_program(path)
     method = program.load_method("forward")
-    return lambda given: [
-        made.clone() for made in method.execute(given)
-    ]  # its memory is used again
+    # Its results lie in memory that the next call uses again.
+    return lambda given: [made.clone() for made in method.execute(given)]
 
 
 def cached_graph(model: DiffusionBufferModel, delay: int | None = None) -> Path:

@@ -10,10 +10,12 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
+from tyro.conf import UseAppendAction
 
 from diffbuf_lib.config import load_config
 from diffbuf_lib.errors import ConfigError
@@ -30,45 +32,51 @@ _JOBS.filters["quote"] = shlex.quote
 _PLAIN = re.compile(r"[\w@%+=:,./-]+")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a job asks for."""
+
+    valid_path: str | None = None  # validation data
+    nodes: str = "1"  # machines; torchrun: also 1:4, as many of them as are there
+    gpus: int = 1  # on each; 0 trains on CPUs
+    processes: int | None = None  # on each; default: one a GPU
+    time: str = "24:00:00"  # limit of a Slurm job; the run goes on in the next one
+    margin: int = 120  # seconds before it at which the run is asked to stop
+    accelerator: str = "H100"  # SkyPilot's name of the GPU
+    restarts: int = 3  # of the processes, when one of them dies
+    options: UseAppendAction[tuple[str, ...]] = ()  # #SBATCH lines: --options=--partition=gpu
+    env: UseAppendAction[tuple[str, ...]] = ()  # environment of the job, NAME=VALUE
+
+
 def write_job(
     kind: Kind,
     config_path: str | Path,
     data_path: str,
     results_path: str | Path,
     *,
-    valid_path: str | None = None,
-    nodes: str = "1",  # torchrun: also "1:4", as many of them as are there
-    gpus: int = 1,  # a node; 0 trains on CPUs
-    processes: int | None = None,  # a node; default: one a GPU
-    time: str = "24:00:00",  # Slurm's limit
-    margin: int = 120,  # s before it at which the run is asked to stop
-    accelerator: str = "H100",  # SkyPilot's name of the GPU
-    restarts: int = 3,  # of the processes, when one of them dies
-    options: Sequence[str] = (),  # further #SBATCH lines, such as --partition=gpu
-    env: Sequence[str] = (),  # NAME=VALUE
     train: Sequence[str] = (),  # further flags of `diffbuf train`
     overrides: Sequence[str] = (),  # config keys
+    **asked: Any,  # the fields of `Job`
 ) -> Path:
     """Write a job that trains, and goes on where it stopped, into the results folder.
 
     ConfigError for a config that cannot be read, or a value that no job file can hold.
     """
-    results_path = Path(results_path)
+    job, results_path = Job(**asked), Path(results_path)
     load_config(config_path, overrides)
-    processes = processes or max(gpus, 1)
     for name, value, pattern in (
-        ("nodes", nodes, r"[1-9]\d*(:[1-9]\d*)?" if kind == "torchrun" else r"[1-9]\d*"),
-        ("time", time, r"(\d+-)?\d+(:\d+){0,2}"),
-        ("gpus", str(gpus), r"\d+"),
-        ("accelerator", accelerator, _PLAIN.pattern),
-        *(("env", value, r"\w+=[^\n]*") for value in env),
-        *(("options", value, r"-[^\n]+") for value in options),
+        ("nodes", job.nodes, r"[1-9]\d*(:[1-9]\d*)?" if kind == "torchrun" else r"[1-9]\d*"),
+        ("time", job.time, r"(\d+-)?\d+(:\d+){0,2}"),
+        ("gpus", str(job.gpus), r"\d+"),
+        ("accelerator", job.accelerator, _PLAIN.pattern),
+        *(("env", value, r"\w+=[^\n]*") for value in job.env),
+        *(("options", value, r"-[^\n]+") for value in job.options),
     ):
         if not re.fullmatch(pattern, value):
             raise ConfigError(f"--{name} {value!r:.80} does not fit into a {kind} job")
     # A machine that SkyPilot starts has this folder, and nothing else of this machine.
     flags: dict[str, Any] = {"config_path": config_path, "results_path": results_path}
-    flags |= {"data_path": data_path, "valid_path": valid_path}
+    flags |= {"data_path": data_path, "valid_path": job.valid_path}
     words = ["-m", "diffbuf_lib.cli", "train", "--resume_if_any"]
     for flag, value in flags.items():
         if value is None:
@@ -79,17 +87,16 @@ def write_job(
         words += [f"--{flag}", path]
     words += [*train, *(word for override in overrides for word in ("--set", override))]
     results_path.mkdir(parents=True, exist_ok=True)
-    job = results_path / _FILES[kind]
+    file = results_path / _FILES[kind]
     name = re.sub(r"\W+", "-", f"diffbuf-{results_path.name}")
     text = _JOBS.get_template(f"{_FILES[kind]}.jinja").render(
-        name=name, nodes=nodes, gpus=gpus, processes=processes, time=time, margin=margin,
-        accelerator=accelerator, restarts=restarts, options=options,
-        env=[variable.partition("=")[::2] for variable in env],
-        log=shlex.quote(str((results_path / "job.log").resolve())), file=shlex.quote(str(job)),
+        vars(job), name=name, processes=job.processes or max(job.gpus, 1),
+        env=[variable.partition("=")[::2] for variable in job.env],
+        log=shlex.quote(str((results_path / "job.log").resolve())), file=shlex.quote(str(file)),
         python=shlex.quote(sys.executable), train=shlex.join(words),
     )  # fmt: skip
-    job.write_text(text, encoding="utf-8")
-    return job
+    file.write_text(text, encoding="utf-8")
+    return file
 
 
 def submit(kind: Kind, job: Path) -> None:

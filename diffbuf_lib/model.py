@@ -25,10 +25,10 @@ from diffbuf_lib.data.reader import reason
 from diffbuf_lib.diffusion.buffer import (
     Generators,
     complex_normal,
+    draw,
     draw_times,
     inference_times,
     perturb,
-    uniform,
 )
 from diffbuf_lib.diffusion.level import RunningLevel
 from diffbuf_lib.diffusion.losses import LossInputs, abs2, error_level
@@ -163,7 +163,7 @@ class DiffusionBufferModel(
         if not self.cfg.training.own_estimate:
             return Draws(t, z)
         first_z = complex_normal((B, num_bins, K), *noise)
-        u = uniform((B, 1, 1), generator, device=mix.device, dtype=real)[:, 0, 0]
+        u = draw(torch.rand, (B, 1, 1), generator, device=mix.device, dtype=real)[:, 0, 0]
         return Draws(t, z, first_z, u < self.cfg.training.own_estimate)
 
     def _what_is_perturbed(

@@ -99,9 +99,6 @@ class StageSummary:
         """Return the fields by name, as JSON can hold them (`to_plain`)."""
         return dict(to_plain(self))
 
-    def __str__(self) -> str:
-        return str(Summary((self,)))
-
 
 @dataclass(frozen=True)
 class Summary:
@@ -133,19 +130,7 @@ class Summary:
 
 def summarise(tensors: Mapping[str, Tensor]) -> Summary:
     """Summarise named tensors of any shape, type and device; they are neither kept nor changed."""
-    rows = []
-    with torch.no_grad():
-        flat = [_values(tensor) for tensor in tensors.values()]
-        for (name, tensor), values, row in zip(tensors.items(), flat, _fetch(flat), strict=True):
-            low, high, mean, std, nonzero = row
-            nan = inf = 0
-            if tensor.numel() and not math.isfinite(low + high + std):
-                nan, inf, (low, high, mean, std, nonzero) = _finite_only(tensor, values)
-            zeros = 1 - nonzero / tensor.numel() if tensor.numel() else 0.0
-            shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-            numbers = (low, high, mean, std, zeros, nan, inf)
-            rows.append(StageSummary(name, shape, dtype, str(tensor.device), *numbers))
-    return Summary(tuple(rows))
+    return Summary(tuple(_row(name, tensor.detach()) for name, tensor in tensors.items()))
 
 
 def format_table(table: list[list[str]], left: int = 1) -> str:
@@ -169,14 +154,21 @@ def to_plain(value: Any) -> Any:
     return to_jsonable_python(value, inf_nan_mode="null", fallback=others)
 
 
-def _values(tensor: Tensor) -> Tensor:
-    """Return the tensor's values, or magnitudes, in a real type that can hold their sums."""
-    tensor = tensor.detach()
-    if tensor.is_complex():
-        return tensor.abs()
-    if tensor.dtype in (torch.float32, torch.float64):
-        return tensor
-    return tensor.float() if tensor.is_floating_point() else tensor.double()
+def _row(name: str, tensor: Tensor) -> StageSummary:
+    values = tensor.abs() if tensor.is_complex() else tensor
+    if values.dtype not in (torch.float32, torch.float64):  # in a type that can hold the sums
+        values = values.float() if values.is_floating_point() else values.double()
+    low, high, mean, std, nonzero = _numbers(values).tolist()
+    nan = inf = 0
+    if tensor.numel() and not math.isfinite(low + high + std):
+        nan, finite = int(tensor.isnan().sum()), values.isfinite()
+        inf = tensor.numel() - int(finite.sum()) - nan
+        low, high, mean, std, _ = _numbers(values[finite].double()).tolist()  # squares overflow
+        nonzero = int(torch.count_nonzero(values))  # NaN and Inf are not zero either
+    zeros = 1 - nonzero / tensor.numel() if tensor.numel() else 0.0
+    shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+    numbers = (low, high, mean, std, zeros, nan, inf)
+    return StageSummary(name, shape, dtype, str(tensor.device), *numbers)
 
 
 def _numbers(values: Tensor) -> Tensor:
@@ -191,22 +183,3 @@ def _numbers(values: Tensor) -> Tensor:
     std = torch.linalg.vector_norm(values - mean) / math.sqrt(values.numel())
     nonzero = torch.count_nonzero(values).to(values.dtype)
     return torch.stack([values.amin(), values.amax(), mean, std, nonzero])
-
-
-def _finite_only(tensor: Tensor, values: Tensor) -> tuple[int, int, list[float]]:
-    """Return the NaN and the Inf elements' number, and `_numbers` of the others."""
-    is_nan = tensor.detach().isnan()
-    is_inf = ~is_nan & ~values.isfinite()
-    numbers = _numbers(values[~is_nan & ~is_inf].double()).tolist()  # squares may overflow float32
-    nonzero = torch.count_nonzero(values)  # NaN and Inf are not zero either
-    return int(is_nan.sum()), int(is_inf.sum()), [*numbers[:4], float(nonzero)]
-
-
-def _fetch(flat: list[Tensor]) -> list[list[float]]:
-    """Return the `_numbers` of each tensor; they travel from a device to the CPU in one copy."""
-    numbers = [_numbers(values) for values in flat]
-    if not numbers:
-        return []
-    double = any(row.dtype == torch.float64 for row in numbers)
-    dtype, device = torch.float64 if double else torch.float32, numbers[0].device
-    return list(torch.stack([row.to(device, dtype) for row in numbers]).tolist())

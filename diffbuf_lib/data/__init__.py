@@ -15,10 +15,9 @@ from diffbuf_lib.data.datasets import (
 )
 from diffbuf_lib.data.mixing import mix_pair
 from diffbuf_lib.data.pack import pack_folder
-from diffbuf_lib.data.shards import ShardDataset
 
 __all__ = [
     "LAYOUTS", "ClipDataset", "DNLMDataset", "MixingDataset", "PairedFolderDataset",
-    "ShardDataset", "build_dnlm", "collate", "download_librispeech", "find_layout", "mix_pair",
-    "open_dataset", "open_datasets", "pack_folder", "read_audio", "read_info", "write_audio",
+    "build_dnlm", "collate", "download_librispeech", "find_layout", "mix_pair", "open_dataset",
+    "open_datasets", "pack_folder", "read_audio", "read_info", "write_audio",
 ]  # fmt: skip

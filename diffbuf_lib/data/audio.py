@@ -24,12 +24,11 @@ from tqdm import tqdm
 
 from diffbuf_lib.data.reader import READABLE, AudioReader, reason
 from diffbuf_lib.data.riff import make_plain_wav
-from diffbuf_lib.errors import DataError
+from diffbuf_lib.errors import DataError, DiffbufError
 
 EXTENSIONS = (".wav", ".flac")
 # Integer type and bits that count of each PCM subtype that is written.
-_PCM: dict[str, tuple[type[np.signedinteger], int]]
-_PCM = {"PCM_16": (np.int16, 16), "PCM_24": (np.int32, 24)}
+_PCM: dict[str, tuple[Any, int]] = {"PCM_16": (np.int16, 16), "PCM_24": (np.int32, 24)}
 _ENDLESS = 1 << 62  # samples: more than any file has
 
 
@@ -183,13 +182,18 @@ def write_bytes(path: str | Path, content: bytes, *, sync: bool = True) -> None:
 
 
 @contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """Make a DataError that names a file or folder of what fails while it is written."""
+def writing(
+    path: str | Path,
+    fails: type[Exception] = soundfile.SoundFileError,  # beside an OSError
+    makes: type[DiffbufError] = DataError,
+    fix: str = "free disk space or choose another folder",
+) -> Iterator[None]:
+    """Make an error of ours, which names a file or folder, of what fails while it is written."""
     try:
         yield
-    except (OSError, soundfile.SoundFileError) as error:
-        fix = "free disk space or choose another folder"
-        raise DataError(f"{path} cannot be written ({reason(error)}): {fix}") from error
+    except (OSError, fails) as error:  # some libraries turn an OSError into one of theirs
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise makes(f"{path} cannot be written ({reason(cause)}): {fix}") from error
 
 
 @contextmanager

@@ -90,9 +90,8 @@ def build_dnlm(
     there are two folders), or by file. Noise is disjoint by file, or by time if there is only one.
     Test shares speakers and noise with valid. All speech files are used before any is used twice.
 
-    Raises:
-        DataError: an option out of its limits; too few or unusable source files; a full disk; or
-            an `out_dir` that was built with other options.
+    DataError for an option out of its limits; too few or unusable source files; a full disk; or an
+    `out_dir` that was built with other options.
     """
     samples = prepare(speech_dir, noise_dir, out_dir, **options)
     make_samples(samples, part=part, processes=processes, progress=progress)
@@ -202,11 +201,7 @@ def _is_made(sample: Sample) -> bool:
 
 
 def take_part(items: Sequence[_Item], part: str) -> Sequence[_Item]:
-    """Return every n-th item from the i-th on for part "i/n" of a job array, from "1/n" on.
-
-    Raises:
-        ConfigError: another text.
-    """
+    """Return every n-th item from the i-th on for part "i/n" of a job array; else ConfigError."""
     found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", part)
     i, n = map(int, found.groups()) if found else (0, 0)
     if not 1 <= i <= n:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,7 +81,7 @@ def collate(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.stack(mix), torch.stack(target)
 
 
-class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
+class ClipDataset(Dataset[tuple[Tensor, Tensor]]):
     """Pairs (mix, target) of clips of one length; what is below `root` is a subclass's matter.
 
     Item `i` depends on (seed, epoch, i) only: not on the order of reading or on workers. DataError
@@ -134,9 +133,9 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]], ABC):
             raise self._nothing_found()
         return items
 
-    @abstractmethod
     def _find(self) -> Sequence[tuple[Path, ...]]:
         """List the files of every item of a folder that fits."""
+        raise NotImplementedError
 
     def _load(self, index: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Read an item whose files are (mix, target): one crop for both."""
@@ -226,10 +225,7 @@ class JoinedDataset(ClipDataset):
     def __init__(self, datasets: Sequence[ClipDataset]) -> None:
         self.datasets = datasets
         self.joined: ConcatDataset[tuple[Tensor, Tensor]] = ConcatDataset(datasets)
-        self.items = self._find()
-
-    def _find(self) -> Sequence[tuple[Path, ...]]:
-        return [files for dataset in self.datasets for files in dataset.items]
+        self.items = [files for dataset in datasets for files in dataset.items]
 
     def name(self, i: int) -> str:
         """Return what item `i` is called in its dataset."""

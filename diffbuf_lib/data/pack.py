@@ -17,17 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffbuf_lib.data import audio
-from diffbuf_lib.data.build import (
-    Sample,
-    claim,
-    cores,
-    make_sample,
-    prepare,
-    run_parallel,
-    take_part,
-    write_records,
-)
+from diffbuf_lib.data import audio, build
 from diffbuf_lib.data.datasets import ClipDataset, find_layout
 from diffbuf_lib.data.shards import INDEX, row_type, shard_path
 from diffbuf_lib.errors import DataError
@@ -42,10 +32,8 @@ def pack_folder(source: str | Path, out_path: str | Path, **how: Any) -> Path:
 
     Samples of 16 bits stay what they are, others are rounded to 24. Part i of n writes every n-th
     shard, and whoever comes last the index; a stopped packing goes on when started again. `how`
-    has the options of `write_shards`.
-
-    Raises:
-        DataError: no folder of pairs, a pair that does not match, another packing, a full disk.
+    has the options of `write_shards`. DataError: no folder of pairs, a pair that does not match,
+    another packing, a full disk.
     """
     source, out_path = Path(source), Path(out_path)
     splits = [source / name for name in ("train", "valid", "test") if find_layout(source / name)]
@@ -76,12 +64,12 @@ def build_shards(
     """
     given = ("clips", "part", "processes", "progress")
     how = {name: options.pop(name) for name in given if name in options}
-    samples = prepare(speech_dir, noise_dir, out_path, **options)
+    samples = build.prepare(speech_dir, noise_dir, out_path, **options)
     for split, found in groupby(samples, key=lambda sample: sample.split):
         made = list(found)
         names = [sample.folder.name for sample in made]
         write_shards(split.folder, names, partial(_made, made), remove=True, **how)
-        write_records(split.folder, made)
+        build.write_records(split.folder, made)
     return Path(out_path)
 
 
@@ -101,14 +89,12 @@ def write_shards(
         raise DataError(f"--clips {clips}: a shard holds at least 1")
     longest = max(len(name.encode()) for name in names)
     digest = hashlib.sha256("\0".join(names).encode()).hexdigest()
-    claim(out / "pack.json", {"format": 1, "clips": len(names), "a_shard": clips, "names": digest})
-    numbers = range(-(-len(names) // clips))
-    todo = [
-        k for k in take_part(numbers, part) if not shard_path(out, k).with_suffix(".npy").exists()
-    ]
+    made_of = {"format": 1, "clips": len(names), "a_shard": clips, "names": digest}
+    build.claim(out / "pack.json", made_of)
+    rows = [shard_path(out, k).with_suffix(".npy") for k in range(-(-len(names) // clips))]
+    todo = [k for k in build.take_part(range(len(rows)), part) if not rows[k].exists()]
     write = partial(_write_shard, out, len(names), make, clips, row_type(longest), remove)
-    run_parallel(write, todo, processes or cores(), desc="shards", disable=not progress)
-    rows = [shard_path(out, k).with_suffix(".npy") for k in numbers]
+    build.run_parallel(write, todo, processes or build.cores(), desc="shards", disable=not progress)
     if all(path.exists() for path in rows):
         _save(out / INDEX, np.concatenate([np.load(path) for path in rows]))
 
@@ -119,8 +105,8 @@ def _checked(dataset: ClipDataset, i: int) -> Source:
     return dataset.label(i), mix, target
 
 
-def _made(samples: Sequence[Sample], i: int) -> Source:
-    make_sample(samples[i])
+def _made(samples: Sequence[build.Sample], i: int) -> Source:
+    build.make_sample(samples[i])
     folder = samples[i].folder
     return folder.name, folder / "mixture.wav", folder / "vocals.wav"
 

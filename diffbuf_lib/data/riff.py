@@ -30,8 +30,7 @@ class WavHeader(NamedTuple):
 def read_wav_header(stream: BinaryIO) -> WavHeader:
     """Read a WAV, of which 12 bytes (RIFF, size, WAVE) are read, up to its first sample.
 
-    Raises:
-        DataError: it has another codec, or ends before its samples.
+    DataError for another codec, or one that ends before its samples.
     """
     found, long_size = (0, 0, 0, 0, 0), 0
     while len(head := stream.read(8)) == 8:

@@ -110,9 +110,6 @@ class ShardDataset(ClipDataset):
             self._cached = int(np.searchsorted(self._places + self._sizes, self._limit, "right"))
             digest = hashlib.sha256(f"{self.url} {zlib.crc32(content)}".encode()).hexdigest()
             self._cache = self._folder / f"{digest[:16]}.clips"
-        return self._find()
-
-    def _find(self) -> Sequence[tuple[Path, ...]]:
         return [()] * len(self.index)  # clips are no files
 
     def name(self, i: int) -> str:
@@ -138,8 +135,7 @@ class ShardDataset(ClipDataset):
     def fetch(self, indices: Sequence[int]) -> list[bytes]:
         """Return the bytes of clips, from the cache or from where they lie.
 
-        Raises:
-            DataError: an object is gone, forbidden, short or damaged, also after some tries.
+        DataError for an object that is gone, forbidden, short or damaged, also after some tries.
         """
         found = {i: data for i in indices if (data := self._from_cache(i))}
         for wait in (*(_WAITS if self.is_remote else ()), None):
@@ -199,11 +195,9 @@ class ShardDataset(ClipDataset):
             return
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self._cache, os.O_WRONLY | os.O_CREAT, 0o666)
-            try:
-                os.pwrite(descriptor, data, int(self._places[i]))
-            finally:
-                os.close(descriptor)
+            self._cache.touch()
+            with open(self._cache, "r+b") as file:
+                os.pwrite(file.fileno(), data, int(self._places[i]))
         except OSError as error:
             warnings.warn(f"no cache in {self._folder} ({reason(error)})", stacklevel=2)
             self._cache = None

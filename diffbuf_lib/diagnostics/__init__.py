@@ -22,7 +22,6 @@ from diffbuf_lib.errors import ConfigError, DataError
 from diffbuf_lib.model import resolve_device
 
 __all__ = [
-    "Finding",
     "examine",
     "examine_paths",
     "gradient_statistics",
@@ -67,8 +66,7 @@ def examine_paths(
     *,
     dataset_type: int = 1,
     overrides: Sequence[str] = (),
-    device: str = "auto",
-    results_path: str | Path | None = None,
+    **options: Any,  # of `examine`
 ) -> list[Finding]:
     """Open config and datasets, given as for `diffbuf doctor`, and `examine` them.
 
@@ -87,7 +85,7 @@ def examine_paths(
         except DataError as error:
             why = "training cannot start without its data"
             findings.append(from_error(error, f"{name}.open", why))
-    findings += examine(cfg, *sets.values(), device=device, results_path=results_path)
+    findings += examine(cfg, *sets.values(), **options)
     return worst_first(findings)
 
 

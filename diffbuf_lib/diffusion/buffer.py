@@ -54,7 +54,7 @@ def draw_times(
     if cfg.time_sampling == "linspace":
         return inference_times(cfg, device, dtype).repeat(cfg.buffers).expand(batch, -1)
     shape = (batch, cfg.buffers, cfg.buffer_size)
-    u = uniform(shape, generator, device=device, dtype=dtype)
+    u = draw(torch.rand, shape, generator, device=device, dtype=dtype)
     u[..., 0] = 0
     return (cfg.t_eps + (cfg.t_max - cfg.t_eps) * u).sort(dim=-1).values.flatten(1)
 
@@ -73,11 +73,6 @@ def next_times(t: Tensor) -> Tensor:
     return torch.cat([t.new_zeros(1), t[:-1]])
 
 
-def uniform(shape: tuple[int, ...], generator: Generators = None, **kind: Any) -> Tensor:
-    """Draw uniformly from [0, 1); the arguments are those of `complex_normal`, with a real type."""
-    return _draw(torch.rand, shape, generator, **kind)
-
-
 def complex_normal(
     shape: tuple[int, ...],
     generator: Generators = None,
@@ -88,7 +83,7 @@ def complex_normal(
 
     A sequence of generators, on the device, needs one for each of the B examples of [B, ...].
     """
-    return _draw(torch.randn, shape, generator, device=device, dtype=dtype)
+    return draw(torch.randn, shape, generator, device=device, dtype=dtype)
 
 
 def reverse_step(x: Tensor, y: Tensor, score: Tensor, t: Tensor, z: Tensor, sde: SDE) -> Tensor:
@@ -118,9 +113,10 @@ def renoise_step(
     return sde.mean(x0_hat, y, t) + sigma * z
 
 
-def _draw(
+def draw(
     sample: Callable[..., Tensor], shape: tuple[int, ...], generator: Generators, **kind: Any
 ) -> Tensor:
+    """Draw by torch.rand or torch.randn, with a device and type, as `complex_normal` does."""
     if generator is None or isinstance(generator, torch.Generator):
         return sample(shape, generator=generator, **kind)
     if len(generator) != shape[0]:

@@ -47,12 +47,8 @@ class RunningLevel:
         sums = weights @ torch.stack([power, torch.ones_like(power)], dim=-1)
         return _level(sums)
 
-    def start(self, batch: int, like: Tensor) -> Tensor:
-        """Return the sums [B, 2] of streams that have heard nothing."""
-        return like.new_zeros(batch, 2)
-
     def step(self, sums: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in the next frame [B, F]; return the new sums and its level [B]."""
+        """Take in the next frame [B, F]; return new sums [B, 2], first zeros, and its level [B]."""
         power = self._power(R)
         new = self.decay * sums + torch.stack([power, torch.ones_like(power)], dim=-1)
         sums = torch.where(power.unsqueeze(-1) > FLOOR**2, new, sums)

@@ -99,7 +99,7 @@ class BufferSampler:
             memory = self.start_memory(num_bins, self.t.expand(batch, -1))
         state = BufferState(V=V, Y=torch.zeros_like(V), memory=memory)
         if self.level is not None:
-            state.level = self.level.start(batch, V.real)
+            state.level = V.real.new_zeros(batch, 2)
             state.scales = V.real.new_ones(batch, 1, Kb)
         return state
 
@@ -119,7 +119,11 @@ class BufferSampler:
     def move(self, state: BufferState, R: Tensor, z: Tensor) -> Tensor:
         """Do what `step` does, with the noise of `draw`."""
         Kb = self.t.shape[0]
-        R = self._levelled(state, R)
+        if self.level is not None and state.level is not None and state.scales is not None:
+            state.level, level = self.level.step(state.level, R)
+            scale = self.level.scale(level)[:, None]  # [B, 1]
+            state.scales = torch.cat([state.scales[..., 1:], scale.unsqueeze(-1)], dim=-1)
+            R = R / scale
         entering = R + self.std[-1] * z[..., -1]
         state.V = torch.cat([state.V[..., 1:], entering.unsqueeze(-1)], dim=-1)
         state.Y = torch.cat([state.Y[..., 1:], R.unsqueeze(-1)], dim=-1)
@@ -142,12 +146,3 @@ class BufferSampler:
         if state.scales is not None:
             out = out * state.scales[..., Kb - self.delay]
         return out
-
-    def _levelled(self, state: BufferState, R: Tensor) -> Tensor:
-        """Divide a new frame by the running level, and remember by what."""
-        if self.level is None or state.level is None or state.scales is None:
-            return R
-        state.level, level = self.level.step(state.level, R)
-        scale = self.level.scale(level)[:, None]  # [B, 1]
-        state.scales = torch.cat([state.scales[..., 1:], scale.unsqueeze(-1)], dim=-1)
-        return R / scale

@@ -20,11 +20,10 @@ import json
 import math
 import os
 import sys
-import time
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,23 +36,17 @@ from diffbuf_lib.data import ClipDataset, open_dataset
 from diffbuf_lib.data.audio import write_json
 from diffbuf_lib.data.build import claim, cores, naming_deaths, parallel, take_part
 from diffbuf_lib.errors import ConfigError, DataError
+from diffbuf_lib.evaluation import scores
 from diffbuf_lib.evaluation.baselines import NOISY, OURS, make_baselines
 from diffbuf_lib.evaluation.bootstrap import summarise
 from diffbuf_lib.evaluation.page import write_page
-from diffbuf_lib.evaluation.scores import (
-    Row,
-    ScoredClip,
-    check_scoring,
-    label_of,
-    score,
-    write_scores,
-)
 from diffbuf_lib.live import latency_report
 from diffbuf_lib.model import DiffusionBufferModel, fingerprint, load_model
 from diffbuf_lib.training.feed import Stream, example_generators
 from diffbuf_lib.training.folder import FolderLock
+from diffbuf_lib.training.timing import Stopwatch
 
-Batch = tuple[list[Row], dict[str, float]]  # what a batch gave, and seconds by kind of work
+Batch = tuple[list[scores.Row], dict[str, float]]  # what a batch gave, and seconds by kind of work
 
 
 def evaluate(
@@ -64,7 +57,7 @@ def evaluate(
     batch_size: int = 8,
     seed: int = 0,
     limit: int | None = None,
-) -> Iterator[ScoredClip]:
+) -> Iterator[scores.ScoredClip]:
     """Enhance and score the clips (at most `limit`) of a dataset that is not opened for training.
 
     Neither batch_size nor the device changes the noise that a clip is enhanced with. Raises
@@ -98,7 +91,7 @@ class Evaluator:
             raise DataError(f"--limit {limit} leaves no clip: give 1 or more")
         self.model, self.dataset, self.whole = model, dataset, longest is not None
         self.rate, self.delay, self.seed = dataset.sample_rate, delay, seed
-        self.metrics = check_scoring(metrics, self.rate)
+        self.metrics = scores.check_scoring(metrics, self.rate)
         self.baselines = make_baselines(baselines)
         self.methods = [NOISY, *self.baselines, OURS]
         clips = range(len(dataset))[:limit]
@@ -106,37 +99,38 @@ class Evaluator:
         self.lengths = [dataset.chunk_size] * len(clips)  # samples
         if longest is not None:
             self.lengths = [min(longest, dataset.length(i)) for i in clips]
-        self.seconds: dict[str, float] = defaultdict(float)  # by kind of work, so far
+        self.timed = Stopwatch(next(model.parameters()).device)
+        self.seconds = self.timed.seconds  # by kind of work, so far
 
-    def run(self, indices: Sequence[int]) -> list[ScoredClip]:
+    def run(self, indices: Sequence[int]) -> list[scores.ScoredClip]:
         """Read, enhance and score clips; DataError if a file cannot be read."""
-        with self._timed("reading"):
+        with self.timed("reading"):
             clips = [self.read(i) for i in indices]
         for method, waves in self.estimates(clips).items():
             for clip, wave in zip(clips, waves, strict=True):
                 clip.estimates[method] = wave
-                clip.scores[method] = score(wave, clip.target, self.rate, self.metrics)
+                clip.scores[method] = scores.score(wave, clip.target, self.rate, self.metrics)
                 for metric, spent in clip.scores[method].seconds.items():
                     self.seconds[metric] += spent
         return clips
 
-    def read(self, i: int) -> ScoredClip:
+    def read(self, i: int) -> scores.ScoredClip:
         """Read clip `i`, without estimates and scores."""
         if self.whole:
             mix, target = self.dataset.read(i, self.lengths[i])
         else:
             mix, target = self.dataset[i]
-        return ScoredClip(i, self.names[i], mix.mean(0), target.mean(0))
+        return scores.ScoredClip(i, self.names[i], mix.mean(0), target.mean(0))
 
-    def estimates(self, clips: Sequence[ScoredClip]) -> dict[str, list[Tensor]]:
+    def estimates(self, clips: Sequence[scores.ScoredClip]) -> dict[str, list[Tensor]]:
         """Return every method's estimates [T], in the order of clips."""
         found = {NOISY: [clip.mix for clip in clips]}
         for name, baseline in self.baselines.items():
-            with self._timed(name), warnings.catch_warnings():
+            with self.timed(name), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # another package's, about its own insides
                 found[name] = [baseline(clip.mix, self.rate) for clip in clips]
-        with self._timed(OURS):
-            device = next(self.model.parameters()).device
+        with self.timed(OURS):
+            device = self.timed.device
             keys = [(clip.index,) for clip in clips]  # so the noise is a clip's own in any batch
             generators = example_generators(keys, self.seed, Stream.VALID, device)
             # Silence behind a shorter clip is what a stream's end is: it changes no sample before.
@@ -155,12 +149,6 @@ class Evaluator:
                 batches.append([])
             batches[-1].append(i)
         return batches
-
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - begun
 
 
 @dataclass(frozen=True)
@@ -205,7 +193,7 @@ class Job:
 class Evaluation(NamedTuple):
     """What an evaluation found."""
 
-    rows: list[Row]  # in the order of clips and methods
+    rows: list[scores.Row]  # in the order of clips and methods
     summary: dict[str, Any]  # the content of summary.json
     timing: dict[str, Any]  # the content of timing.json
 
@@ -252,7 +240,7 @@ def evaluate_part(
         rows = [every[clip, method] for clip in evaluator.names for method in evaluator.methods]
         summary = summarise(rows, evaluator.metrics)
         found = Evaluation(rows, summary, _timing(job, evaluator, done))
-        write_scores(folder / "scores.csv", rows, evaluator.metrics)
+        scores.write_scores(folder / "scores.csv", rows, evaluator.metrics)
         write_json(folder / "summary.json", found.summary)
         write_json(folder / "timing.json", found.timing)
         if page:
@@ -287,7 +275,7 @@ def _read_journals(folder: Path) -> list[Batch]:
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]  # without a last line that was cut off
         entries = map(json.loads, whole.splitlines())
-        done += [([Row(*row) for row in rows], seconds) for rows, seconds in entries]
+        done += [([scores.Row(*row) for row in rows], seconds) for rows, seconds in entries]
     return done
 
 
@@ -330,7 +318,7 @@ def _score_batch(evaluator: Evaluator, indices: Sequence[int]) -> Batch:
         seconds = round(len(clip.mix) / evaluator.rate, 4)
         for method, found in clip.scores.items():
             about = (clip.name, method, clip.snr, seconds, clip.checksum)
-            rows.append(Row(*about, found.values, found.undefined))
+            rows.append(scores.Row(*about, found.values, found.undefined))
     return rows, dict(evaluator.seconds)
 
 
@@ -364,7 +352,9 @@ def _timing(job: Job, evaluator: Evaluator, done: Sequence[Batch]) -> dict[str, 
     }
 
 
-def _examples(evaluator: Evaluator, rows: Sequence[Row]) -> list[tuple[str, ScoredClip]]:
+def _examples(
+    evaluator: Evaluator, rows: Sequence[scores.Row]
+) -> list[tuple[str, scores.ScoredClip]]:
     """Return the clips of the largest, median and smallest gain in the first metric."""
     metric = evaluator.metrics[0]
     values = {(row.method, row.clip): row.values.get(metric) for row in rows}
@@ -375,6 +365,6 @@ def _examples(evaluator: Evaluator, rows: Sequence[Row]) -> list[tuple[str, Scor
     places = {"Worst": 0, "Median": (len(gains) - 1) // 2, "Best": len(gains) - 1}
     chosen = {gains[place]: word for word, place in places.items()}  # each clip once
     clips = evaluator.run([i for _, i in chosen])
-    gain_in = f"gain in {label_of(metric)}"
+    gain_in = f"gain in {scores.label_of(metric)}"
     headings = (f"{word}: {gain:+.2f} {gain_in}" for (gain, _), word in chosen.items())
     return list(zip(headings, clips, strict=True))[::-1]

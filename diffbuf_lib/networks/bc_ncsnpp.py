@@ -23,9 +23,8 @@ from torch import Tensor, nn
 
 from diffbuf_lib.config import ModelConfig
 from diffbuf_lib.errors import ConfigError
-from diffbuf_lib.networks.layers import FrameTimeEmbedding, Resample, frame_times, num_groups_for
+from diffbuf_lib.networks import layers
 
-IO_CHANNELS = 4  # real and imaginary parts of V and Y
 TIME_FEATURES = 128  # random frequencies of the diffusion time
 
 
@@ -69,7 +68,7 @@ class BlockCausalNCSNpp(nn.Module):
         self.block = 2**last  # frames, and bins of a step of the coarsest level
 
         self.embed_time = TimeEmbedding(TIME_FEATURES)
-        self.first = CausalConv(IO_CHANNELS, widths[0])
+        self.first = CausalConv(layers.IO_CHANNELS, widths[0])
         self.down = nn.ModuleList(
             ResBlock(widths[i], widths[i + 1], i, dropout, "down") for i in range(last)
         )
@@ -80,8 +79,8 @@ class BlockCausalNCSNpp(nn.Module):
             ResBlock(2 * widths[i], widths[i - 1], i, dropout, "up") for i in range(last, 0, -1)
         )
         self.norm_out = CumulatedNorm(widths[0])
-        self.conv_out = CausalConv(widths[0], IO_CHANNELS)
-        self.last = nn.Conv2d(IO_CHANNELS, 2, 1)
+        self.conv_out = CausalConv(widths[0], layers.IO_CHANNELS)
+        self.last = nn.Conv2d(layers.IO_CHANNELS, 2, 1)
 
     @classmethod
     def from_config(cls, cfg: ModelConfig) -> Self:
@@ -113,7 +112,7 @@ class BlockCausalNCSNpp(nn.Module):
         # must have a history frame after it: one block more where the buffer is whole blocks.
         blocks = t.shape[-1] // self.block + 2
         history = blocks * self.block - t.shape[-1]
-        recent = self.last.weight.new_zeros(t.shape[0], IO_CHANNELS, num_bins, history)
+        recent = self.last.weight.new_zeros(t.shape[0], layers.IO_CHANNELS, num_bins, history)
         return Stream([Past(blocks) for _ in range(self.block)], recent, t)
 
     def step(self, state: Stream, x: Tensor) -> Tensor:
@@ -130,7 +129,7 @@ class BlockCausalNCSNpp(nn.Module):
         x = F.pad(x, (0, 0, 0, -bins % self.block))
         # A frame of the time's convolutions on either side: history, or nothing.
         begun = int(past is not None and bool(past.kept))
-        time = self.embed_time(frame_times(t, x.shape[-1] + begun, self.history_time))
+        time = self.embed_time(layers.frame_times(t, x.shape[-1] + begun, self.history_time))
         time = F.pad(time, (1 - begun, 1))  # [B, E, 1 + K + 1]
 
         h = self.first(x, past)
@@ -147,7 +146,7 @@ class BlockCausalNCSNpp(nn.Module):
         return out
 
 
-class TimeEmbedding(FrameTimeEmbedding):
+class TimeEmbedding(layers.FrameTimeEmbedding):
     """Random Fourier features of t itself, not of its logarithm; two linear layers, then SiLU."""
 
     def forward(self, t: Tensor) -> Tensor:
@@ -172,7 +171,7 @@ class ResBlock(nn.Module):
         conv: Any = CausalConvTranspose if resample == "up" else CausalConv
         stride = 2 if resample else 1
         self.norm_in = CumulatedNorm(in_channels)
-        self.resample = Resample(resample, frames=False) if resample else nn.Identity()
+        self.resample = layers.Resample(resample, frames=False) if resample else nn.Identity()
         self.conv_in = conv(in_channels, out_channels)
         self.time = nn.Conv1d(4 * TIME_FEATURES, out_channels, 3, stride=2**level)
         self.norm_out = CumulatedNorm(out_channels)
@@ -198,7 +197,7 @@ class CumulatedNorm(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.groups = num_groups_for(channels)
+        self.groups = layers.num_groups_for(channels)
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 

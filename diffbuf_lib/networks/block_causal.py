@@ -24,17 +24,8 @@ from torch import Tensor, nn
 
 from diffbuf_lib.config import ModelConfig
 from diffbuf_lib.errors import ConfigError, MissingExtraError
-from diffbuf_lib.networks.layers import (
-    FrameTimeEmbedding,
-    Regroup,
-    TimeConv,
-    bias_and_gain,
-    linear,
-    magnitudes,
-    modulations,
-)
+from diffbuf_lib.networks import layers
 
-IO_CHANNELS = 4  # real and imaginary parts of V and Y
 INPUT_CHANNELS = 6  # and their magnitudes, which linear layers would have to learn to make
 PATCH = 4  # bins of one step of the finest level
 STRIDE = 4  # bins of a level to one bin of the next
@@ -86,16 +77,16 @@ class BlockCausal(nn.Module):
             )
 
         # Smooth in t: at the usual scale of 16 two neighbouring times have nothing in common.
-        self.embed_time = FrameTimeEmbedding(base_channels, scale=1.0)
-        self.first = Regroup(INPUT_CHANNELS, widths[0], merge=PATCH)
+        self.embed_time = layers.FrameTimeEmbedding(base_channels, scale=1.0)
+        self.first = layers.Regroup(INPUT_CHANNELS, widths[0], merge=PATCH)
         levels, pairs = range(len(widths)), list(pairwise(widths))
         self.down = nn.ModuleList(blocks(level) for level in levels)
-        self.merge = nn.ModuleList(Regroup(a, b, merge=STRIDE) for a, b in pairs)
+        self.merge = nn.ModuleList(layers.Regroup(a, b, merge=STRIDE) for a, b in pairs)
         self.attention = BufferAttention(widths[-1])
         self.up = nn.ModuleList(blocks(level) for level in levels)
-        self.split = nn.ModuleList(Regroup(b, a, split=STRIDE) for a, b in pairs)
+        self.split = nn.ModuleList(layers.Regroup(b, a, split=STRIDE) for a, b in pairs)
         self.norm_out = nn.LayerNorm(widths[0])
-        self.last = Regroup(widths[0], 2, split=PATCH, zero=True)
+        self.last = layers.Regroup(widths[0], 2, split=PATCH, zero=True)
 
     @classmethod
     def from_config(cls, cfg: ModelConfig) -> Self:
@@ -105,11 +96,11 @@ class BlockCausal(nn.Module):
     @property
     def receptive_field(self) -> int:
         """History frames that a buffer frame sees."""
-        return sum(conv.dilation for block in self._blocks() for conv in block.convs)
+        return sum(2 * block.conv_in.dilation for block in self._blocks())
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Take x [B, 4, F, K] and t [B, Kb] to [B, 2, F, Kb]; see `diffbuf_lib.networks`."""
-        modulation = modulations(self.embed_time, self._blocks(), t)
+        modulation = layers.modulations(self.embed_time, self._blocks(), t)
         return self._unet(x, modulation, x.shape[-1] - t.shape[-1], past=None)
 
     @torch.no_grad()
@@ -125,14 +116,14 @@ class BlockCausal(nn.Module):
         """
         if precision not in ("fp32", "bf16"):
             raise ConfigError(f"precision {precision!r} is none of fp32, bf16")
-        (B, Kb), modulation = t.shape, modulations(self.embed_time, self._blocks(), t)
+        (B, Kb), modulation = t.shape, layers.modulations(self.embed_time, self._blocks(), t)
         rows = -(-num_bins // self.bins_step) * self.bins_step // PATCH
         past = []
         for level, block in self._levels():
             shape = (B, 2**level, rows // STRIDE**level, block.channels)
             past.append((modulation[0].new_zeros(shape), modulation[0].new_zeros(shape)))
         frames = self.receptive_field + Kb  # the buffer of silence leaves no trace
-        silence = modulation[0].new_zeros(B, IO_CHANNELS, num_bins, frames)
+        silence = modulation[0].new_zeros(B, layers.IO_CHANNELS, num_bins, frames)
         self._unet(silence, modulation, self.receptive_field, past)  # more would not change it
         history = History(past, modulation, self._one_step, precision)
         if compiled:
@@ -168,7 +159,7 @@ class BlockCausal(nn.Module):
         """Run num_history history frames and the buffer; the same code for window and stream."""
         bins = x.shape[2]
         x = F.pad(x.permute(0, 3, 2, 1), (0, 0, 0, -bins % self.bins_step))  # [B, K, F, 4]
-        x = torch.cat([x, magnitudes(x)], dim=-1)  # [B, K, F, 6]
+        x = torch.cat([x, layers.magnitudes(x)], dim=-1)  # [B, K, F, 6]
         # Blocks take their modulation and their past in the order in which they run.
         kept = iter(past) if past is not None else None
         times = iter(modulation)
@@ -209,24 +200,22 @@ class ResBlock(nn.Module):
         super().__init__()
         self.channels = channels
         self.norm_in = nn.LayerNorm(channels)
-        self.conv_in = TimeConv(channels, dilation)
-        self.time = linear(time_channels, 2 * channels)
+        self.conv_in = layers.TimeConv(channels, dilation)
+        self.time = layers.linear(time_channels, 2 * channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv_out = TimeConv(channels, dilation, zero=True)
-
-    @property
-    def convs(self) -> tuple[TimeConv, TimeConv]:
-        """The two convolutions over time, in the order of the cache."""
-        return self.conv_in, self.conv_out
+        self.conv_out = layers.TimeConv(channels, dilation, zero=True)
 
     def forward(
         self, x: Tensor, modulation: Tensor, num_history: int, past: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """Keep the shape [B, K, F, C]."""
+        """Keep the shape [B, K, F, C]; `modulation` as of `modulations`."""
         past_in, past_out = past if past is not None else (None, None)
         h = self.conv_in(F.silu(self.norm_in(x)), num_history, past_in)
-        bias, gain = bias_and_gain(modulation, num_history)
-        h = F.silu(torch.addcmul(bias, F.layer_norm(h, h.shape[-1:]), gain))
+        if num_history != 1:  # all history frames have one modulation
+            history = modulation[:, :1].expand(-1, num_history, -1, -1)
+            modulation = torch.cat([history, modulation[:, 1:]], dim=1)
+        bias, gain = modulation.chunk(2, dim=-1)  # [B, K, 1, C]
+        h = F.silu(torch.addcmul(bias, F.layer_norm(h, h.shape[-1:]), 1 + gain))
         h = self.conv_out(self.dropout(h), num_history, past_out)
         return x + h
 
@@ -239,12 +228,10 @@ class BufferAttention(nn.Module):
 
     def __init__(self, channels: int, head_channels: int = 32) -> None:
         super().__init__()
-        self.heads = max(1, channels // head_channels)
-        while channels % self.heads:
-            self.heads -= 1
+        self.heads = layers.num_groups_for(channels, head_channels, channels)
         self.norm = nn.LayerNorm(channels)
-        self.qkv = linear(channels, 3 * channels)
-        self.out = linear(channels, channels, zero=True)
+        self.qkv = layers.linear(channels, 3 * channels)
+        self.out = layers.linear(channels, channels, zero=True)
 
     def forward(self, x: Tensor, num_history: int) -> Tensor:
         """Keep the shape [B, K, F, C]."""

@@ -7,7 +7,7 @@ from typing import Self
 from torch import Tensor, nn
 
 from diffbuf_lib.config import ModelConfig
-from diffbuf_lib.networks.layers import FrameTimeEmbedding, NormAct, conv3x3, frame_times
+from diffbuf_lib.networks.layers import FrameTimeEmbedding, NormAct, conv, frame_times
 
 
 class ConvNet(nn.Module):
@@ -20,16 +20,14 @@ class ConvNet(nn.Module):
     def __init__(self, base_channels: int = 16, num_layers: int = 4, dropout: float = 0.0) -> None:
         super().__init__()
         self.embed_time = FrameTimeEmbedding(base_channels)
-        self.first = conv3x3(4, base_channels)
+        self.first = conv(4, base_channels)
         self.times = nn.ModuleList(
             nn.Conv1d(4 * base_channels, base_channels, 1) for _ in range(num_layers)
         )
         self.norms = nn.ModuleList(NormAct(base_channels) for _ in range(num_layers))
-        self.layers = nn.ModuleList(
-            conv3x3(base_channels, base_channels) for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(conv(base_channels, base_channels) for _ in range(num_layers))
         self.dropout = nn.Dropout(dropout)
-        self.last = conv3x3(base_channels, 2, zero=True)
+        self.last = conv(base_channels, 2, zero=True)
 
     @classmethod
     def from_config(cls, cfg: ModelConfig) -> Self:

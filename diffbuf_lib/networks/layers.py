@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+IO_CHANNELS = 4  # real and imaginary parts of V and Y
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
@@ -57,22 +58,15 @@ def frame_times(t: Tensor, num_frames: int, history: float = 0.0) -> Tensor:
     return F.pad(t, (num_frames - t.shape[-1], 0), value=history)
 
 
-def num_groups_for(channels: int) -> int:
-    """Return the groups of a GroupNorm: four channels each, 32 at most, dividing `channels`."""
-    groups = min(max(channels // 4, 1), 32)
-    while channels % groups:
-        groups -= 1
-    return groups
+def num_groups_for(channels: int, each: int = 4, most: int = 32) -> int:
+    """Return in how many groups to divide `channels` equally, of at least `each` if it can be."""
+    wanted = min(max(channels // each, 1), most)
+    return next(groups for groups in range(wanted, 0, -1) if channels % groups == 0)
 
 
-def conv3x3(in_channels: int, out_channels: int, *, zero: bool = False) -> nn.Conv2d:
-    """Make a 3x3 convolution that keeps the size; `zero` starts the block as the identity."""
-    return initialised(nn.Conv2d(in_channels, out_channels, 3, padding=1), zero)
-
-
-def conv1x1(in_channels: int, out_channels: int, *, zero: bool = False) -> nn.Conv2d:
-    """Make a 1x1 convolution."""
-    return initialised(nn.Conv2d(in_channels, out_channels, 1), zero)
+def conv(in_channels: int, out_channels: int, size: int = 3, *, zero: bool = False) -> nn.Conv2d:
+    """Make a convolution that keeps the size; `zero` starts the block as the identity."""
+    return initialised(nn.Conv2d(in_channels, out_channels, size, padding=size // 2), zero)
 
 
 def linear(in_channels: int, out_channels: int, *, zero: bool = False) -> nn.Linear:
@@ -151,18 +145,6 @@ class TimeConv(nn.Module):
             past.copy_(rows[:, num_history : num_history + d])
         out: Tensor = self.over_bins(taps.permute(0, 3, 1, 2))  # channels-last in memory
         return out.permute(0, 2, 3, 1)
-
-
-def bias_and_gain(modulation: Tensor, num_history: int) -> tuple[Tensor, Tensor]:
-    """Give every frame what its features are shifted and scaled by, each [B, K, 1, C].
-
-    `modulation` is [B, 1 + Kb, 1, 2 C]: one of all history frames, then the buffer's.
-    """
-    if num_history != 1:
-        history = modulation[:, :1].expand(-1, num_history, -1, -1)
-        modulation = torch.cat([history, modulation[:, 1:]], dim=1)
-    bias, gain = modulation.chunk(2, dim=-1)
-    return bias, 1 + gain
 
 
 class Regroup(nn.Module):

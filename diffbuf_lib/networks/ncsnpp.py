@@ -11,17 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffbuf_lib.config import ModelConfig
-from diffbuf_lib.networks.layers import (
-    FrameTimeEmbedding,
-    NormAct,
-    Resample,
-    conv1x1,
-    conv3x3,
-    frame_times,
-    num_groups_for,
-)
-
-IO_CHANNELS = 4  # real and imaginary parts of V and Y
+from diffbuf_lib.networks import layers
 
 
 class NCSNpp(nn.Module):
@@ -55,8 +45,8 @@ class NCSNpp(nn.Module):
             sizes = (in_channels, out_channels, 4 * base_channels)
             return ResBlock(*sizes, 2**level, resample, dropout)
 
-        self.embed_time = FrameTimeEmbedding(base_channels)
-        self.first = conv3x3(IO_CHANNELS, base_channels)
+        self.embed_time = layers.FrameTimeEmbedding(base_channels)
+        self.first = layers.conv(layers.IO_CHANNELS, base_channels)
 
         skips = [base_channels]  # channels of the features that the way up takes over
         width = base_channels
@@ -86,7 +76,7 @@ class NCSNpp(nn.Module):
                 width = widths[level]
             grow = block(width, width, level - 1, "up") if level > 0 else None
             self.up.append(UpStage(blocks, grow, width))
-        self.last = nn.Conv2d(IO_CHANNELS, 2, 1)
+        self.last = nn.Conv2d(layers.IO_CHANNELS, 2, 1)
 
     @classmethod
     def from_config(cls, cfg: ModelConfig) -> Self:
@@ -101,7 +91,7 @@ class NCSNpp(nn.Module):
         # Whole steps of the coarsest level: zeros above the band and before the past, so that the
         # buffer keeps its place at the end.
         x = F.pad(x, (-frames % self.stride, 0, 0, -bins % self.stride))
-        time = self.embed_time(frame_times(t, x.shape[-1], self.history_time))
+        time = self.embed_time(layers.frame_times(t, x.shape[-1], self.history_time))
         out = self._unet(x, time)[:, :, :bins, -Kb:]
         if self.divide_by_time:
             out = out / t[:, None, None]
@@ -129,8 +119,8 @@ class DownStage(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.shrink = shrink
-        self.downsample = Resample("down") if shrink else None
-        self.add_input = conv1x1(IO_CHANNELS, width) if shrink else None
+        self.downsample = layers.Resample("down") if shrink else None
+        self.add_input = layers.conv(layers.IO_CHANNELS, width, 1) if shrink else None
 
     def forward(self, h: Tensor, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return the features, the input at the next level's size, and what to skip across."""
@@ -152,9 +142,9 @@ class UpStage(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.grow = grow
-        self.upsample = Resample("up")
-        self.norm_out = NormAct(width)
-        self.conv_out = conv3x3(width, IO_CHANNELS, zero=True)
+        self.upsample = layers.Resample("up")
+        self.norm_out = layers.NormAct(width)
+        self.conv_out = layers.conv(width, layers.IO_CHANNELS, zero=True)
 
     def forward(
         self, h: Tensor, out: Tensor | None, skips: list[Tensor], time: Tensor
@@ -180,15 +170,15 @@ class ResBlock(nn.Module):
         resample: str, dropout: float,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.norm_in = NormAct(in_channels)
-        self.resample = Resample(resample) if resample else nn.Identity()
-        self.conv_in = conv3x3(in_channels, out_channels)
+        self.norm_in = layers.NormAct(in_channels)
+        self.resample = layers.Resample(resample) if resample else nn.Identity()
+        self.conv_in = layers.conv(in_channels, out_channels)
         self.time = nn.Conv1d(time_channels, out_channels, 3, stride=time_stride, padding=1)
-        self.norm_out = NormAct(out_channels)
+        self.norm_out = layers.NormAct(out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv_out = conv3x3(out_channels, out_channels, zero=True)
+        self.conv_out = layers.conv(out_channels, out_channels, zero=True)
         same = in_channels == out_channels and not resample
-        self.shortcut = nn.Identity() if same else conv1x1(in_channels, out_channels)
+        self.shortcut = nn.Identity() if same else layers.conv(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """[B, C, F, K] and time [B, E, K of the clip] to [B, C', F', K']."""
@@ -206,9 +196,9 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(num_groups_for(channels), channels, eps=1e-6)
-        self.qkv = conv1x1(channels, 3 * channels)
-        self.out = conv1x1(channels, channels, zero=True)
+        self.norm = nn.GroupNorm(layers.num_groups_for(channels), channels, eps=1e-6)
+        self.qkv = layers.conv(channels, 3 * channels, 1)
+        self.out = layers.conv(channels, channels, 1, zero=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Keep the shape [B, C, F, K]."""

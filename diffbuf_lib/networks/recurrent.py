@@ -24,15 +24,8 @@ from torch import Tensor, nn
 
 from diffbuf_lib.config import ModelConfig
 from diffbuf_lib.errors import ConfigError
+from diffbuf_lib.networks import layers
 from diffbuf_lib.networks.block_causal import INPUT_CHANNELS, PATCH, STRIDE, ResBlock
-from diffbuf_lib.networks.layers import (
-    FrameTimeEmbedding,
-    Regroup,
-    initialised,
-    linear,
-    magnitudes,
-    modulations,
-)
 
 Memory = dict[nn.Module, Tensor]  # what layers over time remember, changed in place; first empty
 
@@ -63,14 +56,14 @@ class Recurrent(nn.Module):
         super().__init__()
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         self.trunk = Trunk(widths)
-        self.embed_time = FrameTimeEmbedding(base_channels, scale=1.0)
-        self.first = Regroup(INPUT_CHANNELS, widths[0], merge=PATCH)
+        self.embed_time = layers.FrameTimeEmbedding(base_channels, scale=1.0)
+        self.first = layers.Regroup(INPUT_CHANNELS, widths[0], merge=PATCH)
         self.blocks = nn.ModuleList(
             ResBlock(widths[0], 4 * base_channels, 2**level, dropout)
             for level in range(num_res_blocks)
         )
         self.norm_out = nn.LayerNorm(widths[0])
-        self.last = Regroup(widths[0], 2, split=PATCH, zero=True)
+        self.last = layers.Regroup(widths[0], 2, split=PATCH, zero=True)
 
     @classmethod
     def from_config(cls, cfg: ModelConfig) -> Self:
@@ -96,7 +89,7 @@ class Recurrent(nn.Module):
         def each(frames: Tensor) -> Tensor:  # [B, N Kb, ...] to [B N, Kb, ...]
             return frames[:, -n:].reshape(B * buffers, n // buffers, *frames.shape[2:])
 
-        modulation = modulations(self.embed_time, self.blocks, t.reshape(B * buffers, -1))
+        modulation = layers.modulations(self.embed_time, self.blocks, t.reshape(B * buffers, -1))
         out = self._buffer(each(x), each(heard), modulation)
         return out.reshape(B, n, *out.shape[2:])[:, :, :bins].permute(0, 3, 2, 1)
 
@@ -110,7 +103,7 @@ class Recurrent(nn.Module):
         silence, _ = self._padded(t.new_zeros(len(t), 4, num_bins, t.shape[-1]))
         memory: Memory = {}
         heard = self.trunk(silence[..., 2:], memory)
-        return RecurrentState(memory, heard, modulations(self.embed_time, self.blocks, t))
+        return RecurrentState(memory, heard, layers.modulations(self.embed_time, self.blocks, t))
 
     def step(self, state: RecurrentState, x: Tensor) -> Tensor:
         """Hear the newest frame, and run the buffer; see `StreamingNetwork`."""
@@ -127,7 +120,7 @@ class Recurrent(nn.Module):
 
     def _buffer(self, x: Tensor, heard: Tensor, modulation: list[Tensor]) -> Tensor:
         """Take V and Y [B, Kb, F, 4] to the output [B, Kb, F, 2]."""
-        h = self.first(torch.cat([x, magnitudes(x)], dim=-1)) + heard
+        h = self.first(torch.cat([x, layers.magnitudes(x)], dim=-1)) + heard
         for block, times in zip(self.blocks, modulation, strict=True):
             h = block(h, times, 0, None)
         out: Tensor = self.last(F.silu(self.norm_out(h)))
@@ -140,18 +133,19 @@ class Trunk(nn.Module):
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
         self.bins_step = PATCH * STRIDE ** (len(widths) - 1)
-        self.first = Regroup(4, widths[0], merge=PATCH)
+        self.first = layers.Regroup(4, widths[0], merge=PATCH)
         pairs = list(pairwise(widths))
-        self.merge = nn.ModuleList(Regroup(a, b, merge=STRIDE) for a, b in pairs)
-        self.split = nn.ModuleList(Regroup(b, a, split=STRIDE) for a, b in pairs)
+        self.merge = nn.ModuleList(layers.Regroup(a, b, merge=STRIDE) for a, b in pairs)
+        self.split = nn.ModuleList(layers.Regroup(b, a, split=STRIDE) for a, b in pairs)
         self.down = nn.ModuleList(CausalBlock(width, i > 0) for i, width in enumerate(widths))
         self.up = nn.ModuleList(CausalBlock(width, i > 0) for i, width in enumerate(widths[:-1]))
 
     def forward(self, y: Tensor, memory: Memory) -> Tensor:
         """Take K frames of Y, [B, K, F, 2], F a multiple of `bins_step`, to [B, K, P, C]."""
         B, K, bins, _ = y.shape
-        where = torch.linspace(-1, 1, bins, device=y.device, dtype=y.dtype)
-        h = self.first(torch.cat([y, magnitudes(y), where[:, None].expand(B, K, -1, -1)], dim=-1))
+        where = torch.linspace(-1, 1, bins, device=y.device, dtype=y.dtype)[:, None]
+        where = where.expand(B, K, -1, -1)
+        h = self.first(torch.cat([y, layers.magnitudes(y), where], dim=-1))
         skips = []
         for block, merge in zip(self.down, [*self.merge, None], strict=True):
             h = block(h, memory)
@@ -187,7 +181,7 @@ class CausalConv(nn.Module):
 
     def __init__(self, channels: int, *, zero: bool = False) -> None:
         super().__init__()
-        self.conv = initialised(nn.Conv2d(channels, channels, (2, 3), padding=(0, 1)), zero)
+        self.conv = layers.initialised(nn.Conv2d(channels, channels, (2, 3), padding=(0, 1)), zero)
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         """Keep the shape [B, K, P, C]; the last frame is remembered."""
@@ -208,8 +202,8 @@ class LinearMemory(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(channels)
-        self.inputs = linear(channels, 3 * channels)
-        self.out = linear(channels, channels, zero=True)
+        self.inputs = layers.linear(channels, 3 * channels)
+        self.out = layers.linear(channels, channels, zero=True)
         frames = torch.logspace(0, 2.5, channels)  # time constants at the start: 16 ms to 5 s
         with torch.no_grad():
             self.inputs.bias[:channels] = torch.logit(torch.exp(-1 / frames))

@@ -21,7 +21,7 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,11 @@ from torch import Tensor, nn
 
 from diffbuf_lib import pretrained
 from diffbuf_lib.config import Config
-from diffbuf_lib.data.audio import atomic_file, wait_for_disk
+from diffbuf_lib.data.audio import atomic_file, wait_for_disk, writing
 from diffbuf_lib.data.reader import reason
 from diffbuf_lib.errors import CheckpointError
 from diffbuf_lib.figures import spectrograms, to_pixels
+from diffbuf_lib.foreign import flatten
 from diffbuf_lib.trace import to_plain
 from diffbuf_lib.training.step import StepRecord, Validation
 
@@ -45,6 +46,7 @@ FORMAT = 1  # of a checkpoint; raised when an older library can no longer read i
 KEYS = {
     *("format", "version", "config", "step", "epoch", "examples", "processes", "pending", "best"),
     *("bad_validations", "bad_batches", "model", "ema", "optimizer", "scheduler", "scaler"),
+    *("global_batch", "unit"),
 }
 
 _ENDS = frozenset({"training.num_epochs", "training.num_steps"})  # a linear rate goes by them
@@ -62,6 +64,10 @@ NOTED = {
     *("training.lr", "training.metrics", "training.batch_size", "training.accumulation_steps"),
     "training.global_batch",
 }
+_writing = partial(
+    writing, fails=RuntimeError, makes=CheckpointError,
+    fix="free space or choose another --results_path; what was there before is untouched",
+)  # fmt: skip
 
 
 def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
@@ -177,17 +183,6 @@ def apply_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str |
         raise CheckpointError(f"{what}; make `model` equal") from error
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn the system's errors into one that names the file."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns some OSErrors into these
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        fix = "free space or choose another --results_path; what was there before is untouched"
-        raise CheckpointError(f"{path} cannot be written ({reason(cause)}): {fix}") from error
-
-
 class ResultsFolder:
     """The paths of one run."""
 
@@ -268,7 +263,7 @@ def check_same_config(
 
     CheckpointError if they differ in others that are not `CHANGEABLE`.
     """
-    before, after = dict(_flat(old)), dict(_flat(new))
+    before, after = dict(flatten(old)), dict(flatten(new))
     linear = "linear" in (before.get("training.lr_schedule"), after.get("training.lr_schedule"))
     changeable = CHANGEABLE.difference(_ENDS if linear else ())
     different = [key for key in {**before, **after} if before.get(key) != after.get(key)]
@@ -283,14 +278,6 @@ def check_same_config(
         fix = "choose another --results_path (--start_check_point takes over the weights)"
         raise CheckpointError(f"{what}. Set them back, or {fix}")
     return {key: [before.get(key), after.get(key)] for key in different if key in NOTED}
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def read_history(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -365,7 +352,7 @@ class RunLog:
         """Write one optimizer step."""
         line = record.to_dict()
         del line["valid"]
-        self._write(line)
+        self.write(line)
         if record.step % self.cfg.training.log_every == 0:
             points = {name: line[name] for name in ("loss", "grad_norm", "lr")}
             points["steps_per_second"] = 1 / max(record.seconds, 1e-9)
@@ -378,14 +365,10 @@ class RunLog:
         if not self._bar.disable:
             self._bar.write(text, file=sys.stderr)
 
-    def change(self, step: int, changed: Mapping[str, Any]) -> None:
-        """Write what a resumed run does otherwise from a step on."""
-        self._write({"step": step, "changed": changed})
-
     def validation(self, record: StepRecord, result: Validation, *, final: bool) -> None:
         """Write one validation: its scores, and sound and picture of its first clip."""
         step, rate = record.step, self.cfg.audio.sample_rate
-        self._write({"step": step, "epoch": record.epoch, "valid": result.values, "final": final})
+        self.write({"step": step, "epoch": record.epoch, "valid": result.values, "final": final})
         self._draw("valid", result.values, step)
         if result.example is not None and self.cfg.training.trackers:
             waves = dict(zip(("mix", "target", "estimate"), result.example, strict=True))
@@ -404,7 +387,8 @@ class RunLog:
         self._trackers.tell("close")
         self._bar.close()
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def write(self, line: dict[str, Any]) -> None:
+        """Write a line of the history."""
         with _writing(self.history):
             self._file.write(json.dumps(to_plain(line), allow_nan=False) + "\n")
             self._file.flush()  # a killed process loses nothing that the system has

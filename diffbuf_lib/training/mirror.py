@@ -8,7 +8,6 @@ import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import fsspec
 
@@ -40,7 +39,9 @@ class Mirror:
             if not system.exists(f"{root}/{PLACE}"):
                 return
             there = int(json.loads(system.cat_file(f"{root}/{PLACE}"))["step"])
-            if there <= self._step(self.folder):
+            here, last = self.folder / PLACE, self.folder / "checkpoints" / "last.pt"
+            both = here.is_file() and last.is_file()
+            if both and there <= json.loads(here.read_text())["step"]:
                 return
             shutil.rmtree(self._now, ignore_errors=True)
             names = [str(path)[len(root) :].lstrip("/") for path in system.find(root)]
@@ -120,10 +121,3 @@ class Mirror:
                     system.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
                     system.put_file(str(path), f"{root}/{name}")
                 self._known[name] = known
-
-    @staticmethod
-    def _step(folder: Path) -> int:
-        if not (folder / "checkpoints" / "last.pt").is_file() or not (folder / PLACE).is_file():
-            return -1
-        place: dict[str, Any] = json.loads((folder / PLACE).read_text())
-        return int(place["step"])

@@ -16,16 +16,7 @@ from torch import Tensor
 from diffbuf_lib.config import Config
 from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.model import DiffusionBufferModel
-from diffbuf_lib.training.feed import (
-    Batch,
-    ClipReader,
-    ClipSource,
-    EpochPlan,
-    Stream,
-    example_generators,
-    seed_everything,
-    stream_seed,
-)
+from diffbuf_lib.training import feed
 from diffbuf_lib.training.folder import apply_weights, load_weights
 from diffbuf_lib.training.run import make_plan
 from diffbuf_lib.training.signals import isolated
@@ -40,41 +31,42 @@ class Rehearsal(NamedTuple):
 
     cfg: Config
     engine: Engine
-    plan: EpochPlan
-    reader: ClipReader
+    plan: feed.EpochPlan
+    reader: feed.ClipReader
 
     def read(self) -> Iterator[tuple[Tensor, Tensor, list[tuple[int, int]]]]:
         """Yield (mix, target, keys of their noise) of every batch on the CPU, without end."""
         seed, cuda = self.cfg.training.seed, self.engine.accelerator.device.type == "cuda"
         for epoch in itertools.count():
             self.reader.dataset.set_epoch(epoch)
-            key, clips = stream_seed(seed, Stream.WORKERS, epoch, 0), self.plan.batches(epoch, 0)
+            key = feed.stream_seed(seed, feed.Stream.WORKERS, epoch, 0)
+            clips = self.plan.batches(epoch, 0)
             for round_, waves in enumerate(self.reader.read(clips, key, pin_memory=cuda)):
                 yield *waves, [(epoch, position) for position in self.plan.positions(round_, 0)]
 
-    def batch(self, mix: Tensor, target: Tensor, keys: Sequence[tuple[int, int]]) -> Batch:
+    def batch(self, mix: Tensor, target: Tensor, keys: Sequence[tuple[int, int]]) -> feed.Batch:
         """Return what `read` gave on the model's device."""
-        device = self.engine.accelerator.device
-        generators = example_generators(keys, self.cfg.training.seed, Stream.EXAMPLE, device)
+        device, seed = self.engine.accelerator.device, self.cfg.training.seed
+        generators = feed.example_generators(keys, seed, feed.Stream.EXAMPLE, device)
         mix, target = (wave.to(device, non_blocking=True) for wave in (mix, target))
-        return Batch(mix, target, generators)
+        return feed.Batch(mix, target, generators)
 
 
 @contextmanager
 def rehearsal(
-    cfg: Config, train_set: ClipSource, device: str, start_check_point: Path | None = None
+    cfg: Config, train_set: feed.ClipSource, device: str, start_check_point: Path | None = None
 ) -> Iterator[Rehearsal]:
     """Build what `train` would; at the end global generators and flags are as they were."""
     training, accelerator = cfg.training, make_accelerator(cfg.training, device)
     plan = make_plan(training, len(train_set), 1, None)
     with isolated(accelerator.device, deterministic=training.deterministic):
-        seed_everything(training.seed, Stream.WEIGHTS)
+        feed.seed_everything(training.seed, feed.Stream.WEIGHTS)
         model = DiffusionBufferModel(cfg)
         if start_check_point is not None:
             apply_weights(model, load_weights(start_check_point), start_check_point)
         model.set_memory_format(fastest_format(cfg, accelerator)[0])
         engine = Engine(cfg, model, accelerator, total_steps=plan.steps)
-        yield Rehearsal(cfg, engine, plan, ClipReader(train_set, training.num_workers))
+        yield Rehearsal(cfg, engine, plan, feed.ClipReader(train_set, training.num_workers))
 
 
 class RangeTest(NamedTuple):
@@ -106,7 +98,7 @@ class RangeTest(NamedTuple):
 
 def find_lr(
     cfg: Config,
-    train_set: ClipSource,
+    train_set: feed.ClipSource,
     device: str = "auto",
     *,
     start_check_point: Path | None = None,
@@ -131,7 +123,7 @@ def find_lr(
         for step, lr in enumerate(progress(iter(np.geomspace(*LR_RANGE, steps)))):
             for group in engine.optimizer.param_groups:
                 group["lr"] = float(lr)
-            seed_everything(cfg.training.seed, Stream.STEP, step, 0)  # for dropout
+            feed.seed_everything(cfg.training.seed, feed.Stream.STEP, step, 0)  # for dropout
             engine.step([stage.batch(*next(batches)) for _ in range(plan.accumulation)])
             loss = _loss(stage, probe)
             if not math.isfinite(loss) or loss > first + max(3 * (first - best), abs(first)):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
@@ -25,18 +25,8 @@ from diffbuf_lib.config import Config, TrainingConfig
 from diffbuf_lib.data.reader import reason
 from diffbuf_lib.errors import CheckpointError, ConfigError, DiffbufError, NonFiniteError
 from diffbuf_lib.model import DiffusionBufferModel
+from diffbuf_lib.training import feed
 from diffbuf_lib.training.failure import Attempt, Failures
-from diffbuf_lib.training.feed import (
-    Batch,
-    ClipReader,
-    ClipSource,
-    EpochPlan,
-    FixedClips,
-    Stream,
-    example_generators,
-    seed_everything,
-    stream_seed,
-)
 from diffbuf_lib.training.folder import (
     FolderLock,
     ResultsFolder,
@@ -62,47 +52,33 @@ _PLACE = ("step", "epoch", "best", "bad_validations", "bad_batches")
 
 def train(
     cfg: Config,
-    train_set: ClipSource,
-    valid_set: ClipSource | None,
-    results_path: str | Path,
+    train_set: feed.ClipSource,  # [i] -> (mix, target), each [C, T] float32, full scale 1
+    valid_set: feed.ClipSource | None,  # the same; None or empty: no validation, one learning rate
+    results_path: str | Path,  # for checkpoints, logs and the model; see `training.folder`
     *,
+    # Go on with the run there or, if that is further, in training.mirror; "auto": if there is one.
     resume: bool | Literal["auto"] = False,
+    # A checkpoint or a `save_pretrained` folder, whose weights (averaged ones, if there) are the
+    # first ones; and whether to validate these too, as step 0: it decides nothing, and yields a
+    # record whose loss is NaN. Neither when resuming.
     start_check_point: str | Path | None = None,
     pre_valid: bool = False,
-    device: str = "auto",
-    progress: bool = False,
-    model: nn.Module | None = None,
+    device: str = "auto",  # auto, cpu, cuda or cuda:N; without a CUDA device the CPU, and a warning
+    progress: bool = False,  # draw a progress bar on standard error
+    model: nn.Module | None = None,  # to train in place; None: a new one, seeded by training.seed
 ) -> Generator[StepRecord, None, None]:
     """Train, yielding a record after every optimizer step.
 
     On `close()` (`contextlib.closing`), a signal (see `StopRequest`) or an error between steps it
     saves a checkpoint and closes its logs. A signal waits for the end of a step, in all processes,
-    and is then raised as KeyboardInterrupt.
+    and is then raised as KeyboardInterrupt. A run is its global batch: it may go on with other
+    processes, as long as they can share that.
 
-    A run is its global batch: it may go on with other processes, as long as they can share that.
-
-    Args:
-        cfg: the config.
-        train_set: `[i] -> (mix, target)`, each [C, T] float32, full scale 1.
-        valid_set: the same; None or empty: no validation, and the learning rate stays.
-        results_path: folder for checkpoints, logs and the model; see `training.folder`.
-        resume: go on with the run in `results_path` or, if that is further, `training.mirror`;
-            "auto": if there is one.
-        start_check_point: a checkpoint file or a `save_pretrained` folder whose weights (averaged
-            ones, if there) are the first ones. Not read when resuming.
-        pre_valid: validate the first weights too, as step 0; decides nothing, and yields a record
-            whose loss is NaN. Not when resuming.
-        device: "auto", "cpu", "cuda" or "cuda:N". Without a CUDA device: a warning, and the CPU.
-        progress: draw a progress bar on standard error.
-        model: a model to train in place; default: a new one, seeded by `training.seed`.
-
-    Raises:
-        CheckpointError: a run in the folder (with `resume`: none, or one of another config),
-            weights that do not fit, or a file that cannot be written.
-        NonFiniteError: the loss or gradient is NaN or infinite; names the files. The checkpoints
-            are from before. (Infinite gradients in float16: the scaler lowers its scale first.)
-        DataError: an empty training set, or a clip that cannot be read; names it.
-        MissingExtraError, ConfigError: a metric or device that is unavailable.
+    CheckpointError for a run in the folder (with `resume`: none, or one of another config), weights
+    that do not fit, or a file that cannot be written; DataError for an empty training set or a clip
+    that cannot be read; MissingExtraError, ConfigError for a metric or device that is unavailable.
+    NonFiniteError, naming the files, for a loss or gradient that is NaN or infinite (in float16 the
+    scaler lowers its scale first); the checkpoints are from before.
     """
     with StopRequest() as stop, ExitStack() as ending:
         with stop.running():
@@ -127,8 +103,8 @@ class Run:
     def __init__(
         self,
         cfg: Config,
-        train_set: ClipSource,
-        valid_set: ClipSource | None,
+        train_set: feed.ClipSource,
+        valid_set: feed.ClipSource | None,
         results_path: str | Path,
         resume: bool | Literal["auto"],
         device: str,
@@ -151,13 +127,13 @@ class Run:
         if training.overfit_batches is not None:
             self.plan = dataclasses.replace(self.plan, shuffled=False)
             size = training.overfit_batches * self.plan.a_round
-            valid_set = FixedClips(train_set, size)
-            train_set = FixedClips(train_set, size, len(train_set))
+            valid_set = feed.FixedClips(train_set, size)
+            train_set = feed.FixedClips(train_set, size, len(train_set))
         self.valid_set = valid_set if valid_set is not None and len(valid_set) else None
         steps = training.num_epochs * self.plan.steps
         self.total = min(steps, training.num_steps or steps)  # unless it stops early
         with self._isolated():
-            seed_everything(training.seed, Stream.WEIGHTS)
+            feed.seed_everything(training.seed, feed.Stream.WEIGHTS)
             kept: Any = self.state and (self.state.get("memory_format", "channels_last"), "")
             choose = partial(fastest_format, cfg, self.accelerator)  # another would round otherwise
             self.memory_format, self.why = kept or self._together(choose)
@@ -165,7 +141,7 @@ class Run:
             if (set_memory_format := getattr(model, "set_memory_format", None)) is not None:
                 set_memory_format(self.memory_format)
             self.engine = Engine(cfg, model, self.accelerator, self.total)
-        self.reader = ClipReader(train_set, training.num_workers)
+        self.reader = feed.ClipReader(train_set, training.num_workers)
         self.batches: Iterator[tuple[Tensor, Tensor]] | None = None  # the rest of this epoch's
         place = self.engine, self.plan, train_set, self.rank
         self.failures = Failures(cfg, self.folder.path, *place)
@@ -228,8 +204,10 @@ class Run:
         )
         if self.log is not None:
             self.log.step(record)
-        if outcome.stop:
-            self._interrupt(record)
+        if outcome.stop:  # before the record is handed out: a resumed run will begin with it
+            self.pending = record
+            self.stop.requested = self.agreed = True
+            raise KeyboardInterrupt
         return record
 
     def _finish_step(self, record: StepRecord) -> StepRecord:
@@ -269,20 +247,21 @@ class Run:
             self.log.validation(record, result, final=final)
         return dataclasses.replace(record, valid=result.values)
 
-    def _next_batch(self, round_: int) -> Batch:
+    def _next_batch(self, round_: int) -> feed.Batch:
         seed, device = self.cfg.training.seed, self.accelerator.device
         if self.batches is None:
             self.reader.dataset.set_epoch(self.epoch)
             clips = self.plan.batches(self.epoch, self.rank, start=round_)
-            key = stream_seed(seed, Stream.WORKERS, self.epoch, self.rank)
+            key = feed.stream_seed(seed, feed.Stream.WORKERS, self.epoch, self.rank)
             self.batches = self.reader.read(clips, key, pin_memory=device.type == "cuda")
         mix, target = (wave.to(device, non_blocking=True) for wave in next(self.batches))
         keys = [(self.epoch, position) for position in self.plan.positions(round_, self.rank)]
-        generators = example_generators(keys, seed, Stream.EXAMPLE, device)
-        return Batch(mix, target, generators, self.plan.share(round_, self.rank))
+        generators = feed.example_generators(keys, seed, feed.Stream.EXAMPLE, device)
+        return feed.Batch(mix, target, generators, self.plan.share(round_, self.rank))
 
     def _make_step(self, attempt: Attempt) -> Outcome:
-        seed_everything(self.cfg.training.seed, Stream.STEP, self.step, self.rank)  # for dropout
+        seed = self.cfg.training.seed
+        feed.seed_everything(seed, feed.Stream.STEP, self.step, self.rank)  # for dropout
         try:
             return self.engine.step(attempt.batches, stop=self.stop.requested)
         except Exception as error:
@@ -309,12 +288,6 @@ class Run:
         self.bad_batches += 1
         warnings.warn(f"left out, {so_far + 1} of at most {most}: {error}", stacklevel=2)
         return True
-
-    def _interrupt(self, record: StepRecord) -> NoReturn:
-        """Stop after a step whose record was not handed out: a resumed run will begin with it."""
-        self.pending = record
-        self.stop.requested = self.agreed = True
-        raise KeyboardInterrupt
 
     def _judge(self, values: dict[str, float]) -> bool:
         """Let a validation change the learning rate; return whether it is the best one."""
@@ -399,7 +372,7 @@ class Run:
             if self.why:
                 self.log.say(f"memory format: {self.why}")
             if changed:
-                self.log.change(self.step, changed)
+                self.log.write({"step": self.step, "changed": changed})
         self.whole = True
 
     def close(self) -> None:
@@ -463,7 +436,7 @@ class Run:
     def _load(self, state: dict[str, Any]) -> dict[str, Any]:
         """Take a checkpoint's state; return what changes, for the history."""
         changed = {**state["changed"]}
-        before, now = old_batch(state)[0], self.plan.global_batch
+        before, now = state["global_batch"], self.plan.global_batch
         if before != now:
             changed["global batch"] = [before, now]
         try:
@@ -486,16 +459,15 @@ class Run:
 
 def make_plan(
     training: TrainingConfig, size: int, processes: int, state: dict[str, Any] | None
-) -> EpochPlan:
+) -> feed.EpochPlan:
     """Cut epochs into batches; a resumed run keeps its global batch unless another is asked for.
 
-    Raises:
-        ConfigError: the processes cannot share the global batch.
+    ConfigError if the processes cannot share it.
     """
     batch, rounds, unit = training.batch_size, training.accumulation_steps, training.global_batch
     total = training.global_batch or batch * rounds * processes
     if state is not None:
-        before, kept_unit = old_batch(state)
+        before, kept_unit = state["global_batch"], state["unit"]
         asked = {"training.batch_size", "training.accumulation_steps", "training.global_batch"}
         total = total if asked & state["changed"].keys() else before
         unit = kept_unit if total == before else unit
@@ -506,12 +478,4 @@ def make_plan(
         )
     share = total // processes
     batch = max(n for n in range(1, min(batch, share) + 1) if share % n == 0)
-    return EpochPlan(size, batch, share // batch, processes, training.seed, unit)
-
-
-def old_batch(state: dict[str, Any]) -> tuple[int, int]:
-    """Return global batch and unit (see `EpochPlan`) of a checkpoint, also of an older library."""
-    training = state["config"]["training"]
-    a_round = training["batch_size"] * state["processes"]
-    total = a_round * training["accumulation_steps"]
-    return state.get("global_batch", total), state.get("unit", a_round)
+    return feed.EpochPlan(size, batch, share // batch, processes, training.seed, unit)

@@ -22,14 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diffbuf_lib.config import Config, TrainingConfig
 from diffbuf_lib.model import resolve_device
-from diffbuf_lib.training.feed import (
-    Batch,
-    ClipReader,
-    ClipSource,
-    Stream,
-    example_generators,
-    seed_everything,
-)
+from diffbuf_lib.training import feed
 from diffbuf_lib.training.metrics import mean_scores, score_clips
 from diffbuf_lib.training.optimizer import make_optimizer, make_scheduler
 from diffbuf_lib.training.signals import StopRequest
@@ -110,7 +103,7 @@ class Engine:
         scaler = self.accelerator.scaler
         return None if scaler is None else float(scaler.get_scale())
 
-    def step(self, batches: Sequence[Batch], *, stop: bool = False) -> Outcome:
+    def step(self, batches: Sequence[feed.Batch], *, stop: bool = False) -> Outcome:
         """Make one optimizer step from the mean gradient of this process's batch of every round.
 
         `stop` says whether this process was asked to stop; all learn of it in the one exchange
@@ -265,7 +258,7 @@ class Validation(NamedTuple):
 def validate(
     cfg: Config,
     model: Any,
-    dataset: ClipSource,
+    dataset: feed.ClipSource,
     accelerator: Accelerator,
     stop: StopRequest | None = None,
 ) -> Validation | None:
@@ -280,10 +273,10 @@ def validate(
     mine = list(range(accelerator.process_index, count, processes))
     batches = [mine[i : i + training.batch_size] for i in range(0, len(mine), training.batch_size)]
     most = math.ceil(count / processes)  # clips of the first process: all exchange as often
-    reader = ClipReader(dataset).read(batches)
+    reader = feed.ClipReader(dataset).read(batches)
 
     model.eval()
-    seed_everything(training.seed, Stream.VALID)
+    feed.seed_everything(training.seed, feed.Stream.VALID)
     results: list[tuple[int, dict[str, float]]] = []
     example = None
     for round_ in range(math.ceil(most / training.batch_size)):
@@ -293,9 +286,9 @@ def validate(
         if round_ >= len(batches):
             continue
         mix, target = (wave.to(device) for wave in next(reader))
-        key = [(clip,) for clip in batches[round_]], training.seed, Stream.VALID, device
-        loss = model(mix, target, generator=example_generators(*key)).item()
-        estimate = model.enhance(mix, generator=example_generators(*key))  # [B, C, T]
+        key = [(clip,) for clip in batches[round_]], training.seed, feed.Stream.VALID, device
+        loss = model(mix, target, generator=feed.example_generators(*key)).item()
+        estimate = model.enhance(mix, generator=feed.example_generators(*key))  # [B, C, T]
         estimate, clean = estimate.mean(1).cpu(), target.mean(1).cpu()  # [B, T]
         scores = score_clips(estimate, clean, cfg.audio.sample_rate, training.metrics)
         for i, clip in enumerate(batches[round_]):

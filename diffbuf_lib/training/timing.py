@@ -60,12 +60,11 @@ class Timing:
     def __str__(self) -> str:
         rows = [(part, s, self.shares[part]) for part, s in self.seconds.items()]
         rows.append(("a step", sum(self.seconds.values()), 1.0))
-        lines = (f"{part:17}{1000 * s:9.1f} ms {share:4.0%}  " for part, s, share in rows)
-        bars = ("#" * round(_BAR * share) for *_, share in rows)
-        return "\n".join(line + bar for line, bar in zip(lines, bars, strict=True))
+        bars = [(*row, "#" * round(_BAR * row[-1])) for row in rows]
+        return "\n".join(f"{part:17}{1000 * s:9.1f} ms {x:4.0%}  {bar}" for part, s, x, bar in bars)
 
 
-class _Stopwatch:
+class Stopwatch:
     """Adds up the seconds that blocks take, by name; a GPU has ended what it was told to do."""
 
     def __init__(self, device: torch.device) -> None:
@@ -74,6 +73,7 @@ class _Stopwatch:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
+        """Add the time of a block to that of a part."""
         started = self._now()
         with record_function(part):  # the part's name in a trace
             yield
@@ -102,7 +102,7 @@ def time_steps(
     """
     with rehearsal(cfg, train_set, device, start_check_point) as stage:
         engine, accelerator = stage.engine, stage.engine.accelerator
-        engine.phase = watch = _Stopwatch(accelerator.device)
+        engine.phase = watch = Stopwatch(accelerator.device)
         clips = stage.read()
 
         def make(steps: int) -> None:
