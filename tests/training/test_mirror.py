@@ -65,7 +65,7 @@ def test_a_mirror_that_fails_is_a_warning_and_later_one_line(store, tmp_path, mo
         fit(config(*MIRROR), tmp_path / "a")
     assert last(tmp_path / "a")["step"] == 9
     monkeypatch.setattr(type(store), "exists", broken)
-    with pytest.raises(CheckpointError, match="memory://runs/one .*Forbidden"):
+    with pytest.raises(CheckpointError, match=r"memory://runs/one .*Forbidden"):
         fit(config(*MIRROR), tmp_path / "b", resume=True)
 
 
