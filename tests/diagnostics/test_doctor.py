@@ -71,8 +71,11 @@ def of(findings, check) -> Finding:
 
 
 @pytest.mark.law
-def test_a_good_set_has_no_error_and_no_warning(paths):
-    findings = examine_paths(**paths)
+def test_a_good_set_has_no_error_and_no_warning_and_nothing_changes(paths):
+    state = torch.get_rng_state()
+    findings = examine_paths(**paths, overrides=["training.deterministic=true"])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.are_deterministic_algorithms_enabled()
     assert [f for f in findings if f.severity in ("error", "warning")] == []
     checks = {finding.check.partition(".")[0] for finding in findings}
     assert checks == {"machine", "data", "valid", "frames", "schedule", "model"}
@@ -128,11 +131,6 @@ def swapped(root):
         (root / "other.wav").rename(vocals)
 
 
-def cut_short(root):
-    path = stem(root, "vocals")
-    path.write_bytes(path.read_bytes()[:1000])
-
-
 def too_loud(root):
     drop_noise(root)
     rewrite(root, lambda wave: wave * 7e38, ["vocals", "mixture"], range(4))
@@ -159,14 +157,11 @@ ERRORS = [
     (with_nan, "data.files", "3 NaN or Inf"),
     (lambda r: without(r, "vocals", "noise"), "data.silence", "4 of 4"),
     (swapped, "data.mixture", "4 of 4"),
-    (cut_short, "data.files", "cut short"),
     (lambda r: rewrite(r, stereo), "data.channels", "3 of 1 and 1 of 2"),
-    (lambda r: rewrite(r, stereo, ["mixture"]), "data.files", "2 channels"),
     (lambda r: without(r, "noise", "vocals"), "data.noise", "4 of 4"),
     (lambda r: rewrite(r, lambda x: x[:1100], ["vocals"]), "data.files", "1100"),
     (too_loud, "model.step", "stage Y"),
     (lambda r: stem(r, "vocals").unlink(), "data.open", "no vocals.wav"),
-    (shutil.rmtree, "data.open", "does not exist"),
 ]  # fmt: skip
 WARNINGS = [
     (["sde={type: bbed, diffusion: {c: 0.08}}"], "schedule.c_theta"),  # as the paper prints it
@@ -246,14 +241,6 @@ def test_frames_of_a_one_second_clip_are_counted_exactly(paths, center, frames):
     window = of(findings, "frames.window")
     assert window.severity == "warning"
     assert str(127 * 256 + (0 if center else 510)) in window.message
-
-
-@pytest.mark.law
-def test_everything_is_left_as_it_was(paths):
-    cfg, state = config("training.deterministic=true"), torch.get_rng_state()
-    examine(cfg, opened(paths["data_path"], cfg))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_data_set_in_memory_is_examined_too():

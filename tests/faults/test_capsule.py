@@ -7,11 +7,11 @@ import torch
 
 from diffbuf_lib.diagnostics.capsule import Capsule
 from diffbuf_lib.diffusion.sde import BBED
-from diffbuf_lib.errors import CheckpointError, ConfigError, NonFiniteError
+from diffbuf_lib.errors import NonFiniteError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.networks.conv import ConvNet
 from diffbuf_lib.networks.layers import NormAct
-from tests.conftest import call
+from tests.conftest import call, refused
 from tests.training.helpers import (
     Clips,
     Hooked,
@@ -57,7 +57,7 @@ def test_replay_has_the_numbers_of_the_failed_step(tmp_path, optimizer, step, ca
     """With dropout, two rounds a step and a model whose V is made of its own estimate."""
     settings = (
         DROPOUT, "training.loss=data_prediction", "training.own_estimate=0.7",
-        "training.accumulation_steps=2", "training.batch_size=1", "training.num_epochs=9",
+        "training.accumulation_steps=2", "training.batch_size=1", "training.checkpoint_every=1",
         f"training.optimizer={optimizer}", "training.grad_clip=0.5",
     )  # fmt: skip
     if cause == "loss":  # in the second round of the step
@@ -77,6 +77,10 @@ def test_replay_has_the_numbers_of_the_failed_step(tmp_path, optimizer, step, ca
     assert list(map(repr, result.losses)) == list(map(repr, capsule.losses))
     if cause == "gradient":
         assert result.grad_norm == capsule.grad_norm
+    assert last(tmp_path)["step"] == step - 1
+    assert len(capsule.state["optimizer"]["state"]) > 3 or step == 1
+    for name, value in capsule.state.items():
+        assert same(value, last(tmp_path)[name]), name
 
 
 @pytest.mark.law
@@ -161,19 +165,6 @@ def test_any_exception_in_a_step_leaves_a_capsule(tmp_path, monkeypatch, where):
     assert not Capsule.load(folder).replay().reproduced
 
 
-@pytest.mark.law
-def test_optimizer_state_survives_packing(tmp_path):
-    """What the capsule of step 4 holds is what the checkpoint of step 3 holds."""
-    settings = ["training.batch_size=1", "training.checkpoint_every=1"]
-    _, folder = failing(tmp_path, *settings, train_set=Clips(bad=[clip_of(4)]))
-    state, checkpoint = Capsule.load(folder).state, last(tmp_path)
-    assert folder.name == "capsule_4"
-    assert checkpoint["step"] == 3
-    assert len(state["optimizer"]["state"]) > 3
-    for name, value in state.items():
-        assert same(value, checkpoint[name]), name
-
-
 def test_what_fails_in_a_failure_does_not_mask_the_first_error(tmp_path, monkeypatch):
     class Broken(Hooked):
         def trace(self, *args, **options):
@@ -222,16 +213,12 @@ def test_replay_on_the_command_line_away_from_the_data(folder, tmp_path, monkeyp
 
 
 def test_damaged_capsules(folder, tmp_path):
-    with pytest.raises(CheckpointError, match="does not exist"):
-        Capsule.load(tmp_path)
+    refused(lambda: Capsule.load(tmp_path), "does not exist")
     content, capsule = torch.load(folder / "capsule.pt"), tmp_path / "capsule.pt"
     wide = config("model.base_channels=8").to_dict()
     for change, part in (({"format": 1}, "format 1"), ({"config": wide}, "do not fit")):
         torch.save(content | {"record": content["record"] | change}, capsule)
-        with pytest.raises(CheckpointError, match=part):
-            Capsule.load(tmp_path).replay()
+        refused(lambda: Capsule.load(tmp_path).replay(), part)
     capsule.write_bytes(capsule.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match=r"capsule\.pt is damaged"):
-        Capsule.load(tmp_path)
-    with pytest.raises(ConfigError, match="cuda:99"):
-        Capsule.load(folder).replay("cuda:99")
+    refused(lambda: Capsule.load(tmp_path), "capsule.pt is damaged")
+    refused(lambda: Capsule.load(folder).replay("cuda:99"), "cuda:99")

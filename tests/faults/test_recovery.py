@@ -11,22 +11,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffbuf_lib.data import open_dataset
 from diffbuf_lib.diagnostics.capsule import Capsule
-from diffbuf_lib.errors import CheckpointError, DataError, NonFiniteError, OutOfMemoryError
+from diffbuf_lib.errors import CheckpointError, DataError, OutOfMemoryError
 from diffbuf_lib.training import memory, train
 from diffbuf_lib.training.folder import FolderLock
+from tests.conftest import refused
 from tests.training.helpers import (
     Clips,
     Hooked,
-    assert_same_state,
+    assert_same_run,
     clip_of,
     config,
     fit,
     history,
     last,
     same,
-    write_clips,
 )
 
 SKIP = ["training.on_nonfinite=skip", "training.batch_size=1", "training.num_epochs=1"]
@@ -57,8 +56,7 @@ def test_too_many_skipped_batches_end_the_run_also_after_a_resume(tmp_path):
     clips = {"train_set": Clips(bad=[clip_of(i) for i in (1, 4, 6)]), "valid_set": None}
     with pytest.warns(UserWarning, match="left out"):
         fit(cfg, tmp_path, steps=4, **clips)
-    with pytest.raises(NonFiniteError, match=r"step 6 .*training\.max_skipped"):
-        fit(cfg, tmp_path, resume=True, **clips)
+    refused(lambda: fit(cfg, tmp_path, resume=True, **clips), "step 6 ", "training.max_skipped")
 
 
 @pytest.mark.law
@@ -68,9 +66,8 @@ def test_resume_with_skipped_batches_is_exact(tmp_path):
     clips = {"train_set": Clips(bad=[1, 5]), "valid_set": None}
     fit(cfg, tmp_path / "a", **clips)
     for steps in (3, 5, None):
-        fit(cfg, tmp_path / "b", steps=steps, resume=(tmp_path / "b").exists(), **clips)
-    assert_same_state(tmp_path / "a", tmp_path / "b")
-    assert history(tmp_path / "a") == history(tmp_path / "b")
+        fit(cfg, tmp_path / "b", steps=steps, resume="auto", **clips)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
 def hungry():
@@ -126,8 +123,7 @@ def test_batch_size_on_a_cpu_is_what_memory_allows(monkeypatch):
         monkeypatch.setattr(memory, "free_memory", lambda device, n=clips: estimate.total(n))
         assert memory.find_batch_size(cfg, Clips(9), "cpu") == size
     monkeypatch.setattr(memory, "free_memory", lambda device: 0)
-    with pytest.raises(OutOfMemoryError, match=r"model\.base_channels"):
-        memory.find_batch_size(cfg, Clips(9), "cpu")
+    refused(lambda: memory.find_batch_size(cfg, Clips(9), "cpu"), "model.base_channels")
 
 
 @pytest.mark.law
@@ -159,8 +155,7 @@ def test_reader_that_dies_in_mid_step_is_no_fault_of_the_step(tmp_path):
 def test_two_runs_in_one_folder(tmp_path):
     first = train(config(), Clips(), None, tmp_path, device="cpu")
     next(first)
-    with pytest.raises(CheckpointError, match=rf"in use .*{os.getpid()}"):
-        fit(config(), tmp_path, resume=True)
+    refused(lambda: fit(config(), tmp_path, resume=True), "in use", os.getpid())
     first.close()
     assert not (tmp_path / ".lock").exists()
     assert len(fit(config(), tmp_path, resume=True)) == 5
@@ -213,16 +208,3 @@ def test_resume_with_a_smaller_set_turns_to_the_next_epoch(tmp_path):
     fit(config(), tmp_path, steps=2)
     records = fit(config(), tmp_path, resume=True, train_set=Clips(2))
     assert [(r.step, r.epoch) for r in records] == [(3, 1)]
-
-
-@pytest.mark.parametrize("when", ["before", "in mid-epoch"])
-def test_damaged_file_is_named(tmp_path, when):
-    clips = open_dataset(1, write_clips(tmp_path, 4), config(), training=True)
-    run = train(config(), clips, None, tmp_path / "run", device="cpu")
-    if when == "in mid-epoch":
-        next(run)
-    for file in tmp_path.glob("*/mixture.wav"):
-        file.write_bytes(b"RIFF\x10\x00\x00\x00" + bytes(range(100)))
-    with pytest.raises(DataError, match=r"mixture\.wav") as caught:
-        list(run)
-    assert "\n" not in str(caught.value)

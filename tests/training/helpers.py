@@ -150,5 +150,10 @@ def assert_same_state(one: Path, other: Path) -> None:
         assert same(a[key], b[key]), f"{key} differs"
 
 
+def assert_same_run(one: Path, other: Path) -> None:
+    assert_same_state(one, other)
+    assert history(one) == history(other)
+
+
 def full_disk(*_args: Any, **_kwargs: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")

@@ -4,6 +4,7 @@ import os
 import pickle
 import resource
 import signal
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from diffbuf_lib.errors import CheckpointError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.training import load_checkpoint, load_weights, save_checkpoint, train
 from diffbuf_lib.training.folder import KEYS, ResultsFolder
+from tests.conftest import refused
 from tests.training.helpers import Clips, config, fit, full_disk, last, same
 
 
@@ -26,11 +28,6 @@ def path(tmp_path):
     path = tmp_path / "checkpoints" / "last.pt"
     save_checkpoint(path, state())
     return path
-
-
-@pytest.mark.law
-def test_round_trip(path):
-    assert same(load_checkpoint(path), state(format=1))
 
 
 @pytest.mark.law
@@ -160,12 +157,12 @@ def test_a_run_starts_with_what_others_save(tmp_path, kind, suffix):
 def test_weights_that_do_not_fit_are_named(tmp_path):
     fit(config(), tmp_path / "a", steps=1)
     for change, start, part in (
-        ("model.base_channels=8", "checkpoints/last.pt", r"network\.\S+:.* shape"),
-        ("model.num_layers=2", "model", r"Missing key.*network\."),
-        ("model.base_channels=8", "checkpoints", r"model\.safetensors"),
+        ("model.base_channels=8", "checkpoints/last.pt", "shape"),
+        ("model.num_layers=2", "model", "Missing key"),
+        ("model.base_channels=8", "checkpoints", "model.safetensors"),
     ):
-        with pytest.raises(CheckpointError, match=part):
-            fit(config(change), tmp_path / "b", start_check_point=tmp_path / "a" / start)
+        begun = partial(fit, config(change), start_check_point=tmp_path / "a" / start)
+        refused(partial(begun, tmp_path / "b"), part)
     assert not list(tmp_path.glob("b/*"))
 
 
@@ -179,15 +176,15 @@ def test_half_made_swap_of_the_model_is_undone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize(
-    "content", [{"state_dict": {}}, torch.zeros(2), state(format=99, version="9.9"), None]
-)
+@pytest.mark.parametrize("content", [{"state_dict": {}}, torch.zeros(2), None])
 def test_files_that_are_no_checkpoints(tmp_path, content):
     path = tmp_path / "other.pt"
     if content is not None:
         torch.save(content, path)
-    with pytest.raises(CheckpointError, match=r"other\.pt"):
-        load_checkpoint(path)
-    if not (isinstance(content, dict) and "format" in content):  # of a newer library
-        with pytest.raises(CheckpointError, match=r"other\.pt"):
-            load_weights(path)
+    refused(lambda: load_checkpoint(path), path)
+    refused(lambda: load_weights(path), path)
+
+
+def test_a_checkpoint_of_a_newer_library(tmp_path):
+    torch.save(state(format=99, version="9.9"), tmp_path / "last.pt")
+    refused(lambda: load_checkpoint(tmp_path / "last.pt"), "format 99", "diffbuf 9.9")

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from diffbuf_lib.diagnostics.capsule import Capsule
-from diffbuf_lib.errors import ConfigError, DataError, NonFiniteError
+from diffbuf_lib.errors import DataError, NonFiniteError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.training import load_checkpoint, load_weights, train
 from diffbuf_lib.training import run as run_module
 from diffbuf_lib.training.feed import EpochPlan, Stream, example_generators, stream_seed
 from diffbuf_lib.training.step import make_accelerator, validate
+from tests.conftest import refused
 from tests.training.helpers import (
     Clips,
     Hooked,
@@ -80,19 +81,14 @@ def test_averaged_weights_follow_their_formula(tmp_path):
 
 @pytest.mark.law
 def test_noise_of_an_example_depends_on_its_position_only():
-    one, two = EpochPlan(12, 4, 1, 1, seed=5), EpochPlan(12, 1, 2, 2, seed=5)
-    assert [i for b in one.batches(3, 0) for i in b] == one.order(3)
-    shares = [two.batches(3, rank) for rank in (0, 1)]
-    together = [i for pair in zip(*shares, strict=True) for batch in pair for i in batch]
-    assert together == one.order(3)
-    assert one.order(3) != one.order(4)
-    draws = [
-        torch.randn(3, generator=g)
-        for keys in ([(3, 0), (3, 1), (3, 2)], [(3, 2)])
-        for g in example_generators(keys, 5, Stream.EXAMPLE, torch.device("cpu"))
-    ]
-    assert torch.equal(draws[2], draws[3])
-    assert not torch.equal(draws[0], draws[1])
+    plan, cpu = EpochPlan(12, 4, 1, 1, seed=5), torch.device("cpu")
+    assert plan.order(3) != plan.order(4)
+    both, alone = (
+        [torch.randn(3, generator=g) for g in example_generators(keys, 5, Stream.EXAMPLE, cpu)]
+        for keys in ([(3, 0), (3, 2)], [(3, 2)])
+    )
+    assert torch.equal(both[1], alone[0])
+    assert not torch.equal(*both)
     assert stream_seed(5, Stream.EXAMPLE, 3, 0) != stream_seed(5, Stream.STEP, 3, 0)
 
 
@@ -184,23 +180,11 @@ def test_exploded_weights_are_not_saved(tmp_path):
     assert all(v.isfinite().all() for v in last(tmp_path)["model"].values())
 
 
-def test_bfloat16_on_the_cpu_after_float32(tmp_path):
-    """Two precisions in one process, as in a notebook; the losses are alike but not equal."""
-    exact = fit(config(), tmp_path / "a", steps=2)
-    cfg = config("training.use_amp=true", "training.amp_dtype=bf16")
-    rough = fit(cfg, tmp_path / "b", steps=2)
-    assert rough[0].loss == pytest.approx(exact[0].loss, rel=0.05)
-    assert rough[1].loss != exact[1].loss
-    assert last(tmp_path / "b")["model"].keys() == last(tmp_path / "a")["model"].keys()
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_clip_is_named(tmp_path, workers):
     cfg = config(f"training.num_workers={workers}")
-    with pytest.raises(DataError, match="no clip"):
-        fit(cfg, tmp_path, train_set=Clips(0))
-    with pytest.raises(DataError, match=r"^clip_002\.wav: the header is damaged$"):
-        fit(cfg, tmp_path, train_set=Clips(broken=[2]))
+    refused(lambda: fit(cfg, tmp_path, train_set=Clips(0)), "no clip")
+    refused(lambda: fit(cfg, tmp_path, train_set=Clips(broken=[2])), "clip_002.wav: the header")
     with pytest.raises(DataError, match=r"clip_\d+\.wav: KeyError: 0") as caught:
         fit(cfg, tmp_path, train_set=Clips(on_read=lambda index: {}[0]), resume=True)
     assert "on_read" in caught.value.__notes__[0]
@@ -214,8 +198,7 @@ def test_missing_gpu_is_one_warning(tmp_path):
         with pytest.warns(UserWarning, match="on the CPU in float32") as caught:
             assert len(list(train(cfg, Clips(), None, tmp_path / device, device=device))) == 1
         assert len(caught) == 1
-    with pytest.raises(ConfigError, match="none of auto"):
-        next(train(cfg, Clips(), None, tmp_path / "x", device="0"))
+    refused(lambda: next(train(cfg, Clips(), None, tmp_path / "x", device="0")), "none of auto")
 
 
 def test_tensorboard_and_the_bar(tmp_path, capsys):

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from diffbuf_lib.config import describe_keys
 from diffbuf_lib.registry import OPTIMIZERS
 from diffbuf_lib.training.rehearsal import RangeTest, find_lr
 from diffbuf_lib.training.timing import PARTS, Timing, time_steps
@@ -46,21 +47,12 @@ def test_a_slow_reader_is_seen_and_the_trace_names_the_parts(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["trace.json"]
 
 
-@pytest.mark.parametrize(
-    ("part", "device", "key"),
-    [
-        ("waiting for data", "cpu", "training.num_workers"),
-        ("forward", "cpu", "model.base_channels"),
-        ("backward", "cuda", "training.use_amp"),
-        ("optimizer", "cpu", "training.batch_size"),
-        ("copying", "cuda", "training.batch_size"),
-        ("validation", "cpu", "training.valid_every"),
-    ],
-)
-def test_what_takes_longest_names_its_key(part, device, key):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("part", PARTS)
+def test_what_takes_longest_names_its_key(part, device):
     seconds = {each: 0.9 if each == part else 0.02 for each in PARTS}
     timing = Timing(config(), torch.device(device), seconds)
-    sentence, found = timing.verdict
-    assert found == key
+    sentence, key = timing.verdict
     assert key in sentence
+    assert key in {known for known, *_ in describe_keys()}
     assert sum(timing.shares.values()) == pytest.approx(1)

@@ -5,6 +5,7 @@ import json
 import sqlite3
 import sys
 import warnings
+from unittest.mock import Mock, call
 
 import pytest
 import soundfile
@@ -14,32 +15,16 @@ from diffbuf_lib.errors import NonFiniteError
 from diffbuf_lib.registry import TRACKERS
 from tests.training.helpers import Clips, config, fit
 
-ONE = "training.num_epochs=1"
-
-
-class Listener:
-    """A tracker of one's own; raises in `fails`."""
-
-    link, name, fails = "https://example.org/1", "one", ""
-
-    def __init__(self, cfg, folder, step):
-        self.told = []
-        Listener.last = self
-
-    def __getattr__(self, method):
-        def note(*args):
-            self.told.append((method, *args))
-            if method == self.fails:
-                raise OSError("gone")
-
-        return note
+OWN = "training.num_epochs=1", "training.trackers=[listener,tensorboard]"
 
 
 @pytest.fixture
-def listener(monkeypatch):
-    TRACKERS.add("listener", Listener)
-    monkeypatch.setattr(Listener, "fails", "")
-    yield Listener
+def listener():
+    """A tracker of one's own."""
+    listener = Mock(link="https://example.org/1")
+    listener.name = "one"
+    TRACKERS.add("listener", lambda *args: listener)
+    yield listener
     del TRACKERS["listener"]
 
 
@@ -56,7 +41,7 @@ def told(tmp_path_factory):
         patch.setenv("NETRC", str(folder / "netrc"))
         patch.setenv("WANDB_SILENT", "true")
         patch.setenv("TRACKIO_DIR", str(folder / "trackio"))
-        cfg = config(ONE, "training.trackers=[tensorboard,wandb,trackio]")
+        cfg = config("training.num_epochs=1", "training.trackers=[tensorboard,wandb,trackio]")
         fit(cfg, folder / "my run")
         fit(cfg.override("training.num_epochs=2"), folder / "my run", resume=True)
         sys.modules["wandb"].teardown()
@@ -76,9 +61,8 @@ def test_wandb_offline_holds_scalars_config_sound_and_picture(told):
         content = next(run.glob("*.wandb")).read_bytes()
         for name in (b"train/loss", b"valid/si_sdr", b"results_path", b"ema_momentum"):
             assert name in content
-    assert_sound_and_picture(
-        next(first.rglob("estimate_3_*.wav")), next(second.rglob("spectrogram_6_*.png"))
-    )
+    sound, picture = first.rglob("estimate_3_*.wav"), second.rglob("spectrogram_6_*.png")
+    assert_sound_and_picture(next(sound), next(picture))
 
 
 def test_trackio_holds_scalars_config_sound_and_picture(told):
@@ -90,7 +74,7 @@ def test_trackio_holds_scalars_config_sound_and_picture(told):
     assert sorted(step for step, line in rows if "train/loss" in line) == list(range(1, 7))
     assert [step for step, line in rows if "valid/si_sdr" in line] == [3, 6]
     assert json.loads(configured)["training"]["lr"] == 1e-3
-    sounds, pictures = (list((told / "trackio").rglob(f"media/**/*.{x}")) for x in ("wav", "png"))
+    sounds, pictures = ([*(told / "trackio").rglob(f"media/**/*.{x}")] for x in ("wav", "png"))
     assert len(sounds) == 6
     assert_sound_and_picture(sounds[0], pictures[0])
 
@@ -102,23 +86,21 @@ def test_a_folder_says_where_its_run_can_be_seen(told):
 
 
 def test_a_failure_is_told_with_its_capsule(listener, tmp_path):
-    cfg = config(ONE, "training.trackers=[listener]")
     with pytest.raises(NonFiniteError):
-        fit(cfg, tmp_path, train_set=Clips(bad=range(7)))
-    ((_, name, text, step),) = [call for call in listener.last.told if call[0] == "text"]
+        fit(config(*OWN), tmp_path, train_set=Clips(bad=range(7)))
+    ((name, text, step),) = [told.args for told in listener.text.call_args_list]
     assert (name, step) == ("failure", 1)
     assert str(tmp_path / "capsule_1") in text
-    assert listener.last.told[-1] == ("close",)
+    assert listener.method_calls[-1] == call.close()
 
 
 @pytest.mark.parametrize("method", ["scalars", "example", "close"])
 def test_one_that_fails_is_one_warning_and_stops_nothing(listener, tmp_path, method):
-    listener.fails = method
-    with pytest.warns(UserWarning, match="tracker listener .* OSError: gone") as caught:
-        records = fit(config(ONE, "training.trackers=[listener,tensorboard]"), tmp_path)
-    assert len(records) == 3
+    getattr(listener, method).side_effect = OSError("gone")
+    with pytest.warns(UserWarning, match="listener .*gone") as caught:
+        assert len(fit(config(*OWN), tmp_path)) == 3
     assert len(caught) == 1
-    assert [call[0] for call in listener.last.told].count(method) == 1
+    assert getattr(listener, method).call_count == 1
     assert next((tmp_path / "tensorboard").iterdir()).stat().st_size > 1000
 
 
