@@ -1,7 +1,6 @@
 """What a run computes, and how it ends."""
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -199,19 +198,6 @@ def test_missing_gpu_is_one_warning(tmp_path):
             assert len(list(train(cfg, Clips(), None, tmp_path / device, device=device))) == 1
         assert len(caught) == 1
     refused(lambda: next(train(cfg, Clips(), None, tmp_path / "x", device="0")), "none of auto")
-
-
-def test_tensorboard_and_the_bar(tmp_path, capsys):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    fit(config("training.num_epochs=1"), tmp_path, progress=True)
-    assert "3/3" in capsys.readouterr().err
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3]
-    assert "valid/si_sdr" in events.Tags()["scalars"]
-    assert "audio/estimate" in events.Tags()["audio"]
 
 
 def test_overfitting_sees_the_same_batches_in_every_epoch_and_validates_on_them(tmp_path):

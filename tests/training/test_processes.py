@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from diffbuf_lib import cli
-from diffbuf_lib.errors import CheckpointError, ConfigError
+from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.launch import write_job
 from diffbuf_lib.training.run import make_plan
 from tests.training.helpers import Clips, Hooked, config, fit, history, last, write_clips
@@ -131,8 +131,6 @@ def test_another_global_batch_or_lr_is_asked_for_and_written_down(tmp_path):
     training, state = config("training.batch_size=3").training, {**last(tmp_path), "changed": {}}
     with pytest.raises(ConfigError, match="global batch of 3"):
         make_plan(training, 7, 2, state)
-    with pytest.raises(CheckpointError, match=r"training\.seed was 0, is 3"):
-        fit(config("training.seed=3"), tmp_path, resume=True)
 
 
 @pytest.fixture(scope="module")

@@ -170,4 +170,5 @@ def test_a_folder_goes_on_with_its_own_run_only(tmp_path):
     refused(lambda: fit(config(), tmp_path), "--resume")
     changes = "training.lr=0.01", "model.base_channels=8", "sde.type=ouve", "training.seed=3"
     refused(lambda: fit(config(*changes), tmp_path, resume=True), "sde.type was bbed, is ouve")
+    refused(lambda: fit(config("training.seed=3"), tmp_path, resume=True), "training.seed was 0")
     fit(config("training.num_epochs=1", "training.log_every=5"), tmp_path, resume=True)

@@ -10,6 +10,7 @@ from unittest.mock import Mock, call
 import pytest
 import soundfile
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffbuf_lib.errors import NonFiniteError
 from diffbuf_lib.registry import TRACKERS
@@ -63,6 +64,13 @@ def test_wandb_offline_holds_scalars_config_sound_and_picture(told):
             assert name in content
     sound, picture = first.rglob("estimate_3_*.wav"), second.rglob("spectrogram_6_*.png")
     assert_sound_and_picture(next(sound), next(picture))
+
+
+def test_tensorboard_holds_scalars_and_sound(told):
+    events = EventAccumulator(str(told / "my run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 7))
+    assert [event.step for event in events.Scalars("valid/si_sdr")] == [3, 6]
+    assert [event.step for event in events.Audio("audio/estimate")] == [3, 6]
 
 
 def test_trackio_holds_scalars_config_sound_and_picture(told):
