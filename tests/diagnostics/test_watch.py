@@ -1,17 +1,17 @@
 """Statistics against numpy; watching leaves nothing behind; recording changes nothing."""
 
-import dataclasses
 import warnings
+from collections import defaultdict
 
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from diffbuf_lib.config import build_config
 from diffbuf_lib.diagnostics import gradient_statistics, score_statistics, watch_modules
 from diffbuf_lib.diagnostics.watch import RecordingModel
-from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.trace import summarise
 from diffbuf_lib.training import train
 from diffbuf_lib.training.memory import estimate_step, saved_bytes, step_memory
@@ -65,9 +65,7 @@ def test_a_summary_is_what_numpy_computes(tensor):
 @pytest.mark.law
 def test_score_statistics_are_what_loops_compute(model, batch):
     got = score_statistics(model, [batch, batch], time_bins=3, bands=5, seed=4)
-    generator = seeded(4)
-    edges = np.linspace(0.03, 0.8, 4)
-    cells: dict[tuple[int, int], list[tuple[complex, ...]]] = {}
+    generator, edges, cells = seeded(4), np.linspace(0.03, 0.8, 4), defaultdict(list)
     with torch.no_grad():
         for _ in range(2):
             trace = model.eval().trace(*batch, generator)
@@ -75,38 +73,22 @@ def test_score_statistics_are_what_loops_compute(model, batch):
                 time = min(int(np.searchsorted(edges, float(trace.t[b, k]), "right")) - 1, 2)
                 stages = (trace.target_score, trace.score, trace.loss_map)
                 numbers = tuple(complex(stage[b, f, k]) for stage in stages)
-                cells.setdefault((max(time, 0), f * 5 // 32), []).append(numbers)
-    for i in range(3):
-        for j in range(5):
-            values = np.array(cells[i, j])
-            target, score, loss = values[:, 0], values[:, 1], values[:, 2].real
-            row = got.grid[i][j]
-            assert row.count == len(values)
-            assert row.target_rms == pytest.approx(np.sqrt((abs(target) ** 2).mean()), rel=1e-4)
-            assert row.score_rms == pytest.approx(np.sqrt((abs(score) ** 2).mean()), rel=1e-4)
-            assert row.loss == pytest.approx(loss.mean(), rel=1e-4)
-            product = (score * target.conj()).real.sum()
-            size = np.sqrt((abs(score) ** 2).sum() * (abs(target) ** 2).sum())
-            assert row.correlation == pytest.approx(product / size, abs=1e-4)
-    assert sum(row.count for row in got.by_time) == sum(row.count for row in got.by_band)
-    assert sum(row.count for row in got.by_time) == 2 * 3 * 32 * 4
-    assert got.bands[0] == 0
-    assert got.bands[-1] == 8000
+                cells[max(time, 0), f * 5 // 32].append(numbers)
+    for i, j in np.ndindex(3, 5):
+        target, score, loss = np.array(cells[i, j]).T
+        row = got.grid[i][j]
+        assert row.count == len(loss)
+        assert row.target_rms == pytest.approx(np.sqrt((abs(target) ** 2).mean()), rel=1e-4)
+        assert row.score_rms == pytest.approx(np.sqrt((abs(score) ** 2).mean()), rel=1e-4)
+        assert row.loss == pytest.approx(loss.real.mean(), rel=1e-4)
+        product = (score * target.conj()).real.sum()
+        size = np.sqrt((abs(score) ** 2).sum() * (abs(target) ** 2).sum())
+        assert row.correlation == pytest.approx(product / size, abs=1e-4)
+    for rows in (got.by_time, got.by_band):
+        assert sum(row.count for row in rows) == 2 * 3 * 32 * 4
+    assert (got.bands[0], got.bands[-1]) == (0, 8000)
     assert got.times == pytest.approx(edges)
-
-
-@pytest.mark.law
-def test_a_score_of_half_the_size_and_the_right_direction_correlates_fully(batch):
-    class Oracle(DiffusionBufferModel):
-        def trace(self, mix, target, generator=None):
-            trace = super().trace(mix, target, generator)
-            return dataclasses.replace(trace, score=trace.target_score / 2)
-
-    rows = score_statistics(Oracle(build_config(TINY)), [batch], time_bins=4).by_time
-    for row in rows:
-        assert row.correlation == pytest.approx(1, abs=1e-6)
-        assert row.score_rms == pytest.approx(row.target_rms / 2)
-    sizes = [row.target_rms for row in rows]
+    sizes = [row.target_rms for row in got.by_time]
     assert sizes == sorted(sizes, reverse=True)  # 1 / sigma falls as t rises
 
 
@@ -116,7 +98,6 @@ def test_score_statistics_repeat_and_leave_mode_and_random_state(model, batch):
     state = torch.get_rng_state()
     one, other = (str(score_statistics(model, [batch] * 3, batches=2)) for _ in range(2))
     assert one == other
-    assert "correlation" in one
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -142,7 +123,6 @@ def test_gradient_statistics_are_what_numpy_computes(model, batch):
         assert (row.nonfinite, row.missing) == (0, 0)
     total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     assert rows.norm == pytest.approx(float(total), rel=1e-5)
-    assert "network.first" in str(rows)
 
 
 def test_missing_and_non_finite_gradients_are_counted(model, batch):
@@ -157,54 +137,44 @@ def test_missing_and_non_finite_gradients_are_counted(model, batch):
 
 
 def hooks(model: nn.Module) -> int:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
-             "_forward_hooks_with_kwargs", "_forward_hooks_always_called")  # fmt: skip
-    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+    lists = ({k: v for k, v in vars(m).items() if "_hooks" in k} for m in model.modules())
+    return sum(len(found) for each in lists for found in each.values() if isinstance(found, dict))
 
 
 @pytest.mark.law
 @pytest.mark.parametrize("statistics", [True, False])
 def test_a_nan_in_a_weight_names_its_module_and_hooks_are_gone(model, batch, statistics):
-    assert hooks(model) == 0
+    mix, target = batch[0].clone(), batch[1]
+    mix[0, 0, 3] = torch.inf
+    before = hooks(model)
+    with watch_modules(model, statistics=statistics) as watch:
+        model(mix, target, seeded())
+    assert watch.inputs_were_finite is False  # it came from outside
     with torch.no_grad():
         model.network.layers[0].weight[0, 0, 0, 0] = torch.nan
     with watch_modules(model, statistics=statistics) as watch:
-        assert hooks(model) > 0
+        assert hooks(model) > before
         model(*batch, seeded())
     assert watch.first_nonfinite == "network.layers.0"
     assert watch.inputs_were_finite is True
-    assert hooks(model) == 0
+    assert hooks(model) == before
     with pytest.raises(ZeroDivisionError), watch_modules(model):  # after an error too
         raise ZeroDivisionError
-    assert hooks(model) == 0
-
-
-@pytest.mark.law
-def test_a_nan_from_outside_is_told_from_one_made_inside(model, batch):
-    mix, target = batch[0].clone(), batch[1]
-    mix[0, 0, 3] = torch.inf
-    with watch_modules(model) as watch:
-        model(mix, target, seeded())
-    assert watch.inputs_were_finite is False
+    assert hooks(model) == before
 
 
 @pytest.mark.law
 def test_watching_changes_no_number_and_sums_up_every_output(model, batch):
-    plain = model(*batch, seeded())
-    outputs = {}
+    plain, outputs = model(*batch, seeded()), []
     with watch_modules(model) as watch:
-        watched = model(*batch, seeded())
-        handle = model.network.first.register_forward_hook(
-            lambda module, args, output: outputs.update(first=output)
-        )
+        assert torch.equal(model(*batch, seeded()), plain)
+        model.network.first.register_forward_hook(lambda *seen: outputs.append(seen[-1]))
         model(*batch, seeded())
-        handle.remove()
-    assert torch.equal(plain, watched)
     assert watch.first_nonfinite is None
     assert watch.calls["network.first"] == 2
     row = watch.outputs["network.first"]
-    assert row.shape == tuple(outputs["first"].shape)
-    assert row.std == pytest.approx(outputs["first"].std(correction=0).item(), rel=1e-5)
+    assert row.shape == tuple(outputs[0].shape)
+    assert row.std == pytest.approx(outputs[0].std(correction=0).item(), rel=1e-5)
     assert set(watch.calls) >= {"DiffusionBufferModel", "network", "network.last"}
 
 
@@ -248,8 +218,7 @@ RUN = build_config(TINY, ["training.num_epochs=2", "training.valid_clips=1"])
 
 
 def run(path, model=None):
-    records = []
-    clips = Clips(4, length=1600)
+    records, clips = [], Clips(4, length=1600)
     for record in train(RUN, clips, clips, path, device="cpu", model=model):
         records.append((record.loss, record.grad_norm, record.valid))
         if model is not None:
@@ -277,14 +246,10 @@ def test_recording_shows_what_trains_and_changes_nothing(tmp_path):
     assert watched == run(tmp_path / "plain")
     assert seen == pytest.approx([loss for loss, _, _ in watched])  # and none of validation
     assert len(seen) == 4
-    assert len(said) == 3
-    for word in ("51 frames", "buffer_size 4", "2x1x1600", "2x32x51", "complex64", "|score|"):
-        assert word in said[0]
-    assert said[1].startswith("step 2\nstage")
-    assert said[2].startswith("step 4\n")
-
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+    shapes, *steps = said
+    for part in ("2x1x1600", "2x32x51", "complex64"):
+        assert part in shapes
+    assert [text.partition("\n")[0] for text in steps] == ["step 2", "step 4"]
     points = EventAccumulator(str(board))
     points.Reload()
     assert [event.step for event in points.Scalars("stats/V/std")] == [2, 4]

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
-import os
-import signal
-import sys
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from diffbuf_lib.config import Config, build_config
+from diffbuf_lib.data.audio import write_audio
 from diffbuf_lib.errors import DataError
 from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.training import StepRecord, load_checkpoint, train
@@ -43,13 +40,16 @@ def config(*overrides: str) -> Config:
 
 
 class Clips:
-    """Deterministic noisy tones; `bad` clips hold a NaN, `broken` ones cannot be read."""
+    """Deterministic noisy tones; `bad` clips hold a NaN, `broken` ones cannot be read.
+
+    `on_read` is called with the index of a clip that is about to be read.
+    """
 
     def __init__(
         self, size: int = 7, bad: Sequence[int] = (), broken: Sequence[int] = (), *,
-        seed: int = 0, length: int = 4000,
+        seed: int = 0, length: int = 4000, on_read: Callable[[int], Any] = bool,
     ) -> None:  # fmt: skip
-        self.size, self.bad, self.broken = size, bad, broken
+        self.size, self.bad, self.broken, self.on_read = size, bad, broken, on_read
         self.seed, self.length, self.epoch = seed, length, 0
         self.read: list[int] = []
 
@@ -57,6 +57,7 @@ class Clips:
         return self.size
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self.on_read(index)
         if index in self.broken:
             raise DataError("the header is damaged")
         self.read.append(index)
@@ -75,15 +76,33 @@ class Clips:
         self.epoch = epoch
 
 
-class Scaled(DiffusionBufferModel):
-    """A model with a finite loss that is too large: the norm of the gradient overflows."""
+class Hooked(DiffusionBufferModel):
+    """A model that calls `before` with the mix [B, C, T], and returns `after` of the loss."""
 
-    def __init__(self, cfg: Config, factor: float = 1e37) -> None:
+    def __init__(
+        self, cfg: Config, *, before: Callable[[torch.Tensor], Any] = id,
+        after: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
+    ) -> None:  # fmt: skip
         super().__init__(cfg)
-        self.factor = factor
+        self.before, self.after = before, after
 
-    def forward(self, *args: Any, **options: Any) -> torch.Tensor:
-        return self.factor * super().forward(*args, **options)
+    def forward(self, mix: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        self.before(mix)
+        return self.after(super().forward(mix, *args, **options))
+
+
+def scaled(cfg: Config, factor: float = 1e37) -> Hooked:
+    """Make a model with a finite loss that is too large: the norm of the gradient overflows."""
+    return Hooked(cfg, after=lambda loss: factor * loss)
+
+
+def write_clips(root: Path, size: int = 7) -> Path:
+    """Write clips into a DN-LM folder."""
+    for i in range(size):
+        (root / f"sample_{i:05}").mkdir(parents=True)
+        for name, wave in zip(("mixture", "vocals"), Clips()[i], strict=True):
+            write_audio(root / f"sample_{i:05}" / f"{name}.wav", wave.clamp(-0.99, 0.99), 16000)
+    return root
 
 
 def clip_of(step: int, size: int = 7) -> int:
@@ -124,50 +143,17 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-LEARNT = ("model", "ema", "optimizer", "scheduler", "step", "epoch", "examples", "best")
-
-
 def assert_same_state(one: Path, other: Path) -> None:
     a, b = last(one), last(other)
-    for key in (*LEARNT, "bad_validations"):
+    learnt = "model ema optimizer scheduler step epoch examples best bad_validations"
+    for key in learnt.split():
         assert same(a[key], b[key]), f"{key} differs"
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert_same_state(one, other)
+    assert history(one) == history(other)
 
 
 def full_disk(*_args: Any, **_kwargs: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def kill_at(moment: str) -> Clips:
-    """Arrange for SIGKILL at a moment of the run; return the training set."""
-
-    class Killing(Clips):
-        def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-            if moment == "reading" and len(self.read) == 11:  # step 6; the checkpoint is of step 4
-                os.kill(os.getpid(), signal.SIGKILL)
-            return super().__getitem__(index)
-
-    def killing(name: str, times: int) -> Any:
-        original, left = getattr(os, name), iter(range(times, -1, -1))
-
-        def call(source: Any, *arguments: Any) -> Any:
-            if moment in f"{source} {arguments}" and next(left) == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(source, *arguments)
-
-        return call
-
-    if moment == "writing":  # last.pt was renamed at steps 0 and 2: the third rename never comes
-        moment = "last.pt"
-        os.replace = killing("replace", 2)
-    if moment == "exporting":  # model/ is complete but not yet there, at the end of epoch 0
-        moment = ".model.new"
-        os.rename = killing("rename", 0)
-    return Killing()
-
-
-if __name__ == "__main__":  # for tests that need a process of their own
-    torch.set_num_threads(1)
-    warnings.simplefilter("error")
-    folder, moment, *changes = sys.argv[1:]
-    for _ in train(config(*changes), kill_at(moment), Clips(3, seed=1), folder, device="cpu"):
-        pass
