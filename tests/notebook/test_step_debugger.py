@@ -88,7 +88,7 @@ def test_sound_where_a_stage_has_one(cfg):
     assert len(soundfile.read(io.BytesIO(panel.sound.value))[0]) == 1600
 
 
-def test_buttons(cfg):
+def test_buttons_and_the_noise(cfg):
     panel = StepDebugger(make_model(cfg), *batch())
     before = panel.trace.z
     for name, steps in (("step-once", 1), ("run-ten", 11), ("back", 0)):

@@ -86,8 +86,15 @@ def test_no_step_is_made_during_a_pause(make):
     assert not panel.running
     time.sleep(0.3)
     assert panel.steps == before
-    panel.resume()
+    panel.buttons["resume"].click()
     assert panel.wait(step=before + 2, timeout=PATIENCE)
+    panel.buttons["pause"].click()
+    assert eventually(lambda: panel.paused)
+    panel.buttons["save"].click()
+    panel.buttons["stop"].click()
+    assert panel.wait(timeout=PATIENCE)
+    assert [name for name, each in panel.buttons.items() if not each.disabled] == ["start"]
+    assert panel.status.value.startswith("stopped")
 
 
 @pytest.mark.law
@@ -130,28 +137,9 @@ def test_stop_leaves_a_checkpoint_that_a_new_panel_goes_on_from(make, tmp_path):
         assert [r.step for r in panel.records] == list(range(1, other.steps + 1))
 
 
-def test_buttons_do_what_the_methods_do(make, tmp_path):
-    panel = make()
-    panel.buttons["start"].click()
-    assert panel.wait(step=2, timeout=PATIENCE)
-    panel.buttons["pause"].click()
-    assert eventually(lambda: panel.paused and not panel.buttons["resume"].disabled)
-    assert panel.buttons["pause"].disabled
-    before = panel.steps
-    panel.buttons["resume"].click()
-    assert panel.wait(step=before + 1, timeout=PATIENCE)
-    panel.buttons["save"].click()
-    panel.buttons["stop"].click()
-    assert panel.wait(timeout=PATIENCE)
-    assert not panel.buttons["start"].disabled
-    assert panel.step_label.value.startswith(f"step {panel.steps},")
-    assert panel.status.value.startswith("stopped")
-    assert last(tmp_path / "run")["step"] == panel.steps
-
-
 def test_what_the_thread_raises_is_raised_by_wait_once(make):
     panel = make(train_set=Clips(broken=range(7)))
-    panel.start()
+    panel.buttons["start"].click()
     assert eventually(lambda: "header is damaged" in panel.status.value), "for who looks at it"
     with pytest.raises(DataError, match="header is damaged"):
         panel.wait(timeout=PATIENCE)

@@ -1,7 +1,5 @@
 """What the notebooks lean on: an oracle, models, measures that are right."""
 
-import copy
-import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +14,8 @@ from tests.conftest import TINY, make_model, refused, seeded, stream
 from tests.notebook.cells import CONFIG
 from tests.notebook.conftest import batch
 from tests.notebook.folders import make_paired_folder
-from tests.training.helpers import Clips, config, same
-from walk import launch, listening, models, open_workbench, oracle, scaling
+from tests.training.helpers import same
+from walk import listening, models, open_workbench, oracle
 
 SDES = [
     ["sde.type=bbed"],
@@ -144,33 +142,3 @@ def si_sdr(estimate, target):
     scale = (estimate * target).sum(-1, keepdim=True) / target.square().sum(-1, keepdim=True)
     wanted = scale * target
     return 10 * (wanted.square().sum(-1) / (estimate - wanted).square().sum(-1)).log10()
-
-
-def test_step_costs_are_losses_of_the_batches_and_change_nothing():
-    model = make_model(config("model.base_channels=16"))
-    before = copy.deepcopy(model.state_dict())
-    one, nine = scaling.step_costs(model, Clips(), [1, 9], repeats=1)
-    mix, target = (wave[None] for wave in Clips()[0])
-    loss = model(mix, target, torch.Generator().manual_seed(model.cfg.training.seed))
-    assert one.loss == pytest.approx(loss.item())
-    assert 5 * one.saved_bytes < nine.saved_bytes < 10 * one.saved_bytes
-    (mixed,) = scaling.step_costs(model, Clips(), [1], precision="bfloat16", repeats=0)
-    assert mixed.loss != one.loss
-    assert same(before, model.state_dict())
-
-
-def test_torchrun_and_train_understand_a_command():
-    from torch.distributed.run import get_args_parser
-
-    changes = ("training.batch_size=8", "model={name: conv}")
-    paths = ("configs/a b.yaml", "results/run", "data/train", "data/valid")
-    command = launch.launch_command(*paths, flags=["--resume"], processes=3, overrides=changes)
-    torchrun = get_args_parser().parse_args(command[1:])
-    assert (torchrun.training_script, torchrun.nproc_per_node) == ("train.py", "3")
-    parsed = launch.parse_command(command)
-    given = [parsed["config_path"], parsed["results_path"]]
-    given += [*parsed["data_path"], *parsed["valid_path"]]
-    assert tuple(map(str, given)) == paths
-    assert (parsed["overrides"], parsed["resume"]) == (changes, True)
-    assert shlex.split(launch.shell_line(command).replace("\\\n", "")) == command
-    refused(lambda: launch.parse_command([*command, "--no_such"]), "refuses")
