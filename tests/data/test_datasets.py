@@ -134,18 +134,15 @@ def test_collate_stacks_stereo_or_names_the_channels(make_dnlm):
 @pytest.fixture
 def paired(tmp_path):
     for number in range(3):
-        clean, noise = noise_wave(number, 2500), noise_wave(100 + number, 2500)
-        save(tmp_path / "clean" / "a" / f"{number}.wav", clean)
-        save(tmp_path / "noisy" / "a" / f"{number}.wav", clean + noise, subtype="FLOAT")
+        save(tmp_path / "clean" / "a" / f"{number}.wav", noise_wave(number, 2500))
+        save(tmp_path / "noisy" / "a" / f"{number}.wav", noise_wave(100 + number, 2500))
     return tmp_path
 
 
-def test_paired_folders_share_the_crop_and_name_what_is_alone(paired):
-    mix, target = PairedFolderDataset(paired, CHUNK)[1]
-    whole, _ = read_audio(paired / "clean" / "a" / "1.wav")
-    start = (whole[0].unfold(0, CHUNK, 1) == target[0]).all(1).nonzero()
-    noisy, _ = read_audio(paired / "noisy" / "a" / "1.wav")
-    assert torch.equal(mix, noisy[:, int(start) : int(start) + CHUNK])
+def test_paired_folders_name_what_is_alone(paired):
+    item = PairedFolderDataset(paired, CHUNK, training=False)[1]
+    for folder, wave in zip(("noisy", "clean"), item, strict=True):
+        assert torch.equal(wave, read_audio(paired / folder / "a" / "1.wav", 0, CHUNK)[0])
     for number in range(5):
         save(paired / "noisy" / f"new{number}.wav", noise_wave(0, 9))
     refused(lambda: PairedFolderDataset(paired), "clean lacks new0.wav, new1.wav", "2 more")
