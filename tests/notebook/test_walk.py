@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio as si_sdr
 
 from diffbuf_lib import OnlineEnhancer
 from diffbuf_lib.config import build_config
@@ -134,11 +135,3 @@ def test_delay_scores_are_those_of_the_stream(tiny_cfg, bench):
     gains = si_sdr(estimate, target) - si_sdr(mix, target)
     torch.testing.assert_close(rows[0].gains["si_sdr"], gains.float(), atol=1e-3, rtol=1e-3)
     assert rows[0].mean("si_sdr") == pytest.approx(float(gains.mean()), abs=1e-3)
-
-
-def si_sdr(estimate, target):
-    """In dB, from its definition (Le Roux et al. 2019)."""
-    estimate, target = estimate.double(), target.double()
-    scale = (estimate * target).sum(-1, keepdim=True) / target.square().sum(-1, keepdim=True)
-    wanted = scale * target
-    return 10 * (wanted.square().sum(-1) / (estimate - wanted).square().sum(-1)).log10()
