@@ -37,6 +37,7 @@ def test_every_clip_and_method_has_a_row_and_undefined_scores_a_reason(job, tmp_
     methods = ("noisy", "noisereduce", "diffbuf")
     wanted = [(f"sample_0000{i}", method) for i in range(6) for method in methods]
     assert [(row.clip, row.method) for row in found.rows] == wanted
+    assert len({row.values["si_sdr"] for row in rows[:3]}) == 3, "a method changes nothing"
     for row in found.rows:
         assert sorted([*row.values, *row.undefined]) == sorted(METRICS)
     assert json.loads((tmp_path / "summary.json").read_text()) == found.summary

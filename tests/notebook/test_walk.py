@@ -1,10 +1,10 @@
 """What the notebooks lean on: an oracle, models, measures that are right."""
 
+import shlex
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio as si_sdr
 
 from diffbuf_lib import OnlineEnhancer
 from diffbuf_lib.config import build_config
@@ -16,7 +16,7 @@ from tests.notebook.cells import CONFIG
 from tests.notebook.conftest import batch
 from tests.notebook.folders import make_paired_folder
 from tests.training.helpers import same
-from walk import listening, models, open_workbench, oracle
+from walk import launch, listening, models, open_workbench, oracle
 
 SDES = [
     ["sde.type=bbed"],
@@ -135,3 +135,22 @@ def test_delay_scores_are_those_of_the_stream(tiny_cfg, bench):
     gains = si_sdr(estimate, target) - si_sdr(mix, target)
     torch.testing.assert_close(rows[0].gains["si_sdr"], gains.float(), atol=1e-3, rtol=1e-3)
     assert rows[0].mean("si_sdr") == pytest.approx(float(gains.mean()), abs=1e-3)
+
+
+def si_sdr(estimate, target):
+    """In dB, from its definition (Le Roux et al. 2019)."""
+    estimate, target = estimate.double(), target.double()
+    scale = (estimate * target).sum(-1, keepdim=True) / target.square().sum(-1, keepdim=True)
+    wanted = scale * target
+    return 10 * (wanted.square().sum(-1) / (estimate - wanted).square().sum(-1)).log10()
+
+
+def test_torchrun_understands_a_command_and_what_train_refuses_is_told():
+    from torch.distributed.run import get_args_parser
+
+    paths = ("configs/a b.yaml", "results/run", "data/train", "data/valid")
+    command = launch.launch_command(*paths, processes=3, flags=["--no_such"])
+    torchrun = get_args_parser().parse_args(command[1:])
+    assert (torchrun.training_script, torchrun.nproc_per_node) == ("train.py", "3")
+    assert shlex.split(launch.shell_line(command).replace("\\\n", "")) == command
+    refused(lambda: launch.parse_command(command), "refuses", "--no_such")
