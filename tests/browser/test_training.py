@@ -10,18 +10,6 @@ from tests.notebook.cells import find
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(1200)]
 
-PAUSE = 0.5  # s until the step count stands still, but for the step that is being made
-# Clicks Pause; returns the step that is shown `after` ms later, and that shown at the end.
-_PAUSE_AND_WATCH = """async ([panel, after, end]) => {
-    const step = () => Number(/\\d+/.exec(panel.querySelector('.diffbuf-step').textContent)[0]);
-    const sleep = ms => new Promise(resolve => setTimeout(resolve, ms));
-    panel.querySelector('.diffbuf-pause').click();
-    await sleep(after);
-    const early = step();
-    await sleep(end - after);
-    return [early, step()];
-}"""
-
 
 class TrainingPanel:
     """The last training panel of the notebook, through its buttons and labels."""
@@ -48,10 +36,11 @@ class TrainingPanel:
         goal = self.step + more
         self.page.wait_until(lambda: self.step >= goal, f"step {goal}")
 
-    def pause_and_watch(self):
-        """Returns the steps shown half a second after a click on Pause and two seconds later."""
-        handle = self.box.element_handle()
-        return self.page.page.evaluate(_PAUSE_AND_WATCH, [handle, 1000 * PAUSE, 2500])
+    def stands_still(self):
+        """Whether no step is shown to be made any more."""
+        before = self.step
+        self.page.page.wait_for_timeout(1200)
+        return self.step == before
 
 
 @pytest.fixture(scope="module")
@@ -72,26 +61,15 @@ def panel(page):
     return panel
 
 
-def checkpoints(server):
-    return sorted(server.folder.glob("results/**/last.pt"), key=lambda path: path.stat().st_mtime)
-
-
 def test_start_pause_resume_stop(panel, server):
     picture = panel.box.locator("img.diffbuf-picture")
     before = panel.page.pixels(picture)
     panel.wait_steps(20)
     panel.page.wait_changed(picture, before, "20 steps")
 
-    # Best of three: on a busy machine the page itself may be half a second late.
-    late = []
-    while len(late) < 3 and min(late, default=9) > 1:
-        if late:
-            panel.click("resume")
-            panel.wait_steps(5)
-        early, settled = panel.pause_and_watch()
-        panel.wait_status("paused")
-        late.append(settled - early)
-    assert min(late) <= 1, f"steps made later than {PAUSE} s after Pause: {late}"
+    panel.click("pause")
+    panel.wait_status("paused")
+    assert panel.stands_still(), "steps are made during the pause"
     panel.page.screenshot("_paused")
     panel.box.screenshot(path=SCREENSHOTS / "training_panel.png")
 
@@ -99,9 +77,10 @@ def test_start_pause_resume_stop(panel, server):
     panel.wait_steps(5)
     panel.click("stop")
     panel.wait_status("stopped")
-    stopped = panel.step
-    saved = torch.load(checkpoints(server)[-1], weights_only=False)
-    assert saved["step"] == stopped, "the checkpoint is not of the step that is shown"
+    runs = server.folder.glob("results/**/last.pt")
+    newest = max(runs, key=lambda path: path.stat().st_mtime)
+    saved = torch.load(newest, weights_only=False)
+    assert saved["step"] == panel.step, "the checkpoint is not of the step that is shown"
 
     panel.click("start")
     panel.wait_steps(5)
@@ -120,7 +99,5 @@ def test_page_reload_finds_the_run_going_on(panel):
     page.wait_until(lambda: panel.step > before, "the run goes on after the reload")
     panel.click("stop")
     panel.wait_status("stopped")
-    stands = panel.step
-    page.page.wait_for_timeout(1200)
-    assert panel.step == stands
+    assert panel.stands_still()
     page.screenshot("_reloaded")

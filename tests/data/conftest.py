@@ -16,6 +16,12 @@ def save(path, wave, rate=RATE, subtype="PCM_16"):
     return path
 
 
+def content(folder):
+    """The bytes of every file below a folder, by name."""
+    files = (path for path in Path(folder).rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
 def noise_wave(seed, samples, channels=1, level=0.1):
     """White noise: every crop of it is different from every other."""
     wave = np.random.default_rng(seed).normal(size=(channels, samples)) * level

@@ -13,18 +13,11 @@ import soundfile
 import torch
 
 from diffbuf_lib import enhance
-from diffbuf_lib.data import (
-    DNLMDataset,
-    MixingDataset,
-    PairedFolderDataset,
-    open_dataset,
-    read_audio,
-    read_info,
-)
+from diffbuf_lib.data import DNLMDataset, PairedFolderDataset, open_dataset, read_audio, read_info
 from diffbuf_lib.data.audio import check_rate, resample_folder
 from diffbuf_lib.data.reader import AudioReader
 from diffbuf_lib.enhance import enhance_file
-from diffbuf_lib.errors import DataError, DiffbufError
+from diffbuf_lib.errors import DiffbufError
 from diffbuf_lib.evaluation.evaluate import Evaluator
 from diffbuf_lib.live import stream_path
 from tests.conftest import make_model, refused
@@ -144,8 +137,8 @@ def test_a_cut_file_gives_its_beginning_and_says_how_much(put, suffix, kind):
     assert 6000 < len(samples) < 16000
     np.testing.assert_allclose(samples, wave()[: len(samples)], atol=1e-4)
     assert complaint.startswith(f"{path}: only {len(samples)} of 1")
-    with pytest.raises(DataError, match=rf"a\.{suffix} is cut short.*{len(samples)} of 1"):
-        read_audio(path)
+    refused(lambda: read_audio(path), path, "cut short", f"{len(samples)} of 1")
+    refused(lambda: read_audio(path, 0, 15000), path)
     with pytest.warns(UserWarning, match=f"only {len(samples)} of"):
         assert read_info(path, decode=True).frames == len(samples)
 
@@ -178,21 +171,17 @@ def test_an_empty_wav_with_a_chunk_behind_it_stays_empty(put):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
-    [("a.m4a", b"\0\0\0\x20ftypM4A " + bytes(99)), ("a.wav", b"\0\0\0\x20ftypM4A " + bytes(99)),
-     ("b c.webm", b"\x1a\x45\xdf\xa3" + bytes(99)), ("a.aac", b"\xff\xf1\x50\x80" + bytes(99)),
-     ("a.wma", b"\x30\x26\xb2\x75" + bytes(99)), ("a.ape", b"MAC " + bytes(99))],
-)  # fmt: skip
-def test_other_containers_are_refused_with_the_line_that_converts_them(put, name, content):
-    refused(lambda: AudioReader(put(name, content)), name, "convert it with ffmpeg -i", ".wav")
-
-
-def test_names_need_not_be_text(tmp_path):
-    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.wav")
-    for path in (name, str(tmp_path / "日本.wav")):
-        with open(path, "wb") as file:
-            file.write(encoded())
-        assert read_info(path).frames == 16000
+    ("name", "head"),
+    [
+        ("a.m4a", b"\0\0\0\x20ftypM4A "),
+        ("a.wav", b"\0\0\0\x20ftypM4A "),
+        ("b c.webm", b"\x1a\x45\xdf\xa3"),
+        ("a.aac", b"\xff\xf1\x50\x80"),
+        ("a.ape", b"MAC "),
+    ],
+)
+def test_other_containers_are_refused_with_the_line_that_converts_them(put, name, head):
+    refused(lambda: AudioReader(put(name, head + bytes(99))), name, "ffmpeg -i")
 
 
 @pytest.mark.law
@@ -210,52 +199,23 @@ def test_channels_that_cancel_are_told(tmp_path, right, cancels):
     np.testing.assert_allclose(mono[:, 0], stereo.mean(axis=1), atol=1e-6)
 
 
-# Datasets.
-
-
-def test_layouts_take_extensions_in_capitals(tmp_path):
-    for name in ("dnlm/sample_0/Mixture.WAV", "dnlm/sample_0/vocals.Flac", "pairs/clean/a.WAV",
-                 "pairs/noisy/a.wav", "mix/speech/s.FLAC", "mix/noise/n.Wav"):  # fmt: skip
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded("FLAC" if "la" in path.suffix.lower() else "WAV"))
-    for kind, root in ((DNLMDataset, "dnlm"), (PairedFolderDataset, "pairs"),
-                       (MixingDataset, "mix")):  # fmt: skip
-        assert kind(tmp_path / root, 500)[0][0].shape == (1, 500)
-
-
 @pytest.mark.law
 def test_a_pair_may_differ_by_a_few_samples(tmp_path):
     for i, length in enumerate((15990, 16000, 15700)):
         folder = tmp_path / f"sample_{i}"
         folder.mkdir()
-        (folder / "mixture.wav").write_bytes(encoded(samples=16000))
-        (folder / "vocals.wav").write_bytes(encoded(samples=length))
+        (folder / "Mixture.WAV").write_bytes(encoded(samples=16000))  # some write capitals
+        (folder / "vocals.Flac").write_bytes(encoded("FLAC", samples=length))
     data = DNLMDataset(tmp_path, 16000, training=False)
-    with pytest.warns(UserWarning, match=r"16000 samples.*15990.*pair_tolerance is 400") as told:
+    with pytest.warns(UserWarning, match=r"16000.*15990.*pair_tolerance is 400") as told:
         items = [data[i] for i in range(3)]
     assert len(told) == 1
     for length, (mix, target) in zip((15990, 16000, 15700), items, strict=True):
         assert mix.shape == target.shape == (1, 16000)
         assert not mix[:, length:].any()
         assert mix[:, length - 9 : length].all()
-    with pytest.raises(DataError, match=r"16000 samples.*15700.*data\.pair_tolerance"):
-        DNLMDataset(tmp_path, 500, pair_tolerance=299)[2]
-
-
-def test_datasets_refuse_a_cut_file_and_count_what_a_header_leaves_open(tmp_path):
-    folder = tmp_path / "sample_0"
-    folder.mkdir()
-    for stem in ("mixture", "vocals"):
-        (folder / f"{stem}.flac").write_bytes(unknown_length(encoded("FLAC")))
-    data = DNLMDataset(tmp_path, 3000)
-    for epoch in range(5):
-        data.set_epoch(epoch)
-        assert data[0][0].shape == (1, 3000)
-    (folder / "vocals.flac").write_bytes(encoded("FLAC")[:9000])
-    data = DNLMDataset(tmp_path, 16000)
-    with pytest.raises(DataError, match=r"vocals\.flac is cut short: \d+ of 16000 samples"):
-        data[0]
+    strict = DNLMDataset(tmp_path, 500, pair_tolerance=299)
+    refused(lambda: strict[2], "16000", "15700", "data.pair_tolerance")
 
 
 @pytest.mark.law
@@ -276,70 +236,53 @@ def test_an_evaluation_takes_what_is_there_of_a_cut_pair(tmp_path, tiny_cfg):
 @pytest.mark.law
 def test_a_copy_at_another_rate_keeps_the_tree_and_the_sound(tmp_path):
     source, out = tmp_path / "in", tmp_path / "out"
-    for name in ("clean/a/1.wav", "clean/2.flac", "noisy/a/1.WAV", "noisy/2.flac"):
+    kinds = {".wav": ("WAV",), ".flac": ("FLAC",), ".mp3": ("MP3", "MPEG_LAYER_III")}
+    for name in ("clean/a/1.wav", "noisy/a/1.WAV", "clean/3.mp3", "noisy/3.flac"):
         path = source / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded("FLAC" if path.suffix == ".flac" else "WAV"))
-    (source / "clean" / "3.mp3").write_bytes(encoded("MP3", "MPEG_LAYER_III"))
-    (source / "noisy" / "3.wav").write_bytes(encoded())
+        path.write_bytes(encoded(*kinds[path.suffix.lower()]))
     (source / "notes.json").write_text("{}")
-    with pytest.raises(DataError, match=r"diffbuf data resample IN OUT --rate 8000"):
-        check_rate(read_info(source / "clean" / "2.flac"), 8000)
-    with pytest.raises(DataError, match="lies inside"):
-        resample_folder(source, source / "out", 8000)
+    info = read_info(source / "noisy" / "3.flac")
+    refused(lambda: check_rate(info, 8000), "diffbuf data resample", "--rate 8000")
+    refused(lambda: resample_folder(source, source / "out", 8000), "lies inside")
     for _ in range(2):  # the second finds everything done
         assert resample_folder(source, out, 8000) == out
     assert (out / "notes.json").read_text() == "{}"
     data = PairedFolderDataset(out, 8000, sample_rate=8000, training=False)
-    assert [item[0].name for item in data.items] == ["2.wav", "3.wav", "1.WAV"]
-    mix, target = data[2]
+    assert [item[0].name for item in data.items] == ["3.wav", "1.WAV"]
+    mix, target = data[1]
     assert torch.equal(mix, target)
     expected = torch.from_numpy(0.2 * np.sin(2 * np.pi * 300 * np.arange(8000) / 8000))
     assert float((mix[0] - expected)[1000:-1000].abs().max()) < 0.09  # the noise
 
 
-# Mutations.
-
-
-class Passing:
+def passing(model, batch=1, **options):
     """An enhancer that gives back what it gets."""
-
-    latency_samples = worst_latency_samples = 0
-
-    def __init__(self, model, seed=0, batch=1, **options):
-        self.model, self.batch = model, batch
-        self.state = SimpleNamespace(bad=0, num_bytes=0)
-
-    def push(self, samples):
-        return samples
-
-    def flush(self):
-        return torch.zeros(0)
+    return SimpleNamespace(
+        model=model, batch=batch, state=SimpleNamespace(bad=0, num_bytes=0),
+        latency_samples=0, worst_latency_samples=0,
+        push=lambda samples: samples, flush=lambda: torch.zeros(0),
+    )  # fmt: skip
 
 
 def mutated(rng, content):
-    """Damage a file as transfers, editors, disks and fuzzers do."""
+    """Damage a file as transfers, editors, disks and fuzzers do, its header most of all."""
     data = bytearray(content)
     for _ in range(rng.integers(1, 4)):
-        place = int(rng.integers(len(data)))
-        kind = rng.integers(7)
+        kind, place = rng.integers(5), int(rng.integers(rng.choice([60, len(data)])))
+        length = int(rng.choice([1, 2000, len(data)]))
         if kind == 0:  # bits
-            for at in rng.integers(len(data), size=rng.integers(1, 20)):
+            for at in rng.integers(place + 1, size=rng.integers(1, 20)):
                 data[at] ^= 1 << int(rng.integers(8))
-        elif kind == 1:  # bits of the header
-            data[int(rng.integers(min(len(data), 100)))] ^= 1 << int(rng.integers(8))
-        elif kind == 2:  # a size
-            at = int(rng.integers(min(len(data), 60)))
+        elif kind == 1:  # a size
             size = rng.choice([0, 1, 36, len(data), 0x7FFFFFFF, 0xFFFFFFFF, 0x80000000])
-            data[at : at + 4] = int(size).to_bytes(4, rng.choice(["little", "big"]))
-        elif kind == 3:  # cut
-            del data[max(place, 20) :]
-        elif kind == 4:  # a hole
-            del data[place : place + int(rng.integers(1, 2000))]
-        elif kind == 5:  # something pushed in
-            data[place:place] = rng.bytes(int(rng.integers(1, 500)))
+            data[place : place + 4] = int(size).to_bytes(4, rng.choice(["little", "big"]))
+        elif kind == 2:  # a hole, or the end is missing
+            del data[max(place, 60) : max(place, 60) + length]
+        elif kind == 3:  # something pushed in
+            data[place:place] = rng.bytes(min(length, 500))
         else:  # a block of another kind
-            data[place : place + 512] = bytes([rng.choice([0, 255])]) * len(data[place:][:512])
+            data[place : place + 512] = bytes([rng.choice([0, 255])]) * 512
     return bytes(data)
 
 
@@ -356,7 +299,7 @@ def try_one(path, out):
         pass
     for run in (
         lambda: enhance_file(model, path, out),
-        lambda: stream_path(Passing(model), path, out),
+        lambda: stream_path(passing(model), path, out),
     ):
         out.unlink(missing_ok=True)
         try:
@@ -379,17 +322,15 @@ def try_one(path, out):
 )
 @pytest.mark.timeout(3000)
 def test_mutated_files_end_in_sound_or_in_one_line(put, monkeypatch, capfd, seed, count):
-    monkeypatch.setattr(enhance, "OnlineEnhancer", Passing)
+    monkeypatch.setattr(enhance, "OnlineEnhancer", passing)
     rng = np.random.default_rng(seed)
     contents = [
         (suffix, encoded(kind, subtype, 9000 if kind in ("OGG", "FLAC") else 4000, channels))
         for suffix, kind, subtype in FORMATS
         for channels in ((1,) if subtype == "GSM610" else (1, 2))
     ]
-    contents += [("mp3", without_xing(content)) for suffix, content in contents
-                 if suffix == "mp3"]  # fmt: skip
-    contents += [(suffix, unknown_length(content)) for suffix, content in contents
-                 if suffix == "flac"]  # fmt: skip
+    spoil = {"mp3": without_xing, "flac": unknown_length}
+    contents += [(x, spoil[x](content)) for x, content in contents if x in spoil]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for i in range(count):

@@ -9,7 +9,7 @@ from benchmarks.s3 import RCLONE, serve_s3
 from diffbuf_lib.data import pack_folder, shards
 from diffbuf_lib.errors import DataError
 from diffbuf_lib.training.feed import ClipReader
-from tests.data.test_shards import assert_same_batches, dataset
+from tests.data.test_shards import LENGTHS, assert_same_batches, dataset
 from tests.training.helpers import assert_same_state, config, fit
 
 
@@ -28,7 +28,7 @@ def s3(tmp_path, monkeypatch):
 
 
 def test_s3_gives_the_batches_of_the_folder(make_dnlm, s3, tmp_path, monkeypatch):
-    folder = make_dnlm([1600, 3000, 5000, 1700, 2500, 1600])
+    folder = make_dnlm(LENGTHS)
     pack_folder(folder, s3 / "train", clips=2)
     cache = f"data.cache_path={tmp_path / 'cache'}"
     assert_same_batches(dataset(folder), dataset("s3://bucket/train", cache), workers=2)

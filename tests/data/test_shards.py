@@ -3,8 +3,6 @@
 import json
 import shutil
 import tarfile
-from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +11,10 @@ import torch
 from diffbuf_lib.config import build_config
 from diffbuf_lib.data import build_dnlm, open_dataset, pack_folder, shards
 from diffbuf_lib.data.pack import build_shards
-from diffbuf_lib.errors import ConfigError, DataError
+from diffbuf_lib.errors import DataError
 from diffbuf_lib.training.feed import ClipReader, EpochPlan
-from tests.data.conftest import noise_wave, save
+from tests.conftest import refused
+from tests.data.conftest import content, noise_wave, save
 
 CHANGES = ["audio.chunk_size=1600", "diffusion_buffer.buffer_size=4", "audio.stft.hop_length=32",
            "audio.stft.n_fft=62", "audio.stft.win_length=62"]  # fmt: skip
@@ -23,13 +22,7 @@ LENGTHS = [900, 1600, 3001, 5000, 1700, 2500, 1600]
 
 
 def dataset(root, *overrides, training=True, kind=1):
-    cfg = build_config({}, [*CHANGES, *overrides])
-    return open_dataset(kind, root, cfg, training=training)
-
-
-def content(folder):
-    files = (path for path in Path(folder).rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    return open_dataset(kind, root, build_config({}, [*CHANGES, *overrides]), training=training)
 
 
 @pytest.fixture
@@ -46,11 +39,24 @@ def remote(packed, monkeypatch):
 
     system = fsspec.filesystem("memory")
     system.store.clear()
-    for path in packed[1].iterdir():
-        system.pipe(f"/bucket/{path.name}", path.read_bytes())
+    for name, data in content(packed[1]).items():
+        system.pipe(f"/bucket/{name}", data)
     monkeypatch.setattr(shards, "_WAITS", (0.0, 0.0))
     yield system
     system.store.clear()
+
+
+@pytest.fixture
+def asked(remote, monkeypatch):
+    """What the store is asked for, a list of objects each time."""
+    fetch, asked = type(remote).cat_ranges, []
+
+    def counted(self, paths, *args, **options):
+        asked.append(list(paths))
+        return fetch(self, paths, *args, **options)
+
+    monkeypatch.setattr(type(remote), "cat_ranges", counted)
+    return asked
 
 
 def assert_same_batches(one, other, workers=0):
@@ -75,8 +81,7 @@ def test_batches_are_those_of_the_folder_to_the_bit(packed, training, workers):
     assert_same_batches(one, other, workers)
     assert [one.label(i) for i in range(7)] == [other.label(i) for i in range(7)]
     assert [one.length(i) for i in range(7)] == [other.length(i) for i in range(7)] == LENGTHS
-    for a, b in zip(one.read(3, 4000), other.read(3, 4000), strict=True):
-        assert torch.equal(a, b)
+    assert all(map(torch.equal, one.read(3, 4000), other.read(3, 4000)))
 
 
 @pytest.mark.law
@@ -88,8 +93,7 @@ def test_a_tar_is_a_tar(packed):
             names.append(tar.getnames())
     assert [len(part) for part in names] == [6, 6, 2]
     assert names[2] == ["sample_00006.mix.flac", "sample_00006.target.flac"]
-    index = np.load(out / "index.npy")
-    for row in index:
+    for row in np.load(out / "index.npy"):
         with tarfile.open(out / f"shard-{row['shard']:05}.tar") as tar:
             entry = tar.getmember(f"{row['name'].decode()}.mix.flac")
             assert (entry.offset_data, entry.size) == (row["offset"], row["mix"])
@@ -104,10 +108,8 @@ def test_parts_write_the_bytes_of_one_machine(packed, tmp_path):
     pack_folder(folder, tmp_path / "parts", clips=3, part="2/3", processes=2)
     assert content(out) == content(tmp_path / "parts")
     for wrong in ("0/3", "4/3", "1", "a/b", "1/0"):
-        with pytest.raises(ConfigError, match="--part"):
-            pack_folder(folder, tmp_path / "wrong", part=wrong)
-    with pytest.raises(DataError, match="a_shard 3, not 4"):
-        pack_folder(folder, tmp_path / "parts", clips=4)
+        refused(lambda part=wrong: pack_folder(folder, tmp_path / "wrong", part=part), "--part")
+    refused(lambda: pack_folder(folder, tmp_path / "parts", clips=4), "a_shard 3, not 4")
 
 
 @pytest.mark.law
@@ -136,12 +138,11 @@ def test_other_bits_keep_24_and_other_layouts_are_packed(tmp_path):
     assert max(float((a - b).abs().max()) for a, b in zip(one[0], other[0], strict=True)) <= 2**-24
     for empty in ("noisy", "clean"):
         shutil.rmtree(tmp_path / "in" / empty)
-    with pytest.raises(DataError, match="holds no pairs"):
-        pack_folder(tmp_path / "in", tmp_path / "other")
+    refused(lambda: pack_folder(tmp_path / "in", tmp_path / "other"), "holds no pairs")
 
 
 @pytest.mark.law
-def test_remote_shards_and_a_cache_that_holds_its_limit(packed, remote, tmp_path, monkeypatch):
+def test_remote_shards_and_a_cache_that_holds_its_limit(packed, asked, tmp_path):
     folder, out = packed
     index = np.load(out / "index.npy")
     sizes = (index["start"] + index["target"]).tolist()
@@ -151,16 +152,9 @@ def test_remote_shards_and_a_cache_that_holds_its_limit(packed, remote, tmp_path
     assert_same_batches(dataset(folder), other)
     (kept,) = (tmp_path / "cache").iterdir()
     assert kept.stat().st_size == sum(sizes[:4])
-    asked = []
-    fetch = type(remote).cat_ranges
-
-    def counted(self, paths, *args, **options):
-        asked.extend(paths)
-        return fetch(self, paths, *args, **options)
-
-    monkeypatch.setattr(type(remote), "cat_ranges", counted)
+    asked.clear()
     other.fetch(range(7))
-    assert len(asked) == 3
+    assert [len(paths) for paths in asked] == [3]
     kept.write_bytes(kept.read_bytes()[:-100])  # a write that a kill cut off
     again = dataset("memory://bucket", where, limit)
     assert_same_batches(dataset(folder), again)
@@ -168,87 +162,52 @@ def test_remote_shards_and_a_cache_that_holds_its_limit(packed, remote, tmp_path
     assert none.fetch([1, 1]) == other.fetch([1, 1])
 
 
-def damage(system, how):
-    path = "/bucket/shard-00001.tar"
-    data = system.store[path]
-    if how == "gone":
-        del system.store[path]
-    elif how == "short":
-        system.pipe(path, data.getvalue()[:700])
-    else:
-        spoilt = bytearray(data.getvalue())
-        spoilt[512 + 99] ^= 1
-        system.pipe(path, bytes(spoilt))
-
-
 @pytest.mark.law
 @pytest.mark.parametrize("how", ["gone", "short", "a flipped bit"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_is_wrong_with_an_object_is_one_line_with_its_name(remote, tmp_path, how, workers):
     found = dataset("memory://bucket", f"data.cache_path={tmp_path}")
-    damage(remote, how)
+    path = "/bucket/shard-00001.tar"
+    spoilt = bytearray(remote.store[path].getvalue())
+    spoilt[512 + 99] ^= 1
+    if how == "gone":
+        del remote.store[path]
+    else:
+        remote.pipe(path, bytes(spoilt[:700] if how == "short" else spoilt))
     reader = ClipReader(found, workers).read([[0, 1], [2, 3], [5]])
     next(reader)
-    name = r"^memory://bucket/shard-00001\.tar:sample_00003"
-    with pytest.raises(DataError, match=name) as caught:
+    with pytest.raises(DataError, match=r"^memory://bucket/shard-00001\.tar:.*_00003") as caught:
         next(reader)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("error", "tries", "match"),
+    ("error", "lasts", "tries"),
     [
-        (PermissionError("Forbidden"), 1, "credentials"),
-        (TimeoutError("the line is dead"), 3, "TimeoutError: the line is dead"),
-        (None, 2, None),
+        (PermissionError("Forbidden"), True, 1),
+        (TimeoutError("the line is dead"), True, 3),
+        (ConnectionError("reset"), False, 2),
     ],
 )
-def test_what_may_pass_is_tried_again(remote, tmp_path, monkeypatch, error, tries, match):
+def test_what_may_pass_is_tried_again(remote, asked, tmp_path, monkeypatch, error, lasts, tries):
     found = dataset("memory://bucket", f"data.cache_path={tmp_path}")
-    fetch, asked = type(remote).cat_ranges, []
+    fetch = type(remote).cat_ranges
 
     def answer(self, paths, *args, **options):
-        asked.append(paths)
-        if error or len(asked) == 1:
-            return [error or ConnectionError("reset")] * len(paths)
-        return fetch(self, paths, *args, **options)
+        answers = fetch(self, paths, *args, **options)
+        return [error] * len(paths) if lasts or len(asked) == 1 else answers
 
     monkeypatch.setattr(type(remote), "cat_ranges", answer)
-    if error:
-        with pytest.raises(DataError, match=match):
-            found.prefetch([0, 1])
+    if lasts:
+        refused(lambda: found.prefetch([0, 1]), error)
     else:
         found.prefetch([0, 1])
     assert len(asked) == tries
-    assert all(len(a) >= len(b) for a, b in pairwise(asked))
 
 
-def test_wrong_addresses(remote, packed, tmp_path):
-    for url, match in (
-        ("memory://nowhere", r"memory://nowhere/index\.npy is not there"),
-        ("nonsense://bucket", "nonsense://bucket"),
-    ):
-        with pytest.raises(DataError, match=match):
-            dataset(url)
-    with pytest.raises(DataError, match=r"16000 Hz but audio\.sample_rate is 8000"):
-        dataset(packed[1], "audio.sample_rate=8000")
+def test_wrong_addresses(remote, packed):
+    for url in ("memory://nowhere", "nonsense://bucket"):
+        refused(lambda url=url: dataset(url), f"{url}/index.npy")
+    refused(lambda: dataset(packed[1], "audio.sample_rate=8000"), "16000 Hz", "audio.sample_rate")
     (packed[1] / "index.npy").write_bytes(b"\x93NUMPY")
-    with pytest.raises(DataError, match=r"index\.npy cannot be read"):
-        dataset(packed[1])
-
-
-def test_a_terabyte_of_clips_opens_in_no_time_and_plans_for_8_processes(tmp_path, monkeypatch):
-    """Only the index: 500,000 clips of 2 MB, whose cache keeps what its limit allows."""
-    count, size = 500_000, 2_000_000
-    index = np.zeros(count, shards.row_type(14))
-    number = np.arange(count)
-    index["shard"], index["offset"], index["rate"] = number // 1000, number % 1000 * size, 16000
-    index["mix"], index["start"], index["target"] = size // 2, size // 2, size // 2
-    np.save(tmp_path / "index.npy", index)
-    monkeypatch.setattr(shards, "_download", lambda where: (tmp_path / "index.npy").read_bytes())
-    found = dataset("s3://bucket/big", "data.cache_gb=100")
-    assert len(found) == count
-    assert found._cached == 50_000
-    plans = [EpochPlan(len(found), 16, 1, 8, seed=0).batches(0, rank) for rank in range(8)]
-    seen = {clip for batches in plans for batch in batches for clip in batch}
-    assert len(seen) == count // 128 * 128
+    refused(lambda: dataset(packed[1]), "index.npy cannot be read")

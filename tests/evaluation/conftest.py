@@ -27,24 +27,19 @@ def noisy_voice(seconds=2.0, level=0.03):
     return target + level * noise, target
 
 
-def write_clip(root, number, target, mix):
-    folder = root / f"sample_{number:05}"
-    folder.mkdir(parents=True, exist_ok=True)
-    soundfile.write(folder / "vocals.wav", target, RATE, "FLOAT")
-    soundfile.write(folder / "mixture.wav", mix, RATE, "FLOAT")
-
-
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """Six clips: lengths and SNRs differ, number 4 is silent speech, number 5 lasts 0.1 s."""
     root = tmp_path_factory.mktemp("evaluation") / "clips"
     rng = np.random.default_rng(1)
-    for number, (seconds, level) in enumerate(
-        [(1.0, 0.1), (0.8, 0.03), (1.0, 0.3), (0.9, 0.1), (0.7, 0.1), (0.1, 0.1)]
-    ):
+    facts = [(1.0, 0.1), (0.8, 0.03), (1.0, 0.3), (0.9, 0.1), (0.7, 0.1), (0.1, 0.1)]
+    for number, (seconds, level) in enumerate(facts):
         target = voice(seconds, number) * (number != 4)
         noise = level * rng.standard_normal(len(target)).astype(np.float32)
-        write_clip(root, number, target, target + noise)
+        folder = root / f"sample_{number:05}"
+        folder.mkdir(parents=True)
+        soundfile.write(folder / "vocals.wav", target, RATE, "FLOAT")
+        soundfile.write(folder / "mixture.wav", target + noise, RATE, "FLOAT")
     return root
 
 
@@ -52,7 +47,7 @@ def data(tmp_path_factory):
 def model_path(tmp_path_factory):
     """A saved data-prediction model, B = 4, that changes its input."""
     path = tmp_path_factory.mktemp("evaluation") / "model"
-    cfg = build_config(TINY).override("training.loss=data_prediction", "model.x0_output=mask")
+    cfg = build_config(TINY, ["training.loss=data_prediction", "model.x0_output=mask"])
     make_model(cfg).save_pretrained(path)
     return path
 

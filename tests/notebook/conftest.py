@@ -1,10 +1,17 @@
-"""A copy of the notebooks to run in, and the dataset that they run on."""
+"""A copy of the notebooks to run in, the dataset that they run on, and a batch."""
 
 import pytest
 import torch
 
 from recipes.demo.demo_set import build_demo
+from tests.conftest import seeded
 from tests.notebook.cells import CONFIG, DEMO, copy_workspace
+
+
+def batch():
+    """Mix and target, [2, 1, 1600] each."""
+    wave = torch.randn(2, 1, 1600, generator=seeded(3)) * 0.1
+    return wave + torch.randn(2, 1, 1600, generator=seeded(4)) * 0.1, wave
 
 
 @pytest.fixture

@@ -10,14 +10,10 @@ import torch
 from diffbuf_lib.config import build_config
 from diffbuf_lib.training.feed import Batch
 from diffbuf_lib.training.step import Engine, make_accelerator
-from tests.conftest import TINY, make_model, seeded
+from tests.conftest import TINY, make_model
+from tests.notebook.conftest import batch
 from tests.training.helpers import same
 from walk.step_debugger import StepDebugger, stage_wave
-
-
-def batch():
-    wave = torch.randn(2, 1, 1600, generator=seeded(3)) * 0.1
-    return wave + torch.randn(2, 1, 1600, generator=seeded(4)) * 0.1, wave
 
 
 @pytest.fixture
@@ -25,17 +21,15 @@ def cfg():
     return build_config(TINY, ["model.dropout=0.2", "training.grad_clip=0.5"])
 
 
-@pytest.fixture
-def panel(cfg):
-    return StepDebugger(make_model(cfg), *batch(), lr=1e-2)
-
-
 def state(panel):
     return copy.deepcopy((panel.model.state_dict(), panel.optimizer.state_dict()))
 
 
 @pytest.mark.law
-def test_back_to_start_restores_weights_optimizer_and_noise(panel):
+def test_back_to_start_restores_weights_optimizer_and_noise(cfg):
+    model = make_model(cfg)
+    generator = torch.get_rng_state()
+    panel = StepDebugger(model, *batch(), lr=1e-2)
     start, first = state(panel), panel.trace
     panel.step(3)
     losses, later = list(panel.losses), state(panel)
@@ -50,6 +44,7 @@ def test_back_to_start_restores_weights_optimizer_and_noise(panel):
     assert same(state(panel), later)
     panel.reset()
     assert same(state(panel), start), "what is restored is a copy"
+    assert torch.equal(torch.get_rng_state(), generator)
 
 
 @pytest.mark.law
@@ -67,34 +62,22 @@ def test_a_step_is_that_of_training(cfg):
         torch.testing.assert_close(mine, theirs)
 
 
-@pytest.mark.law
-def test_it_leaves_the_global_generator_alone(cfg):
-    model = make_model(cfg)
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    StepDebugger(model, *batch()).step()
-    assert torch.equal(torch.rand(3), expected)
-
-
 @pytest.mark.parametrize("override", ["training.seed=0", "preprocessing.level_seconds=1"])
 def test_every_stage_of_every_example_can_be_opened(cfg, override):
     panel = StepDebugger(make_model(cfg.override(override)), *batch())
     assert panel.stage.options == tuple(panel.trace.stages())
-    first = panel.image.value
+    pictures = {panel.image.value}
     panel.example.value = 1
-    assert panel.image.value != first
-    pictures = set()
     for name in panel.stage.options:
         panel.stage.value = name
         pictures.add(panel.image.value)
-        assert name in panel.table.value
-    assert len(pictures) == len(panel.stage.options)
+    assert len(pictures) == len(panel.stage.options) + 1
 
 
-def test_sound_where_a_stage_has_one(panel):
+def test_sound_where_a_stage_has_one(cfg):
     """A spectrum is heard as the signal it was made of; what is no sound has no player."""
     mix, target = batch()
+    panel = StepDebugger(make_model(cfg), mix, target)
     for name, wave in (("mix", mix), ("Y", mix), ("target", target), ("S", target)):
         heard = stage_wave(panel.model, panel.trace, name, 1)
         torch.testing.assert_close(heard, wave[1, 0], atol=1e-4, rtol=1e-3)
@@ -102,16 +85,14 @@ def test_sound_where_a_stage_has_one(panel):
         assert stage_wave(panel.model, panel.trace, name) is None
     assert stage_wave(panel.model, panel.trace, "x0_hat").shape == (1600,)
     panel.stage.value = "mix"
-    samples, rate = soundfile.read(io.BytesIO(panel.sound.value))
-    assert rate == panel.model.cfg.audio.sample_rate
-    assert len(samples) == 1600
+    assert len(soundfile.read(io.BytesIO(panel.sound.value))[0]) == 1600
 
 
-def test_buttons(panel):
+def test_buttons_and_the_noise(cfg):
+    panel = StepDebugger(make_model(cfg), *batch())
     before = panel.trace.z
     for name, steps in (("step-once", 1), ("run-ten", 11), ("back", 0)):
         panel.buttons[name].click()
-        assert panel.steps == steps
         assert panel.step_label.value == f"step {steps}"
         assert torch.equal(panel.trace.z, before)
     panel.same_noise.value = False

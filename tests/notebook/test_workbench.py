@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffbuf_lib.errors import DataError
+from tests.conftest import refused
 from tests.notebook.cells import CONFIG
 from tests.notebook.folders import make_paired_folder
 from walk import open_workbench, workbench
@@ -40,17 +40,6 @@ def test_environment_wins_over_the_notebooks_lines(project, data, monkeypatch):
     assert bench.valid_set[0][0].shape[0] == 2, "stereo clips stay stereo"
 
 
-def test_demo_set_is_made_where_it_is_asked_for_and_only_there(project, data, monkeypatch):
-    made = []
-    monkeypatch.setattr(
-        workbench, "build_demo", lambda folder: made.append(make_paired_folder(folder))
-    )
-    open_workbench(CONFIG, "data/mine")
-    assert not made
-    bench = open_workbench(CONFIG, "data/DN-LM-demo")
-    assert made == [project / "data" / "DN-LM-demo"] == [bench.data]
-
-
 @pytest.mark.law
 def test_the_same_cell_gives_the_same_numbers(data):
     draws = []
@@ -60,14 +49,13 @@ def test_the_same_cell_gives_the_same_numbers(data):
     assert torch.equal(*draws)
 
 
-def test_what_is_missing_is_named(project, data):
-    (project / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty .*DIFFBUF_DATA"):
-        open_workbench(CONFIG, "empty")
-
-
-def test_a_folder_without_splits_or_without_valid_serves_for_both(data):
+def test_what_serves_for_both_splits_is_made_or_is_missing(project, data, monkeypatch):
     assert len(open_workbench(CONFIG, data / "train").valid_set) == 5
-    (data / "valid").rename(data / "aside")
+    (data / "valid").rename(project / "empty")
     bench = open_workbench(CONFIG, data)
     assert bench.valid_set.items == bench.train_set.items
+    refused(lambda: open_workbench(CONFIG, "empty/clean"), "empty", "DIFFBUF_DATA")
+    monkeypatch.setattr(workbench, "build_demo", make_paired_folder)  # only where it is asked for
+    demo = open_workbench(CONFIG, "data/DN-LM-demo").data
+    assert demo == project / "data" / "DN-LM-demo"
+    assert len(list(demo.iterdir())) == 2

@@ -7,22 +7,21 @@ import numpy as np
 import pytest
 import torch
 
-from diffbuf_lib.data import write_audio
 from diffbuf_lib.diffusion.losses import LossInputs, data_prediction
 from diffbuf_lib.diffusion.spectral import Spectral
-from diffbuf_lib.errors import DataError, MissingExtraError
+from diffbuf_lib.errors import MissingExtraError
 from recipes.cpu_demo import dataset, endless, noise_families, pesq_loss, recordings, voices
-from tests.conftest import seeded
+from tests.conftest import refused, seeded
+from tests.data.conftest import RATE, noise_wave, save
 
-RATE = 16000
+FAMILIES = noise_families.TRAINING | noise_families.HELD_OUT
 
 
 @pytest.mark.law
-@pytest.mark.parametrize("name", noise_families.TRAINING | noise_families.HELD_OUT)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_noises_are_loud_finite_and_keyed_by_their_seed(name):
-    family = {name: (noise_families.TRAINING | noise_families.HELD_OUT)[name]}
     waves = [
-        noise_families.draw_noise(np.random.default_rng(seed), RATE, RATE, family)
+        noise_families.draw_noise(np.random.default_rng(seed), RATE, RATE, {name: FAMILIES[name]})
         for seed in (0, 0, 1, 2, 3)
     ]
     assert np.array_equal(waves[0], waves[1])
@@ -32,58 +31,38 @@ def test_noises_are_loud_finite_and_keyed_by_their_seed(name):
         assert np.mean(wave**2) == pytest.approx(1)
 
 
-@pytest.fixture
-def speech(tmp_path):
-    for number in range(3):
-        wave = 0.1 * torch.randn(1, RATE + 4000 * number, generator=seeded(number))
-        write_audio(_made(tmp_path / "set" / "speech") / f"{number}.wav", wave, RATE)
-    return tmp_path / "set"
-
-
-def _made(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _endless(folder, training=True):
-    return endless.EndlessMixtures(folder, RATE, training=training)
-
-
 @pytest.mark.law
-def test_an_endless_clip_follows_from_epoch_and_index(speech):
-    clips, again = _endless(speech), _endless(speech)
+@pytest.mark.parametrize("recorded", [False, True])
+def test_an_endless_clip_follows_from_epoch_and_index(tmp_path, recorded, monkeypatch):
+    """Also where all noise is babble or recordings, which are read."""
+    for number in range(3):
+        save(tmp_path / "speech" / f"{number}.wav", noise_wave(number, RATE + 4000 * number))
+    if recorded:
+        save(tmp_path / "noise" / "a.wav", noise_wave(9, RATE // 2))
+        monkeypatch.setattr(endless, "TRAINING", {})
+    clips, again = (endless.EndlessMixtures(tmp_path, RATE, training=True) for _ in range(2))
     assert all(map(torch.equal, clips[1], again[1]))
     again.set_epoch(1)
     assert not torch.equal(clips[1][0], again[1][0])
-    for mix, target in (clips[i] for i in range(3)):
+    for mix, target in (*clips, *again):
         assert mix.shape == target.shape == (1, RATE)
         low, high = endless.PEAK_DB
         assert 10 ** (low / 20) <= max(mix.abs().max(), target.abs().max()) <= 10 ** (high / 20)
 
 
-def test_recordings_beside_the_speech_are_one_family_of_noise(speech):
-    write_audio(_made(speech / "noise") / "a.wav", torch.full((1, 2 * RATE), 0.1), RATE)
-    clips = _endless(speech)
-    assert clips._recorded(np.random.default_rng(0), RATE, RATE) == pytest.approx(0.1, abs=1e-4)
-    babble = clips._babble(np.random.default_rng(0), RATE, RATE)
-    assert babble.shape == (RATE,)
-    assert babble.std() > 0.05
-
-
 def test_of_fetched_repositories_only_what_is_free_and_clean_is_taken(tmp_path, capsys):
-    clone = _made(tmp_path / "clones" / "Precise-Community-Data" / "hey")
-    loud = 0.5 * torch.randn(1, RATE, generator=seeded()).clamp(-1, 1)
+    clone = tmp_path / "clones" / "Precise-Community-Data"
+    loud = noise_wave(0, RATE, level=0.2)
     pauses = torch.cat([loud, torch.zeros(1, RATE // 2)], dim=1)
     for name, wave in (("clean", pauses), ("noisy", loud), ("not-named", pauses)):
-        write_audio(clone / f"{name}.wav", wave, RATE)
-    (_made(clone.parent / "licenses") / "license-2019-someone.txt").write_text(
+        save(clone / "hey" / f"{name}.wav", wave)
+    for name in ("dataset-voice-kerstin", "drone-audio-dataset", f"{clone.name}/licenses"):
+        (tmp_path / "clones" / name).mkdir()
+    (clone / "licenses" / "license-2019-someone.txt").write_text(
         "into the public domain:\nhey/clean.wav\nhey/noisy.wav\n"
     )
-    for name in ("dataset-voice-kerstin", "drone-audio-dataset"):
-        _made(clone.parents[1] / name)
     recordings.gather(tmp_path / "out", tmp_path / "clones")
-    found = [path.stem for path in (tmp_path / "out").rglob("*.flac")]
-    assert found == ["clean"]
+    assert [path.stem for path in (tmp_path / "out").rglob("*.flac")] == ["clean"]
     assert "public domain" in capsys.readouterr().out
 
 
@@ -132,18 +111,16 @@ def test_prompts_are_joined_to_long_files_without_loss():
     waves = [torch.full((1, RATE), 0.1 * (i + 1)) for i in range(23)]
     files = list(dataset._joined(iter(waves)))
     assert all(wave.shape[1] >= 10 * RATE for wave in files[:-1])
-    loud = sum(int((wave != 0).sum()) for wave in files)
-    assert loud == 23 * RATE
+    assert sum(int((wave != 0).sum()) for wave in files) == 23 * RATE
     assert all(float(wave.abs().max()) == pytest.approx(0.9) for wave in files)
 
 
 def test_prompts_are_decoded_and_silence_left_out(tmp_path):
     """G.722 of a pure code book entry: what matters is rate, scale and order."""
     pytest.importorskip("G722")
+    (tmp_path / "silence").mkdir()
     for name in ("b.g722", "a.g722", "silence/1.g722"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(struct.pack("4000B", *([0x55, 0xD3, 0x2A, 0xE6] * 1000)))
+        (tmp_path / name).write_bytes(struct.pack("4B", 0x55, 0xD3, 0x2A, 0xE6) * 1000)
     decoded = list(voices.prompts(tmp_path))
     assert [wave.shape for wave in decoded] == [(1, 8000), (1, 8000)]  # 64 kbit/s: 0.5 s
     assert all(float(wave.abs().max()) <= 1 for wave in decoded)
@@ -151,6 +128,5 @@ def test_prompts_are_decoded_and_silence_left_out(tmp_path):
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda program: None)
-    with pytest.raises(DataError, match=r"apt-get install .*festvox-czech-dita .*flite"):
-        dataset.build_pretraining(tmp_path / "out")
+    refused(lambda: dataset.build_pretraining(tmp_path / "out"), "apt-get install", "flite")
     assert not (tmp_path / "out").exists()
