@@ -16,6 +16,7 @@ from diffbuf_lib.enhance import FilesFailedError, enhance_file, enhance_path
 from diffbuf_lib.errors import DataError
 from diffbuf_lib.evaluation import evaluate, summary
 from tests.conftest import make_model, stream
+from tests.evaluation.conftest import write_clip
 
 
 @pytest.fixture
@@ -24,29 +25,34 @@ def model(tiny_cfg):
 
 
 def write(path, seconds=0.3, rate=16000, channels=1):
+    """Write a tone a channel; return the samples [T, C]."""
     t = np.arange(round(seconds * rate)) / rate
-    wave = 0.3 * np.sin(2 * np.pi * 440 * t)[:, None] * np.ones(channels)
+    wave = np.stack([0.3 * np.sin(2 * np.pi * f * t) for f in (440, 300, 200)[:channels]], axis=1)
     soundfile.write(path, wave, rate, "FLOAT" if path.suffix == ".wav" else "PCM_24")
-    return wave.mean(axis=1)
+    return wave
 
 
 @pytest.mark.law
 @pytest.mark.parametrize("rate", [8000, 16000, 44100])
-@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize(("channels", "kept"), [(1, "mono"), (2, "mono"), (3, "keep")])
 @pytest.mark.parametrize("suffix", [".wav", ".flac"])
-def test_rate_length_and_timing_are_kept(perfect_model, tmp_path, rate, channels, suffix):
-    wave = write(tmp_path / f"in{suffix}", rate=rate, channels=channels)
-    enhance_file(perfect_model, tmp_path / f"in{suffix}", tmp_path / f"out{suffix}")
-    out, out_rate = soundfile.read(tmp_path / f"out{suffix}", always_2d=True)
-    assert (out_rate, out.shape) == (rate, (len(wave), 1))
+def test_rate_length_timing_and_channels_are_kept(
+    perfect_model, tmp_path, rate, channels, kept, suffix
+):
+    source, clean = tmp_path / f"in{suffix}", tmp_path / f"out{suffix}"
+    wave = write(source, 0.5, rate, channels)
+    wave = wave if kept == "keep" else wave.mean(axis=1, keepdims=True)
+    enhance_file(perfect_model, source, clean, channels=kept)
+    out, out_rate = soundfile.read(clean, always_2d=True)
+    assert (out_rate, out.shape) == (rate, wave.shape)
     middle = slice(len(wave) // 5, -len(wave) // 5)
-    assert np.abs(out[middle, 0] - wave[middle]).max() < 0.01
+    assert np.abs(out[middle] - wave[middle]).max() < 0.01
 
 
 @pytest.mark.law
 def test_a_file_is_a_stream_whatever_the_block(model, tmp_path, monkeypatch):
     wave = write(tmp_path / "in.wav")
-    expected = stream(OnlineEnhancer(model, seed=4), torch.from_numpy(wave).float())
+    expected = stream(OnlineEnhancer(model, seed=4), torch.from_numpy(wave[:, 0]).float())
     for seconds in (4.0, 0.0101):
         monkeypatch.setattr(enhance, "BLOCK_SECONDS", seconds)
         enhance_file(model, tmp_path / "in.wav", tmp_path / "out.wav", seed=4)
@@ -164,26 +170,6 @@ def test_a_wav_beyond_four_gigabytes_has_its_length(tmp_path):
     (tmp_path / "a.wav").unlink()
 
 
-@pytest.mark.law
-@pytest.mark.parametrize("rate", [8000, 16000])
-def test_channels_are_kept_each_by_itself(perfect_model, tmp_path, rate):
-    t = np.arange(rate // 2) / rate
-    wave = 0.3 * np.stack([np.sin(2 * np.pi * f * t) for f in (200, 300, 500)], axis=1)
-    soundfile.write(tmp_path / "in.wav", wave, rate, "FLOAT")
-    enhance_file(perfect_model, tmp_path / "in.wav", tmp_path / "out.wav", channels="keep")
-    out, _ = soundfile.read(tmp_path / "out.wav")
-    assert out.shape == wave.shape
-    middle = slice(len(wave) // 5, -len(wave) // 5)
-    assert np.abs(out[middle] - wave[middle]).max() < 0.01
-
-
-def test_channels_that_cancel_are_told(perfect_model, tmp_path):
-    wave = 0.1 * np.random.default_rng(0).standard_normal(1600)
-    soundfile.write(tmp_path / "in.wav", np.stack([wave, -wave], 1), 16000, "FLOAT")
-    with pytest.warns(UserWarning, match=r"in\.wav: its channels cancel.*--channels keep"):
-        enhance_file(perfect_model, tmp_path / "in.wav", tmp_path / "out.wav")
-
-
 def test_a_file_too_quiet_for_a_model_without_levels_is_told(tiny_cfg, model, tmp_path):
     soundfile.write(tmp_path / "in.wav", 0.1 * write(tmp_path / "loud.wav"), 16000, "FLOAT")
     with pytest.warns(UserWarning, match=r"in\.wav: its peak is -30 dB .*level_seconds"):
@@ -195,14 +181,12 @@ def test_a_file_too_quiet_for_a_model_without_levels_is_told(tiny_cfg, model, tm
 
 @pytest.mark.law
 def test_repair_takes_what_is_no_number_as_zero(perfect_model, tmp_path):
-    wave = write(tmp_path / "in.wav").astype(np.float32)
-    spoiled = wave.copy()
-    spoiled[[5, 700, 701]] = np.nan, np.inf, -np.inf
-    soundfile.write(tmp_path / "bad.wav", spoiled, 16000, "FLOAT")
+    wave = write(tmp_path / "in.wav")[:, 0]
+    for name, values in (("bad", [np.nan, np.inf, -np.inf]), ("zeros", 0)):
+        wave[[5, 700, 701]] = values
+        soundfile.write(tmp_path / f"{name}.wav", wave, 16000, "FLOAT")
     with pytest.warns(UserWarning, match=r"bad\.wav: 3 NaN or Inf"):
         enhance_file(perfect_model, tmp_path / "bad.wav", tmp_path / "out.wav", repair=True)
-    wave[[5, 700, 701]] = 0
-    soundfile.write(tmp_path / "zeros.wav", wave, 16000, "FLOAT")
     enhance_file(perfect_model, tmp_path / "zeros.wav", tmp_path / "expected.wav")
     out, expected = (soundfile.read(tmp_path / f"{name}.wav")[0] for name in ("out", "expected"))
     assert np.array_equal(out, expected)
@@ -244,33 +228,21 @@ def test_names_that_no_terminal_can_show_are_printed(model, tmp_path):
     assert len(os.listdir(tmp_path / "out")) == 2
 
 
-@pytest.fixture
-def dataset(tmp_path):
-    for i in range(3):
-        folder = tmp_path / "set" / f"sample_{i:05}"
-        folder.mkdir(parents=True)
-        rng = np.random.default_rng(i)
-        clean = 0.1 * rng.standard_normal(1600) * (i != 1)  # the second target is silent
-        soundfile.write(folder / "vocals.wav", clean, 16000, "FLOAT")
-        noisy = clean + 0.1 * rng.standard_normal(1600)
-        soundfile.write(folder / "mixture.wav", noisy, 16000, "FLOAT")
-    return DNLMDataset(tmp_path / "set", 1600, training=False)
-
-
 @pytest.mark.law
-def test_evaluation_of_a_model_that_changes_nothing_gains_nothing(perfect_model, dataset):
-    clips = list(evaluate(perfect_model, dataset, ["si_sdr"]))
-    (row,) = summary(clips, ["si_sdr"])
+def test_evaluation_gains_nothing_from_no_change_and_does_not_depend_on_the_batch(
+    perfect_model, model, tmp_path
+):
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        clean = 0.1 * rng.standard_normal(1600) * (i != 1)  # the second target is silent
+        write_clip(tmp_path, i, clean, clean + 0.1 * rng.standard_normal(1600))
+    data = DNLMDataset(tmp_path, 1600, training=False)
+    (row,) = summary(list(evaluate(perfect_model, data, ["si_sdr"])), ["si_sdr"])
     assert (row.scored, row.clips) == (2, 3)  # not defined on silence: left out, not zero
     assert abs(row.gain) < 1e-2
     assert abs(row.noisy) < 1
-
-
-@pytest.mark.law
-def test_evaluation_does_not_depend_on_the_batch(model, dataset):
-    together = list(evaluate(model, dataset, ["si_sdr"], batch_size=3))
-    alone = list(evaluate(model, dataset, ["si_sdr"], batch_size=1))
+    together, alone = (evaluate(model, data, ["si_sdr"], batch_size=size) for size in (3, 1))
     for a, b in zip(together, alone, strict=True):
         assert a.name == b.name
         torch.testing.assert_close(a.estimate, b.estimate, rtol=1e-4, atol=1e-4)
-    assert len(list(evaluate(model, dataset, ["si_sdr"], limit=1))) == 1
+    assert len(list(evaluate(model, data, ["si_sdr"], limit=1))) == 1
