@@ -18,6 +18,8 @@ from diffbuf_lib.evaluation import evaluate, summary
 from tests.conftest import make_model, stream
 from tests.evaluation.conftest import write_clip
 
+pytestmark = pytest.mark.law
+
 
 @pytest.fixture
 def model(tiny_cfg):
@@ -32,7 +34,6 @@ def write(path, seconds=0.3, rate=16000, channels=1):
     return wave
 
 
-@pytest.mark.law
 @pytest.mark.parametrize("rate", [8000, 16000, 44100])
 @pytest.mark.parametrize(("channels", "kept"), [(1, "mono"), (2, "mono"), (3, "keep")])
 @pytest.mark.parametrize("suffix", [".wav", ".flac"])
@@ -49,7 +50,6 @@ def test_rate_length_timing_and_channels_are_kept(
     assert np.abs(out[middle] - wave[middle]).max() < 0.01
 
 
-@pytest.mark.law
 def test_a_file_is_a_stream_whatever_the_block(model, tmp_path, monkeypatch):
     wave = write(tmp_path / "in.wav")
     expected = stream(OnlineEnhancer(model, seed=4), torch.from_numpy(wave[:, 0]).float())
@@ -60,7 +60,6 @@ def test_a_file_is_a_stream_whatever_the_block(model, tmp_path, monkeypatch):
         torch.testing.assert_close(torch.from_numpy(out), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.law
 def test_a_bad_file_leaves_no_half_output_and_keeps_the_old_one(model, tmp_path):
     wave = np.zeros(9000, np.float32)
     wave[8000] = np.nan
@@ -76,7 +75,6 @@ def test_a_bad_file_leaves_no_half_output_and_keeps_the_old_one(model, tmp_path)
         enhance_file(model, tmp_path / "in.wav", tmp_path / "out.mp3")
 
 
-@pytest.mark.law
 def test_a_folder_goes_on_after_bad_files_and_a_rerun_after_what_is_done(model, tmp_path):
     source, out = tmp_path / "in", tmp_path / "out"
     (source / "a").mkdir(parents=True)
@@ -109,7 +107,6 @@ def test_a_folder_goes_on_after_bad_files_and_a_rerun_after_what_is_done(model, 
         list(enhance_path(model, tmp_path / "empty", out))
 
 
-@pytest.mark.law
 def test_outputs_are_of_the_umasks_mode_and_links_stay_links(model, tmp_path):
     write(tmp_path / "in.wav", 0.05)
     (tmp_path / "link.wav").symlink_to(tmp_path / "real.wav")
@@ -123,7 +120,6 @@ def test_outputs_are_of_the_umasks_mode_and_links_stay_links(model, tmp_path):
     assert soundfile.info(tmp_path / "real.wav").frames == 800
 
 
-@pytest.mark.law
 def test_nothing_is_overwritten_unasked_and_the_input_never(model, tmp_path):
     write(tmp_path / "in.wav", 0.05)
     content = (tmp_path / "in.wav").read_bytes()
@@ -142,7 +138,6 @@ def test_nothing_is_overwritten_unasked_and_the_input_never(model, tmp_path):
     assert soundfile.info(tmp_path / "out.wav").frames == 800
 
 
-@pytest.mark.law
 @pytest.mark.parametrize("channels", [1, 2, 3])
 def test_a_wav_that_outgrows_its_sizes_becomes_rf64(model, tmp_path, monkeypatch, channels):
     write(tmp_path / "in.wav", 0.05, channels=channels)
@@ -158,7 +153,6 @@ def test_a_wav_that_outgrows_its_sizes_becomes_rf64(model, tmp_path, monkeypatch
     assert np.array_equal(wavfile.read(small)[1], soundfile.read(small, dtype="float32")[0])
 
 
-@pytest.mark.law
 @pytest.mark.slow
 def test_a_wav_beyond_four_gigabytes_has_its_length(tmp_path):
     """Sparse: silence that is written takes no network, and is taken back at once."""
@@ -179,7 +173,6 @@ def test_a_file_too_quiet_for_a_model_without_levels_is_told(tiny_cfg, model, tm
     enhance_file(model, tmp_path / "loud.wav", tmp_path / "out.wav")
 
 
-@pytest.mark.law
 def test_repair_takes_what_is_no_number_as_zero(perfect_model, tmp_path):
     wave = write(tmp_path / "in.wav")[:, 0]
     for name, values in (("bad", [np.nan, np.inf, -np.inf]), ("zeros", 0)):
@@ -192,7 +185,6 @@ def test_repair_takes_what_is_no_number_as_zero(perfect_model, tmp_path):
     assert np.array_equal(out, expected)
 
 
-@pytest.mark.law
 def test_a_kill_leaves_no_visible_half_file(tmp_path):
     """The process dies while it writes, as kill -9 does it."""
     script = f"""
@@ -228,7 +220,6 @@ def test_names_that_no_terminal_can_show_are_printed(model, tmp_path):
     assert len(os.listdir(tmp_path / "out")) == 2
 
 
-@pytest.mark.law
 def test_evaluation_gains_nothing_from_no_change_and_does_not_depend_on_the_batch(
     perfect_model, model, tmp_path
 ):
