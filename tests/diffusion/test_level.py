@@ -1,17 +1,15 @@
-"""The running level: causal, the same in a stream as in the whole, and deaf to a gain."""
+"""The running level: causal, and deaf to a gain; tests/test_streaming.py has streams under it."""
 
 import pytest
 import torch
 
-from diffbuf_lib import OnlineEnhancer
 from diffbuf_lib.config import build_config
 from diffbuf_lib.diffusion.level import FLOOR, RunningLevel
 from diffbuf_lib.diffusion.spectral import Spectral
-from tests.conftest import TINY, make_model, seeded, stream
+from tests.conftest import TINY, make_model, seeded
 
 pytestmark = pytest.mark.law
 ON = "preprocessing.level_seconds=0.05"
-BLOCK_CAUSAL = ("model.name=block_causal", "model.channel_multipliers=[1, 2]")
 
 
 def noise(samples, seed=0):
@@ -49,16 +47,6 @@ def test_silence_before_and_within_changes_nothing():
     quiet = torch.nn.functional.pad(wave, (256 * 7, 0))
     torch.testing.assert_close(level_of(quiet)[:, 9:], level_of(wave)[:, 2:])
     assert (level_of(torch.zeros(1, 4000, dtype=torch.float64)) == FLOOR).all()
-
-
-@pytest.mark.parametrize("network", [(), BLOCK_CAUSAL])
-@pytest.mark.parametrize("cuts", [(), (1, 2, 333), (640,)])
-def test_a_stream_is_the_whole_under_it(network, cuts):
-    model = make_model(build_config(TINY, [ON, *network])).double()
-    wave = noise(900)[0] * torch.linspace(0, 1, 900) ** 2
-    whole = model.enhance(wave[None, None], seeded(4))[0, 0]
-    streamed = stream(OnlineEnhancer(model, seed=4), wave, cuts)
-    torch.testing.assert_close(streamed, whole, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("loss", ["weighted_score", "data_prediction"])
