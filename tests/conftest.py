@@ -39,17 +39,6 @@ def awake(net: Net, std: float) -> Net:
     return net
 
 
-def learn(net, loss, steps, lr):
-    """Take steps of Adam; return the last loss."""
-    optimizer = torch.optim.Adam(net.parameters(), lr=lr)
-    for _ in range(steps):
-        value = loss()
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-    return value.item()
-
-
 @pytest.fixture
 def perfect_model(tiny_cfg, monkeypatch):
     """A model that gives its input back: what then differs is what is done around it."""

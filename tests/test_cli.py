@@ -12,6 +12,7 @@ import soundfile
 
 from diffbuf_lib import commands, load_config
 from tests.conftest import call
+from tests.evaluation.conftest import write_clip
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -45,13 +46,10 @@ def data(tmp_path_factory):
     rng = np.random.default_rng(0)
     for split, i in [*(("train", i) for i in range(4)), ("valid", 0)]:
         clean, noise = 0.1 * rng.standard_normal((2, 16000))
-        sample, pairs = root / split / f"sample_{i:05}", root / f"pairs-{split}"
-        for path, wave in (
-            (sample / "vocals.wav", clean), (sample / "mixture.wav", clean + noise),
-            (pairs / "clean" / f"{i}.wav", clean), (pairs / "noisy" / f"{i}.wav", clean + noise),
-        ):  # fmt: skip
-            path.parent.mkdir(parents=True, exist_ok=True)
-            soundfile.write(path, wave, 16000)
+        write_clip(root / split, i, clean, clean + noise)
+        for name, wave in (("clean", clean), ("noisy", clean + noise)):
+            (root / f"pairs-{split}" / name).mkdir(parents=True, exist_ok=True)
+            soundfile.write(root / f"pairs-{split}" / name / f"{i}.wav", wave, 16000)
     return root
 
 
@@ -175,7 +173,6 @@ def test_demo_model_needs_a_checkout(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["train", "--config_path", "none.yaml"], "none.yaml"),
         (["train", "--set", "training.lrr=1"], "did you mean training.lr?"),
         (["train", "--dataset_type", "99"], "--dataset_type = 99"),
         (["train", "--dataset_type", "2"], "--dataset_type 1"),
@@ -183,14 +180,13 @@ def test_demo_model_needs_a_checkout(monkeypatch, capsys, tmp_path):
         (["enhance", "a.wav", "-o", "b.wav", "--model", "nowhere"], "no model is there"),
         ([], "data demo"),
         (["trian"], "did you mean train?"),
-        (["config", "configs/debug.yaml", "--set", "x"], "key.path=value"),
     ],
 )
 def test_errors_are_one_line_with_status_2(args, message, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     if args[:1] == ["train"]:
         args = [*args, "--results_path", tmp_path / "r", "--data_path", data / "train"]
-        args += [] if "--config_path" in args else ["--config_path", "configs/debug.yaml"]
+        args += ["--config_path", "configs/debug.yaml"]
     status, _, err = call(monkeypatch, capsys, *args)
     assert (status, err[:7], err.count("\n")) == (2, "error: ", 1)
     assert message in err
