@@ -198,9 +198,10 @@ def test_conditioning_is_the_window_of_v(tiny_cfg, monkeypatch):
         torch.testing.assert_close(V[..., :6], expected[..., :6])  # history: the same moments
 
 
-def test_enhance_with_the_true_signal_returns_it(perfect_model):
+@pytest.mark.parametrize("delay", [1, 2, 4])
+def test_enhance_with_the_true_signal_returns_it(perfect_model, delay):
     mix = torch.randn(2, 1, 1597)
-    torch.testing.assert_close(perfect_model.enhance(mix), mix, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(perfect_model.enhance(mix, delay=delay), mix, rtol=1e-4, atol=1e-4)
     assert perfect_model.enhance(mix.double()).dtype == torch.float64
 
 

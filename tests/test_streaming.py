@@ -26,21 +26,23 @@ BLOCK_CAUSAL = (
 @given(
     length=st.integers(1, 900),
     cuts=st.lists(st.integers(0, 900), max_size=6),
-    loss=st.sampled_from(["weighted_score", "data_prediction"]),
+    loss=st.sampled_from([("weighted_score", 4), *(("data_prediction", d) for d in (1, 2, 4))]),
     n_fft=st.sampled_from([62, 63, 64]),
     hop=st.sampled_from([32, 13]),
     network=st.sampled_from([(), BLOCK_CAUSAL]),
     level=st.sampled_from(["null", "0.05"]),
 )
 def test_any_cut_gives_the_whole(length, cuts, loss, n_fft, hop, network, level):
+    loss, delay = loss
     stft = (f"audio.stft.n_fft={n_fft}", f"audio.stft.hop_length={hop}")
     options = [f"training.loss={loss}", f"preprocessing.level_seconds={level}", *stft, *network]
     # In float64: compression takes a rounding error of 1e-16 in an empty bin to 1e-8.
     model = make_model(build_config(TINY, options)).double()
     signal = torch.randn(length, generator=seeded(length), dtype=torch.float64) * 0.1
     signal *= torch.linspace(0.01, 1, length, dtype=torch.float64) ** 2  # the level rises
-    whole = model.enhance(signal[None, None], seeded(7))[0, 0]
-    streamed = stream(OnlineEnhancer(model, seed=7), signal, [min(cut, length) for cut in cuts])
+    whole = model.enhance(signal[None, None], seeded(7), delay=delay)[0, 0]
+    enhancer = OnlineEnhancer(model, seed=7, delay=delay)
+    streamed = stream(enhancer, signal, [min(cut, length) for cut in cuts])
     assert streamed.shape == signal.shape
     scale = whole.abs().max()
     assert (streamed - whole).abs().max() <= 1e-6 * scale
@@ -69,13 +71,6 @@ def test_samples_wait_for_latency_and_none_longer_than_the_worst(
         waits += [pushed - len(waits) - i for i in range(enhancer.push(torch.randn(1)).numel())]
     assert waits[0] == enhancer.latency_samples == first + (delay - 1) * hop
     assert max(waits) == enhancer.worst_latency_samples == n_fft + (delay - 1) * hop
-
-
-@pytest.mark.parametrize("delay", [1, 2, 4])
-def test_a_perfect_prediction_gives_the_signal_back_at_every_delay(perfect_model, delay):
-    enhancer = OnlineEnhancer(perfect_model, delay=delay)
-    signal = torch.randn(1000)
-    torch.testing.assert_close(stream(enhancer, signal, [333]), signal, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("network", [(), BLOCK_CAUSAL])
@@ -182,18 +177,6 @@ def test_cached_is_recomputed(tiny_cfg, override, dtype, frames, tolerance):
     cached = frames_of(model.sampler(), R)
     assert (cached - recomputed).abs().max() <= tolerance * recomputed.abs().max()
     assert not torch.allclose(recomputed, frames_of(model.sampler(), R.flip(-1)))
-
-
-@pytest.mark.parametrize("num_frames", [4, 16, 500])
-def test_a_cached_stream_keeps_the_same_whatever_k_is(tiny_cfg, num_frames):
-    model = make_model(tiny_cfg.override(*BLOCK_CAUSAL))
-    small = OnlineEnhancer(model)
-    cfg = tiny_cfg.override(*BLOCK_CAUSAL, f"diffusion_buffer.num_frames={num_frames}")
-    other = OnlineEnhancer(make_model(cfg))
-    assert other.state.num_bytes == small.state.num_bytes
-    signal = torch.randn(500, generator=seeded())
-    assert torch.equal(other.push(signal), small.push(signal))
-    assert other.state.buffer.V.shape[-1] == 5
 
 
 def test_no_output_depends_on_a_sample_that_was_not_pushed(tiny_cfg):

@@ -1,7 +1,6 @@
-"""The plan of the library: imports run downward, and a module's name is its only one."""
+"""The plan of the library: imports run downward."""
 
 import ast
-from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -44,8 +43,3 @@ def test_imports_run_downward():
     assert [arrow for a, b, arrow in parts if a != b and LEVEL[a] <= LEVEL[b]] == []
     modules = [(a, b if b in TEXTS else b.rpartition(".")[0]) for a, b in arrows]
     TopologicalSorter({a: [d for c, d in modules if c == a] for a in TEXTS}).prepare()
-
-
-def test_no_module_name_twice():
-    count = Counter(name.rpartition(".")[2] for name in TEXTS)
-    assert [name for name in count if count[name] > 1] == []

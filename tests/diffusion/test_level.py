@@ -28,11 +28,6 @@ def test_of_steady_noise_it_is_the_rms():
     )
 
 
-def test_a_gain_scales_every_level_from_the_first_frame_on():
-    wave = noise(16000)
-    torch.testing.assert_close(level_of(0.003 * wave), 0.003 * level_of(wave))
-
-
 def test_no_level_depends_on_a_later_sample():
     wave = noise(16000)
     later = wave.clone()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import integrate
 
-from diffbuf_lib.diffusion.sde import BBED, OUVE, over_frequency
+from diffbuf_lib.diffusion.sde import BBED, OUVE
 from diffbuf_lib.errors import ConfigError
 from tests.conftest import seeded
 
@@ -88,9 +88,3 @@ def test_simulated_paths_have_mean_and_sigma(sde):
     sigma = sde.std(t).item()
     assert abs(x.mean() - sde.mean(x[0] * 0 + 1, y[0], t)) < 4 * sigma / math.sqrt(paths)
     assert x.std().item() == pytest.approx(sigma, rel=0.05)
-
-
-def test_times_go_to_frames_not_to_bins():
-    t = torch.rand(2, 5)
-    assert over_frequency(t, torch.zeros(2, 3, 5)).shape == (2, 1, 5)
-    assert over_frequency(torch.tensor(0.3), torch.zeros(5)).ndim == 0

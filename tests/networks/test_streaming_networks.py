@@ -57,6 +57,7 @@ def test_a_step_is_the_window_that_shows_all_of_the_past(make, buffer):
             window = torch.nn.functional.pad(x[..., : k + 1 + buffer], (silence, 0))
             step = net.step(state, x[..., k : k + 1 + buffer])
             torch.testing.assert_close(step, net(window, t), rtol=1e-10, atol=1e-12)
+            assert step.abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("buffer", [2, 12])
