@@ -13,6 +13,7 @@ import soundfile
 from diffbuf_lib import commands, load_config
 from tests.conftest import call
 from tests.evaluation.conftest import write_clip
+from tests.test_foreign import THEIRS
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -58,14 +59,6 @@ def run(*command):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
 
 
-THEIRS = """
-audio: {chunk_size: 16000, hop_length: 256, num_channels: 1}
-model: {name: diffusion_buffer_bbed, channels: 4, down_blocks: 2}
-sde: {type: bbed, diffusion: {theta: 0.08, k: 2.6}}
-training: {num_epochs: 1, num_steps: 1, batch_size: 4, use_amp: false, instruments: [vocals]}
-"""
-
-
 def test_the_command_and_config_of_another_project(data, tmp_path, monkeypatch, capsys):
     """Their flags, two folders as one, a validation before the first step."""
     config, results = tmp_path / "theirs.yaml", tmp_path / "run"
@@ -76,6 +69,7 @@ def test_the_command_and_config_of_another_project(data, tmp_path, monkeypatch, 
         "--results_path", results, "--data_path", data / "train", data / "valid",
         "--valid_path", data / "valid", "--dataset_type", "1", "--device_ids", "0",
         "--num_workers", "0", "--pin_memory", "--pre_valid", "--wandb_key", "", "--skip_doctor",
+        "--max_steps", "1",
     ]  # fmt: skip
     done = run(*command)
     assert done.returncode == 0, done.stderr
@@ -90,7 +84,7 @@ def test_the_command_and_config_of_another_project(data, tmp_path, monkeypatch, 
         assert flag in refused.stderr
     ours = tmp_path / "ours.yaml"
     assert call(monkeypatch, capsys, "config", "import", config, "-o", ours)[0] == 0
-    assert load_config(ours).model.channel_multipliers == (1, 2)
+    assert load_config(ours).model.channel_multipliers == (1, 2, 2)
 
 
 def test_train_resume_enhance_and_evaluate(data, tmp_path, monkeypatch, capsys):

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from diffbuf_lib import load_config
-from diffbuf_lib.config import describe_keys
 from diffbuf_lib.errors import ConfigError
 from tests.conftest import refused
 
@@ -78,9 +77,3 @@ def test_files_that_are_no_config(tmp_path, content):
     for bad in (path, tmp_path / "none.yaml", tmp_path):
         with pytest.raises(ConfigError, match=str(bad)):
             load_config(bad)
-
-
-def test_every_key_is_described():
-    keys = {key: description for key, _, description in describe_keys()}
-    assert {"audio.stft.hop_length", "sde.diffusion.theta", "sde.diffusion.gamma"} <= set(keys)
-    assert all(keys.values())
