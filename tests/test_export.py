@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import UserDict
 from types import SimpleNamespace
 
 import pytest
@@ -115,12 +116,8 @@ def test_a_state_that_is_no_tree_of_tensors_is_refused(exported, monkeypatch, tm
     if not isinstance(exported.model.network, ToyNet):
         pytest.skip("once is enough")
 
-    class Hidden:
-        def __init__(self, memory):
-            self.frame = memory.frame
-
     start = exported.model.network.start
-    monkeypatch.setattr(exported.model.network, "start", lambda *a, **o: Hidden(start(*a, **o)))
+    monkeypatch.setattr(exported.model.network, "start", lambda *a, **o: UserDict(start(*a, **o)))
     with pytest.raises(ConfigError, match=r"1e-04.*toy_export|cannot be exported"):
         write_hop(exported.model, tmp_path / "hop.onnx")
 

@@ -5,7 +5,6 @@ scored as what comes with it.
 """
 
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -34,13 +33,6 @@ class RateOptions(Section):
     rate: float = Field(1.0, gt=0, description="sigma is rate t")
 
 
-@dataclass
-class Remembered:
-    """The one frame that the toy network looks back."""
-
-    frame: torch.Tensor
-
-
 class ToyNet(nn.Module):
     """Each frame sees itself and the frame before: enough to need a memory in a stream."""
 
@@ -55,11 +47,11 @@ class ToyNet(nn.Module):
 
     def start(self, num_bins, t, *, compiled=False, precision="fp32"):
         self.buffer = t.shape[-1]
-        return Remembered(self.first.weight.new_zeros(len(t), 4, num_bins, 1))
+        return {"frame": self.first.weight.new_zeros(len(t), 4, num_bins, 1)}
 
     def step(self, state, x):
-        out = self._run(torch.cat([state.frame, x], dim=-1), self.buffer)
-        state.frame = x[..., :1].clone()
+        out = self._run(torch.cat([state["frame"], x], dim=-1), self.buffer)
+        state["frame"] = x[..., :1].clone()
         return out
 
     def _run(self, x, buffer):

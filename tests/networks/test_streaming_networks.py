@@ -127,14 +127,6 @@ def test_a_recurrent_buffer_frame_sees_all_of_y_and_only_the_buffer_of_v():
     assert not seen[:, :2, :-4].any()
 
 
-def test_the_recurrent_trunk_sees_no_later_frame():
-    net, (x, _) = recurrent(), inputs(9, 1)
-    y = x.permute(0, 3, 2, 1)[..., 2:]
-    jacobian = torch.autograd.functional.jacobian(lambda y: net.trunk(y, {}).sum((0, 2, 3)), y)
-    seen = jacobian[:, 0].abs().sum(dim=(2, 3)) > 1e-12
-    assert torch.equal(seen, torch.ones(9, 9, dtype=torch.bool).tril())
-
-
 def test_buffers_side_by_side_are_buffers_by_themselves():
     net, (x, t) = recurrent(), inputs(14, 4, batch=2)
     both = net(x, torch.cat([t, t.flip(1)], dim=1), buffers=2)
