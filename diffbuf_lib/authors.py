@@ -224,7 +224,7 @@ def _chosen(content: Mapping[str, Any], raw: bool, notes: list[str]) -> dict[str
         return state
     names = [n for n in state if n.rpartition(".")[2] not in _CONSTANTS]
     if len(chosen) != len(names):  # some versions of torch_ema keep only what is trained
-        names = [n for n in names if n.rpartition(".")[2] != "W"]
+        names = [n for n in names if ".NIN_" in n or not n.endswith(".W")]  # the frequencies
     if [t.shape for t in chosen] != [state[n].shape for n in names]:
         counts = f"{len(chosen)} averaged weights are not those of its {len(names)} parameters"
         raise ConfigError(f"its {counts}; --raw takes the others")

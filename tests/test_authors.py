@@ -5,19 +5,18 @@ That the networks give what their code gives can only be seen beside their code:
 
 import copy
 import pickle
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
-from diffbuf_lib import DiffusionBufferModel, cli
+from diffbuf_lib import DiffusionBufferModel
 from diffbuf_lib.authors import import_checkpoint
-from diffbuf_lib.errors import CheckpointError
-from tests.training.helpers import Clips, train
+from tests.conftest import call, refused
+from tests.training.helpers import fit
 
 HYPER = {
     "backbone": "ncsnpp", "nf": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "sde": "bbed",
@@ -34,93 +33,79 @@ JOURNAL = {
 }  # fmt: skip
 
 
-def block(name, cin, cout, width, kernel, *, gain="weight", shortcut=True):
-    """Yield names and shapes of a residual block, in their order."""
-    up = name.startswith("up_layers")
+def layer(name, weight, bias=None, leaf="weight"):
+    """Return names and shapes of a layer, whose bias is as long as the weight's first axis."""
+    return {f"{name}.{leaf}": weight, f"{name}.bias": bias or weight[:1]}
 
-    def norm(channels):
-        return (1, channels, 1, 1) if gain == "gain" else (channels,)
 
-    def conv(a, b, k):
-        return (a, b, k, k) if up else (b, a, k, k)
+def block(name, cin, cout, width, kernel, *, gain="weight", resampled=False):
+    """Return names and shapes of a residual block, in their order."""
 
-    yield from ((f"{name}.GroupNorm_0.{leaf}", norm(cin)) for leaf in (gain, "bias"))
-    yield from ((f"{name}.Conv_0.weight", conv(cin, cout, 3)), (f"{name}.Conv_0.bias", (cout,)))
-    yield from ((f"{name}.Conv_time.weight", (cout, width, 3)), (f"{name}.Conv_time.bias", (cout,)))
-    yield from ((f"{name}.GroupNorm_1.{leaf}", norm(cout)) for leaf in (gain, "bias"))
-    yield from ((f"{name}.Conv_1.weight", conv(cout, cout, 3)), (f"{name}.Conv_1.bias", (cout,)))
-    if shortcut:
-        yield (f"{name}.Conv_2.weight", conv(cin, cout, kernel))
-        yield (f"{name}.Conv_2.bias", (cout,))
+    def norm(number, channels):
+        shape = (1, channels, 1, 1) if gain == "gain" else (channels,)
+        return layer(f"{name}.GroupNorm_{number}", shape, shape, gain)
+
+    def conv(number, a, b, k):
+        shape = (a, b, k, k) if name.startswith("up_layers") else (b, a, k, k)
+        return layer(f"{name}.Conv_{number}", shape, (b,))
+
+    shapes = norm(0, cin) | conv(0, cin, cout, 3) | layer(f"{name}.Conv_time", (cout, width, 3))
+    shapes |= norm(1, cout) | conv(1, cout, cout, 3)
+    return shapes | (conv(2, cin, cout, kernel) if resampled or cin != cout else {})
 
 
 def ncsnpp_shapes():
     """Two levels of 8 and 16 channels, modules numbered in the order in which they are made."""
-    plain = {0: [("W", (8,))], 1: [("weight", (32, 16)), ("bias", (32,))]}
-    plain |= {
-        2: [("weight", (32, 32)), ("bias", (32,))],
-        3: [("weight", (8, 4, 3, 3)), ("bias", (8,))],
-    }
-    plain |= {6: [("Conv_0.weight", (8, 4, 1, 1)), ("Conv_0.bias", (8,))]}
-    nin = [(f"NIN_{i}.{leaf}", (16,) * (1 + (leaf == "W"))) for i in range(4) for leaf in "Wb"]
-    plain |= {9: [("GroupNorm_0.weight", (16,)), ("GroupNorm_0.bias", (16,)), *nin]}
-    for number, channels in ((13, 16), (18, 8)):
-        plain |= {number: [("weight", (channels,)), ("bias", (channels,))]}
-        plain |= {number + 1: [("weight", (4, channels, 3, 3)), ("bias", (4,))]}
-    blocks = {4: (8, 8), 5: (8, 8, True), 7: (8, 16), 8: (16, 16), 10: (16, 16), 11: (32, 16)}
-    blocks |= {12: (24, 16), 15: (16, 16, True), 16: (24, 8), 17: (16, 8)}
-    yield from (("output_layer.weight", (2, 4, 1, 1)), ("output_layer.bias", (2,)))
+    blocks = {4: (8, 8), 5: (8, 8), 7: (8, 16), 8: (16, 16), 10: (16, 16), 11: (32, 16)}
+    blocks |= {12: (24, 16), 15: (16, 16), 16: (24, 8), 17: (16, 8)}
+    layers = {1: (32, 16), 2: (32, 32), 3: (8, 4, 3, 3), 13: (16,), 14: (4, 16, 3, 3)}
+    layers |= {18: (8,), 19: (4, 8, 3, 3)}
+    shapes = layer("output_layer", (2, 4, 1, 1))
     for number in range(20):
         name = f"all_modules.{number}"
-        if number in plain:
-            yield from ((f"{name}.{leaf}", shape) for leaf, shape in plain[number])
-        else:
-            cin, cout, *resampled = blocks[number]
-            shortcut = bool(resampled) or cin != cout
-            yield from block(name, cin, cout, 32, 1, shortcut=shortcut)
+        if number in blocks:
+            shapes |= block(name, *blocks[number], 32, 1, resampled=number in (5, 15))
+        elif number in layers:
+            shapes |= layer(name, layers[number])
+    shapes |= {"all_modules.0.W": (8,)} | layer("all_modules.6.Conv_0", (8, 4, 1, 1))
+    shapes |= layer("all_modules.9.GroupNorm_0", (16,))
+    for i in range(4):
+        shapes |= {f"all_modules.9.NIN_{i}.W": (16, 16), f"all_modules.9.NIN_{i}.b": (16,)}
+    return shapes
 
 
 def bc_ncsnpp_shapes():
     """Three levels of 32, 32 and 64 channels."""
-    yield ("temp_enc.W", (128,))
-    for layer, width in (("lin_layer1", 256), ("lin_layer2", 512)):
-        yield (f"temp_enc.{layer}.lin_layer.weight", (512, width))
-        yield (f"temp_enc.{layer}.lin_layer.bias", (512,))
-    yield from (("in_layer.weight", (32, 4, 3, 3)), ("in_layer.bias", (32,)))
+    shapes = {"temp_enc.W": (128,)} | layer("in_layer", (32, 4, 3, 3))
+    shapes |= layer("temp_enc.lin_layer1.lin_layer", (512, 256))
+    shapes |= layer("temp_enc.lin_layer2.lin_layer", (512, 512))
     for name, cin, cout in (
         *(("down_layers.0", 32, 32), ("down_layers.1", 32, 64), ("bottleneck_layers.0", 64, 64)),
         *(("bottleneck_layers.1", 64, 64), ("up_layers.0", 128, 32), ("up_layers.1", 64, 32)),
     ):
-        yield from block(name, cin, cout, 512, 3, gain="gain")
-    yield from (("out_layers.0.gain", (1, 32, 1, 1)), ("out_layers.0.bias", (1, 32, 1, 1)))
-    yield from (("out_layers.2.weight", (4, 32, 3, 3)), ("out_layers.2.bias", (4,)))
-    yield from (("out_layers.3.weight", (2, 4, 1, 1)), ("out_layers.3.bias", (2,)))
+        shapes |= block(name, cin, cout, 512, 3, gain="gain", resampled=True)
+    shapes |= layer("out_layers.0", (1, 32, 1, 1), (1, 32, 1, 1), "gain")
+    return shapes | layer("out_layers.2", (4, 32, 3, 3)) | layer("out_layers.3", (2, 4, 1, 1))
 
 
 def make(path, prefix="dnn.", hyper=(), frozen=True, **changes):
     """Write a checkpoint in their form; return its content."""
     hyper = {**HYPER, **dict(hyper)}
-    shapes = dict(ncsnpp_shapes() if hyper["backbone"] == "ncsnpp" else bc_ncsnpp_shapes())
+    shapes = ncsnpp_shapes() if hyper["backbone"] == "ncsnpp" else bc_ncsnpp_shapes()
     generator = torch.Generator().manual_seed(0)
     weights = {n: 0.2 * torch.randn(s, generator=generator) for n, s in shapes.items()}
     state = {f"{prefix}{name}": tensor for name, tensor in weights.items()}
     if hyper["backbone"] == "bc_ncsnpp":
         state[f"{prefix}out_layers.0.counts"] = torch.ones(1, 1, 4)
     state["mrstftloss.window"] = torch.ones(3)
-    shadow = [t + 1 for n, t in weights.items() if frozen or not n.endswith("W")]
-    module = ModuleType("sgmse.data_module")
-    module.SpecsDataModule = type("SpecsDataModule", (), {"__module__": module.__name__})
+    shadow = [t + 1 for n, t in weights.items() if frozen or n != "all_modules.0.W"]
     content = {
         "state_dict": state, "epoch": 7, "callbacks": {"best": np.float64(1.0)},
-        "hyper_parameters": {**hyper, "data_module_cls": module.SpecsDataModule},
+        "hyper_parameters": {**hyper, "data_module_cls": pickle.PickleBuffer},
         "ema": {"decay": 0.999, "shadow_params": shadow, "collected_params": None},
         **changes,
     }  # fmt: skip
-    sys.modules["sgmse"] = sys.modules["sgmse.data_module"] = module
-    try:
-        torch.save(content, path)
-    finally:
-        del sys.modules["sgmse"], sys.modules["sgmse.data_module"]
+    torch.save(content, path)
     return SimpleNamespace(weights=weights, content=content)
 
 
@@ -137,7 +122,7 @@ def test_every_tensor_finds_its_place(tmp_path, hyper, prefix):
     assert torch.equal(ours["embed_time.frequencies"], made.weights[time] + 1)
     total = sum(tensor.sum() + tensor.numel() for tensor in made.weights.values())
     torch.testing.assert_close(sum(t.sum() for t in model.state_dict().values()), total)
-    assert "sgmse.data_module.SpecsDataModule" in " ".join(notes)
+    assert "PickleBuffer" in " ".join(notes)
     cfg = model.cfg
     assert cfg.model.name == ("bc_ncsnpp" if hyper else "ncsnpp")
     assert cfg.training.loss == ("data_prediction" if hyper else "weighted_score")
@@ -149,15 +134,14 @@ def test_every_tensor_finds_its_place(tmp_path, hyper, prefix):
 def test_averaged_and_raw_weights(tmp_path):
     made = make(tmp_path / "c.ckpt", frozen=False)  # torch_ema without what needs no gradient
     first = made.weights["output_layer.bias"]
-    averaged, _ = import_checkpoint(tmp_path / "c.ckpt")
+    averaged, raw = (import_checkpoint(tmp_path / "c.ckpt", raw=raw)[0] for raw in (False, True))
     assert torch.equal(averaged.network.last.bias, first + 1)
     assert torch.equal(averaged.network.embed_time.frequencies, made.weights["all_modules.0.W"])
-    assert torch.equal(import_checkpoint(tmp_path / "c.ckpt", raw=True)[0].network.last.bias, first)
+    assert torch.equal(raw.network.last.bias, first)
     # Saved at a validation: the averaged weights are in the model, the others beside them.
     collected = [tensor + 2 for tensor in made.weights.values()]
-    ema = {**made.content["ema"], "collected_params": collected}
-    make(tmp_path / "c.ckpt", ema=ema)
-    raw = import_checkpoint(tmp_path / "c.ckpt", raw=True)[0]
+    make(tmp_path / "c.ckpt", ema={**made.content["ema"], "collected_params": collected})
+    raw, _ = import_checkpoint(tmp_path / "c.ckpt", raw=True)
     assert torch.equal(raw.network.last.bias, first + 2)
 
 
@@ -185,16 +169,8 @@ def test_nothing_is_executed(tmp_path):
     _, notes = import_checkpoint(tmp_path / "c.ckpt")
     assert not target.exists()
     assert "pathlib" in " ".join(notes)
-    torch.load(tmp_path / "c.ckpt", weights_only=False, pickle_module=_with_stubs())
+    torch.load(tmp_path / "c.ckpt", weights_only=False)
     assert target.exists(), "the test's file must be able to do harm"
-
-
-def _with_stubs():
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            return object if module.startswith("sgmse") else super().find_class(module, name)
-
-    return SimpleNamespace(__name__="stubs", Unpickler=Unpickler)
 
 
 @pytest.mark.parametrize(
@@ -202,62 +178,44 @@ def _with_stubs():
     [
         ({"backbone": "ncsnpp_v2", "sde": "ouve"}, "sgmse"),
         ({"ch_mult": [1, 2, 2, 2, 2]}, "attention"),
-        ({"ch_mult": [1, 1]}, "do not fit|no place"),
+        ({"ch_mult": [1, 1]}, "tensors"),
         ({"nf": 16}, "shape"),
         ({"nf": "wide"}, "base_channels"),
         ({"diff_buffer_range": 30}, "int"),
         ({"output_scale": "sigma"}, "output_scale"),
         ({"transform_type": "log"}, "transform_type"),
-        ({"loss_type": "gencon_mel"}, "loss_type"),
-        ({"theta": -1}, "theta"),
-        ({**JOURNAL, "bwr": True}, "bwr"),
         ({**JOURNAL, "strides": [2, 4]}, "strides"),
     ],
 )
 def test_what_is_not_here_is_refused_in_one_line(tmp_path, hyper, part):
     make(tmp_path / "c.ckpt", hyper=hyper)
-    with pytest.raises(CheckpointError, match=part) as refused:
-        import_checkpoint(tmp_path / "c.ckpt")
-    assert "\n" not in str(refused.value)
+    refused(lambda: import_checkpoint(tmp_path / "c.ckpt"), part)
 
 
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "c.ckpt"
-    made = make(path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-100])
-    with pytest.raises(CheckpointError, match="cut short"):
-        import_checkpoint(path)
+    shadow = make(path).content["ema"]["shadow_params"]
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(lambda: import_checkpoint(path), path)
     torch.save({"state_dict": {}}, path)
-    with pytest.raises(CheckpointError, match="hyper_parameters"):
-        import_checkpoint(path)
-    make(path, ema={"shadow_params": made.content["ema"]["shadow_params"][:-1]})
-    with pytest.raises(CheckpointError, match="--raw"):
-        import_checkpoint(path)
+    refused(lambda: import_checkpoint(path), "hyper_parameters")
+    make(path, ema={"shadow_params": shadow[:-1]})
+    refused(lambda: import_checkpoint(path), "--raw")
 
 
 @pytest.mark.parametrize("hyper", [{}, JOURNAL], ids=["interspeech", "journal"])
-def test_an_imported_checkpoint_enhances_and_trains_on(tmp_path, hyper, capfd):
-    make(tmp_path / "c.ckpt", hyper=hyper)
-    folder = tmp_path / "model"
-    cli.main(["import", str(tmp_path / "c.ckpt"), "-o", str(folder)])
-    assert str(folder) in capfd.readouterr().out
-    with pytest.raises(SystemExit):
-        cli.main(["import", str(tmp_path / "c.ckpt"), "-o", str(folder)])
+def test_an_imported_checkpoint_enhances_and_trains_on(tmp_path, hyper, monkeypatch, capsys):
+    path, folder, clean = (tmp_path / name for name in ("c.ckpt", "model", "out.wav"))
+    make(path, hyper=hyper)
     soundfile.write(tmp_path / "in.wav", 0.1 * np.sin(np.arange(4000)), 16000)
-    cli.main(
-        [
-            "enhance",
-            str(tmp_path / "in.wav"),
-            "-o",
-            str(tmp_path / "out.wav"),
-            "--model",
-            str(folder),
-        ]
-    )
-    assert soundfile.info(tmp_path / "out.wav").frames == 4000
+    for args, status in (
+        (("import", path, "-o", folder), 0),
+        (("import", path, "-o", folder), 2),  # which is there
+        (("enhance", tmp_path / "in.wav", "-o", clean, "--model", folder), 0),
+    ):
+        assert call(monkeypatch, capsys, *args)[0] == status
+    assert soundfile.info(clean).frames == 4000
     cfg = DiffusionBufferModel.from_pretrained(folder).cfg
     cfg = cfg.override("training.use_amp=false", "training.num_workers=0")
-    run = train(cfg, Clips(2), None, tmp_path / "run", device="cpu", start_check_point=folder)
-    assert np.isfinite(next(run).loss)
-    run.close()
+    (record,) = fit(cfg, tmp_path / "run", 1, valid_set=None, start_check_point=folder)
+    assert np.isfinite(record.loss)

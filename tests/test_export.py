@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import UserDict
 from types import SimpleNamespace
 
 import pytest
@@ -12,21 +13,12 @@ import torch
 import diffbuf_lib.graph
 from diffbuf_lib import OnlineEnhancer
 from diffbuf_lib.config import build_config
-from diffbuf_lib.diffusion.sampler import BufferState
-from diffbuf_lib.errors import ConfigError, MissingExtraError
+from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.export import export_model
-from diffbuf_lib.graph import (
-    LIMIT,
-    GraphSampler,
-    map_leaves,
-    tensors,
-    with_tensors,
-    worst_error,
-    write_hop,
-)
+from diffbuf_lib.graph import LIMIT, GraphSampler, map_leaves, worst_error, write_hop
 from diffbuf_lib.live import choose_backend, streams_in_time
 from diffbuf_lib.registry import NETWORKS
-from tests.conftest import TINY, call, make_model, seeded
+from tests.conftest import TINY, call, make_model, refused, seeded, stream
 from tests.test_plugins import ToyNet, ToyOptions
 
 pytest.importorskip("onnxscript")
@@ -66,16 +58,11 @@ def assert_same(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1, expected.abs().max()))
 
 
-def stream(enhancer, signal):
-    return torch.cat([enhancer.push(signal[..., :77]), enhancer.push(signal[..., 77:])], dim=-1)
-
-
 @pytest.mark.law
 def test_a_graph_is_the_model(exported):
     about = json.loads((exported.folder / "stream.json").read_text())
     assert exported.told.error == about["worst_error"] <= LIMIT
-    assert (about["delay"], len(about["times"]), about["opset"]) == (4, 4, 18)
-    assert exported.told.graph.stat().st_size > 0
+    assert (about["delay"], len(about["times"])) == (4, 4)
 
 
 @pytest.mark.law
@@ -83,12 +70,11 @@ def test_streams_of_a_graph_are_streams_of_torch(exported, cache):
     """One by one, and side by side."""
     signals = 0.1 * torch.randn(3, 900, generator=seeded())
     options = {"seed": 5, "batch": 3}
-    side_by_side = stream(OnlineEnhancer(exported.model, **options, backend="onnx"), signals)
+    side_by_side = stream(OnlineEnhancer(exported.model, **options, backend="onnx"), signals, [77])
     assert_same(side_by_side, stream(OnlineEnhancer(exported.model, **options), signals))
     one = OnlineEnhancer(exported.model, seed=5, backend="onnx")
     found = stream(one, signals[0])
     assert_same(found, stream(OnlineEnhancer(exported.model, seed=5), signals[0]))
-    one.reset()
     assert torch.equal(stream(one, signals[0]), found)
     sampler = GraphSampler(exported.model.sampler(), cache)
     state = sampler.start(2, exported.model.framing.num_bins, seeded())
@@ -116,11 +102,8 @@ def test_the_script_without_torch_gives_the_librarys_samples(exported, tmp_path)
     )
     assert done.returncode == 0, done.stderr
     found, rate = soundfile.read(tmp_path / "out.wav", dtype="float32")
-    enhancer = OnlineEnhancer(exported.model)
-    expected = torch.cat([enhancer.push(signal), enhancer.flush()])
-    assert_same(torch.from_numpy(found), expected)
+    assert_same(torch.from_numpy(found), stream(OnlineEnhancer(exported.model), signal))
     assert rate == 16000
-    assert "real-time factor" in done.stdout
 
 
 @pytest.mark.law
@@ -133,12 +116,8 @@ def test_a_state_that_is_no_tree_of_tensors_is_refused(exported, monkeypatch, tm
     if not isinstance(exported.model.network, ToyNet):
         pytest.skip("once is enough")
 
-    class Hidden:
-        def __init__(self, memory):
-            self.frame = memory.frame
-
     start = exported.model.network.start
-    monkeypatch.setattr(exported.model.network, "start", lambda *a, **o: Hidden(start(*a, **o)))
+    monkeypatch.setattr(exported.model.network, "start", lambda *a, **o: UserDict(start(*a, **o)))
     with pytest.raises(ConfigError, match=r"1e-04.*toy_export|cannot be exported"):
         write_hop(exported.model, tmp_path / "hop.onnx")
 
@@ -171,29 +150,14 @@ def test_auto_and_the_bench_find_a_backend(exported, cache, monkeypatch):
 
 
 def test_a_model_without_a_hop_and_a_missing_package_say_so(tiny_cfg, monkeypatch, tmp_path):
-    with pytest.raises(ConfigError, match=r"model\.name conv .* 10 frames"):
-        export_model(make_model(tiny_cfg), tmp_path)
-    assert choose_backend(make_model(tiny_cfg))[0] == "torch"
-    model = make_model(tiny_cfg.override(*BLOCK_CAUSAL))
-    with pytest.raises(ConfigError, match="float64"):
-        export_model(make_model(tiny_cfg.override(*BLOCK_CAUSAL)).double(), tmp_path)
-    with pytest.raises(ConfigError, match="bf16"):
-        OnlineEnhancer(model, backend="onnx", precision="bf16")
+    conv, model = make_model(tiny_cfg), make_model(tiny_cfg.override(*BLOCK_CAUSAL))
+    refused(lambda: export_model(conv, tmp_path), "model.name conv")
+    assert choose_backend(conv)[0] == "torch"
+    refused(lambda: OnlineEnhancer(model, backend="onnx", precision="bf16"), "bf16")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(MissingExtraError, match=r"diffbuf\[export\]"):
-        export_model(model, tmp_path)
+    refused(lambda: export_model(model, tmp_path), "diffbuf[export]")
+    refused(lambda: export_model(model.double(), tmp_path), "float64")
     assert not list(tmp_path.iterdir())
-
-
-def test_trees_keep_their_form():
-    state = BufferState(
-        V=torch.zeros(1, 2, dtype=torch.complex64), Y=torch.ones(1),
-        memory={"a": [(torch.ones(2), torch.ones(3))], "b": (4, None)},
-    )  # fmt: skip
-    assert [len(tensor) for tensor in tensors(state)] == [1, 1, 2, 3]
-    other = with_tensors(state, [torch.ones(1, 2, 2), *tensors(state)[1:]])
-    assert other.memory["b"] == (4, None)
-    assert torch.equal(other.V, torch.full((1, 2), 1 + 1j))
 
 
 @pytest.mark.slow

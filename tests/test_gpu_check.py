@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 import torch
 
 from benchmarks import gpu
@@ -32,8 +31,3 @@ def test_a_check_that_fails_is_told_and_fails_the_run(monkeypatch, capsys, tmp_p
     monkeypatch.setattr(gpu, "AREAS", (broken,))
     assert gpu.main(["--device", "cpu", "--out", str(tmp_path / "gpu.json")]) == 1
     assert "no card like this" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_the_whole_rehearsal(tmp_path):
-    assert gpu.main(["--device", "cpu", "--out", str(tmp_path / "gpu.json")]) == 0

@@ -24,9 +24,8 @@ def words(job):
 def test_a_job_says_what_was_asked_for(kind, tmp_path):
     job = write_job(
         kind, CONFIG, "s3://bucket/a folder", tmp_path / "my run", nodes="2", gpus=4,
-        valid_path="s3://bucket/valid", env=["NCCL_DEBUG=INFO", "QUOTED=it's $HOME"],
-        time="1-00:00:00", options=["--partition=gpu"] * (kind == "slurm"),
-        train=["--skip_doctor"], overrides=["training.lr=1e-3"],
+        env=["NCCL_DEBUG=INFO", "QUOTED=it's $HOME"], time="1-00:00:00",
+        options=["--partition=gpu"] * (kind == "slurm"), overrides=["training.lr=1e-3"],
     )  # fmt: skip
     found = words(job)
     begin = found.index("train")
@@ -34,17 +33,16 @@ def test_a_job_says_what_was_asked_for(kind, tmp_path):
     for flag, value in (("data_path", "s3://bucket/a folder"), ("set", "training.lr=1e-3")):
         assert found[found.index(f"--{flag}") + 1] == value
     assert "--nproc-per-node=4" in found
-    assert len(job.read_text().splitlines()) < 45
     if kind == "skypilot":
         task = yaml.safe_load(job.read_text())
         assert task["envs"]["QUOTED"] == "it's $HOME"
         assert (task["num_nodes"], task["resources"]["accelerators"]) == (2, "H100:4")
-    else:
-        subprocess.run(["bash", "-n", str(job)], check=True)
-        script = 'eval "$(grep ^export "$1")"; printf %s "$QUOTED"'
-        shell = subprocess.run(["bash", "-c", script, "_", job], capture_output=True, text=True)
-        assert shell.stdout == "it's $HOME"
-        assert "--nnodes=2" in found
+        return
+    subprocess.run(["bash", "-n", str(job)], check=True)
+    script = 'eval "$(grep ^export "$1")"; printf %s "$QUOTED"'
+    shell = subprocess.run(["bash", "-c", script, "_", job], capture_output=True, text=True)
+    assert shell.stdout == "it's $HOME"
+    assert "--nnodes=2" in found
     if kind == "slurm":
         lines = {line.removeprefix("#SBATCH ") for line in job.read_text().splitlines()}
         wanted = {"--nodes=2", "--gpus-per-node=4", "--time=1-00:00:00", "--requeue",
@@ -83,7 +81,6 @@ def test_command(tmp_path, monkeypatch, capsys):
     found = words(tmp_path / "torchrun.sh")
     end = found.index(">>")
     assert found[end - 5 : end] == ["3", "--set", "training.lr=1e-3", "--set", "training.seed=2"]
-    assert found[end + 1] == str(tmp_path / "job.log")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="sbatch"):
         submit("slurm", tmp_path / "torchrun.sh")

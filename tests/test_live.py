@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from diffbuf_lib.errors import DataError, MissingExtraError
 from diffbuf_lib.live import choose_threads, latency_report, run_live, run_microphone, stream_path
 from tests.conftest import make_model, stream
 
+pytestmark = pytest.mark.law
 HOP = 32  # 2 ms of tiny_cfg
 
 
@@ -54,39 +56,28 @@ def live(cfg, costs, realtime):
     return report, clock
 
 
-@pytest.mark.law
 def test_a_late_hop_is_counted_and_delays_the_next_ones(tiny_cfg):
     """Hops of 2 ms: one takes 5 ms, and the next two are late because of it."""
     report, clock = live(tiny_cfg, [1, 5, 1, 0.5, 1], realtime=True)
-    assert report.missed == 3
-    assert report.hop_ms == 2
+    assert (report.missed, report.hop_ms, report.bad) == (3, 2, 3)
     assert clock.slept == pytest.approx([2, 1])
     assert report.frame_ms == pytest.approx((1, 5, 1, 0.5, 1))
     assert report.real_time_factor == pytest.approx(0.5)
-    assert report.latency_ms == pytest.approx(127 / 16)
-
-
-@pytest.mark.law
-def test_without_realtime_a_hop_is_late_by_itself_and_nothing_waits(tiny_cfg):
+    assert (report.latency_ms, report.worst_latency_ms) == (127 / 16, 158 / 16)
+    assert "3 samples" in str(report)
+    # By themselves, where nothing waits.
     report, clock = live(tiny_cfg, [1, 5, 1, 2.5], realtime=False)
-    assert report.missed == 2
-    assert clock.slept == []
-
-
-def test_quantiles_and_text(tiny_cfg):
+    assert (report.missed, clock.slept) == (2, [])
     report, _ = live(tiny_cfg, [i / 100 for i in range(1, 101)], realtime=False)
     assert [report.quantile(q) for q in (0.5, 0.95, 1)] == pytest.approx([0.51, 0.96, 1])
-    assert (report.worst_latency_ms, report.bad) == (158 / 16, 3)
-    assert all(number in str(report) for number in ("0.255", "9.9 ms", "3 samples"))
     assert live(tiny_cfg, [], realtime=True)[0].real_time_factor == 0
 
 
 @pytest.mark.parametrize(("slow", "chosen"), [(0.1, 2), (9.0, 1)])
 def test_a_stream_takes_the_threads_that_keep_up(tiny_cfg, monkeypatch, slow, chosen):
-    threads = [2]
+    threads, times = [2], {2: slow, 1: 1.0}
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    times = {2: slow, 1: 1.0}
     measured = lambda *_, **__: SimpleNamespace(quantile=lambda q: times[threads[-1]])  # noqa: E731
     monkeypatch.setattr(diffbuf_lib.live, "latency_report", measured)
     assert choose_threads(make_model(tiny_cfg)) == chosen == threads[-1]
@@ -96,55 +87,32 @@ def test_latency_report(tiny_cfg):
     model = make_model(tiny_cfg.override("training.loss=data_prediction"))
     report = latency_report(model, delay=2, hops=5)
     assert report.latency_ms == pytest.approx((31 + 32) / 16)
-    assert report.worst_latency_ms == pytest.approx((62 + 32) / 16)
     assert (report.hop_ms, len(report.frame_ms)) == (2, 5)
     assert report.real_time_factor == sorted(report.frame_ms)[2] / 2 > 0
     assert report.weight_bytes == 4 * sum(p.numel() for p in model.parameters())
     assert report.state_bytes >= 2 * 8 * 32 * 10  # V and Y, complex, [F, K]
 
 
-@pytest.mark.law
-def test_a_file_comes_out_as_the_enhancer_gives_it(tiny_cfg, tmp_path):
-    model = make_model(tiny_cfg)
-    wave = 0.1 * np.random.default_rng(0).standard_normal((1003, 2)).astype(np.float32)
-    soundfile.write(tmp_path / "in.wav", wave, 16000, subtype="FLOAT")
-    report = stream_path(OnlineEnhancer(model), tmp_path / "in.wav", tmp_path / "a" / "out.wav")
-    out, rate = soundfile.read(tmp_path / "a" / "out.wav", dtype="float32")
-    expected = stream(OnlineEnhancer(model), torch.from_numpy(wave.mean(1)))
-    assert rate == 16000
-    np.testing.assert_allclose(out, expected.numpy(), atol=1e-6)
-    assert len(report.frame_ms) == -(-1003 // HOP)
-
-
-@pytest.mark.law
 def test_the_microphone_is_enhanced_until_ctrl_c(tiny_cfg, monkeypatch):
     model, played = make_model(tiny_cfg), []
     blocks = torch.randn(8, HOP, 1, generator=torch.Generator().manual_seed(0)).numpy()
 
-    class Card:
-        def __init__(self, **settings):
-            assert settings["samplerate"] == 16000
-            assert settings["blocksize"] == HOP
-            self.blocks = iter(blocks)
+    @contextmanager
+    def card(*, samplerate, blocksize, **_):
+        assert (samplerate, blocksize) == (16000, HOP)
+        left = iter(blocks)
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            return False
-
-        def read(self, frames):
-            for block in self.blocks:
+        def read(frames):
+            for block in left:
                 return block, len(played) == 3
             raise KeyboardInterrupt
 
-        def write(self, samples):
-            played.append(samples)
+        yield SimpleNamespace(read=read, write=played.append)
 
     monkeypatch.setitem(sys.modules, "sounddevice", None)
     with pytest.raises(MissingExtraError, match=r"diffbuf\[mic\]"):
         run_microphone(OnlineEnhancer(model))
-    fake = SimpleNamespace(Stream=Card, PortAudioError=OSError)
+    fake = SimpleNamespace(Stream=card, PortAudioError=OSError)
     monkeypatch.setitem(sys.modules, "sounddevice", fake)
     report = run_microphone(OnlineEnhancer(model))
     expected = stream(OnlineEnhancer(model), torch.from_numpy(blocks.ravel()))
@@ -153,7 +121,6 @@ def test_the_microphone_is_enhanced_until_ctrl_c(tiny_cfg, monkeypatch):
     assert report.missed >= 1  # what the card lost
 
 
-@pytest.mark.law
 def test_a_pipe_through_the_command_line(tiny_cfg, tmp_path):
     """Raw s16le in and out, the report on stderr; the numbers are those of a file."""
     model = make_model(tiny_cfg.override("training.loss=data_prediction"))
@@ -173,7 +140,6 @@ def test_a_pipe_through_the_command_line(tiny_cfg, tmp_path):
     assert len(out) == 1001
     np.testing.assert_allclose(out, expected.clamp(-32768, 32767).numpy(), atol=1)
     assert b"real-time factor" in done.stderr
-    assert b"missed deadlines" in done.stderr
 
 
 def through_a_pipe(model, content, monkeypatch, tmp_path, **more):
@@ -183,48 +149,42 @@ def through_a_pipe(model, content, monkeypatch, tmp_path, **more):
     return soundfile.read(tmp_path / "out.wav", dtype="float32")[0]
 
 
-@pytest.mark.law
 @pytest.mark.parametrize(
     ("kind", "subtype", "sizes"),
     [("WAV", "PCM_16", None), ("WAV", "PCM_16", 0), ("WAV", "FLOAT", 0xFFFFFFFF),
      ("WAV", "PCM_U8", None), ("WAV", "PCM_24", None), ("WAVEX", "PCM_32", None),
      ("WAV", "ULAW", None), ("RF64", "PCM_16", None)],
 )  # fmt: skip
-def test_a_wav_in_a_pipe_is_the_wav_in_a_file(
+def test_file_and_pipe_come_out_as_the_enhancer_gives_them(
     tiny_cfg, monkeypatch, tmp_path, kind, subtype, sizes
 ):
-    model = make_model(tiny_cfg)
+    model, source, clean = make_model(tiny_cfg), tmp_path / "in.wav", tmp_path / "a" / "out.wav"
     wave = 0.1 * np.random.default_rng(0).standard_normal((1003, 2))
-    soundfile.write(tmp_path / "in.wav", wave, 16000, subtype, format=kind)
-    stream_path(OnlineEnhancer(model), tmp_path / "in.wav", tmp_path / "expected.wav")
-    content = (tmp_path / "in.wav").read_bytes()
+    soundfile.write(source, wave, 16000, subtype, format=kind)
+    wave, _ = soundfile.read(source, dtype="float32")
+    expected = stream(OnlineEnhancer(model), torch.from_numpy(wave.mean(1))).numpy()
+    report = stream_path(OnlineEnhancer(model), source, clean)
+    out, rate = soundfile.read(clean, dtype="float32")
+    assert (rate, len(report.frame_ms)) == (16000, -(-1003 // HOP))
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+    content = source.read_bytes()
     if sizes is None:
         content += b"LIST" + (400).to_bytes(4, "little") + bytes(400)  # is no sound
     else:
         at = content.index(b"data") + 4
         sizes = sizes.to_bytes(4, "little")
         content = content[:4] + sizes + content[8:at] + sizes + content[at + 4 :]
-    out = through_a_pipe(model, content, monkeypatch, tmp_path)
-    expected, _ = soundfile.read(tmp_path / "expected.wav", dtype="float32")
-    assert len(out) == 1003
-    np.testing.assert_allclose(out, expected, atol=1e-5)
-
-
-@pytest.mark.law
-def test_a_raw_pipe_of_several_channels_is_averaged(tiny_cfg, monkeypatch, tmp_path):
-    model = make_model(tiny_cfg)
-    pcm = 2 * np.random.default_rng(0).integers(-1500, 1500, (1003, 2)).astype("<i2")
-    args = monkeypatch, tmp_path
-    out = through_a_pipe(model, pcm.tobytes(), *args, channels=2, rate=16000)
-    mono = through_a_pipe(model, (pcm.sum(1) // 2).astype("<i2").tobytes(), *args)
-    assert len(out) == 1003
-    np.testing.assert_allclose(out, mono, atol=1e-3)
+    pipes = [(content, {})]
+    if subtype == "PCM_16":
+        pipes.append(((32768 * wave).astype("<i2").tobytes(), {"channels": 2, "rate": 16000}))
+    for content, more in pipes:
+        out = through_a_pipe(model, content, monkeypatch, tmp_path, **more)
+        np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("content", "more", "message"),
     [(bytes(99), {"rate": 8000}, "8000 Hz and the model at 16000"),
-     (b"fLaC" + bytes(99), {}, "fLaC"),
      (b"RIFF\0\0\0\0WAVEfmt ", {}, "ends before"), (b"ID3" + bytes(99), {}, "ffmpeg")],
 )  # fmt: skip
 def test_pipes_that_are_no_pcm_of_the_models_rate_are_refused(
@@ -233,17 +193,3 @@ def test_pipes_that_are_no_pcm_of_the_models_rate_are_refused(
     with pytest.raises(DataError, match=message):
         through_a_pipe(make_model(tiny_cfg), content, monkeypatch, tmp_path, **more)
     assert not (tmp_path / "out.wav").exists()
-
-
-@pytest.mark.law
-def test_a_stream_never_writes_into_its_input(tiny_cfg, tmp_path):
-    soundfile.write(tmp_path / "in.wav", np.zeros(100), 16000)
-    content = (tmp_path / "in.wav").read_bytes()
-    (tmp_path / "soft.wav").symlink_to("in.wav")
-    (tmp_path / "hard.wav").hardlink_to(tmp_path / "in.wav")
-    enhancer = OnlineEnhancer(make_model(tiny_cfg))
-    for name in ("in.wav", "soft.wav", "hard.wav"):
-        for source, output in (("in.wav", name), (name, "in.wav")):
-            with pytest.raises(DataError, match="is the input"):
-                stream_path(enhancer, tmp_path / source, tmp_path / output)
-    assert (tmp_path / "in.wav").read_bytes() == content

@@ -4,11 +4,15 @@ import pytest
 import torch
 from scipy import signal
 
+from diffbuf_lib.config import load_config
+from diffbuf_lib.networks import can_stream, make_network
+from diffbuf_lib.networks.bc_ncsnpp import BlockCausalNCSNpp
 from diffbuf_lib.networks.block_causal import BlockCausal
 from diffbuf_lib.networks.conv import ConvNet
-from diffbuf_lib.networks.layers import FrameTimeEmbedding, Resample, num_groups_for
+from diffbuf_lib.networks.layers import Resample, num_groups_for
 from diffbuf_lib.networks.ncsnpp import NCSNpp
-from tests.conftest import awake
+from diffbuf_lib.networks.recurrent import Recurrent
+from tests.conftest import awake, refused
 
 pytestmark = pytest.mark.law
 
@@ -19,17 +23,35 @@ def small_ncsnpp(**changes):
     return awake(net, 0.1).eval()
 
 
-def test_the_papers_reduction_has_18_28_million_parameters():
+STREAMS = [
+    awake(net, 0.2).eval()
+    for net in (BlockCausal(4, (1, 2), 2), Recurrent(8, (1, 2), 2), BlockCausalNCSNpp(4, (1, 2, 1)))
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "smallest", "largest"),
+    [
+        ("9_Diffusion_Buffer_BBED", 18_282_746, 18_282_746),  # of the paper
+        ("journal_bc_ncsnpp", 24_362_510 - 128, 24_362_510 - 128),  # frequencies: a buffer
+        ("block_causal_tiny", 1e4, 1e5),
+        ("block_causal_cpu", 1e6, 3e6),
+        ("block_causal_base", 10e6, 20e6),
+    ],
+)
+def test_parameter_counts_of_the_configs(config, smallest, largest):
     with torch.device("meta"):
-        net = NCSNpp(base_channels=96, channel_multipliers=(1, 2, 2, 2), num_res_blocks=1)
-    assert sum(p.numel() for p in net.parameters()) == 18_282_746
+        net = make_network(load_config(f"configs/{config}.yaml").model)
+    assert can_stream(net) == ("BBED" not in config)
+    assert smallest <= sum(p.numel() for p in net.parameters()) <= largest
 
 
-def small_block_causal():
-    return awake(BlockCausal(4, (1, 2), 2), 0.2).eval()
+def test_bc_ncsnpp_of_several_blocks_a_level_is_refused():
+    cfg = load_config("configs/journal_bc_ncsnpp.yaml", ["model.num_res_blocks=2"])
+    refused(lambda: make_network(cfg.model), "num_res_blocks")
 
 
-@pytest.mark.parametrize("net", [small_ncsnpp(), ConvNet(8, 2), small_block_causal()])
+@pytest.mark.parametrize("net", [small_ncsnpp(), ConvNet(8, 2), *STREAMS])
 @pytest.mark.parametrize(("bins", "frames", "buffer"), [(32, 16, 4), (33, 13, 13), (7, 1, 1)])
 def test_any_number_of_bins_and_frames(net, bins, frames, buffer):
     out = net(torch.randn(2, 4, bins, frames), torch.rand(2, buffer))
@@ -46,9 +68,7 @@ def test_times_belong_to_the_last_frames_and_the_history_has_zero(net):
     torch.testing.assert_close(out, whole[..., -3:])
 
 
-@pytest.mark.parametrize(
-    "net", [small_ncsnpp(), small_ncsnpp(num_res_blocks=2), small_block_causal()]
-)
+@pytest.mark.parametrize("net", [small_ncsnpp(), small_ncsnpp(num_res_blocks=2), *STREAMS])
 def test_every_parameter_gets_a_gradient(net):
     net(torch.randn(1, 4, 16, 16), torch.rand(1, 5)).square().sum().backward()
     for name, parameter in net.named_parameters():
@@ -56,20 +76,13 @@ def test_every_parameter_gets_a_gradient(net):
         assert parameter.grad.any(), name
 
 
-@pytest.mark.parametrize("channel", range(4))
-def test_the_output_depends_on_both_parts_of_v_and_y(channel):
-    net, x, t = small_ncsnpp(), torch.randn(1, 4, 16, 8), torch.rand(1, 8)
-    changed = x.clone()
-    changed[:, channel] += 1
-    assert (net(x, t) - net(changed, t)).abs().max() > 1e-3
-
-
-def test_the_output_depends_on_the_time_of_the_frame():
-    net, x = small_ncsnpp(), torch.randn(1, 4, 16, 8)
-    t = torch.full((1, 8), 0.1)
+def test_the_output_depends_on_both_parts_of_v_and_y_and_on_the_time_of_the_frame():
+    net, x, t = small_ncsnpp(), torch.randn(1, 4, 16, 8), torch.full((1, 8), 0.1)
     later = t.clone()
     later[:, -1] = 0.7
-    assert (net(x, t) - net(x, later)).abs().max() > 1e-3
+    inputs = [(x + torch.eye(4)[channel].view(1, 4, 1, 1), t) for channel in range(4)]
+    for changed in (*inputs, (x, later)):
+        assert (net(x, t) - net(*changed)).abs().max() > 1e-3
 
 
 def test_padding_keeps_the_buffer_at_the_end():
@@ -93,13 +106,6 @@ def test_resampling_agrees_with_scipy(direction):
             rows = signal.upfirdn([2 * tap for tap in taps], rows, up=2, axis=axis)
             rows = rows.take(range(1, 1 + 2 * x.shape[axis]), axis=axis)
     torch.testing.assert_close(Resample(direction)(x), torch.from_numpy(rows))
-
-
-def test_time_embedding_is_finite_at_zero_and_tells_times_apart():
-    embed = FrameTimeEmbedding(16)
-    out = embed(torch.tensor([[0.0, 0.03, 0.031, 1.0]]))
-    assert out.isfinite().all()
-    assert (out[0, :, 1:] - out[0, :, :-1]).abs().amax(dim=0).min() > 1e-2
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4, 12, 96, 288, 1000])
