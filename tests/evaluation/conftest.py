@@ -27,6 +27,13 @@ def noisy_voice(seconds=2.0, level=0.03):
     return target + level * noise, target
 
 
+def write_clip(root, number, target, mix):
+    folder = root / f"sample_{number:05}"
+    folder.mkdir(parents=True, exist_ok=True)
+    soundfile.write(folder / "vocals.wav", target, RATE, "FLOAT")
+    soundfile.write(folder / "mixture.wav", mix, RATE, "FLOAT")
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """Six clips: lengths and SNRs differ, number 4 is silent speech, number 5 lasts 0.1 s."""
@@ -36,10 +43,7 @@ def data(tmp_path_factory):
     for number, (seconds, level) in enumerate(facts):
         target = voice(seconds, number) * (number != 4)
         noise = level * rng.standard_normal(len(target)).astype(np.float32)
-        folder = root / f"sample_{number:05}"
-        folder.mkdir(parents=True)
-        soundfile.write(folder / "vocals.wav", target, RATE, "FLOAT")
-        soundfile.write(folder / "mixture.wav", target + noise, RATE, "FLOAT")
+        write_clip(root, number, target, target + noise)
     return root
 
 
