@@ -19,8 +19,7 @@ Three tables: by input SNR, by level, and of the pairs.
 from __future__ import annotations
 
 import argparse
-import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -33,6 +32,7 @@ from diffbuf_lib.data.audio import list_audio, read_audio, read_info, resample, 
 from diffbuf_lib.data.mixing import is_silent, mix_pair
 from diffbuf_lib.errors import DataError, MissingExtraError
 from diffbuf_lib.evaluation.baselines import NOISY, OURS, make_baselines
+from diffbuf_lib.evaluation.bootstrap import summarise
 from diffbuf_lib.evaluation.evaluate import Job, evaluate_folder
 from diffbuf_lib.evaluation.scores import read_scores, score
 from diffbuf_lib.registry import BASELINES
@@ -57,8 +57,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, help="a folder with clean/ and noisy/")
     theirs = "what other systems made of noisy/, files of the same names"
     parser.add_argument("--outputs", nargs="*", default=[], metavar="NAME=FOLDER", help=theirs)
-    also = "further models, beside --model"
-    parser.add_argument("--also", nargs="*", default=[], metavar="NAME=MODEL", help=also)
+    parser.add_argument(
+        "--also", nargs="*", default=[], metavar="NAME=MODEL", help="further models"
+    )
     parser.add_argument("--clips-per-snr", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -72,31 +73,37 @@ def main() -> None:
     if clips is None and given.pairs is None:
         parser.error("give --speech and --noise, --clips, or --pairs")
 
+    also = {name: model for name, _, model in (item.partition("=") for item in given.also)}
+    if not all(also.values()) or {OURS, NOISY, *BASELINES}.intersection(also):
+        parser.error("--also takes NAME=MODEL, with a name that no row has yet")
+
     def run(
         folder: Path, layout: int, name: str, baselines: Sequence[str], model: str = given.model
-    ) -> dict[str, Any]:
+    ) -> Path:
         job = Job(model, str(folder), layout, METRICS, tuple(baselines), delay=given.delay)
-        return evaluate_folder(job, given.out / name, progress=True).summary
+        evaluate_folder(job, given.out / name, progress=True)
+        return Path(given.out / name)
 
-    others = dict(item.split("=", 1) for item in given.also)
+    def beside(folder: Path, layout: int, name: str) -> dict[str, Any]:
+        found = run(folder, layout, name, given.baselines)
+        others = {n: run(folder, layout, f"also/{n}/{name}", [NOISY], m) for n, m in also.items()}
+        return joined(found, others)
+
     if clips is not None:
-        found = [run(clips, 1, "by_snr", given.baselines)]
-        found += [run(clips, 1, f"also/{n}/by_snr", [NOISY], m) for n, m in others.items()]
-        print(by_snr(joined(found, others)))
+        print(by_snr(beside(clips, 1, "by_snr")))
         for gain in GAINS:
             folder = given.out / "levels" / f"{gain:g}"
             scale_clips(clips, folder, gain)
             run(folder, 1, f"by_level/{gain:g}", [NOISY])
         print(by_level(given.out))
     if given.pairs is not None:
-        found = [run(given.pairs, 2, "pairs", given.baselines)]
-        found += [run(given.pairs, 2, f"also/{n}/pairs", [NOISY], m) for n, m in others.items()]
+        found = beside(given.pairs, 2, "pairs")
         outputs = dict(item.split("=", 1) for item in given.outputs)
         theirs_scored = {
             name: score_outputs(given.pairs / "clean", Path(folder))
             for name, folder in outputs.items()
         }
-        print(of_pairs(joined(found, others), theirs_scored))
+        print(of_pairs(found, theirs_scored))
 
 
 def available() -> list[str]:
@@ -169,16 +176,13 @@ def score_outputs(clean: Path, outputs: Path) -> dict[str, float]:
     return {metric: fmean(one.values[metric] for one in found) for metric in METRICS}
 
 
-def joined(summaries: Sequence[dict[str, Any]], names: Iterable[str]) -> dict[str, Any]:
-    """Return the first summary.json with our model of each of the others beside its own."""
-    first, *rest = copy.deepcopy(list(summaries))
-    for name, other in zip(names, rest, strict=True):
-        first["methods"].append(name)
-        for band, found in first["bands"].items():
-            for metric, column in found["columns"].items():
-                theirs = other["bands"][band]["columns"][metric]["methods"][OURS]
-                column["methods"][name] = theirs
-    return first
+def joined(folder: Path, others: Mapping[str, Path]) -> dict[str, Any]:
+    """Return an evaluation's summary with our models of others beside its own, clip by clip."""
+    _, rows = read_scores(folder)
+    for name, other in others.items():
+        theirs = (row for row in read_scores(other)[1] if row.method == OURS)
+        rows += [row._replace(method=name) for row in theirs]
+    return summarise(rows, METRICS)
 
 
 def by_snr(summary: dict[str, Any]) -> str:

@@ -34,14 +34,13 @@ class Exported(NamedTuple):
         return self.graph.parent
 
     def __str__(self) -> str:
-        size, script = self.graph.stat().st_size / 1e6, self.folder / "run.py"
-        kind = (
-            f"{self.precision}, opset {OPSET}" if script.exists() else f"{self.precision}, XNNPACK"
-        )
+        mobile, script = self.graph.suffix == ".pte", self.folder / "run.py"
+        kind = f"{self.graph.stat().st_size / 1e6:.1f} MB, {self.precision}, "
+        kind += "XNNPACK" if mobile else f"opset {OPSET}"
         run = f" and run.py, which needs no torch: python {script} noisy.wav clean.wav"
         return (
-            f"{self.graph}: {size:.1f} MB, {kind}; worst error of {HOPS} hops {self.error:.1e} of "
-            f"the peak\nbeside it start.bin, stream.json{run if script.exists() else ''}"
+            f"{self.graph}: {kind}; worst error of {HOPS} hops {self.error:.1e} of the peak\n"
+            f"beside it start.bin, stream.json{'' if mobile else run}"
         )
 
 
@@ -72,6 +71,8 @@ def export_model(
                 _convert(graph, precision)
             error = worst_error(model, graph, delay, HOPS)
         folder.mkdir(parents=True, exist_ok=True)
+        for other in ("hop.onnx", "hop.pte", "run.py"):  # of an earlier export
+            (folder / other).unlink(missing_ok=True)
         shutil.copyfile(graph, folder / graph.name)
     state = sampler.start(1, model.framing.num_bins)
     state.V.zero_()

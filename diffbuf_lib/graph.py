@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from diffbuf_lib.data.audio import atomic_file
 from diffbuf_lib.diffusion.buffer import Generators
 from diffbuf_lib.diffusion.sampler import BufferSampler, BufferState
-from diffbuf_lib.errors import ConfigError, need
+from diffbuf_lib.errors import ConfigError, MissingExtraError, need
 from diffbuf_lib.model import DiffusionBufferModel, evaluating, fingerprint
 from diffbuf_lib.networks import can_stream
 
@@ -180,16 +180,16 @@ def write_hop(
                 graph: Any = traced.module(check_guards=False)
                 step = _Call(lambda given: _RealArithmetic(graph).run(*given), graph)
                 if mobile:
-                    path.write_bytes(_lowered(torch.export.export(step, (given,))))
+                    lowered = _lowered(torch.export.export(step, (given,)))
                 else:
-                    program = torch.onnx.export(
+                    program: Any = torch.onnx.export(
                         step, (given,), dynamo=True, dynamic_shapes=shapes,
                         opset_version=OPSET, verbose=False,
                         input_names=["noisy", "noise", *(f"state.{i}" for i in numbers)],
                         output_names=["clean", *(f"next.{i}" for i in numbers)],
                     )  # fmt: skip
-                    assert program is not None
-                    program.save(path, external_data=False)
+        except MissingExtraError:
+            raise
         except Exception as error:  # whatever a network of one's own does that cannot be traced
             why = str(error).strip().partition("\n")[0]
             what = f"the step of model.name {model.cfg.model.name} cannot be exported"
@@ -197,6 +197,10 @@ def write_hop(
         finally:
             if kept is not model.memory_format:
                 model.set_memory_format("channels_last")
+    if mobile:
+        path.write_bytes(lowered)
+    else:
+        program.save(path, external_data=False)
     worst = worst_error(model, path, delay, hops)
     if not worst <= LIMIT:
         what = f"the graph differs from the model by {worst:.1e} of the peak, more than {LIMIT:.0e}"

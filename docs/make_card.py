@@ -70,11 +70,10 @@ def main() -> None:
 
 def real_world(folder: Path) -> dict[str, str]:
     """Return the tables of `benchmarks.real_world`, as it prints them."""
-    names = sorted(path.name for path in folder.glob("also/*"))
 
     def every(kind: str) -> dict[str, Any]:
-        folders = [folder / kind, *(folder / "also" / name / kind for name in names)]
-        return joined([load(one, "summary") for one in folders], names)
+        others = {path.name: path / kind for path in sorted(folder.glob("also/*"))}
+        return joined(folder / kind, others)
 
     drones, pairs = by_snr(every("by_snr")), of_pairs(every("pairs"), {})
     return {"drones": drones, "levels": by_level(folder), "pairs": pairs}

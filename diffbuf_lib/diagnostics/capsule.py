@@ -75,7 +75,10 @@ class Capsule:
         try:
             with isolated(where, deterministic=self.cfg.training.deterministic):
                 torch.set_num_threads(self.record.threads)  # as in the run: sums round alike
-                model = DiffusionBufferModel(self.cfg) if model is None else model
+                if model is None:
+                    model = DiffusionBufferModel(self.cfg)
+                    if getattr(self.record, "contiguous", False):
+                        model.set_memory_format("contiguous")
                 apply_weights(model, self.state["model"], self.path / "capsule.pt")
                 again = Replay(self, model.to(where), where)
                 again.make_step(precision, self.record.scale or 1.0)

@@ -1,6 +1,7 @@
 """Networks: what their `forward(x, t)` takes and gives is the same for all.
 
-    x [B, 4, F, K]    V.real, V.imag, Y.real, Y.imag, channels-last; any F, and K >= Kb
+    x [B, 4, F, K]    V.real, V.imag, Y.real, Y.imag, channels-last in memory or
+                      contiguous (training.memory_format); any F, and K >= Kb
     t [B, Kb]         the diffusion times of the last Kb frames
     out [B, 2, F, Kb] real and imaginary part of what the last Kb frames are given
 

@@ -1,4 +1,4 @@
-"""What the networks are built of. Feature maps are [B, C, F, K], channels-last in memory."""
+"""What the networks are built of. Feature maps are [B, C, F, K]."""
 
 from __future__ import annotations
 

@@ -157,6 +157,7 @@ class Failures:
             "scale": engine.scale if outcome is None else outcome.scale,
             "device": engine.accelerator.device.type,
             "threads": torch.get_num_threads(),
+            "contiguous": getattr(model, "memory_format", None) is torch.contiguous_format,
             "config": self.cfg.to_dict(),
             "versions": {"diffbuf": diffbuf_lib.__version__, "torch": str(torch.__version__)},
         }

@@ -57,6 +57,7 @@ CHANGEABLE = _ENDS | {
     *("training.checkpoint_every", "training.on_nonfinite", "training.max_skipped"),
     *("training.valid_clips", "training.checkpoint_minutes", "training.mirror"),
     *("data.cache_path", "data.cache_gb"),
+    "training.memory_format",  # the run keeps its own
     *("training.trackers", "training.tracker_project"),
 }
 # Those that change what follows, and are written into the history.
@@ -90,7 +91,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     state = load_tensors(path, "checkpoint")
     if not isinstance(state, dict) or not KEYS.issubset(state):
-        raise CheckpointError(f"{path} is not a training checkpoint: take the last.pt of a run")
+        fix = "take the last.pt of a run (an older one's weights serve as --start_check_point)"
+        raise CheckpointError(f"{path} is not a training checkpoint of this version: {fix}")
     if (found := state["format"]) != FORMAT:
         fix = f"install diffbuf {state['version']}, which wrote it"
         raise CheckpointError(f"checkpoint {path} has format {found}, not {FORMAT}: {fix}")
@@ -149,7 +151,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"weights {file} are damaged: {error}") from error
     state = load_tensors(path, "checkpoint")
-    if isinstance(state, dict) and KEYS.issubset(state):
+    if isinstance(state, dict) and {"format", "ema"}.issubset(state):  # also of an older library
         prefix = "module."  # of the names in torch's AveragedModel
         return {n.removeprefix(prefix): t for n, t in state["ema"].items() if n.startswith(prefix)}
     inner = state.get("state_dict", state) if isinstance(state, dict) else {}

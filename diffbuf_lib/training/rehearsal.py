@@ -60,11 +60,12 @@ def rehearsal(
     training, accelerator = cfg.training, make_accelerator(cfg.training, device)
     plan = make_plan(training, len(train_set), 1, None)
     with isolated(accelerator.device, deterministic=training.deterministic):
+        memory_format, _ = fastest_format(cfg, accelerator)
         feed.seed_everything(training.seed, feed.Stream.WEIGHTS)
         model = DiffusionBufferModel(cfg)
         if start_check_point is not None:
             apply_weights(model, load_weights(start_check_point), start_check_point)
-        model.set_memory_format(fastest_format(cfg, accelerator)[0])
+        model.set_memory_format(memory_format)
         engine = Engine(cfg, model, accelerator, total_steps=plan.steps)
         yield Rehearsal(cfg, engine, plan, feed.ClipReader(train_set, training.num_workers))
 

@@ -133,12 +133,16 @@ class Run:
         steps = training.num_epochs * self.plan.steps
         self.total = min(steps, training.num_steps or steps)  # unless it stops early
         with self._isolated():
-            feed.seed_everything(training.seed, feed.Stream.WEIGHTS)
+            # Before the seed: to measure takes random weights. Another format rounds otherwise.
             kept: Any = self.state and (self.state.get("memory_format", "channels_last"), "")
-            choose = partial(fastest_format, cfg, self.accelerator)  # another would round otherwise
+            choose = partial(fastest_format, cfg, self.accelerator)
             self.memory_format, self.why = kept or self._together(choose)
+            feed.seed_everything(training.seed, feed.Stream.WEIGHTS)
             model = DiffusionBufferModel(cfg) if model is None else model
-            if (set_memory_format := getattr(model, "set_memory_format", None)) is not None:
+            set_memory_format: Any = getattr(model, "set_memory_format", None)
+            if set_memory_format is None:  # a module of the caller's own
+                self.why = ""
+            else:
                 set_memory_format(self.memory_format)
             self.engine = Engine(cfg, model, self.accelerator, self.total)
         self.reader = feed.ClipReader(train_set, training.num_workers)

@@ -80,7 +80,10 @@ async function record() {
     await new Promise((resolve) => { stopRecording = resolve; });
     clearInterval(clock);
     recorder.port.onmessage = null;
+    source.getTracks().forEach((track) => track.stop());
+    say("Finishing ...");
     await work;
+    if (!before.length) throw new Error("nothing was recorded");
     results(joined(before), joined([...after, await stream.flush()]), seconds);
   } catch (error) {
     say(`The microphone cannot be used: ${error.message}`);

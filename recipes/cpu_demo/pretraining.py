@@ -33,12 +33,17 @@ def first_stage(cfg: Config) -> Config:
 
 
 def second_stage(cfg: Config, say: Callable[[str], None]) -> Config:
-    """Return the config of the second run: with a term of PESQ, where torch-pesq is installed."""
+    """Return the config of the second run: with a term of PESQ, where torch-pesq is installed.
+
+    A loss that is asked for stays.
+    """
+    if cfg.training.loss != "data_prediction":
+        return cfg
     if find_spec("torch_pesq") is None:
         say("left out: the term of PESQ (pip install --no-deps torch-pesq torchtyping)")
         return cfg
     pesq_loss.judge(torch.device("cpu"))  # now rather than after hours
-    plugins = ["recipes.cpu_demo.endless", "recipes.cpu_demo.pesq_loss"]
+    plugins = [*cfg.plugins, "recipes.cpu_demo.endless", "recipes.cpu_demo.pesq_loss"]
     return cfg.override(f"plugins={json.dumps(plugins)}", "training.loss=data_and_pesq")
 
 

@@ -188,3 +188,14 @@ def test_files_that_are_no_checkpoints(tmp_path, content):
 def test_a_checkpoint_of_a_newer_library(tmp_path):
     torch.save(state(format=99, version="9.9"), tmp_path / "last.pt")
     refused(lambda: load_checkpoint(tmp_path / "last.pt"), "format 99", "diffbuf 9.9")
+
+
+def test_an_older_checkpoint_still_gives_first_weights(tmp_path):
+    fit(config(), tmp_path / "run", steps=1)
+    path = tmp_path / "run" / "checkpoints" / "last.pt"
+    state = torch.load(path, weights_only=True)
+    weights = load_weights(path)
+    del state["global_batch"]
+    torch.save(state, path)
+    assert load_weights(path).keys() == weights.keys()
+    refused(lambda: load_checkpoint(path), path, "--start_check_point")

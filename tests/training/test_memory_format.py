@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from diffbuf_lib import DiffusionBufferModel
-from diffbuf_lib.training import load_checkpoint, run, train
+from diffbuf_lib.training import load_checkpoint, run, save_checkpoint, train
 from diffbuf_lib.training.folder import ResultsFolder
 from diffbuf_lib.training.step import fastest_format, make_accelerator
 from tests.conftest import seeded
-from tests.training.helpers import Clips, config
+from tests.training.helpers import Clips, config, fit
 
 
 def _train(cfg, folder, resume=False):
@@ -48,3 +48,20 @@ def test_what_is_measured(tmp_path):
     assert fastest_format(config(), accelerator) == ("channels_last", "")  # too narrow to matter
     chosen = wide.override("training.memory_format=contiguous")
     assert fastest_format(chosen, accelerator) == ("contiguous", "")
+
+
+@pytest.mark.law
+def test_to_measure_changes_no_first_weight(tmp_path):
+    """And a run of before there was a choice goes on."""
+    wide = ("model.base_channels=64", "training.num_steps=1")
+    losses = {
+        name: fit(config(*wide, f"training.memory_format={name}"), tmp_path / name)[0].loss
+        for name in ("auto", "channels_last")
+    }
+    assert losses["auto"] == pytest.approx(losses["channels_last"], rel=1e-4)
+    state = load_checkpoint(ResultsFolder(tmp_path / "auto").last)
+    del state["memory_format"], state["config"]["training"]["memory_format"]
+    del state["format"]
+    save_checkpoint(ResultsFolder(tmp_path / "auto").last, state)
+    more = fit(config(*wide[:1], "training.num_steps=2"), tmp_path / "auto", resume=True)
+    assert [record.step for record in more] == [2]
