@@ -27,7 +27,7 @@ from recipes.demo.progress import smooth
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
 CONFIG = Path(__file__).parents[1] / "configs" / "demo_model.yaml"
-STAGES = ("first", "second")
+STAGES = ("first", "second", "third", "fourth")  # by turns of Y alone and with own estimates
 
 
 def main() -> None:
@@ -37,17 +37,19 @@ def main() -> None:
     parser.add_argument("real", type=Path, help="results of python -m benchmarks.real_world")
     parser.add_argument("test", type=Path, help="results of diffbuf evaluate on test")
     parser.add_argument("recordings", type=Path, help="the same on test_recordings")
-    parser.add_argument("--weights", type=Path, help="to bundle; default: the second stage's best")
+    parser.add_argument("--weights", type=Path, help="to bundle; default: the last stage's best")
     parser.add_argument("--speech_hours", required=True, help="of its training speech, in words")
     arguments = parser.parse_args()
     folder = FOLDER / DEFAULT.removeprefix("diffbuf/")
     folder.mkdir(exist_ok=True)
     model = DiffusionBufferModel(load_config(CONFIG))  # without what only its training needs
-    weights = arguments.weights or arguments.run / "second" / "model"
+    names = [name for name in STAGES if (arguments.run / name).is_dir()]
+    weights = arguments.weights or arguments.run / names[-1] / "model"
     apply_weights(model, load_weights(weights), weights)
     model.save_pretrained(folder)
-    stages = [list(read_history(arguments.run / stage / "history.jsonl")) for stage in STAGES]
+    stages = {n: list(read_history(arguments.run / n / "history.jsonl")) for n in names}
     draw_curve(stages, folder / "training.png")
+    steps = [sum("loss" in line for line in history) for history in stages.values()]
     timing = load(arguments.test, "timing")
     card = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -56,8 +58,8 @@ def main() -> None:
         name=DEFAULT,
         parameters=timing["parameters"],
         timing=timing["methods"]["diffbuf"],
-        steps=[sum("loss" in line for line in history) for history in stages],
-        hours=sum(line.get("seconds", 0) for history in stages for line in history) / 3600,
+        steps=[sum(steps[0::2]), sum(steps[1::2])],
+        hours=sum(line.get("seconds", 0) for lines in stages.values() for line in lines) / 3600,
         sets={
             "test": tables(load(arguments.test, "summary")),
             "recordings": tables(load(arguments.recordings, "summary")),
@@ -85,10 +87,10 @@ def load(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def draw_curve(stages: list[list[dict[str, Any]]], path: Path) -> None:
-    """Draw the loss of both stages, one after the other."""
+def draw_curve(stages: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draw the loss of the stages, one after the other."""
     series, before = [], 0
-    for stage, history in zip(STAGES, stages, strict=True):
+    for stage, history in stages.items():
         steps = [line for line in history if "loss" in line]
         loss = smooth([line["loss"] for line in steps], 100)
         series.append((f"{stage} stage", [before + line["step"] for line in steps], loss))
