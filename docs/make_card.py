@@ -114,8 +114,9 @@ def tables(summary: dict[str, Any]) -> dict[str, str]:
         found = [columns[column]["methods"][method]["mean"] for column in columns]
         rows.append([method, *map(cell, found)])
     result = {"all": markdown(rows), "clips": str(summary["clips"])}
+    means = columns["si_sdr"]["methods"]
+    rival = max(methods[1:-1], key=lambda method: float(means[method]["mean"]["mean"]))
     for column in ("si_sdr", "estoi"):
-        rival = methods[-2]
         head = f"lead of {methods[-1]} over {rival}, paired"
         rows = [[f"{label_of(column)} at an input SNR of", *methods, head]]
         for name, band in bands.items():

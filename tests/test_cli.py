@@ -155,7 +155,11 @@ def test_data_build_makes_a_set(data, tmp_path, monkeypatch, capsys):
 
 def test_ctrl_c_is_status_130(monkeypatch, capsys):
     monkeypatch.setattr(commands.PrintConfig, "__call__", lambda self: signal.raise_signal(2))
-    assert call(monkeypatch, capsys, "config")[::2] == (130, "\nstopped\n")
+    before = signal.signal(2, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        assert call(monkeypatch, capsys, "config")[::2] == (130, "\nstopped\n")
+    finally:
+        signal.signal(2, before)
 
 
 def test_demo_model_needs_a_checkout(monkeypatch, capsys, tmp_path):
