@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
 from tyro.conf import UseAppendAction
 
 from diffbuf_lib.config import load_config
@@ -23,11 +22,6 @@ from diffbuf_lib.errors import ConfigError
 Kind = Literal["slurm", "skypilot", "torchrun"]
 _FILES = {"slurm": "slurm.sh", "skypilot": "skypilot.yaml", "torchrun": "torchrun.sh"}
 _SUBMIT = {"slurm": "sbatch", "skypilot": "sky jobs launch --yes", "torchrun": "bash"}
-_JOBS = jinja2.Environment(
-    loader=jinja2.PackageLoader("diffbuf_lib"), undefined=jinja2.StrictUndefined,
-    trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-)  # fmt: skip
-_JOBS.filters["quote"] = shlex.quote
 # What stands unquoted in a job file: no space, quote or new line.
 _PLAIN = re.compile(r"[\w@%+=:,./-]+")
 
@@ -89,7 +83,7 @@ def write_job(
     results_path.mkdir(parents=True, exist_ok=True)
     file = results_path / _FILES[kind]
     name = re.sub(r"\W+", "-", f"diffbuf-{results_path.name}")
-    text = _JOBS.get_template(f"{_FILES[kind]}.jinja").render(
+    text = _template(f"{_FILES[kind]}.jinja").render(
         vars(job), name=name, processes=job.processes or max(job.gpus, 1),
         env=[variable.partition("=")[::2] for variable in job.env],
         log=shlex.quote(str((results_path / "job.log").resolve())), file=shlex.quote(str(file)),
@@ -97,6 +91,17 @@ def write_job(
     )  # fmt: skip
     file.write_text(text, encoding="utf-8")
     return file
+
+
+def _template(name: str) -> Any:
+    import jinja2  # here, since the command line knows `Job` at every start
+
+    jobs = jinja2.Environment(
+        loader=jinja2.PackageLoader("diffbuf_lib"), undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    jobs.filters["quote"] = shlex.quote
+    return jobs.get_template(name)
 
 
 def submit(kind: Kind, job: Path) -> None:

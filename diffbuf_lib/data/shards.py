@@ -195,9 +195,11 @@ class ShardDataset(ClipDataset):
             return
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._cache.touch()
-            with open(self._cache, "r+b") as file:
-                os.pwrite(file.fileno(), data, int(self._places[i]))
+            descriptor = os.open(self._cache, os.O_WRONLY | os.O_CREAT, 0o666)
+            try:
+                os.pwrite(descriptor, data, int(self._places[i]))
+            finally:
+                os.close(descriptor)
         except OSError as error:
             warnings.warn(f"no cache in {self._folder} ({reason(error)})", stacklevel=2)
             self._cache = None
