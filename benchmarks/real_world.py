@@ -80,7 +80,10 @@ def main() -> None:
     def run(
         folder: Path, layout: int, name: str, baselines: Sequence[str], model: str = given.model
     ) -> Path:
-        job = Job(model, str(folder), layout, METRICS, tuple(baselines), delay=given.delay)
+        job = Job(
+            model=model, data_path=str(folder), dataset_type=layout, metrics=METRICS,
+            baselines=tuple(baselines), delay=given.delay,
+        )  # fmt: skip
         evaluate_folder(job, given.out / name, progress=True)
         return Path(given.out / name)
 

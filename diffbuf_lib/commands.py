@@ -27,7 +27,8 @@ from tyro.conf import Positional, UseAppendAction, arg
 from diffbuf_lib.config import Config, build_config, describe_keys, load_config, read_tree
 from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.foreign import is_foreign, translate
-from diffbuf_lib.launch import Job, submit, write_job
+from diffbuf_lib.launch import Request, submit, write_job
+from diffbuf_lib.options import Job, Recipe, Scoring
 from diffbuf_lib.pretrained import DEFAULT as DEFAULT_MODEL
 from diffbuf_lib.registry import Registry
 
@@ -210,7 +211,7 @@ class _Interrupt:
             raise KeyboardInterrupt
 
 
-class Launch(Job, Command, name="launch"):
+class Launch(Request, Command, name="launch"):
     """Write a job that trains, and goes on where it stopped, for Slurm, SkyPilot or torchrun."""
 
     kind: Positional[Literal["slurm", "skypilot", "torchrun"]]  # who starts it
@@ -232,8 +233,8 @@ class Doctor(Command, name="doctor"):
     """Look at machine, data, config and model before training; exit status 1 on an error."""
 
     config_path: Path  # YAML config of the experiment
-    data_path: str  # training data
-    valid_path: str | None = None  # validation data
+    data_path: tuple[str, ...]  # training data, as in train
+    valid_path: tuple[str, ...] = ()  # validation data
     dataset_type: int = 1  # as in train
     results_path: Path | None = None  # where the run will write; default: the current folder
     device: str = "auto"  # auto, cpu, cuda or cuda:N
@@ -259,7 +260,7 @@ class Rehearsing(Command):
     """What `lr-find` and `profile` have in common."""
 
     config_path: Path  # YAML config of the experiment
-    data_path: Path  # training data
+    data_path: tuple[str, ...]  # training data, as in train
     dataset_type: int = 1  # as in train
     start_check_point: Path | None = None  # checkpoint or model folder: the first weights
     device: str = "auto"  # auto, cpu, cuda or cuda:N
@@ -267,10 +268,11 @@ class Rehearsing(Command):
 
     def opened(self) -> tuple[Any, ...]:
         """Return what a rehearsal is of: config, training set and device."""
-        from diffbuf_lib.data import open_dataset
+        from diffbuf_lib.data import open_datasets
 
         cfg = load_config(self.config_path, self.overrides)
-        return cfg, open_dataset(self.dataset_type, self.data_path, cfg, training=True), self.device
+        train_set = open_datasets(self.dataset_type, self.data_path, cfg, training=True)
+        return cfg, train_set, self.device
 
 
 class LrFind(Rehearsing, name="lr-find"):
@@ -301,18 +303,18 @@ class LrFind(Rehearsing, name="lr-find"):
 class Profile(Rehearsing, name="profile"):
     """Say where a training step's time goes, and which key to change."""
 
-    valid_path: Path | None = None  # validation data; without it validation is left out
+    valid_path: tuple[str, ...] = ()  # validation data; without it validation is left out
     steps: int = 20  # measured, after three others
     trace: Path | None = None  # file for torch's trace (.json), for ui.perfetto.dev
 
     def __call__(self) -> None:
-        from diffbuf_lib.data import open_dataset
+        from diffbuf_lib.data import open_datasets
         from diffbuf_lib.training.timing import time_steps
 
         cfg, *rest = self.opened()
-        path, valid = self.valid_path, None
-        if path is not None:
-            valid = open_dataset(self.dataset_type, path, cfg, training=False)
+        paths, valid = self.valid_path, None
+        if paths:
+            valid = open_datasets(self.dataset_type, paths, cfg, training=False)
         options = self.flags(*Rehearsing.__dataclass_fields__, "valid_path")
         timing = time_steps(
             cfg, *rest, valid_set=valid, start_check_point=self.start_check_point, **options
@@ -467,44 +469,22 @@ class ServeBench(Command, name="serve-bench"):
             )
 
 
-class Scoring(Command):
-    """What `evaluate` and `sweep` have in common."""
-
-    data_path: str  # dataset folder, or shards
-    dataset_type: int = 1  # as in train
-    seconds: float | None = None  # length of a clip at most; default: whole clips
-    limit: int | None = None  # only the first clips
-    seed: int = 0  # of the diffusion noise
-    processes: int | None = None  # how many work side by side; default: this machine's cores
-    batch_size: int = 8  # clips enhanced at a time
-    device: str = "auto"  # auto, cpu or cuda
-
-    def job(self, **more: Any) -> Any:
-        """Return what is to be evaluated: the flags that say so, and more."""
-        from diffbuf_lib.evaluation import Job
-
-        known = Job.__dataclass_fields__
-        return Job(**{name: value for name, value in vars(self).items() if name in known}, **more)
-
-
-class Evaluate(Scoring, name="evaluate"):
+class Evaluate(Job, Command, name="evaluate"):
     """Score a model on a dataset, beside the noisy input and other methods."""
 
-    model: str  # folder of a trained model, a run's folder, or a name such as diffbuf/cpu-demo
     results_path: Path | None = None  # scores, report.html; a stopped evaluation goes on there
-    metrics: tuple[str, ...] = ("si_sdr", "sdr", "pesq", "estoi")  # or distillmos dnsmos lps
-    #: or noisereduce, noisereduce_nonstationary, deepfilternet, rnnoise, gtcrn
-    baselines: tuple[str, ...] = ("noisy",)
-    delay: int | None = None  # output delay, 1 to buffer_size frames (data prediction)
     part: str = "1/1"  # of a job array: 2/8 scores the second of eight shares
+    processes: int | None = None  # how many work side by side; default: this machine's cores
+    overrides: Overrides = ()
 
     def __call__(self) -> None:
         from diffbuf_lib.evaluation import evaluate_part
         from diffbuf_lib.evaluation.page import overview
 
         with tempfile.TemporaryDirectory() as temporary:
+            job = Job(**self.flags("results_path", "part", "processes"))
             found = evaluate_part(
-                self.job(), self.results_path or temporary, self.part,
+                job, self.results_path or temporary, self.part,
                 processes=self.processes, page=self.results_path is not None, progress=True,
             )  # fmt: skip
         if found is None:
@@ -533,7 +513,7 @@ class Compare(Command, name="compare"):
         print(differences(found))
 
 
-class Sweep(Scoring, name="sweep"):
+class Sweep(Scoring, Command, name="sweep"):
     """Plot quality against latency, or train a grid of small runs: sweep.csv and sweep.png."""
 
     models: tuple[str, ...] = ()  # folders of trained models, runs' folders, or names
@@ -549,6 +529,7 @@ class Sweep(Scoring, name="sweep"):
     #: the runs' config keys, each with its values: --over training.lr=1e-3,3e-3
     over: UseAppendAction[tuple[str, ...]] = ()
     part: str = "1/1"  # of a job array: 2/8 trains the second of eight shares
+    processes: int | None = None  # how many score side by side; default: this machine's cores
 
     def __call__(self) -> None:
         from diffbuf_lib.evaluation.sweep import overview, run_sweep, train_grid
@@ -558,7 +539,8 @@ class Sweep(Scoring, name="sweep"):
             raise ConfigError("give --models, or --train with --train_path")
         if (self.over or self.part != "1/1") if models else (self.values or self.vary != "auto"):
             raise ConfigError("--over, --part go with --train, --vary, --values with --models")
-        job = self.job(model=models[0] if models else "")
+        shared = {name: getattr(self, name) for name in (*Scoring.__dataclass_fields__, "metrics")}
+        job = Job(model=models[0] if models else "", **shared)
         if self.train:
             found = train_grid(
                 load_config(self.train), self.over, self.train_path, job, self.results_path,
@@ -640,7 +622,7 @@ class DataDemo(Command, name="data demo"):
         print(build_demo(self.out_path, **self.flags("out_path"), progress=True))
 
 
-class DataBuild(Command, name="data build"):
+class DataBuild(Recipe, Command, name="data build"):
     """Make DN-LM from a LibriSpeech-shaped tree and a folder of drone noise.
 
     The same bytes for any number of processes; a stopped build goes on when started again.
@@ -649,13 +631,6 @@ class DataBuild(Command, name="data build"):
     speech_path: Path  # speech, .wav or .flac at any depth, a speaker a folder
     noise_path: Path  # noise, .wav or .flac
     out_path: Path  # folder to make
-    train: int = 6480  # training clips
-    valid: int = 720  # validation clips
-    seconds: float = 1.0  # length of a clip
-    sample_rate: int = 16000  # Hz; sources of another rate are resampled
-    snr: tuple[float, float] = (-30.0, 0.0)  # lowest and highest input SNR, dB
-    distance: tuple[float, float] = (5.0, 20.0)  # nearest and farthest speaker, m
-    seed: int = 0  # of everything drawn
     part: str = "1/1"  # of a job array: 2/8 makes the second of eight shares
     shards: int = 0  # write shards of so many clips instead of folders, as `data pack` does
     processes: int | None = None  # how many work side by side; default: this machine's cores

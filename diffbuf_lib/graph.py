@@ -195,8 +195,8 @@ def write_hop(
             what = f"the step of model.name {model.cfg.model.name} cannot be exported"
             raise ConfigError(f"{what}: {why}") from error
         finally:
-            if kept is not model.memory_format:
-                model.set_memory_format("channels_last")
+            if kept != model.memory_format:
+                model.set_memory_format(kept)
     if mobile:
         path.write_bytes(lowered)
     else:

@@ -27,7 +27,7 @@ _PLAIN = re.compile(r"[\w@%+=:,./-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Request:
     """What a job asks for."""
 
     valid_path: str | None = None  # validation data
@@ -50,13 +50,13 @@ def write_job(
     *,
     train: Sequence[str] = (),  # further flags of `diffbuf train`
     overrides: Sequence[str] = (),  # config keys
-    **asked: Any,  # the fields of `Job`
+    **asked: Any,  # the fields of `Request`
 ) -> Path:
     """Write a job that trains, and goes on where it stopped, into the results folder.
 
     ConfigError for a config that cannot be read, or a value that no job file can hold.
     """
-    job, results_path = Job(**asked), Path(results_path)
+    job, results_path = Request(**asked), Path(results_path)
     load_config(config_path, overrides)
     for name, value, pattern in (
         ("nodes", job.nodes, r"[1-9]\d*(:[1-9]\d*)?" if kind == "torchrun" else r"[1-9]\d*"),
@@ -94,7 +94,7 @@ def write_job(
 
 
 def _template(name: str) -> Any:
-    import jinja2  # here, since the command line knows `Job` at every start
+    import jinja2  # here, since the command line knows `Request` at every start
 
     jobs = jinja2.Environment(
         loader=jinja2.PackageLoader("diffbuf_lib"), undefined=jinja2.StrictUndefined,

@@ -41,6 +41,8 @@ from diffbuf_lib.networks.layers import frame_times
 from diffbuf_lib.registry import LOSSES
 from diffbuf_lib.trace import Draws, Trace
 
+FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
 # Without `from __future__ import annotations`: the hub's mixin needs the type of __init__'s cfg.
 
 
@@ -82,9 +84,9 @@ class DiffusionBufferModel(
         return loaded
 
     def set_memory_format(self, name: str) -> None:
-        """Keep images in memory as channels_last or contiguous: the same values, another speed."""
-        self.memory_format = {"contiguous": torch.contiguous_format}.get(name, torch.channels_last)
-        self.network.to(memory_format=self.memory_format)
+        """Keep images in memory as one of `FORMATS`: the same values, another speed."""
+        self.memory_format = name
+        self.network.to(memory_format=FORMATS[name])
 
     @property
     def predicts_data(self) -> bool:
@@ -263,7 +265,7 @@ class DiffusionBufferModel(
             size = (frame_times(sigma, V.shape[-1]) ** 2 + scale**2).sqrt()  # history: sigma = 0
             V, Y = V / size.unsqueeze(1), self._of_unit_size(Y)
         x = torch.stack([V.real, V.imag, Y.real, Y.imag], dim=1)
-        return x.contiguous(memory_format=self.memory_format)
+        return x.contiguous(memory_format=FORMATS[self.memory_format])
 
     def start_memory(self, num_bins: int, t: Tensor, **options: Any) -> Any:
         """Begin streams with a network that remembers: `StreamingNetwork.start`."""

@@ -10,8 +10,8 @@ import pytest
 LIBRARY = Path(__file__).parents[1] / "diffbuf_lib"
 # From the bottom up: a part imports only from groups to the left of its own.
 LAYERS = (
-    "errors pretrained foreign | registry | config trace | data diffusion | networks | model"
-    " | graph | streaming | live figures launch | enhance export training"
+    "errors pretrained foreign options | registry | config trace | data diffusion | networks"
+    " | model | graph | streaming | live figures launch | enhance export training"
     " | diagnostics evaluation authors"
     " | commands | cli"
 )

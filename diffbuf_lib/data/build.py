@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, permutations
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
@@ -29,6 +29,8 @@ from tqdm import tqdm
 from diffbuf_lib.data import audio
 from diffbuf_lib.data.mixing import is_silent, mix_pair
 from diffbuf_lib.errors import ConfigError, DataError, DiffbufError
+from diffbuf_lib.options import Recipe
+from diffbuf_lib.trace import to_plain
 
 STEMS = ("mixture", "vocals", "noise")
 _LIBRISPEECH = (
@@ -43,32 +45,6 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 # The part of a noise file that a split may use: path below noise_dir, first sample, end.
 _Region = tuple[str, int, int]
-
-
-def _rising(pair: tuple[float, float]) -> tuple[float, float]:
-    if pair[0] > pair[1]:
-        raise ValueError("the first must not be above the second")
-    return pair
-
-
-_Range = Annotated[tuple[_Item, _Item], AfterValidator(_rising)]
-
-
-class Recipe(BaseModel, frozen=True, extra="forbid"):
-    """The options of `build_dnlm`, with their limits."""
-
-    train: int = Field(6480, ge=1)  # training samples
-    valid: int = Field(720, ge=0)  # validation samples
-    seconds: float = Field(1.0, ge=0.01, le=3600)  # of their clips; shorter speech is padded
-    sample_rate: int = Field(16000, ge=1000)  # Hz, of the files that are written
-    # Lowest and highest input SNR, dB; nearest and farthest talker, m.
-    snr: _Range[Annotated[float, Field(ge=-100, le=100)]] = (-30.0, 0.0)
-    distance: _Range[Annotated[float, Field(ge=0.01, le=10000)]] = (5.0, 20.0)
-    seed: int = Field(0, ge=0)  # of everything drawn
-    test: int = Field(0, ge=0)  # test samples
-    test_seconds: float = Field(6.0, ge=0.01, le=3600)  # of the test clips
-    # Names of the speakers (or files) of valid and test; None draws them.
-    valid_speakers: Annotated[list[str], AfterValidator(sorted)] | None = None
 
 
 def build_dnlm(
@@ -104,7 +80,7 @@ def prepare(
     """Claim the folder and draw all samples; raises as `build_dnlm`."""
     speech_dir, noise_dir, out_dir = Path(speech_dir), Path(noise_dir), Path(out_dir)
     try:
-        recipe = Recipe(**options)
+        recipe = TypeAdapter(Recipe).validate_python(options)
     except ValidationError as error:
         name, message = error.errors()[0]["loc"][0], error.errors()[0]["msg"]
         raise DataError(f"{name} {options[str(name)]}: {message}: change --{name}") from error
@@ -123,7 +99,7 @@ def prepare(
             name = path.relative_to(folder).as_posix()
             sources.update(f"{name}\t{path.stat().st_size}\n".encode())
         sources.update(b"\0")
-    claim(marker, {**recipe.model_dump(mode="json"), "sources": sources.hexdigest()})
+    claim(marker, {**to_plain(recipe), "sources": sources.hexdigest()})
     return samples
 
 
@@ -356,7 +332,7 @@ def _plan(speech_dir: Path, noise_dir: Path, out_dir: Path, recipe: Recipe) -> l
         speech_dir: _split_speech(speech_dir, fraction, recipe),
         noise_dir: _split_noise(noise_dir, fraction, recipe, (frames[0], longest)),
     }
-    shared = recipe.model_dump(include={"sample_rate", "snr", "distance", "seed"})
+    shared = {name: getattr(recipe, name) for name in ("sample_rate", "snr", "distance", "seed")}
     samples: list[Sample] = []
     for i, (name, count) in enumerate(counts.items()):
         speech, noise = (found[min(i, 1)] for found in sources.values())
@@ -375,10 +351,10 @@ def _split_speech(folder: Path, fraction: float, recipe: Recipe) -> list[list[st
     """Divide speech files, each in a shuffled order, into those to train with and the held-out."""
     names = [path.relative_to(folder).as_posix() for path in audio.list_audio(folder)]
     speaker_of = _speakers(names)
-    held = recipe.valid_speakers
-    if held is None:
-        held = _hold_out(sorted(set(speaker_of.values())), fraction, recipe.seed)
-    elif unknown := sorted(set(held) - set(speaker_of.values())):
+    held = set(recipe.valid_speakers or ())
+    if recipe.valid_speakers is None:
+        held = set(_hold_out(sorted(set(speaker_of.values())), fraction, recipe.seed))
+    elif unknown := sorted(held - set(speaker_of.values())):
         raise DataError(f"valid_speakers {unknown[0]!r} is no speaker (or file) of {folder}")
     order = np.random.default_rng([recipe.seed, 10]).permutation(len(names))
     parts: list[list[str]] = [[], []]

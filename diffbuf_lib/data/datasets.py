@@ -50,9 +50,10 @@ def open_dataset(
 
 
 def open_datasets(
-    dataset_type: int, roots: Sequence[str | Path], cfg: Config, *, training: bool
+    dataset_type: int, roots: str | Path | Sequence[str | Path], cfg: Config, *, training: bool
 ) -> ClipDataset:
     """Open one folder, or several as one; DataError for none."""
+    roots = [roots] if isinstance(roots, str | Path) else roots
     if not roots:
         raise DataError("no dataset folder is given: check --data_path and --valid_path")
     parts = [open_dataset(dataset_type, root, cfg, training=training) for root in roots]

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from diffbuf_lib.config import Config, load_config
-from diffbuf_lib.data.datasets import open_dataset
+from diffbuf_lib.data.datasets import open_datasets
 from diffbuf_lib.diagnostics import checks_data, checks_run
 from diffbuf_lib.diagnostics.findings import Finding, from_error, has_error, judge, worst_first
 from diffbuf_lib.diagnostics.statistics import gradient_statistics, score_statistics
@@ -61,8 +61,8 @@ def examine(
 
 def examine_paths(
     config_path: str | Path,
-    data_path: str | Path,
-    valid_path: str | Path | None = None,
+    data_path: str | Path | Sequence[str],
+    valid_path: str | Path | Sequence[str] = (),
     *,
     dataset_type: int = 1,
     overrides: Sequence[str] = (),
@@ -80,8 +80,8 @@ def examine_paths(
     findings: list[Finding] = []
     for name, path in (("data", data_path), ("valid", valid_path)):
         try:
-            if path is not None:
-                sets[name] = open_dataset(dataset_type, path, cfg, training=name == "data")
+            if path or name == "data":
+                sets[name] = open_datasets(dataset_type, path, cfg, training=name == "data")
         except DataError as error:
             why = "training cannot start without its data"
             findings.append(from_error(error, f"{name}.open", why))

@@ -77,8 +77,7 @@ class Capsule:
                 torch.set_num_threads(self.record.threads)  # as in the run: sums round alike
                 if model is None:
                     model = DiffusionBufferModel(self.cfg)
-                    if getattr(self.record, "contiguous", False):
-                        model.set_memory_format("contiguous")
+                    model.set_memory_format(self.record.memory_format)
                 apply_weights(model, self.state["model"], self.path / "capsule.pt")
                 again = Replay(self, model.to(where), where)
                 again.make_step(precision, self.record.scale or 1.0)

@@ -1,8 +1,9 @@
 """Judge models: scores of clips, baselines beside them, intervals, comparisons, sweeps."""
 
 from diffbuf_lib.evaluation.bootstrap import compare_folders
-from diffbuf_lib.evaluation.evaluate import Job, evaluate, evaluate_folder, evaluate_part
+from diffbuf_lib.evaluation.evaluate import evaluate, evaluate_folder, evaluate_part
 from diffbuf_lib.evaluation.scores import ScoredClip
+from diffbuf_lib.options import Job
 
 __all__ = [
     "Job",

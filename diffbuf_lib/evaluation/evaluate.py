@@ -24,7 +24,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +41,7 @@ from diffbuf_lib.evaluation.bootstrap import summarise
 from diffbuf_lib.evaluation.page import write_page
 from diffbuf_lib.live import latency_report
 from diffbuf_lib.model import DiffusionBufferModel, fingerprint, load_model
+from diffbuf_lib.options import Job
 from diffbuf_lib.training.feed import Stream, example_generators
 from diffbuf_lib.training.folder import FolderLock
 from diffbuf_lib.training.timing import Stopwatch
@@ -61,7 +61,7 @@ def evaluate(
     """Enhance and score the clips (at most `limit`) of a dataset that is not opened for training.
 
     Neither batch_size nor the device changes the noise that a clip is enhanced with. Raises
-    DataError and ConfigError as in `Job.evaluator`.
+    DataError and ConfigError as in `make_evaluator`.
     """
     evaluator = Evaluator(model, dataset, metrics, limit=limit, seed=seed)
     for start in range(0, len(evaluator.names), batch_size):
@@ -151,43 +151,26 @@ class Evaluator:
         return batches
 
 
-@dataclass(frozen=True)
-class Job:
-    """What is to be evaluated, and how: all that another process needs."""
+def make_evaluator(job: Job) -> Evaluator:
+    """Load a job's model, data and baselines; pairs of files are read whole, up to `seconds`.
 
-    model: str  # folder, run or name, as `load_model` takes it
-    data_path: str
-    dataset_type: int = 1  # as in training
-    metrics: tuple[str, ...] = ("si_sdr", "sdr", "pesq", "estoi")
-    baselines: tuple[str, ...] = (NOISY,)  # noisy is always there
-    seconds: float | None = None  # length of a clip at most; None for the whole clip
-    limit: int | None = None  # only the first so many clips
-    delay: int | None = None  # d of a data-prediction model; None for B
-    seed: int = 0  # of the diffusion noise
-    batch_size: int = 8  # clips enhanced at a time
-    device: str = "auto"
-    overrides: tuple[str, ...] = ()  # keys of the model's config that are changed
-
-    def evaluator(self) -> Evaluator:
-        """Load model, data and baselines; pairs of files are read whole, up to `seconds`.
-
-        DiffbufError if one is unknown or unavailable, or `seconds` or `limit` not above 0.
-        """
-        model = load_model(self.model, self.device, self.overrides)
-        cfg, longest = model.cfg, sys.maxsize
-        if self.seconds is not None:
-            samples = self.seconds * cfg.audio.sample_rate
-            if not 1 <= samples < math.inf:
-                raise DataError(f"--seconds {self.seconds} is no length of a clip: give above 0")
-            longest = round(samples)
-            # Only audio is read here, so a clip may be shorter than the model's buffer.
-            audio = cfg.audio.model_copy(update={"chunk_size": longest})
-            cfg = cfg.model_copy(update={"audio": audio})
-        dataset = open_dataset(self.dataset_type, self.data_path, cfg, training=False)
-        return Evaluator(
-            model, dataset, self.metrics, baselines=self.baselines, limit=self.limit,
-            longest=longest if self.dataset_type != 3 else None, delay=self.delay, seed=self.seed,
-        )  # fmt: skip
+    DiffbufError if one is unknown or unavailable, or `seconds` or `limit` not above 0.
+    """
+    model = load_model(job.model, job.device, job.overrides)
+    cfg, longest = model.cfg, sys.maxsize
+    if job.seconds is not None:
+        samples = job.seconds * cfg.audio.sample_rate
+        if not 1 <= samples < math.inf:
+            raise DataError(f"--seconds {job.seconds} is no length of a clip: give above 0")
+        longest = round(samples)
+        # Only audio is read here, so a clip may be shorter than the model's buffer.
+        audio = cfg.audio.model_copy(update={"chunk_size": longest})
+        cfg = cfg.model_copy(update={"audio": audio})
+    dataset = open_dataset(job.dataset_type, job.data_path, cfg, training=False)
+    return Evaluator(
+        model, dataset, job.metrics, baselines=job.baselines, limit=job.limit,
+        longest=longest if job.dataset_type != 3 else None, delay=job.delay, seed=job.seed,
+    )  # fmt: skip
 
 
 class Evaluation(NamedTuple):
@@ -220,12 +203,12 @@ def evaluate_part(
     whole ("1/1"), finds all scores and writes the rest: before, None is returned. The scores, to
     the four decimals that are kept, do not depend on parts or the number of processes (None: the
     cores of this machine). `page` is for report.html, `progress` for a bar on stderr. DiffbufError
-    as in `Job.evaluator`; for a clip that cannot be read; a folder that is in use or belongs to
+    as in `make_evaluator`; for a clip that cannot be read; a folder that is in use or belongs to
     another evaluation; or a process that was killed.
     """
     if processes is not None and processes < 1:
         raise ConfigError(f"--processes {processes}: give at least 1")
-    evaluator, folder = job.evaluator(), Path(results_path)
+    evaluator, folder = make_evaluator(job), Path(results_path)
     mine = take_part(evaluator.batches(job.batch_size), part)
     home = folder if part == "1/1" else folder / "parts" / part.replace("/", "-")
     lock = FolderLock(home)
@@ -322,7 +305,7 @@ def _score_batch(evaluator: Evaluator, indices: Sequence[int]) -> Batch:
     return rows, dict(evaluator.seconds)
 
 
-_evaluator_of = functools.cache(Job.evaluator)
+_evaluator_of = functools.cache(make_evaluator)
 
 
 def _score_in_process(job: Job, threads: int, indices: list[int]) -> Batch:

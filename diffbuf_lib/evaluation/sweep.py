@@ -27,10 +27,11 @@ from diffbuf_lib.data.audio import write_bytes
 from diffbuf_lib.data.build import take_part
 from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.evaluation.baselines import NOISY, OURS
-from diffbuf_lib.evaluation.evaluate import Job, evaluate_folder
+from diffbuf_lib.evaluation.evaluate import evaluate_folder
 from diffbuf_lib.evaluation.page import Mark, cell, draw_panels
 from diffbuf_lib.evaluation.scores import label_of, write_csv
 from diffbuf_lib.model import load_model
+from diffbuf_lib.options import Job
 from diffbuf_lib.trace import format_table
 from diffbuf_lib.training import train
 

@@ -29,7 +29,7 @@ from diffbuf_lib.training.feed import Batch, ClipSource, EpochPlan, Stream, seed
 from diffbuf_lib.training.memory import explain_out_of_memory, is_out_of_memory
 from diffbuf_lib.training.step import Engine, Outcome
 
-FORMAT = 3
+FORMAT = 4
 _KEPT = 3  # capsules of a run: the first one tells most, and a resumed run needs its newest
 
 
@@ -157,7 +157,7 @@ class Failures:
             "scale": engine.scale if outcome is None else outcome.scale,
             "device": engine.accelerator.device.type,
             "threads": torch.get_num_threads(),
-            "contiguous": getattr(model, "memory_format", None) is torch.contiguous_format,
+            "memory_format": getattr(model, "memory_format", "channels_last"),
             "config": self.cfg.to_dict(),
             "versions": {"diffbuf": diffbuf_lib.__version__, "torch": str(torch.__version__)},
         }

@@ -280,6 +280,30 @@ class ClipReader(Dataset[Any]):
         return DataError(f"a process that reads clips died at {names}: {fix}")
 
 
+@dataclass(frozen=True)
+class Feed:
+    """One process's batches, in the plan's order."""
+
+    reader: ClipReader
+    plan: EpochPlan
+    rank: int  # of the process
+    device: torch.device
+
+    def read(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (mix, target) of an epoch's rounds from `start` on, on the CPU."""
+        self.reader.dataset.set_epoch(epoch)
+        clips = self.plan.batches(epoch, self.rank, start)
+        seed = stream_seed(self.plan.seed, Stream.WORKERS, epoch, self.rank)
+        return self.reader.read(clips, seed, pin_memory=self.device.type == "cuda")
+
+    def batch(self, waves: Sequence[torch.Tensor], epoch: int, round_: int) -> Batch:
+        """Bring what was read of a round to the device, with the generators of its noise."""
+        mix, target = (wave.to(self.device, non_blocking=True) for wave in waves)
+        keys = [(epoch, position) for position in self.plan.positions(round_, self.rank)]
+        generators = example_generators(keys, self.plan.seed, Stream.EXAMPLE, self.device)
+        return Batch(mix, target, generators, self.plan.share(round_, self.rank))
+
+
 def clip_error(name: str, error: Exception) -> DataError:
     """Return the error of a clip that cannot be read: one line with its name."""
     if isinstance(error, DataError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -26,30 +26,20 @@ LR_RANGE = (1e-6, 1.0)
 _FEWEST = 10  # steps of a range test
 
 
+Read = tuple[tuple[Tensor, Tensor], int, int]  # mix and target on the CPU, epoch, round
+
+
 class Rehearsal(NamedTuple):
     """What a run would begin with, in one process."""
 
-    cfg: Config
     engine: Engine
-    plan: feed.EpochPlan
-    reader: feed.ClipReader
+    feed: feed.Feed
 
-    def read(self) -> Iterator[tuple[Tensor, Tensor, list[tuple[int, int]]]]:
-        """Yield (mix, target, keys of their noise) of every batch on the CPU, without end."""
-        seed, cuda = self.cfg.training.seed, self.engine.accelerator.device.type == "cuda"
+    def read(self) -> Iterator[Read]:
+        """Yield what `Feed.batch` takes of every batch, without end."""
         for epoch in itertools.count():
-            self.reader.dataset.set_epoch(epoch)
-            key = feed.stream_seed(seed, feed.Stream.WORKERS, epoch, 0)
-            clips = self.plan.batches(epoch, 0)
-            for round_, waves in enumerate(self.reader.read(clips, key, pin_memory=cuda)):
-                yield *waves, [(epoch, position) for position in self.plan.positions(round_, 0)]
-
-    def batch(self, mix: Tensor, target: Tensor, keys: Sequence[tuple[int, int]]) -> feed.Batch:
-        """Return what `read` gave on the model's device."""
-        device, seed = self.engine.accelerator.device, self.cfg.training.seed
-        generators = feed.example_generators(keys, seed, feed.Stream.EXAMPLE, device)
-        mix, target = (wave.to(device, non_blocking=True) for wave in (mix, target))
-        return feed.Batch(mix, target, generators)
+            for round_, waves in enumerate(self.feed.read(epoch)):
+                yield waves, epoch, round_
 
 
 @contextmanager
@@ -67,7 +57,8 @@ def rehearsal(
             apply_weights(model, load_weights(start_check_point), start_check_point)
         model.set_memory_format(memory_format)
         engine = Engine(cfg, model, accelerator, total_steps=plan.steps)
-        yield Rehearsal(cfg, engine, plan, feed.ClipReader(train_set, training.num_workers))
+        reader = feed.ClipReader(train_set, training.num_workers)
+        yield Rehearsal(engine, feed.Feed(reader, plan, 0, accelerator.device))
 
 
 class RangeTest(NamedTuple):
@@ -113,7 +104,7 @@ def find_lr(
     ConfigError for an epoch of too few steps.
     """
     with rehearsal(cfg, train_set, device, start_check_point) as stage:
-        engine, plan = stage.engine, stage.plan
+        engine, plan = stage.engine, stage.feed.plan
         if (steps := min(steps, plan.steps)) < _FEWEST:
             what = f"an epoch of {plan.size} clips has {steps} steps, and {_FEWEST} are needed"
             raise ConfigError(f"{what}: lower training.batch_size {cfg.training.batch_size}")
@@ -125,7 +116,7 @@ def find_lr(
             for group in engine.optimizer.param_groups:
                 group["lr"] = float(lr)
             feed.seed_everything(cfg.training.seed, feed.Stream.STEP, step, 0)  # for dropout
-            engine.step([stage.batch(*next(batches)) for _ in range(plan.accumulation)])
+            engine.step([stage.feed.batch(*next(batches)) for _ in range(plan.accumulation)])
             loss = _loss(stage, probe)
             if not math.isfinite(loss) or loss > first + max(3 * (first - best), abs(first)):
                 break
@@ -136,6 +127,6 @@ def find_lr(
 
 
 @torch.no_grad()
-def _loss(stage: Rehearsal, probe: tuple[Tensor, Tensor, list[tuple[int, int]]]) -> float:
-    batch, model = stage.batch(*probe), stage.engine.model.eval()
+def _loss(stage: Rehearsal, probe: Read) -> float:
+    batch, model = stage.feed.batch(*probe), stage.engine.model.eval()
     return float(model(batch.mix, batch.target, generator=batch.generators))

@@ -145,7 +145,8 @@ class Run:
             else:
                 set_memory_format(self.memory_format)
             self.engine = Engine(cfg, model, self.accelerator, self.total)
-        self.reader = feed.ClipReader(train_set, training.num_workers)
+        reader = feed.ClipReader(train_set, training.num_workers)
+        self.feed = feed.Feed(reader, self.plan, self.rank, self.accelerator.device)
         self.batches: Iterator[tuple[Tensor, Tensor]] | None = None  # the rest of this epoch's
         place = self.engine, self.plan, train_set, self.rank
         self.failures = Failures(cfg, self.folder.path, *place)
@@ -252,16 +253,9 @@ class Run:
         return dataclasses.replace(record, valid=result.values)
 
     def _next_batch(self, round_: int) -> feed.Batch:
-        seed, device = self.cfg.training.seed, self.accelerator.device
         if self.batches is None:
-            self.reader.dataset.set_epoch(self.epoch)
-            clips = self.plan.batches(self.epoch, self.rank, start=round_)
-            key = feed.stream_seed(seed, feed.Stream.WORKERS, self.epoch, self.rank)
-            self.batches = self.reader.read(clips, key, pin_memory=device.type == "cuda")
-        mix, target = (wave.to(device, non_blocking=True) for wave in next(self.batches))
-        keys = [(self.epoch, position) for position in self.plan.positions(round_, self.rank)]
-        generators = feed.example_generators(keys, seed, feed.Stream.EXAMPLE, device)
-        return feed.Batch(mix, target, generators, self.plan.share(round_, self.rank))
+            self.batches = self.feed.read(self.epoch, round_)
+        return self.feed.batch(next(self.batches), self.epoch, round_)
 
     def _make_step(self, attempt: Attempt) -> Outcome:
         seed = self.cfg.training.seed
@@ -273,7 +267,7 @@ class Run:
                 what = f"step {attempt.step}: another process of the run has gone ({reason(error)})"
                 raise DiffbufError(f"{what}: --resume goes on from the last checkpoint") from error
             # A reader's death is told by a signal: no fault of the step.
-            known = self.reader.death(error) or self.failures.raised(attempt, error)
+            known = self.feed.reader.death(error) or self.failures.raised(attempt, error)
             if known is error:
                 raise
             raise known from error

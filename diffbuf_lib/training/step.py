@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diffbuf_lib.config import Config, TrainingConfig
-from diffbuf_lib.model import resolve_device
+from diffbuf_lib.model import FORMATS, resolve_device
 from diffbuf_lib.training import feed
 from diffbuf_lib.training.metrics import mean_scores, score_clips
 from diffbuf_lib.training.optimizer import make_optimizer, make_scheduler
@@ -232,11 +232,10 @@ def fastest_format(cfg: Config, accelerator: Accelerator) -> tuple[str, str]:
     if accelerator.device.type != "cpu" or half or width < 128 or training.deterministic:
         return "channels_last", ""
     layer = nn.Conv2d(width, width, 3, padding=1)
-    taken: dict[str, list[float]] = {"channels_last": [], "contiguous": []}
-    formats = dict(zip(taken, (torch.channels_last, torch.contiguous_format), strict=True))
-    for name in 5 * list(taken):  # of each, the first one also sets things up
-        layer.to(memory_format=formats[name])  # type: ignore[call-overload]
-        x = torch.ones(1, width, 64, 64).contiguous(memory_format=formats[name])
+    taken: dict[str, list[float]] = {name: [] for name in FORMATS}
+    for name in 5 * list(FORMATS):  # of each, the first one also sets things up
+        layer.to(memory_format=FORMATS[name])  # type: ignore[call-overload]
+        x = torch.ones(1, width, 64, 64).contiguous(memory_format=FORMATS[name])
         started = time.perf_counter()
         layer(x.requires_grad_()).sum().backward()
         taken[name].append(time.perf_counter() - started)

@@ -108,11 +108,11 @@ def time_steps(
         def make(steps: int) -> None:
             for number in range(steps):
                 batches = []
-                for _ in range(stage.plan.accumulation):
+                for _ in range(stage.feed.plan.accumulation):
                     with watch("waiting for data"):
                         waves = next(clips)
                     with watch("copying"):
-                        batches.append(stage.batch(*waves))
+                        batches.append(stage.feed.batch(*waves))
                 seed_everything(cfg.training.seed, Stream.STEP, number, 0)
                 engine.step(batches)
 
@@ -127,6 +127,6 @@ def time_steps(
         if valid_set is not None and len(valid_set):
             with watch("validation"):
                 validate(cfg, engine.ema.module, valid_set, accelerator)
-            every = cfg.training.valid_every * stage.plan.steps
+            every = cfg.training.valid_every * stage.feed.plan.steps
             seconds["validation"] = watch.seconds["validation"] / every
         return Timing(cfg, accelerator.device, seconds)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from diffbuf_lib.evaluation import compare_folders, evaluate_folder, evaluate_part
-from diffbuf_lib.evaluation.evaluate import Evaluator
+from diffbuf_lib.evaluation.evaluate import Evaluator, make_evaluator
 from diffbuf_lib.evaluation.scores import read_scores
 from diffbuf_lib.model import load_model
 from diffbuf_lib.training.feed import Stream, example_generators
@@ -134,7 +134,7 @@ def test_wrong_use_is_refused_before_any_work(job, tmp_path):
 
 
 def test_batches_are_of_like_lengths_and_no_longer_than_asked(job):
-    clips = job.evaluator()
+    clips = make_evaluator(job)
     assert clips.batches(2) == [[5, 4], [1, 3], [0, 2]]
     assert clips.batches(3, seconds=1.9) == [[5, 4], [1, 3], [0], [2]]
 
