@@ -19,6 +19,7 @@ from diffbuf_lib.streaming import OnlineEnhancer
 GraphPrecision = Literal["fp32", "fp16", "int8"]
 Format = Literal["onnx", "executorch"]
 HOPS = 500  # that the graph is compared over
+SMALL = 256  # numbers: tensors with fewer stay in float32
 
 
 class Exported(NamedTuple):
@@ -48,8 +49,8 @@ def export_model(
     model: DiffusionBufferModel,  # in float32 on the CPU, with a network that streams
     folder: str | Path,
     *,
-    # Of weights, and of products where the runtime can: fp16 or, for the matrix products, int8,
-    # both at the price of an error.
+    # fp16: of the weights in the file, which is half as large; int8: of matrix products; both at
+    # the price of an error.
     precision: GraphPrecision = "fp32",
     delay: int | None = None,  # d, 1 to B frames, of a data-prediction model; None for B
     format: Format = "onnx",  # executorch: one stream, for a phone's program; no run.py
@@ -109,13 +110,22 @@ def _about(model: DiffusionBufferModel, delay: int | None) -> dict[str, object]:
 
 
 def _convert(graph: Path, precision: GraphPrecision) -> None:
-    if precision == "fp16":
-        import onnx
-        from onnxruntime.transformers.float16 import convert_float_to_float16
-
-        onnx.save(convert_float_to_float16(onnx.load(graph), keep_io_types=True), graph)
-    else:
+    if precision == "int8":
         from onnxruntime.quantization import quantize_dynamic
 
         quantize_dynamic(graph, graph.with_name("int8.onnx"))
         graph.with_name("int8.onnx").replace(graph)
+        return
+    # Not the runtime's converter: it also takes inputs and states to float16, where the squares in
+    # a running level are zero.
+    import onnx
+
+    model = onnx.load(graph)
+    for weight in model.graph.initializer:
+        values, name = onnx.numpy_helper.to_array(weight), weight.name
+        if values.dtype == np.float32 and values.size >= SMALL:
+            half = onnx.numpy_helper.from_array(values.astype(np.float16), f"{name}.half")
+            weight.CopyFrom(half)
+            cast = onnx.helper.make_node("Cast", [half.name], [name], to=onnx.TensorProto.FLOAT)
+            model.graph.node.insert(0, cast)
+    onnx.save(model, graph)
