@@ -79,6 +79,9 @@ def build_config(
         raise ConfigError(_one_line(f"{source}: {problems}")) from None
     except RecursionError:
         raise ConfigError(f"{source} is nested too deeply, or holds itself") from None
+    except UnicodeEncodeError as error:  # pydantic's, of a message about what is no text
+        told = error.object.encode("utf-8", "backslashreplace").decode()
+        raise ConfigError(_one_line(f"{source}: {told}")) from None
 
 
 class Section(

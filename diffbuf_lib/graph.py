@@ -135,11 +135,12 @@ def worst_error(
             level = 10 ** (-1.5 - 1.5 * math.cos(hop * math.pi / 100))
             R = level * torch.randn(*shape, dtype=torch.complex64, generator=generator)
             z = sampler.draw(R, generator)
-            same = with_tensors(state, [_real(tensor).clone() for tensor in tensors(state)])
+            copies = [_real(tensor).clone() for tensor in tensors(state)]
+            same = with_tensors(state, copies)
             expected = [sampler.move(state, R, z), *tensors(state)]
             found = [graph.move(same, R, z), *tensors(same)]
-            pairs = zip(expected, found, strict=True)
-            errors.append(torch.stack([(a - b).abs().max() for a, b in pairs]))
+            differences = [a - b for a, b in zip(expected, found, strict=True)]
+            errors.append(torch.stack([d.abs().max() for d in differences]))
             peaks.append(torch.stack([a.abs().max() for a in expected]))
     peak = torch.stack(peaks).amax(dim=0).clamp_min(1e-9)
     return float((torch.stack(errors).amax(dim=0) / peak).max())

@@ -45,6 +45,7 @@ def test_overrides_win_in_order_and_leave_the_original():
         ("sde.diffusion.gamma=1", "c, theta"),  # is of another SDE
         ("sde={type: ouve, diffusion: {gama: 1}}", "sde.diffusion.gamma?"),
         ("nonsense=1", "plugins, audio"),
+        (r'training.metric_for_scheduler="\ud800\udc00"', r"\ud800\udc00 is not in ['si_sdr']"),
         ("diffusion_buffer.buffer_size=80", "63 STFT frames"),
         ("diffusion_buffer.buffer_size=0", "Buffer size must be at least 1."),
         ("diffusion_buffer.num_frames=7", "num_frames 7"),

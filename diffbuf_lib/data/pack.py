@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import shutil
 import tarfile
 import zlib
@@ -87,13 +88,15 @@ def write_shards(
     """Write the clips `make(0)`, `make(1)`, ...; `remove` the folders of their files then."""
     if clips < 1:
         raise DataError(f"--clips {clips}: a shard holds at least 1")
-    longest = max(len(name.encode()) for name in names)
+    count = len(names)
     digest = hashlib.sha256("\0".join(names).encode()).hexdigest()
-    made_of = {"format": 1, "clips": len(names), "a_shard": clips, "names": digest}
+    made_of = {"format": 1, "clips": count, "a_shard": clips, "names": digest}
     build.claim(out / "pack.json", made_of)
-    rows = [shard_path(out, k).with_suffix(".npy") for k in range(-(-len(names) // clips))]
-    todo = [k for k in build.take_part(range(len(rows)), part) if not rows[k].exists()]
-    write = partial(_write_shard, out, len(names), make, clips, row_type(longest), remove)
+    shards = math.ceil(count / clips)
+    rows = [shard_path(out, k).with_suffix(".npy") for k in range(shards)]
+    todo = [k for k in build.take_part(range(shards), part) if not rows[k].exists()]
+    dtype = row_type(max(len(name.encode()) for name in names))
+    write = partial(_write_shard, out, count, make, clips, dtype, remove)
     build.run_parallel(write, todo, processes or build.cores(), desc="shards", disable=not progress)
     if all(path.exists() for path in rows):
         _save(out / INDEX, np.concatenate([np.load(path) for path in rows]))

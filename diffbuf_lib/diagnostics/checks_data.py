@@ -127,11 +127,19 @@ def _ratio_db(wave: Tensor, other: Tensor) -> float:
 def measure(wave: Tensor) -> WaveFacts:
     """Measure a signal [C, T], full scale 1."""
     clean = wave.double().nan_to_num(0.0, 0.0, 0.0)
-    peak, rms = float(clean.abs().max()), float(clean.square().mean().sqrt())
-    dc, silent = max(clean.mean(dim=-1).tolist(), key=abs), peak < SILENCE_PEAK
-    offset = 0.0 if silent else abs(dc) / rms
-    clipped = float((clean.abs() >= _FULL_SCALE).double().mean())
-    return WaveFacts(peak, rms, dc, offset, clipped, int((~wave.isfinite()).sum()), silent)
+    peak = float(clean.abs().max())
+    rms = float(clean.square().mean().sqrt())
+    dc = max(clean.mean(dim=-1).tolist(), key=abs)
+    silent = peak < SILENCE_PEAK
+    return WaveFacts(
+        peak=peak,
+        rms=rms,
+        dc=dc,
+        offset=0.0 if silent else abs(dc) / rms,
+        clipped=float((clean.abs() >= _FULL_SCALE).double().mean()),
+        nonfinite=int((~wave.isfinite()).sum()),
+        silent=silent,
+    )
 
 
 def shared_targets(first: Any, second: Any) -> list[tuple[str, str]]:
