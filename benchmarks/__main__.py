@@ -1,7 +1,7 @@
 """Measure everything in one run, print a table, write results/bench.json.
 
-Machines are shared and noisy, so what is compared is measured in the same run, and the fastest of
-several repetitions counts.
+Machines are shared and noisy, so values to be compared are measured in the same run, and the
+fastest of several repetitions counts.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def bench_data() -> list[Row]:
-    """Samples a second of DNLMDataset, files in the page cache, one process."""
+    """Samples per second of DNLMDataset, files in the page cache, one process."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         generator = torch.Generator().manual_seed(0)
@@ -85,7 +85,7 @@ def bench_data() -> list[Row]:
 
 
 def bench_perturb() -> list[Row]:
-    """The perturbed input of a batch of 32, noise and times not counted, then counted."""
+    """The perturbed input of a batch of 32, first without, then with drawing noise and times."""
     cfg = load_config(CONFIG)
     sde = make_sde(cfg.sde)
     S, Y = (torch.randn(32, BINS, FRAMES, dtype=torch.complex64) for _ in range(2))
@@ -131,7 +131,7 @@ def bench_networks() -> list[Row]:
 
 
 def bench_enhance() -> list[Row]:
-    """Online enhancement, the whole of it for one frame: V, one network call, one reverse step."""
+    """All of online enhancement for one frame: V, one network call, one reverse step."""
     rows = []
     for name in ("ncsnpp", "conv"):
         model = _model(name)
@@ -171,7 +171,7 @@ def conv_gflops() -> float:
 
 
 def best(function: Callable[[], Any], repeats: int) -> float:
-    """Return the shortest of `repeats` times in seconds, after one call that is not counted."""
+    """Return the shortest of `repeats` times in seconds, after one warm-up call."""
     function()
     times = []
     for _ in range(repeats):
@@ -193,7 +193,7 @@ AREAS: dict[str, Callable[[], list[Row]]] = {
 
 
 def describe_machine() -> dict[str, str]:
-    """Say what the numbers were measured on."""
+    """Describe the machine that the numbers were measured on."""
     cpu = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if _is_linux() else []:
         if line.startswith("model name"):

@@ -1,4 +1,4 @@
-"""What looking costs: statistics beside a training step, hooks that are off, the doctor's time."""
+"""The cost of diagnostics: statistics in a training step, inactive hooks, the doctor."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def bench_diagnostics() -> list[Measurement]:
 
 
 def _statistics(config: str) -> list[Measurement]:
-    """Compare steps by the time of one processor, which other programs hardly disturb."""
+    """Compare steps by CPU time on one thread, which other programs hardly disturb."""
     cfg = load_config(config)
     torch.manual_seed(0)
     model = DiffusionBufferModel(cfg)

@@ -1,6 +1,6 @@
-"""What only a GPU shows: parity with the CPU, memory, failures, processes, speed: `make gpu-check`.
+"""Checks that need a GPU: CPU parity, memory, failures, processes, speed (`make gpu-check`).
 
-    python -m benchmarks.gpu                 # says so in one line where there is no GPU
+    python -m benchmarks.gpu                 # says so in one line if there is no GPU
     python -m benchmarks.gpu --device cpu    # a rehearsal: the same code, tiny, on the CPU
 
 A check has a limit and passes or fails; a speed has none. Under ten minutes on one GPU. The table
@@ -56,7 +56,7 @@ class Row:
 
 
 class Clips:
-    """Tones under noise, of a config's length; clip `bad` holds a NaN."""
+    """Tones under noise, as long as the config says; clip `bad` contains a NaN."""
 
     def __init__(self, cfg: Config, size: int = 64, bad: int | None = None) -> None:
         self.length, self.size, self.bad = cfg.audio.chunk_size, size, bad
@@ -91,12 +91,12 @@ class Bench:
         return load_config(path, [*PLAIN, *(() if self.on_gpu else TINY), *overrides])
 
     def wait(self) -> None:
-        """Wait until the GPU has done what it was given."""
+        """Wait until the GPU has finished its work."""
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, run: Callable[[], Any], repeats: int = 10) -> float:
-        """Return the median time of a call, after three that do not count."""
+        """Return the median time of a call, after three warm-up calls."""
         repeats, warm = (repeats, 3) if self.on_gpu else (1, 0)
         times = []
         for i in range(warm + repeats):
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         begun = time.perf_counter()
         try:
             rows += list(area(bench))
-        except Exception as error:  # the other checks still tell something
+        except Exception as error:  # the other checks are still useful
             rows.append(
                 Row(f"{area.__name__}: {type(error).__name__} {error}"[:120], 0, "", ok=False)
             )
@@ -187,7 +187,7 @@ def precision(bench: Bench) -> Iterator[Row]:
 
 
 def memory(bench: Bench) -> Iterator[Row]:
-    """The doctor's estimate beside what a step takes, and a step that cannot fit."""
+    """The doctor's estimate against a step's real memory, and a step that cannot fit."""
     if not bench.on_gpu:
         return
     for batch in (2, 8):
@@ -228,7 +228,7 @@ def capsules(bench: Bench) -> Iterator[Row]:
 
 
 def repeatability(bench: Bench) -> Iterator[Row]:
-    """Two runs, and a run that was stopped: equal weights, to the bit."""
+    """Two runs, and a run that was stopped: bit-identical weights."""
     for deterministic in (False, True):
         change = f"training.deterministic={str(deterministic).lower()}"
         cfg = bench.cfg(STREAMING, "training.batch_size=2", "training.num_steps=6",
@@ -256,7 +256,7 @@ def repeatability(bench: Bench) -> Iterator[Row]:
 
 
 def processes(bench: Bench) -> Iterator[Row]:
-    """Train under torchrun, on one process and on one a GPU."""
+    """Train under torchrun, with one process and with one per GPU."""
     count = torch.cuda.device_count() if bench.on_gpu else 1
     for number in sorted({1, count}):
         with tempfile.TemporaryDirectory() as folder:
@@ -272,7 +272,7 @@ def processes(bench: Bench) -> Iterator[Row]:
 
 
 def training_speed(bench: Bench) -> Iterator[Row]:
-    """Clips a second of a training step, each switch by itself beside the plain step."""
+    """Clips per second of a training step, each switch separately against the plain step."""
     size = 16 if bench.on_gpu else 1
     cfg = bench.cfg(TRAINING, f"training.batch_size={size}")
 
@@ -321,7 +321,7 @@ def training_speed(bench: Bench) -> Iterator[Row]:
 
 
 def stream_speed(bench: Bench) -> Iterator[Row]:
-    """A hop by itself, in a CUDA graph, and how many streams one device keeps up with."""
+    """A hop by itself and in a CUDA graph, and how many streams one device keeps up with."""
     cfg = bench.cfg(STREAMING)
     model = _model(cfg).to(bench.device).eval()
     hop = cfg.audio.stft.hop_length
@@ -352,7 +352,7 @@ AREAS = (parity, precision, memory, capsules, repeatability, processes, training
 
 
 class _Fixed:
-    """Noise that is drawn on the CPU, so that both devices get the same."""
+    """Noise drawn on the CPU, so that both devices get the same."""
 
     def __init__(self) -> None:
         self.generator = torch.Generator().manual_seed(2)
@@ -364,7 +364,7 @@ class _Fixed:
 def _model(cfg: Config) -> DiffusionBufferModel:
     torch.manual_seed(0)
     model = DiffusionBufferModel(cfg)
-    for parameter in model.parameters():  # zero-initialised layers would hide what precedes them
+    for parameter in model.parameters():  # zero-initialised layers would hide earlier ones
         if parameter.ndim > 1 and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
     return model

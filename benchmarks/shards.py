@@ -19,7 +19,7 @@ from diffbuf_lib.data import open_dataset, pack_folder, write_audio
 from diffbuf_lib.training.feed import ClipReader
 
 _CLIPS, _BATCH = 512, 32
-_PACE = 50  # clips a second that a training step takes
+_PACE = 50  # clips per second that training consumes
 
 
 def bench_shards() -> Iterator[tuple[str, float, str, str]]:
@@ -64,7 +64,7 @@ def _speed(where: str, cache_gb: float = 10.0) -> float:
 
 
 def _waiting(where: str) -> float:
-    """Return the share of time that steps of a steady pace wait for their batch."""
+    """Return the share of time that steps at a steady pace wait for their batch."""
     batches = ClipReader(_open(where, 0.0), num_workers=1).read(_batches())
     next(batches)  # the reader has started
     waited, begun = 0.0, time.perf_counter()

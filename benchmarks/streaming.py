@@ -1,4 +1,4 @@
-"""What a frame of a stream costs: with the history kept, and recomputed as the authors do."""
+"""The cost of a frame of a stream: with the history cached, and recomputed as the authors do."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def frame_times(best: Best, matmul: float) -> Iterator[tuple[str, float, str, st
 
 
 def journals_network(best: Best) -> Iterator[tuple[str, float, str, str]]:
-    """Yield what the journal's network takes for a frame, and for a window of 128 frames."""
+    """Yield the time of the journal's network for a frame, and for a window of 128 frames."""
     model = stream_model("journal_bc_ncsnpp")
     seconds, flop = one_frame(model.sampler(), best, 5)
     yield "bc_ncsnpp, frame", 1e3 * seconds, "ms", f"{flop:.1f} GFLOP, B 16"
@@ -82,8 +82,8 @@ def journals_network(best: Best) -> Iterator[tuple[str, float, str, str]]:
 def rivals() -> Iterator[tuple[str, float, str, str]]:
     """Yield the real-time factors of the bundled model and of small rivals, in turn, on one thread.
 
-    Streams of ours and of GTCRN go hop by hop; the C libraries of the others work at
-    48 kHz, and the time counts that resampling takes.
+    Our model and GTCRN run hop by hop; the C libraries of the others work at 48 kHz, and the time
+    for resampling is included.
     """
     seconds, rate, rounds = 4, 16000, 5
     wave = 0.1 * torch.randn(seconds * rate, generator=torch.Generator().manual_seed(0))
@@ -107,9 +107,9 @@ def rivals() -> Iterator[tuple[str, float, str, str]]:
 
 
 def in_own_process() -> Iterator[tuple[str, float, str, str]]:
-    """Yield `gains`, measured where nothing else has run, as in a stream's own process.
+    """Yield `gains`, measured in a fresh process, like that of a stream.
 
-    What a process has freed before decides how the C library hands out memory, and with it how
+    What a process has freed before affects how the C library allocates memory, and therefore how
     fast a recomputed frame, which needs megabytes, can be.
     """
     code = "import json; from benchmarks.streaming import gains; print(json.dumps([*gains()]))"
@@ -122,13 +122,13 @@ def in_own_process() -> Iterator[tuple[str, float, str, str]]:
 
 
 def gains() -> Iterator[tuple[str, float, str, str]]:
-    """Yield what the cache saves at K = 128, with all threads and with one.
+    """Yield the cache's speed-up at K = 128, with all threads and with one.
 
-    Ten frames of each kind in turn, many times, and the median frame of each: what else the machine
-    does then slows all kinds alike.
+    Ten frames of each kind in turn, many times, and the median frame of each, so that other load
+    on the machine slows all kinds equally.
     """
     model = stream_model("block_causal_cpu")
-    for parameter in model.parameters():  # else its last layers are zero, and so is every error
+    for parameter in model.parameters():  # or its last layers are zero, and so is every error
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
     wishes: tuple[tuple[str, bool, Precision], ...] = (
@@ -170,7 +170,7 @@ def medians(functions: list[Callable[[], Any]], rounds: int, each: int = 10) -> 
 
 
 def frame(sampler: BufferSampler) -> Callable[[], Any]:
-    """Return what takes one frame in, on a stream of its own."""
+    """Return a function that feeds one frame into a stream of its own."""
     R, state = torch.randn(1, BINS, dtype=torch.complex64), sampler.start(1, BINS)
 
     def step() -> None:

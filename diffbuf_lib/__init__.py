@@ -1,7 +1,7 @@
 """diffbuf: a workbench for the Diffusion Buffer, online diffusion-based speech enhancement.
 
-Public names are imported when they are first asked for, so that `import diffbuf_lib`, and with it
-every `diffbuf ... --help`, runs without torch.
+Public names are imported on first access, so `import diffbuf_lib`, and hence every
+`diffbuf ... --help`, runs without torch.
 """
 
 from __future__ import annotations

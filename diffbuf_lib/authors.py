@@ -1,8 +1,8 @@
-"""Checkpoints of the method's authors (github.com/sp-uhh/Diffusion-Buffer) as folders of ours.
+"""Checkpoints of the method's authors (github.com/sp-uhh/Diffusion-Buffer) as our models.
 
-Facts of their files: Lightning's `state_dict`; `hyper_parameters`, the values of their command
-line, among which are classes of their package; `ema`, torch_ema's state, whose `shadow_params` are
-the averaged weights in the order of the parameters. Nothing in a file is ever executed.
+Their files hold Lightning's `state_dict`; `hyper_parameters`, the values of their command line,
+which include classes of their package; and `ema`, torch_ema's state, whose `shadow_params` are the
+averaged weights in the order of the parameters. Nothing in a file is ever executed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from diffbuf_lib.training.folder import apply_weights, load_tensors, plain_names
 
 
 class Imported(NamedTuple):
-    """A model, and in words which of the weights it has and what was left out."""
+    """A model, and notes that say which weights it has and what was left out."""
 
     model: DiffusionBufferModel
     notes: list[str]
@@ -35,14 +35,14 @@ class Imported(NamedTuple):
 def import_checkpoint(path: str | Path, *, raw: bool = False) -> Imported:
     """Read a Lightning checkpoint of the authors' branches interspeech_submission or main.
 
-    `raw` takes the weights as training left them, instead of the averaged ones. CheckpointError for
-    no such file, or one that is damaged, not theirs, or of a network or option that is not here.
+    `raw` takes the weights as training left them, instead of the averaged ones. Raises
+    CheckpointError for a file that is missing, damaged, not theirs, or has an unsupported option.
     """
     path, unknown = Path(path), set[str]()
     content = load_tensors(path, "checkpoint", pickle_module=_inert_pickle(unknown))
     hyper = content.get("hyper_parameters") if isinstance(content, dict) else None
     if not isinstance(hyper, dict) or not isinstance(content.get("state_dict"), dict):
-        what = "no Lightning checkpoint: it lacks state_dict or hyper_parameters"
+        what = "not a Lightning checkpoint: it lacks state_dict or hyper_parameters"
         raise CheckpointError(f"{path} is {what}; weights alone are for --start_check_point")
     notes: list[str] = []
     try:
@@ -74,7 +74,7 @@ _SAFE = {
 
 
 class _Inert:
-    """Takes the place of any object of a class that is not in `_SAFE`, and does nothing."""
+    """Stands in for any object whose class is not in `_SAFE`, and does nothing."""
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
         return object.__new__(cls)
@@ -84,11 +84,11 @@ class _Inert:
 
     def _nothing(self, *_: Any, **__: Any) -> None: ...
 
-    __init__ = __setstate__ = __setitem__ = append = extend = _nothing  # what pickles call
+    __init__ = __setstate__ = __setitem__ = append = extend = _nothing  # what unpickling calls
 
 
 def _inert_pickle(unknown: set[str]) -> Any:
-    """Return what `torch.load` takes for the pickle module; names of other classes are noted."""
+    """Return a stand-in for `torch.load`'s pickle module, which adds other classes to `unknown`."""
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
@@ -102,7 +102,7 @@ def _inert_pickle(unknown: set[str]) -> Any:
     return SimpleNamespace(__name__="inert", Unpickler=Unpickler)
 
 
-# Their command line's values as a config of ours.
+# Their command line's values as our config.
 
 _TAKEN = {
     "lr": "training.lr",
@@ -123,7 +123,7 @@ _SDES = {  # their options, and ours
     "bbed": {"theta": "theta", "k": "k"},
     "ouve": {"theta": "gamma", "sigma_min": "sigma_min", "sigma_max": "sigma_max"},
 }
-_MUST_BE = {  # nothing here does what other values ask for
+_MUST_BE = {  # other values are not supported here
     **dict.fromkeys(("discriminative", "abs_pe", "bwr"), False),
     **dict.fromkeys(("causal", "fir"), True),
     **dict.fromkeys(("dilation_freq", "num_resnet_blocks"), 1),
@@ -134,15 +134,15 @@ _MUST_BE = {  # nothing here does what other values ask for
 
 
 def _config_tree(hyper: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    """Make our nested dictionaries of theirs flat ones; what deserves a look goes to `notes`."""
+    """Turn their flat dictionary into our nested one; add what to look at to `notes`."""
     backbone, get = hyper.get("backbone"), hyper.get
     if "diff_buffer_range" not in hyper or backbone not in ("ncsnpp", "bc_ncsnpp"):
-        what = f"backbone {backbone!r:.40} with SDE {get('sde')!r:.40} is no Diffusion Buffer's"
-        why = "networks of sgmse know one diffusion time for the utterance, and lack Conv_time"
+        what = f"backbone {backbone!r:.40} with SDE {get('sde')!r:.40} is not a Diffusion Buffer's"
+        why = "networks of sgmse have one diffusion time per utterance, and lack Conv_time"
         raise ConfigError(f"{what} (ncsnpp or bc_ncsnpp): {why}")
     for key, value in _MUST_BE.items():
         if get(key, value) != value:
-            raise ConfigError(f"{key} {get(key)!r:.40} of {backbone} is not here, only {value!r}")
+            raise ConfigError(f"{key} {get(key)!r:.40} of {backbone} does not work, only {value!r}")
     low, high = hyper["diff_buffer_range"]
     size, t_max = low if high - low == 1 else hyper["diff_buffer_length_inference"], 1.0
     if get("sde") == "bbed" and (t_max := hyper["T_sampling"]) != 1:
@@ -165,7 +165,7 @@ def _config_tree(hyper: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
         "audio.stft.window": _one_of(hyper, "window", windows),
         "model.name": backbone,
         "model.output_scale": _one_of(hyper, "output_scale", scales),
-        # Their scale is a view of their times, in which they set history frames to 1: so the
+        # Their scale is a view of their times, in which they set history frames to 1, so the
         # network was trained, and is evaluated, with history at t = 1.
         "model.history_time": float(hyper["output_scale"] == "time"),
         "diffusion_buffer.buffer_size": size,
@@ -183,40 +183,40 @@ def _config_tree(hyper: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
 
 
 def _widths(hyper: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of `model` that say how wide and deep it is."""
+    """Return the keys of `model` that set its width and depth."""
     if hyper["backbone"] == "ncsnpp":
         base, multipliers, blocks = hyper["nf"], hyper["ch_mult"], hyper["num_res_blocks"]
         if len(multipliers) > 4:
-            raise ConfigError(f"ch_mult {multipliers}: attention from a fifth level on is not here")
+            raise ConfigError(f"ch_mult {multipliers}: attention at a fifth level is not supported")
     else:
         channels, strides = hyper["channels"], hyper["strides"]
         base, blocks = channels[0], 1
         multipliers = [c // base for c in channels]
         odd = [c for c in channels if c % base or c % 32]
         if odd or strides != [2] * (len(channels) - 1):
-            want = "multiples of 32 and of the first, and strides of 2"
-            raise ConfigError(f"channels {channels}, strides {strides} are not here, only {want}")
+            want = "multiples of 32 and of the first, with strides of 2, work"
+            raise ConfigError(f"channels {channels}, strides {strides}: only {want}")
     return {"base_channels": base, "channel_multipliers": multipliers, "num_res_blocks": blocks}
 
 
 def _one_of(hyper: Mapping[str, Any], key: str, choices: Mapping[str, Any]) -> Any:
     value = hyper.get(key)
     if not isinstance(value, str) or value not in choices:
-        raise ConfigError(f"{key} {value!r:.40} is not here: {' or '.join(choices)}")
+        raise ConfigError(f"{key} {value!r:.40} is not supported: take {' or '.join(choices)}")
     return choices[value]
 
 
 # Their tensors under our names.
 
-_CONSTANTS = ("counts", "inv_div")  # of their norms, which are no parameters
+_CONSTANTS = ("counts", "inv_div")  # of their norms, which are not parameters
 
 
 def _chosen(content: Mapping[str, Any], raw: bool, notes: list[str]) -> dict[str, Tensor]:
-    """Return the network's weights by their names: averaged ones, or those beside them."""
+    """Return the network's weights by name: the averaged ones, or with `raw` the others."""
     state = {n: t for n, t in content["state_dict"].items() if isinstance(t, Tensor)}
-    state = {n: t for n, t in state.items() if "dnn." in n} or state  # beside it: a loss's windows
+    state = {n: t for n, t in state.items() if "dnn." in n} or state  # the rest: a loss's windows
     state = plain_names(state)
-    # Saved at a validation, `state_dict` holds the averaged weights too, and these the others.
+    # If saved during validation, `state_dict` also holds the averaged weights; `ema` the others.
     chosen = content.get("ema", {}).get("collected_params" if raw else "shadow_params")
     averaged = "as training left them" if raw else "averaged" if chosen else "none is averaged"
     notes.append(f"weights: {averaged}")
@@ -224,15 +224,15 @@ def _chosen(content: Mapping[str, Any], raw: bool, notes: list[str]) -> dict[str
         return state
     names = [n for n in state if n.rpartition(".")[2] not in _CONSTANTS]
     if len(chosen) != len(names):  # some versions of torch_ema keep only what is trained
-        names = [n for n in names if ".NIN_" in n or not n.endswith(".W")]  # the frequencies
+        names = [n for n in names if ".NIN_" in n or not n.endswith(".W")]  # no frequencies
     if [t.shape for t in chosen] != [state[n].shape for n in names]:
-        counts = f"{len(chosen)} averaged weights are not those of its {len(names)} parameters"
-        raise ConfigError(f"its {counts}; --raw takes the others")
+        counts = f"{len(chosen)} averaged weights do not match its {len(names)} parameters"
+        raise ConfigError(f"its {counts}; --raw uses the others")
     return {**state, **dict(zip(names, chosen, strict=True))}
 
 
 def _joined(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Make one 1x1 convolution of attention's NIN_0 to NIN_2, [in, out] each, and one of NIN_3."""
+    """Merge attention's NIN_0 to NIN_2, [in, out], into one 1x1 convolution; NIN_3 is another."""
     joined = {name: tensor for name, tensor in weights.items() if ".NIN_" not in name}
     for first in (name for name in weights if name.endswith(".NIN_0.W")):
         prefix = first.removesuffix(".NIN_0.W")
@@ -257,25 +257,25 @@ _LEAVES = {"gain": "weight", "W": "frequencies"}
 def _renamed(
     weights: Mapping[str, Tensor], names: Mapping[str, str], network: nn.Module, path: Path
 ) -> dict[str, Tensor]:
-    """Give the tensors of their modules, `names`, the names and shapes of ours."""
+    """Give their tensors our names and shapes; `names` maps their modules to ours."""
     ours, found, strange = network.state_dict(), dict[str, Tensor](), list[str]()
     for name, tensor in weights.items():
         module, _, leaf = name.rpartition(".")
         target = f"{names.get(module)}.{_LEAVES.get(leaf, leaf)}"
         if target in ours:
-            shape = ours[target].shape  # a norm's is [1, C, 1, 1] there, a 1x1's may lack the ones
+            shape = ours[target].shape  # theirs: norms [1, C, 1, 1]; a 1x1 may lack the ones
             same = tensor.squeeze().shape == ours[target].squeeze().shape
             found[target] = tensor.reshape(shape) if same else tensor
         elif leaf not in _CONSTANTS:
             strange.append(name)
     if strange:
         what = f"{len(strange)} tensors, first {strange[0]}"
-        raise CheckpointError(f"{path}: its hyper_parameters' network has no place for {what}")
+        raise CheckpointError(f"{path}: the network of hyper_parameters has no place for {what}")
     return found
 
 
 def _ncsnpp_names(network: Any) -> dict[str, str]:
-    """Return, for their modules in a numbered list, ours: both run in the same order."""
+    """Map their modules, a numbered list, to ours: both run in the same order."""
     order = ["embed_time", "embed_time.hidden", "embed_time.out", "first"]
     for i, down in enumerate(network.down):
         order += [f"down.{i}.blocks.{j}" for j in range(len(down.blocks))]
@@ -300,7 +300,7 @@ def _ncsnpp_names(network: Any) -> dict[str, str]:
 
 
 def _bc_ncsnpp_names(network: Any) -> dict[str, str]:
-    """Return, for their modules, ours."""
+    """Map their modules to ours."""
     names = {
         "temp_enc": "embed_time",
         "temp_enc.lin_layer1.lin_layer": "embed_time.hidden",

@@ -1,7 +1,7 @@
-"""How `diffbuf ...` and `python train.py ...` are run; the commands stand in `commands`.
+"""Entry points of `diffbuf ...` and `python train.py ...`; the commands are in `commands`.
 
-Nothing heavier than pydantic is imported before a command is understood: help and a wrong flag
-come at once.
+Nothing heavier than pydantic is imported before the command line is parsed, so that help and
+errors about flags appear at once.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def train_main() -> None:
 
 
 def run(command: Callable[[], Any]) -> None:
-    """Run a command; errors of ours are one line and exit status 2, Ctrl-C is 130."""
+    """Run a command; our errors print one line and exit with status 2, Ctrl-C with 130."""
     faulthandler.enable()
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    for stream in (sys.stdout, sys.stderr):  # file names need not be text of the terminal's
+    for stream in (sys.stdout, sys.stderr):  # the terminal may not encode all file names
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -53,13 +53,13 @@ def run(command: Callable[[], Any]) -> None:
 
 
 def parse(command: type[Command], args: Sequence[str], prog: str) -> Command:
-    """Return a command that has read its flags; `--set a=1 b=2` is `--set a=1 --set b=2`."""
+    """Parse the flags of a command; `--set a=1 b=2` means `--set a=1 --set b=2`."""
     spread: list[str] = []
     setting = False
     for part in args:
         for flag, instead in getattr(command, "instead", {}).items():
             if re.fullmatch(flag, part):
-                raise ConfigError(f"{part} is not here: {instead}")
+                raise ConfigError(f"{part} is not supported: {instead}")
         if part.startswith("-"):
             setting = part == "--set" or part.startswith("--set=")
         elif setting and "=" in part and spread[-1] != "--set":

@@ -1,6 +1,6 @@
 """What the commands of `diffbuf` do, and their flags.
 
-A command imports what it needs when it runs: its help needs no torch.
+A command imports what it needs when it runs, so that its help needs no torch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from diffbuf_lib.options import Job, Recipe, Scoring
 from diffbuf_lib.pretrained import DEFAULT as DEFAULT_MODEL
 from diffbuf_lib.registry import Registry
 
-say = tqdm.write  # above a progress bar
+say = tqdm.write  # prints above a progress bar
 COMMANDS = Registry("command")
 Overrides = Annotated[
     UseAppendAction[tuple[str, ...]],
@@ -50,11 +50,11 @@ class Command:
             COMMANDS.add(name, cls)
 
     def __call__(self) -> None:
-        """Do it."""
+        """Run the command."""
         raise NotImplementedError
 
     def flags(self, *without: str) -> dict[str, Any]:
-        """Return the flags by name, but some."""
+        """Return the flags by name, except `without`."""
         return {name: value for name, value in vars(self).items() if name not in without}
 
 
@@ -63,37 +63,37 @@ class Train(Command, name="train"):
 
     config_path: Path  # YAML config of the experiment
     results_path: Path  # folder for checkpoints, logs and the model
-    data_path: tuple[str, ...]  # training data: folders, or shards also at s3://, gs://, https://
+    data_path: tuple[str, ...]  # training data: folders, or shards, also at s3://, gs://, https://
     valid_path: tuple[str, ...] = ()  # validation data; without it nothing is validated
     model_type: Literal["diffusion_buffer"] = "diffusion_buffer"  # the only one
     dataset_type: int = 1  # 1 sample_*/{mixture,vocals}.wav; 2 clean/, noisy/; 3 speech/, noise/
-    device_ids: tuple[int, ...] = (0,)  # one GPU; for several start with torchrun; or the CPU
+    device_ids: tuple[int, ...] = (0,)  # one GPU, or the CPU if there is none; torchrun for several
     num_workers: int | None = None  # processes that read files (training.num_workers)
     metrics: tuple[str, ...] | None = None  # scores of the validation (training.metrics)
     metric_for_scheduler: str | None = None  # the one that counts (training.metric_for_scheduler)
-    start_check_point: Path | None = None  # checkpoint or model folder: the first weights
-    resume: bool = False  # go on with the run in results_path, or training.mirror
-    resume_if_any: bool = False  # the same, or begin one if there is none
+    start_check_point: Path | None = None  # checkpoint or model folder with the initial weights
+    resume: bool = False  # continue the run in results_path, or training.mirror
+    resume_if_any: bool = False  # the same, or start a run if there is none
     pre_valid: bool = False  # validate before the first step, too
-    pin_memory: bool = False  # always so with a GPU; taken for the sake of old commands
-    wandb_key: str = ""  # for the tracker wandb: WANDB_API_KEY
+    pin_memory: bool = False  # always on with a GPU; accepted for old commands
+    wandb_key: str = ""  # WANDB_API_KEY; turns on the tracker wandb
     seed: int | None = None  # training.seed
     max_steps: int | None = None  # optimizer steps at most (training.num_steps)
-    skip_doctor: bool = False  # start without looking at machine, data and config first
+    skip_doctor: bool = False  # start without checking machine, data and config first
     log_shapes: bool = False  # print shapes, types, devices and ranges of the first batch
-    log_stats: int = 0  # steps from one report of every stage to the next, in TensorBoard too
+    log_stats: int = 0  # steps between reports on every stage, also in TensorBoard
     on_nonfinite: Literal["stop", "skip"] | None = None  # at NaN or Inf (training.on_nonfinite)
-    overfit_batches: int | None = None  # only the first batches, to see whether it learns at all
-    find_batch_size: bool = False  # train with the largest batch that fits into the memory
+    overfit_batches: int | None = None  # only the first N batches, to see if it learns at all
+    find_batch_size: bool = False  # train with the largest batch that fits into memory
     overrides: Overrides = ()
-    instead: ClassVar[dict[str, str]] = {  # of flags of Music-Source-Separation-Training
+    instead: ClassVar[dict[str, str]] = {  # for flags of Music-Source-Separation-Training
         r"--train_lora": "train all weights from --start_check_point, with a small training.lr",
         r"--use_\w+_loss": "choose one loss: --set training.loss=score (or data_prediction, ...)",
     }
 
     def __call__(self) -> None:
-        # A scheduler may ask more than once: the first signal stops the command, as Ctrl-C, and
-        # what comes while it ends for that changes nothing.
+        # A scheduler may send several signals: the first stops the command, like Ctrl-C, and those
+        # that arrive while it is stopping are ignored.
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
         asked = _Interrupt()
         before = [signal.signal(number, asked) for number in numbers]
@@ -142,7 +142,7 @@ class Train(Command, name="train"):
             if main_process:
                 step = saved_step(self.results_path)
                 what = "nothing is saved" if step is None else f"saved at step {step}"
-                say(f"stopped; {what}; the same command with --resume goes on from there")
+                say(f"stopped; {what}; the same command with --resume continues from there")
             raise
         if main_process:
             for finding in check_history(self.results_path):
@@ -150,10 +150,10 @@ class Train(Command, name="train"):
         say(f"model: {self.results_path / 'model'}")
 
     def _config(self) -> Config:
-        """Return the config with the flags in it; `--set` has the last word."""
+        """Return the config with the flags applied; `--set` takes precedence."""
         if (count := len(self.device_ids)) > 1:
             raise ConfigError(
-                f"--device_ids names {count} GPUs, and one process drives one: start "
+                f"--device_ids names {count} GPUs, but one process uses one GPU: start "
                 f"torchrun --nproc_per_node {count} train.py ... without --device_ids"
             )
         keys = ["num_workers", "metrics", "metric_for_scheduler", "seed", "on_nonfinite"]
@@ -176,7 +176,7 @@ class Train(Command, name="train"):
         return cfg.override(f"training.batch_size={size}")
 
     def _ask_doctor(self, *examined: Any, device: str) -> None:
-        """Print warnings and errors, a line each; stop on an error."""
+        """Print warnings and errors, one per line; stop on an error."""
         from diffbuf_lib.diagnostics import examine, has_error
 
         findings = examine(*examined, device=device, results_path=self.results_path)
@@ -184,11 +184,11 @@ class Train(Command, name="train"):
             if finding.severity in ("error", "warning"):
                 print(f"doctor: {finding.line()}", file=sys.stderr)
         if has_error(findings):
-            print("doctor: not started; --skip_doctor starts all the same", file=sys.stderr)
+            print("doctor: not started; --skip_doctor starts it anyway", file=sys.stderr)
             sys.exit(1)
 
     def _recorded(self, cfg: Config) -> Any:
-        """Return a model that tells about its batches."""
+        """Return a model that reports on its batches."""
         from diffbuf_lib.diagnostics.watch import RecordingModel
 
         board = self.results_path / "tensorboard" / "stats"
@@ -202,7 +202,7 @@ class _Interrupt:
         self.armed = True
 
     def disarm(self) -> None:
-        """Let the training that runs stop by itself."""
+        """Leave it to the running training to stop."""
         self.armed = False
 
     def __call__(self, *_: object) -> None:
@@ -212,14 +212,14 @@ class _Interrupt:
 
 
 class Launch(Request, Command, name="launch"):
-    """Write a job that trains, and goes on where it stopped, for Slurm, SkyPilot or torchrun."""
+    """Write a job for Slurm, SkyPilot or torchrun that trains, and resumes where it stopped."""
 
-    kind: Positional[Literal["slurm", "skypilot", "torchrun"]]  # who starts it
+    kind: Positional[Literal["slurm", "skypilot", "torchrun"]]  # what starts the job
     config_path: Positional[Path]  # YAML config of the experiment
     data_path: str  # training data, as in train
     results_path: Path  # folder for the job, checkpoints, logs and the model
     train: str = ""  # further flags of train, in quotes
-    submit: bool = False  # hand it over at once
+    submit: bool = False  # submit the job at once
     overrides: Overrides = ()
 
     def __call__(self) -> None:
@@ -230,7 +230,7 @@ class Launch(Request, Command, name="launch"):
 
 
 class Doctor(Command, name="doctor"):
-    """Look at machine, data, config and model before training; exit status 1 on an error."""
+    """Check machine, data, config and model before training; exit status 1 on an error."""
 
     config_path: Path  # YAML config of the experiment
     data_path: tuple[str, ...]  # training data, as in train
@@ -238,7 +238,7 @@ class Doctor(Command, name="doctor"):
     dataset_type: int = 1  # as in train
     results_path: Path | None = None  # where the run will write; default: the current folder
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    json: bool = False  # print JSON for machines
+    json: bool = False  # print JSON instead of a table
     overrides: Overrides = ()
 
     def __call__(self) -> None:
@@ -262,12 +262,12 @@ class Rehearsing(Command):
     config_path: Path  # YAML config of the experiment
     data_path: tuple[str, ...]  # training data, as in train
     dataset_type: int = 1  # as in train
-    start_check_point: Path | None = None  # checkpoint or model folder: the first weights
+    start_check_point: Path | None = None  # checkpoint or model folder with the initial weights
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     overrides: Overrides = ()
 
     def opened(self) -> tuple[Any, ...]:
-        """Return what a rehearsal is of: config, training set and device."""
+        """Return the config, training set and device of a rehearsal."""
         from diffbuf_lib.data import open_datasets
 
         cfg = load_config(self.config_path, self.overrides)
@@ -276,10 +276,10 @@ class Rehearsing(Command):
 
 
 class LrFind(Rehearsing, name="lr-find"):
-    """Propose a learning rate: try all of them within one epoch at most, and draw the loss."""
+    """Propose a learning rate: try a range of them within at most one epoch, and plot the loss."""
 
     output: Annotated[Path, arg(aliases=["-o"])] = Path("lr-find.png")  # the only file it writes
-    steps: int = 100  # of the epoch, at most
+    steps: int = 100  # steps at most, within one epoch
 
     def __call__(self) -> None:
         from diffbuf_lib.figures import lr_range
@@ -294,17 +294,17 @@ class LrFind(Rehearsing, name="lr-find"):
         best, asked = found.lrs[found.lowest], cfg.training.lr
         print(f"{cfg.training.optimizer}: the loss is lowest at {best:.1e}, and worse above")
         if found.proposed is None:
-            print("it does not fall: see train.py --overfit_batches, and diffbuf doctor")
+            print("the loss does not fall: see train.py --overfit_batches, and diffbuf doctor")
         else:
             print(f"it falls fastest at --set training.lr={found.proposed:.1e} (now {asked:.1e})")
         print(self.output)
 
 
 class Profile(Rehearsing, name="profile"):
-    """Say where a training step's time goes, and which key to change."""
+    """Show where a training step's time goes, and which key to change."""
 
     valid_path: tuple[str, ...] = ()  # validation data; without it validation is left out
-    steps: int = 20  # measured, after three others
+    steps: int = 20  # steps to measure, after three others
     trace: Path | None = None  # file for torch's trace (.json), for ui.perfetto.dev
 
     def __call__(self) -> None:
@@ -323,9 +323,9 @@ class Profile(Rehearsing, name="profile"):
 
 
 class Replay(Command, name="replay"):
-    """Repeat a failed training step, module by module to the first bad value.
+    """Repeat a failed training step, module by module up to the first bad value.
 
-    Exit status 0 if it fails where it failed then, 1 if not.
+    Exit status 0 if it fails at the same place again, 1 if not.
     """
 
     capsule_dir: Positional[Path]  # a capsule_<step> folder of training's results folder
@@ -347,7 +347,7 @@ class Replay(Command, name="replay"):
 class Enhance(Command, name="enhance"):
     """Enhance a file, or every file below a folder that libsndfile reads, as a stream.
 
-    In a folder, what is there already is not made again, and bad files are listed at the end.
+    In a folder, existing outputs are kept, and bad files are listed at the end.
     """
 
     source: Positional[Path]  # file or folder, of any sample rate and length
@@ -355,10 +355,10 @@ class Enhance(Command, name="enhance"):
     model: str = DEFAULT_MODEL  # folder of a trained model, a run's folder, or a name
     channels: Literal["mono", "keep"] = "mono"  # average them, or enhance each by itself
     repair: bool = False  # take NaN and Inf samples as zeros instead of refusing the file
-    overwrite: bool = False  # make outputs again that are there
+    overwrite: bool = False  # make existing outputs again
     seed: int = 0  # of the diffusion noise
     device: str = "auto"  # auto, cpu or cuda
-    backend: Literal["torch", "onnx"] = "torch"  # onnx: faster on a CPU, of a block_causal model
+    backend: Literal["torch", "onnx"] = "torch"  # onnx: faster on a CPU, for a block_causal model
 
     def __call__(self) -> None:
         from diffbuf_lib.enhance import FilesFailedError, enhance_path
@@ -384,16 +384,16 @@ class Stream(Command, name="stream"):
     output: Positional[Path] = Path("-")  # .wav or .flac file; - for stdout
     model: str = DEFAULT_MODEL  # folder of a trained model, a run's folder, or a name
     realtime: bool = False  # feed a file at its own pace
-    rate: int | None = None  # Hz, of raw PCM on stdin; default: the model's, which it must be
+    rate: int | None = None  # Hz, of raw PCM on stdin; default: the model's, others are refused
     channels: int = 1  # of raw PCM on stdin
     repair: bool = False  # take NaN and Inf samples as zeros instead of refusing the file
     delay: int | None = None  # output delay, 1 to buffer_size frames (data prediction)
-    threads: int | None = None  # of torch; default: 1 or its own number, as a short test decides
-    compiled: bool = False  # one graph of a block_causal model: a minute to start, then faster
+    threads: int | None = None  # of torch; default: 1 or torch's own number, by a short test
+    compiled: bool = False  # compile a block_causal model: a minute to start, then faster
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: for the network of a block_causal model
     seed: int = 0  # of the diffusion noise
     device: Literal["file", "mic"] = "file"  # mic: microphone to headphones, until Ctrl-C
-    backend: Literal["torch", "onnx", "auto"] = "torch"  # auto: the faster, as a short test decides
+    backend: Literal["torch", "onnx", "auto"] = "torch"  # auto: the faster in a short test
 
     def __call__(self) -> None:
         import torch
@@ -429,12 +429,12 @@ class Stream(Command, name="stream"):
 
 
 class Export(Command, name="export"):
-    """Write a graph of a model's hop, and for ONNX a script that streams it without torch."""
+    """Export a model's hop as a graph, for ONNX with a script that streams it without torch."""
 
     model: Positional[str]  # folder of a trained model, a run's folder, or a name
     output: Annotated[Path, arg(aliases=["-o"])]  # folder
     precision: Literal["fp32", "fp16", "int8"] = "fp32"  # of the graph; its error is printed
-    format: Literal["onnx", "executorch"] = "onnx"  # the runtime's
+    format: Literal["onnx", "executorch"] = "onnx"  # of the graph's runtime
     delay: int | None = None  # output delay, 1 to buffer_size frames (data prediction)
 
     def __call__(self) -> None:
@@ -446,11 +446,11 @@ class Export(Command, name="export"):
 
 
 class ServeBench(Command, name="serve-bench"):
-    """Count the streams that one core keeps up with in one call, every deadline kept."""
+    """Count the streams that one core can run in one call with every deadline met."""
 
     model: str = DEFAULT_MODEL  # folder of a trained model, a run's folder, or a name
-    backends: tuple[Literal["torch", "onnx"], ...] = ("torch", "onnx")  # to try
-    hops: int = 125  # that are timed
+    backends: tuple[Literal["torch", "onnx"], ...] = ("torch", "onnx")  # backends to time
+    hops: int = 125  # hops to time
 
     def __call__(self) -> None:
         import torch
@@ -472,9 +472,9 @@ class ServeBench(Command, name="serve-bench"):
 class Evaluate(Job, Command, name="evaluate"):
     """Score a model on a dataset, beside the noisy input and other methods."""
 
-    results_path: Path | None = None  # scores, report.html; a stopped evaluation goes on there
-    part: str = "1/1"  # of a job array: 2/8 scores the second of eight shares
-    processes: int | None = None  # how many work side by side; default: this machine's cores
+    results_path: Path | None = None  # scores, report.html; a stopped evaluation resumes there
+    part: str = "1/1"  # share of a job array: 2/8 scores the second of eight shares
+    processes: int | None = None  # worker processes; default: this machine's cores
     overrides: Overrides = ()
 
     def __call__(self) -> None:
@@ -488,7 +488,7 @@ class Evaluate(Job, Command, name="evaluate"):
                 processes=self.processes, page=self.results_path is not None, progress=True,
             )  # fmt: skip
         if found is None:
-            print(f"part {self.part} is scored: the last one writes the results")
+            print(f"part {self.part} is scored: the last part writes the results")
             return
         print(overview(found.summary, found.timing))
         if self.results_path is not None:
@@ -499,7 +499,7 @@ class Compare(Command, name="compare"):
     """Compare two evaluations of the same clips, paired clip by clip."""
 
     a: Positional[Path]  # results folder of an evaluation
-    b: Positional[Path]  # another; what is shown is b - a
+    b: Positional[Path]  # another; differences are b - a
     method: str = "diffbuf"  # noisy, a baseline or diffbuf
     seed: int = 0  # of the bootstrap intervals
 
@@ -517,19 +517,19 @@ class Sweep(Scoring, Command, name="sweep"):
     """Plot quality against latency, or train a grid of small runs: sweep.csv and sweep.png."""
 
     models: tuple[str, ...] = ()  # folders of trained models, runs' folders, or names
-    results_path: Path  # folder for everything; a stopped sweep goes on when started again
+    results_path: Path  # folder for all output; a stopped sweep resumes when started again
     #: none: models as they were trained; auto: delay for data prediction, else buffer_size
     vary: Literal["auto", "buffer_size", "delay", "t_max", "none"] = "auto"
-    #: of what is varied; default: B of 5 10 20 30 60, d of 1 5 10 20 30 60 up to B, t_max of 0.3
+    #: values to try; default: buffer_size 5 10 20 30 60, delay 1 5 10 20 30 60 up to B, t_max 0.3
     #: 0.5 0.7 0.8 0.9
     values: tuple[float, ...] = ()
     metrics: tuple[str, ...] = ("pesq", "estoi", "si_sdr")  # as in evaluate
-    train: Path | None = None  # config of runs to train first, and to score as they were trained
-    train_path: tuple[str, ...] = ()  # their training data; data_path validates
+    train: Path | None = None  # config of runs to train first, then score as they were trained
+    train_path: tuple[str, ...] = ()  # training data of these runs; data_path is for validation
     #: the runs' config keys, each with its values: --over training.lr=1e-3,3e-3
     over: UseAppendAction[tuple[str, ...]] = ()
-    part: str = "1/1"  # of a job array: 2/8 trains the second of eight shares
-    processes: int | None = None  # how many score side by side; default: this machine's cores
+    part: str = "1/1"  # share of a job array: 2/8 trains the second of eight shares
+    processes: int | None = None  # worker processes for scoring; default: this machine's cores
 
     def __call__(self) -> None:
         from diffbuf_lib.evaluation.sweep import overview, run_sweep, train_grid
@@ -538,7 +538,7 @@ class Sweep(Scoring, Command, name="sweep"):
         if bool(models) == bool(self.train) or bool(self.train) != bool(self.train_path):
             raise ConfigError("give --models, or --train with --train_path")
         if (self.over or self.part != "1/1") if models else (self.values or self.vary != "auto"):
-            raise ConfigError("--over, --part go with --train, --vary, --values with --models")
+            raise ConfigError("--over, --part go with --train, and --vary, --values with --models")
         shared = {name: getattr(self, name) for name in (*Scoring.__dataclass_fields__, "metrics")}
         job = Job(model=models[0] if models else "", **shared)
         if self.train:
@@ -547,7 +547,7 @@ class Sweep(Scoring, Command, name="sweep"):
                 part=self.part, progress=True, say=say,
             )  # fmt: skip
             if found is None:
-                print(f"part {self.part} is trained: the last one writes the results")
+                print(f"part {self.part} is trained: the last part writes the results")
                 return
             models = tuple(found)
         points = run_sweep(
@@ -564,7 +564,7 @@ class Push(Command, name="push"):
     source: Positional[str]  # folder of a trained model, a run's folder, or a name
     name: Positional[str]  # owner/name on the hub
     evaluation: Path | None = None  # results folder of `diffbuf evaluate`, for the card's scores
-    private: bool = False  # only for its owner
+    private: bool = False  # visible only to its owner
     dry_run: bool = False  # send nothing; write what would be sent
     output: Path = Path("results/push")  # where --dry_run writes it
 
@@ -600,7 +600,7 @@ class DemoModel(Command, name="demo-model"):
 
     config_path: Path = Path("configs/demo_model.yaml")  # what to train
     data_path: Path = Path("data/pretraining")  # where the data is, or will be made
-    results_path: Path = Path("results/demo_model")  # the runs; an interrupted one goes on
+    results_path: Path = Path("results/demo_model")  # the runs; an interrupted one resumes
     overrides: Overrides = ()
 
     def __call__(self) -> None:
@@ -615,7 +615,7 @@ class DataDemo(Command, name="data demo"):
     out_path: Positional[Path] = Path("data/DN-LM-demo")  # folder to make
     train: int = 192  # training clips of 1 s
     valid: int = 12  # validation clips of 1 s
-    seed: int = 0  # of everything drawn
+    seed: int = 0  # of all random draws
 
     def __call__(self) -> None:
         build_demo = _recipe("demo.demo_set").build_demo
@@ -625,15 +625,15 @@ class DataDemo(Command, name="data demo"):
 class DataBuild(Recipe, Command, name="data build"):
     """Make DN-LM from a LibriSpeech-shaped tree and a folder of drone noise.
 
-    The same bytes for any number of processes; a stopped build goes on when started again.
+    The output bytes do not depend on the number of processes; rerun to resume a stopped build.
     """
 
-    speech_path: Path  # speech, .wav or .flac at any depth, a speaker a folder
+    speech_path: Path  # speech, .wav or .flac at any depth, one folder per speaker
     noise_path: Path  # noise, .wav or .flac
     out_path: Path  # folder to make
-    part: str = "1/1"  # of a job array: 2/8 makes the second of eight shares
-    shards: int = 0  # write shards of so many clips instead of folders, as `data pack` does
-    processes: int | None = None  # how many work side by side; default: this machine's cores
+    part: str = "1/1"  # share of a job array: 2/8 makes the second of eight shares
+    shards: int = 0  # write shards of this many clips, as `data pack` does, not folders
+    processes: int | None = None  # worker processes; default: this machine's cores
 
     def __call__(self) -> None:
         from diffbuf_lib.data import build_dnlm
@@ -650,9 +650,9 @@ class DataPack(Command, name="data pack"):
 
     source: Positional[Path]  # folder of dataset_type 1 or 2, or one of train/, valid/, test/
     out_path: Annotated[Path, arg(aliases=["-o"])]  # folder to make
-    clips: int = 1000  # in a shard
-    part: str = "1/1"  # of a job array: 2/8 writes the second of eight shares
-    processes: int | None = None  # how many work side by side; default: this machine's cores
+    clips: int = 1000  # clips per shard
+    part: str = "1/1"  # share of a job array: 2/8 writes the second of eight shares
+    processes: int | None = None  # worker processes; default: this machine's cores
 
     def __call__(self) -> None:
         from diffbuf_lib.data.pack import pack_folder
@@ -661,7 +661,7 @@ class DataPack(Command, name="data pack"):
 
 
 class DataResample(Command, name="data resample"):
-    """Copy a dataset folder of any layout at another sample rate; a stopped copy goes on."""
+    """Copy a dataset folder of any layout at another sample rate; rerun to resume the copy."""
 
     source: Positional[Path]  # folder with audio at any depth
     out_path: Positional[Path]  # folder to make; audio becomes .wav of 32-bit floats
@@ -701,7 +701,7 @@ class PrintConfig(Command, name="config"):
 
 
 class ImportConfig(Command, name="config import"):
-    """Make a config of one of Music-Source-Separation-Training, with comments."""
+    """Convert a config of Music-Source-Separation-Training, with comments on what changed."""
 
     config_path: Positional[Path]  # their YAML; every command also takes it as it is
     output: Annotated[Path, arg(aliases=["-o"])]  # file to write
@@ -709,7 +709,7 @@ class ImportConfig(Command, name="config import"):
     def __call__(self) -> None:
         tree, source = read_tree(self.config_path), str(self.config_path)
         if not is_foreign(tree):
-            raise ConfigError(f"{source} is no config of another project: use it as it is")
+            raise ConfigError(f"{source} is not a config of another project: use it as it is")
         ours, table = translate(tree, {key for key, *_ in describe_keys()})
         build_config(ours, source=source)
         comment = "".join(f"# {line}\n" for line in [f"From {source}", *table.splitlines()])
@@ -719,11 +719,11 @@ class ImportConfig(Command, name="config import"):
 
 
 class Import(Command, name="import"):
-    """Make a model's folder of a checkpoint of the method's authors (sp-uhh/Diffusion-Buffer)."""
+    """Convert a checkpoint of the method's authors (sp-uhh/Diffusion-Buffer) to a model folder."""
 
     checkpoint: Positional[Path]  # their .ckpt; nothing in it is executed
     output: Annotated[Path, arg(aliases=["-o"])]  # folder to make, for --model and the like
-    raw: bool = False  # the weights as training left them, instead of the averaged ones
+    raw: bool = False  # use the weights as training left them, not the averaged ones
 
     def __call__(self) -> None:
         from diffbuf_lib.authors import import_checkpoint
@@ -745,9 +745,9 @@ def _recipe(name: str) -> Any:
 
 @contextmanager
 def _new(output: Path) -> Iterator[None]:
-    """Write a file or folder that must not be there yet."""
+    """Guard the writing of a file or folder that must not exist yet."""
     if output.exists():
-        raise ConfigError(f"{output} is there already: choose another --output")
+        raise ConfigError(f"{output} already exists: choose another --output")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         yield

@@ -1,4 +1,4 @@
-"""Typed configs: one YAML file an experiment, checked before anything runs.
+"""Typed configs: one YAML file per experiment, checked before anything runs.
 
 `load_config(path, overrides)` reads a YAML file into a frozen `Config`; unknown keys are refused
 with the nearest valid name, and values that contradict each other (a buffer longer than the clip)
@@ -31,17 +31,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     `overrides` are `key.path=value` strings, applied in order; the value is read as YAML.
 
-    ConfigError: no such file, not YAML, an unknown key, or a value out of its limits.
+    Raises ConfigError for a missing file, invalid YAML, an unknown key or a value out of range.
     """
     path = Path(path)
     tree = read_tree(path)
     if is_foreign(tree):
         tree, table = translate(tree, {name for name, *_ in describe_keys()})
-        write = "a file of ours: diffbuf config import THEIRS.yaml -o OURS.yaml"
-        told = f"{path} is a config of Music-Source-Separation-Training, taken as it is\n{table}"
+        write = "to convert it: diffbuf config import THEIRS.yaml -o OURS.yaml"
+        told = f"{path} is a config of Music-Source-Separation-Training, used as it is\n{table}"
         warnings.warn(f"{told}\n{write}", stacklevel=2)
     tree = reduce(_with_override, overrides, tree)
-    # Here only: a config that came with someone's checkpoint or capsule imports nothing.
+    # Only here: the config in someone else's checkpoint or capsule must not import anything.
     plugins = tree.get("plugins")
     for plugin in plugins if isinstance(plugins, list) else ():  # else build_config refuses it
         try:
@@ -53,7 +53,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """Read a YAML file as it is, whatever project's; ConfigError if that cannot be."""
+    """Read a YAML file of any project unchanged; raises ConfigError if it cannot be read."""
     try:
         tree = _parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -67,11 +67,11 @@ def read_tree(path: Path) -> dict[str, Any]:
 
 
 def build_config(
-    tree: dict[str, Any],  # stays as it is
+    tree: dict[str, Any],  # is not modified
     overrides: Sequence[str] = (),
     source: str = "the config",  # what error messages call it
 ) -> Config:
-    """Check nested dictionaries; `load_config` without the file."""
+    """Build a `Config` from nested dictionaries, checked as by `load_config`."""
     try:
         return Config.model_validate(reduce(_with_override, overrides, tree))
     except pydantic.ValidationError as error:
@@ -79,7 +79,7 @@ def build_config(
         raise ConfigError(_one_line(f"{source}: {problems}")) from None
     except RecursionError:
         raise ConfigError(f"{source} is nested too deeply, or holds itself") from None
-    except UnicodeEncodeError as error:  # pydantic's, of a message about what is no text
+    except UnicodeEncodeError as error:  # from pydantic, for a message with invalid Unicode
         told = error.object.encode("utf-8", "backslashreplace").decode()
         raise ConfigError(_one_line(f"{source}: {told}")) from None
 
@@ -87,9 +87,9 @@ def build_config(
 class Section(
     pydantic.BaseModel, extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
 ):
-    """What every part of a config is: frozen, and closed to unknown keys."""
+    """Base class of every part of a config: frozen, and refuses unknown keys."""
 
-    # Pairs of keys, by their whole paths: the first is at most, or below, the second.
+    # Pairs of full key paths: the first value must be at most, or below, the second.
     at_most: ClassVar[tuple[tuple[str, str], ...]] = ()
     below: ClassVar[tuple[tuple[str, str], ...]] = ()
 
@@ -110,12 +110,12 @@ def key(default: Any, description: str, **limits: Any) -> Any:
 
 
 def _names(choices: Registry) -> pydantic.AfterValidator:
-    """Return what checks a name in a registry."""
+    """Return a validator that checks a name against a registry."""
     return pydantic.AfterValidator(lambda name: choices[name].name)
 
 
 def _own_keys(choices: Registry) -> pydantic.BeforeValidator:
-    """Return what checks the own keys of what the registry's key, beside them, chooses."""
+    """Return a validator for the own keys of the entry that the registry's key selects."""
 
     def check(given: Any, info: pydantic.ValidationInfo) -> Any:
         parent, _, by = choices.key.rpartition(".")
@@ -126,7 +126,7 @@ def _own_keys(choices: Registry) -> pydantic.BeforeValidator:
         try:
             return section.model_validate(given)
         except pydantic.ValidationError as error:
-            hint = f"with {choices.key} {name} the names are {', '.join(section.model_fields)}"
+            hint = f"the keys of {choices.key} {name} are {', '.join(section.model_fields)}"
             problems = [_describe(problem, section, path, hint) for problem in error.errors()[:5]]
             raise ValueError("; ".join(problems)) from None
 
@@ -154,7 +154,7 @@ class STFTConfig(Section):
 
 
 class AudioConfig(Section):
-    """What the wav files are."""
+    """Sample rate, clip length and STFT."""
 
     sample_rate: int = key(16000, "Hz; files of another rate are refused", ge=1000)
     chunk_size: int = key(16000, "samples of one training clip", ge=1)
@@ -177,29 +177,29 @@ class PreprocessingConfig(Section):
     """What happens between the STFT and the network."""
 
     magnitude_compression: CompressionConfig = CompressionConfig()
-    level_seconds: float | None = key(None, "s, of the level frames are divided by, or null", gt=0)
+    level_seconds: float | None = key(None, "s, running level to divide frames by; null: off", gt=0)
 
 
 class ModelConfig(Section):
     """The network."""
 
-    name: Annotated[str, _names(registry.NETWORKS)] = key("ncsnpp", "block_causal is for streams")
+    name: Annotated[str, _names(registry.NETWORKS)] = key("ncsnpp", "block_causal is for streaming")
     base_channels: int = key(96, "channels of the first level", ge=4, multiple_of=4)
     channel_multipliers: tuple[Annotated[int, pydantic.Field(ge=1)], ...] = key(
-        (1, 2, 2, 2), "not conv: base_channels times this, one a level", min_length=1
+        (1, 2, 2, 2), "width of each level as a multiple of base_channels (not conv)", min_length=1
     )
-    num_res_blocks: int = key(1, "not conv: residual blocks a level, going down", ge=1)
+    num_res_blocks: int = key(1, "residual blocks per level on the way down (not conv)", ge=1)
     num_layers: int = key(4, "conv: hidden 3x3 convolutions", ge=1)
     dropout: float = key(0.0, "probability", ge=0, lt=1)
-    data_scale: float | None = key(None, "size of spectra: V (with sigma) and Y are over it", gt=0)
+    data_scale: float | None = key(None, "size of spectra: divides Y and (with sigma) V", gt=0)
     output_scale: Literal["sigma", "time", "time_inside", "none"] = key(
-        "sigma", "the output is divided by it; time_inside: before ncsnpp's last layer"
+        "sigma", "what the output is divided by; time_inside: before ncsnpp's last layer"
     )
-    history_time: float = key(0.0, "ncsnpp, bc_ncsnpp: time of history; authors: 1", ge=0, le=1)
+    history_time: float = key(0.0, "(bc_)ncsnpp: time of history frames; authors: 1", ge=0, le=1)
     x0_output: Literal["spectrum", "mask"] = key(
         "spectrum", "data prediction: the output is x0_hat, or M in (1 + M) Y"
     )
-    options: Annotated[Any, _own_keys(registry.NETWORKS)] = key({}, "keys of a plugin's network")
+    options: Annotated[Any, _own_keys(registry.NETWORKS)] = key({}, "options of a plugin's network")
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
@@ -207,8 +207,8 @@ class ModelConfig(Section):
         networks = ("ncsnpp",) if inside else ("ncsnpp", "bc_ncsnpp")
         if (inside or self.history_time) and self.name not in networks:
             what = f"output_scale {self.output_scale} with history_time {self.history_time}"
-            fix = f"with model.name {self.name} take time and 0"
-            raise ValueError(f"{what} is of {' and '.join(networks)}: {fix}")
+            fix = f"with model.name {self.name} use output_scale time and history_time 0"
+            raise ValueError(f"{what} is only for {' and '.join(networks)}: {fix}")
         return self
 
 
@@ -216,18 +216,18 @@ class DiffusionBufferConfig(Section):
     """The buffer: the last B frames, at rising diffusion times."""
 
     buffer_size: int = key(20, "B, frames; the output delay is B - 1 hops")
-    buffers: int = key(1, "of a training clip, at its end; above 1 with model.name recurrent", ge=1)
-    num_frames: int | None = key(None, "K, frames of the window online; null: of chunk_size")
+    buffers: int = key(1, "per training clip, at its end; above 1 needs model.name recurrent", ge=1)
+    num_frames: int | None = key(None, "K, frames of the online window; null: those of chunk_size")
     t_eps: float = key(0.03, "smallest diffusion time of the buffer", gt=0, lt=1)
     t_max: float = key(0.8, "largest diffusion time of the buffer", gt=0, le=1)
     time_sampling: Literal["random", "linspace"] = key("random", "in training; elsewhere linspace")
-    leading_zeros: bool = key(True, "K - 1 zero frames before a training clip: it shows starts")
+    leading_zeros: bool = key(True, "K - 1 zero frames before a clip, to train on stream starts")
     at_most = (("diffusion_buffer.buffer_size", "diffusion_buffer.num_frames"),)
     below = (("diffusion_buffer.t_eps", "diffusion_buffer.t_max"),)
 
 
 class BBEDDiffusion(Section):
-    """g(t) = c k^t, with c given as itself or as sqrt(theta): never both."""
+    """g(t) = c k^t; give c or theta = c^2, but not both."""
 
     k: float = key(2.6, "base of the diffusion coefficient", ge=0.001, le=1000.0)
     c: float | None = key(None, "factor of the diffusion coefficient (paper)", gt=0, le=1000.0)
@@ -237,9 +237,9 @@ class BBEDDiffusion(Section):
     def _check(self) -> Self:
         if self.c is not None and self.theta is not None:
             fix = "c = sqrt(theta): remove sde.diffusion.c or sde.diffusion.theta"
-            raise ValueError(f"c {self.c} and theta {self.theta} are both given, and {fix}")
+            raise ValueError(f"c {self.c} and theta {self.theta} are both given, but {fix}")
         if self.k == 1:
-            raise ValueError("k 1 makes log k zero: take sde.diffusion.k such as 2.6")
+            raise ValueError("k 1 makes log k zero: use another sde.diffusion.k, such as 2.6")
         return self
 
 
@@ -264,10 +264,10 @@ class SDEConfig(Section):
 
 
 class DataConfig(Section):
-    """Pairs of files, and those that are mixed while training (dataset_type 3)."""
+    """Pairs of files, and files that are mixed during training (dataset_type 3)."""
 
-    pair_tolerance: int = key(400, "samples by which a pair may differ in length: cut", ge=0)
-    attenuation: float = key(0.0, "dB, most that a training clip is lowered by", ge=0, le=80)
+    pair_tolerance: int = key(400, "largest length difference of a pair, samples; trimmed", ge=0)
+    attenuation: float = key(0.0, "dB, largest drawn attenuation of a training clip", ge=0, le=80)
     snr_min: float = key(-30.0, "dB, smallest drawn SNR", ge=-100, le=100)
     snr_max: float = key(0.0, "dB, largest drawn SNR", ge=-100, le=100)
     distance_min: float = key(5.0, "m, nearest talker", ge=0.01, le=10000.0)
@@ -276,7 +276,7 @@ class DataConfig(Section):
     tilt: float = key(0.0, "dB per octave, largest drawn spectral tilt of the speech", ge=0, le=12)
     room_probability: float = key(0.0, "share of clips with speech in a room of rooms/", ge=0, le=1)
     cache_path: str | None = key(None, "folder for remote shards; null: ~/.cache/diffbuf")
-    cache_gb: float = key(10.0, "GB that it keeps of a set of shards at most", ge=0)
+    cache_gb: float = key(10.0, "GB, largest cache of a set of shards", ge=0)
     at_most = (("data.snr_min", "data.snr_max"), ("data.distance_min", "data.distance_max"))
 
 
@@ -284,24 +284,24 @@ class TrainingConfig(Section):
     """The training run."""
 
     loss: Annotated[str, _names(registry.LOSSES)] = key("score", "see diffbuf_lib.diffusion.losses")
-    own_estimate: float = key(0.0, "data_prediction: share of V from a first estimate", ge=0, le=1)
-    from_noisy: bool = key(False, "data_prediction: V of Y alone, at half own_estimate's cost")
-    snr_weight: float = key(0.0, "data_prediction: plus this times -SNR, dB, of the spectrum", ge=0)
+    own_estimate: float = key(0.0, "data_prediction: share of V from own estimates", ge=0, le=1)
+    from_noisy: bool = key(False, "data_prediction: V from Y alone; half the cost of own_estimate")
+    snr_weight: float = key(0.0, "data_prediction: weight of the spectrum's -SNR, dB", ge=0)
     optimizer: Annotated[str, _names(registry.OPTIMIZERS)] = key("adam", "of torch.optim, or muon")
-    optimizer_options: Annotated[Any, _own_keys(registry.OPTIMIZERS)] = key({}, "of a plugin's")
+    optimizer_options: Annotated[Any, _own_keys(registry.OPTIMIZERS)] = key({}, "plugin's options")
     lr: float = key(0.0001, "learning rate", gt=0)
     lr_schedule: Literal["plateau", "linear"] = key(
-        "plateau", "plateau: falls when validation stands still; linear: to zero in the last 70 %"
+        "plateau", "plateau: lowered when validation stalls; linear: to zero over the last 70 %"
     )
-    warmup_steps: int = key(0, "linear: steps in which lr rises", ge=0)
+    warmup_steps: int = key(0, "linear: steps over which lr rises", ge=0)
     weight_decay: float = key(0.0, "of the optimizer", ge=0)
-    batch_size: int = key(32, "clips a step and process", ge=1)
+    batch_size: int = key(32, "clips per step and process", ge=1)
     overfit_batches: int | None = key(
-        None, "only the first so many batches, uncropped anew, validated on too; null: all", ge=1
+        None, "train and validate on only the first N batches, with fixed crops; null: all", ge=1
     )
     accumulation_steps: int = key(1, "batches whose gradients make one step", ge=1)
     global_batch: int | None = key(
-        None, "clips a step of all processes: batch_size, accumulation_steps follow; or null", ge=1
+        None, "clips per step of all processes; sets batch_size, accumulation_steps; or null", ge=1
     )
     num_epochs: int = key(250, "epochs at most", ge=1)
     num_steps: int | None = key(None, "optimizer steps at most; null: no limit", ge=1)
@@ -312,39 +312,39 @@ class TrainingConfig(Section):
     seed: int = key(0, "of weights, crops, diffusion times and noise", ge=0)
     deterministic: bool = key(False, "torch.use_deterministic_algorithms")
     memory_format: Literal["auto", "channels_last", "contiguous"] = key(
-        "auto", "of images in memory; auto: a short test on a CPU decides, a resumed run keeps it"
+        "auto", "of 4-d tensors; auto: a short test on a CPU decides, and a resumed run keeps it"
     )
     num_workers: int = key(4, "processes that read files", ge=0)
-    on_nonfinite: Literal["stop", "skip"] = key("stop", "the run at a NaN or Inf, or the batch")
-    max_skipped: int = key(10, "batches that on_nonfinite=skip leaves out of a run at most", ge=0)
+    on_nonfinite: Literal["stop", "skip"] = key("stop", "NaN or Inf: stop the run or skip a batch")
+    max_skipped: int = key(10, "most batches that on_nonfinite=skip may skip in a run", ge=0)
 
     metrics: tuple[Annotated[str, _names(registry.METRICS)], ...] = key(
         ("si_sdr",), "scores of the enhanced validation clips", min_length=1
     )
-    metric_for_scheduler: str = key("si_sdr", "moves lr, stops, picks the best: loss or a metric")
-    patience: int = key(10, "validations without gain before lr is lowered", ge=0)
+    metric_for_scheduler: str = key("si_sdr", "for lr, early stop and best model: loss or a metric")
+    patience: int = key(10, "validations without improvement before lr is lowered", ge=0)
     reduce_factor: float = key(0.5, "lr is multiplied by this", gt=0, lt=1)
-    early_stopping: int | None = key(None, "validations without gain that end a run", ge=1)
+    early_stopping: int | None = key(None, "validations without improvement that end a run", ge=1)
     valid_every: int = key(1, "epochs from one validation to the next", ge=1)
-    valid_clips: int = key(16, "clips enhanced and scored a validation", ge=1)
-    checkpoint_every: int = key(500, "steps between checkpoints in an epoch", ge=1)
+    valid_clips: int = key(16, "clips enhanced and scored per validation", ge=1)
+    checkpoint_every: int = key(500, "steps between checkpoints within an epoch", ge=1)
     trackers: tuple[Annotated[str, _names(registry.TRACKERS)], ...] = key(
-        ("tensorboard",), "who else is told: tensorboard, wandb, trackio"
+        ("tensorboard",), "where else to log: tensorboard, wandb, trackio"
     )
-    tracker_project: str = key("diffbuf", "of W&B or trackio, where its runs are compared")
+    tracker_project: str = key("diffbuf", "project of W&B or trackio in which runs are compared")
     checkpoint_minutes: float | None = key(None, "most between checkpoints; null: no limit", gt=0)
-    mirror: str | None = key(None, "of checkpoints too, such as s3://bucket/run; --resume reads it")
-    log_every: int = key(10, "steps between the trackers' points", ge=1)
+    mirror: str | None = key(None, "checkpoint copies, such as s3://bucket/run; --resume reads it")
+    log_every: int = key(10, "steps between points logged to the trackers", ge=1)
 
     @property
     def predicts_data(self) -> bool:
-        """Whether the loss takes the network's output for x0_hat rather than for a score."""
+        """Whether the loss treats the network's output as x0_hat rather than as a score."""
         return registry.LOSSES[self.loss].facts.get("predicts") == "data"
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
         if self.from_noisy and self.own_estimate:
-            fix = "change it, or set training.from_noisy to false"
+            fix = "set it to 0, or set training.from_noisy to false"
             raise ValueError(f"from_noisy needs own_estimate 0, not {self.own_estimate}: {fix}")
         for key in ("own_estimate", "from_noisy", "snr_weight"):
             if getattr(self, key) and not self.predicts_data:
@@ -359,7 +359,7 @@ class TrainingConfig(Section):
 class Config(Section):
     """One experiment."""
 
-    plugins: tuple[str, ...] = key((), "modules to import first, with your networks, losses, ...")
+    plugins: tuple[str, ...] = key((), "modules to import first, such as your networks and losses")
     audio: AudioConfig = AudioConfig()
     preprocessing: PreprocessingConfig = PreprocessingConfig()
     model: ModelConfig = ModelConfig()
@@ -388,7 +388,7 @@ class Config(Section):
             fix = f"lower diffusion_buffer.{key} or raise audio.chunk_size"
             raise ValueError(f"{times}buffer_size {buffer.buffer_size} is larger than {has}: {fix}")
         if buffer.buffers > 1 and not registry.NETWORKS[self.model.name].facts.get("many_buffers"):
-            what = f"buffers {buffer.buffers}: model.name {self.model.name} takes one buffer a clip"
+            what = f"buffers {buffer.buffers}: model.name {self.model.name} has one buffer per clip"
             fix = "set diffusion_buffer.buffers to 1, or model.name to recurrent"
             raise ValueError(f"{what}: {fix}")
         limit = registry.SDES[self.sde.type].facts.get("t_limit", math.inf)
@@ -461,31 +461,31 @@ def _describe(problem: Any, section: type[Section], prefix: str = "", hint: str 
 
 
 def _parse_yaml(text: str) -> Any:
-    """Read YAML without objects; ValueError, whatever the parser meets."""
+    """Parse YAML without custom objects; raises ValueError for anything that is not valid."""
     try:
         return yaml.safe_load(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    # PyYAML lets through what its scalars stumble over, such as a 13th month or a number too long.
+    # PyYAML does not wrap the errors of scalars, such as a 13th month or a number that is too long.
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError) as error:
         raise ValueError(str(error)) from error
 
 
 def _short(value: Any) -> str:
-    """Return a value for a message: aliases of aliases would unfold to gigabytes."""
+    """Abbreviate a value for a message: nested YAML aliases could expand to gigabytes."""
     printer = reprlib.Repr()
     printer.maxstring = printer.maxother = printer.maxlong = 80
     return printer.repr(value)
 
 
 def _one_line(text: str) -> str:
-    """Return a message that fits a terminal."""
+    """Put a message on one line, cut to fit a terminal."""
     line = " ".join(text.split())
     return line if len(line) < 2000 else f"{line[:2000]} ..."
 
 
 def _nearest(path: str, section: Any, keys: list[str], hint: str) -> str:
-    """Return `; did you mean ...?`, or the valid names, for an unknown key."""
+    """Return `; did you mean ...?`, or the valid keys, for an unknown key."""
     for key in keys[:-1]:
         section = type(section.model_fields[key].get_default())
     names = list(section.model_fields)
@@ -495,4 +495,4 @@ def _nearest(path: str, section: Any, keys: list[str], hint: str) -> str:
     if hint:
         return f": {hint}"
     elsewhere = [known for known, *_ in describe_keys() if known.endswith(f".{keys[-1]}")]
-    return f": did you mean {elsewhere[0]}?" if elsewhere else f": the names are {', '.join(names)}"
+    return f": did you mean {elsewhere[0]}?" if elsewhere else f": the keys are {', '.join(names)}"

@@ -21,7 +21,7 @@ from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.streaming import OnlineEnhancer
 
 BLOCK_SECONDS = 4.0
-QUIET = 0.1  # peak, full scale 1: models without a level have lost 3.6 dB SI-SDR there
+QUIET = 0.1  # peak, full scale 1, at which models without a level lost 3.6 dB SI-SDR
 
 
 class FilesFailedError(DataError):
@@ -40,10 +40,10 @@ def enhance_file(
 ) -> None:
     """Enhance one file; memory does not grow with its length.
 
-    The output is of the input's rate and length, whole or not there: a .wav of 32-bit floats, so
-    that nothing is clipped, or a .flac of 24 bits. Where the header promises other samples than can
-    be decoded, those that can be are taken, with a warning. DataError for a file that cannot be
-    read or written, or that holds NaN.
+    The output has the input's rate and length, and is written completely or not at all: a .wav of
+    32-bit floats, so that nothing is clipped, or a .flac of 24 bits. If the header disagrees with
+    the samples that can be decoded, these are used, with a warning. Raises DataError for a file
+    that cannot be read or written, or that holds NaN.
     """
     source, destination = Path(source), Path(destination)
     refuse_same_file(source, destination)
@@ -56,8 +56,8 @@ def enhance_file(
         file.warn()
     if model.level is None and 0 < file.peak < QUIET:
         peak, enough = (20 * math.log10(x) for x in (file.peak, QUIET))
-        what = f"{source}: its peak is {peak:.0f} dB re full scale; this model, made without "
-        what += "preprocessing.level_seconds, knows louder signals: raise it to"
+        what = f"{source}: its peak is {peak:.0f} dB re full scale; this model, trained without "
+        what += "preprocessing.level_seconds, expects louder signals: amplify it to"
         warnings.warn(f"{what} {enough:.0f} dB or more", stacklevel=2)
 
 
@@ -69,19 +69,19 @@ def enhance_path(
     overwrite: bool = False,
     **options: Any,
 ) -> Iterator[tuple[Path, Path]]:
-    """Enhance a file, or every file below a folder that libsndfile reads into a like folder.
+    """Enhance a file, or all files below a folder that libsndfile reads, keeping their layout.
 
-    In a folder, outputs that are there are made again only with `overwrite`, files that fail do not
-    keep the others from their turn, and what is no .flac becomes a .wav. What else looks like audio
-    is warned of. Options as in `enhance_file`. Yields (input, output) of each file that is written.
-    DataError for nothing to enhance, an output that is there, or a destination inside the source;
-    FilesFailedError, with the reasons, at the end.
+    In a folder, existing outputs are replaced only with `overwrite`, a file that fails does not
+    stop the others, and all but .flac become .wav. A warning tells of other files that look like
+    audio. Options as in `enhance_file`. Yields (input, output) of each file written. Raises
+    DataError if there is nothing to enhance, an output already exists or the destination is inside
+    the source; FilesFailedError, with the reasons, at the end.
     """
     source, destination = Path(source), Path(destination)
     if not source.is_dir():
         refuse_same_file(source, destination)
         if destination.exists() and not overwrite:
-            raise DataError(f"{destination} is there: give another name, or --overwrite")
+            raise DataError(f"{destination} already exists: give another name, or --overwrite")
         enhance_file(model, source, destination, **options)
         yield source, destination
         return
@@ -93,12 +93,12 @@ def enhance_path(
         warnings.warn(f"{what}: convert them, as with {ffmpeg_line(left_out[0])}", stacklevel=2)
     files = list_audio(source, READABLE)
     if not files:
-        raise DataError(f"{source} holds no .wav or .flac file, or others to read: check the path")
+        raise DataError(f"{source} holds no .wav, .flac or other file to read: check the path")
     targets = [destination / name for name in output_names(source, files)]
     there = {target for target in targets if target.exists()} if not overwrite else set()
     if there:
-        what = f"{len(there)} of {len(files)} outputs are there and stay"
-        warnings.warn(f"{what}: --overwrite makes them anew", stacklevel=2)
+        what = f"{len(there)} of {len(files)} outputs are there already and are kept"
+        warnings.warn(f"{what}: --overwrite makes them again", stacklevel=2)
     failed = []
     for path, target in zip(files, targets, strict=True):
         if target in there:
@@ -131,5 +131,5 @@ def _enhanced(enhancer: OnlineEnhancer, model_rate: int, file: AudioReader) -> I
         out = out[: file.position - given]
         given += len(out)
         yield out
-    # Rounding of the two rates, a sample or so.
+    # Resampling twice may round off a sample or so.
     yield np.zeros((file.position - given, streams), np.float32)

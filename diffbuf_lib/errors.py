@@ -1,7 +1,7 @@
 """The errors that diffbuf raises on purpose.
 
 Each message names the value, the limit, the config key and the fix, on one line. The command
-line prints it without a traceback; a notebook shows it as any exception.
+line prints it without a traceback; a notebook shows it like any other exception.
 """
 
 from importlib import import_module
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class DiffbufError(Exception):
-    """What every deliberate error of this library is."""
+    """Base class of every error that this library raises on purpose."""
 
 
 class ConfigError(DiffbufError, ValueError):
@@ -41,8 +41,8 @@ class MissingExtraError(DiffbufError, ImportError):
 
 
 def need(package: str, who: str, fix: str) -> Any:
-    """Import an optional package; MissingExtraError says who needs it and the fix."""
+    """Import an optional package; the MissingExtraError names who needs it and the fix."""
     try:
         return import_module(package)
-    except (ImportError, OSError) as error:  # OSError: its library is not there
+    except (ImportError, OSError) as error:  # OSError: its shared library is missing
         raise MissingExtraError(f"{who} needs {package} ({error}): {fix}") from None

@@ -1,4 +1,4 @@
-"""A model as a folder that runs without torch: a graph, what stands around it, a script."""
+"""Export a model to a folder that runs without torch: graph, initial state, settings, script."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from diffbuf_lib.streaming import OnlineEnhancer
 
 GraphPrecision = Literal["fp32", "fp16", "int8"]
 Format = Literal["onnx", "executorch"]
-HOPS = 500  # that the graph is compared over
-SMALL = 256  # numbers: tensors with fewer stay in float32
+HOPS = 500  # over which the graph is compared
+SMALL = 256  # elements: smaller tensors stay in float32
 
 
 class Exported(NamedTuple):
@@ -27,7 +27,7 @@ class Exported(NamedTuple):
 
     graph: Path  # in the folder
     precision: GraphPrecision
-    error: float  # largest difference from the model in a hop, over the peak
+    error: float  # largest difference from the model in a hop, relative to the peak
 
     @property
     def folder(self) -> Path:
@@ -49,21 +49,21 @@ def export_model(
     model: DiffusionBufferModel,  # in float32 on the CPU, with a network that streams
     folder: str | Path,
     *,
-    # fp16: of the weights in the file, which is half as large; int8: of matrix products; both at
-    # the price of an error.
+    # fp16: for the weights in the file, which is half as large; int8: for matrix products; both
+    # add an error.
     precision: GraphPrecision = "fp32",
     delay: int | None = None,  # d, 1 to B frames, of a data-prediction model; None for B
-    format: Format = "onnx",  # executorch: one stream, for a phone's program; no run.py
+    format: Format = "onnx",  # executorch: one stream, for mobile apps; no run.py
 ) -> Exported:
     """Write hop.onnx or hop.pte (see `graph.write_hop`), start.bin, stream.json and run.py.
 
-    start.bin is the state of one stream that begins, float32: state.0, state.1, ... one after the
-    other. The last Kb frames of state.0 hold noise, start_sigma of stream.json times CN(0, 1).
-    Errors as in `graph.write_hop`; ConfigError for executorch in another precision than fp32.
+    start.bin is the initial state of one stream, float32: state.0, state.1, ... concatenated. Set
+    the last Kb frames of state.0 to noise, start_sigma of stream.json times CN(0, 1). Errors as in
+    `graph.write_hop`; raises ConfigError for executorch with a precision other than fp32.
     """
     sampler, folder, mobile = hop_sampler(model, delay), Path(folder), format == "executorch"
     if mobile and precision != "fp32":
-        raise ConfigError(f"--precision {precision} is of ONNX: leave it out with executorch")
+        raise ConfigError(f"--precision {precision} is only for ONNX: leave it out with executorch")
     with tempfile.TemporaryDirectory() as work:
         graph = Path(work) / ("hop.pte" if mobile else "hop.onnx")
         error = write_hop(model, graph, delay, HOPS)
@@ -89,7 +89,7 @@ def export_model(
 
 
 def _about(model: DiffusionBufferModel, delay: int | None) -> dict[str, object]:
-    """Return what a stream is made of, as JSON can hold it."""
+    """Return the settings of a stream, as JSON-serialisable values."""
     enhancer, sampler = OnlineEnhancer(model, delay=delay), model.sampler(delay)
     framing, rate = model.framing, model.cfg.audio.sample_rate
     return {
@@ -116,8 +116,8 @@ def _convert(graph: Path, precision: GraphPrecision) -> None:
         quantize_dynamic(graph, graph.with_name("int8.onnx"))
         graph.with_name("int8.onnx").replace(graph)
         return
-    # Not the runtime's converter: it also takes inputs and states to float16, where the squares in
-    # a running level are zero.
+    # Not the runtime's converter: it also converts inputs and states to float16, where the squares
+    # in a running level underflow to zero.
     import onnx
 
     model = onnx.load(graph)

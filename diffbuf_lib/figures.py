@@ -1,6 +1,6 @@
-"""Pictures as pure functions: data in, a matplotlib Figure out; and players for pages.
+"""Pictures as pure functions: data in, a matplotlib Figure out; and audio for players in pages.
 
-Never pyplot: it is not thread-safe and keeps every figure.
+pyplot is not used: it is not thread-safe and keeps every figure.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ RED = "#b00020"  # of errors and limits
 DYNAMIC_RANGE = 70  # dB below the loudest bin that a spectrogram shows
 COLOUR_MAP = "magma"  # perceptually uniform: survives grey print and colour blindness
 _FAINTEST = 1e-5  # magnitude that is drawn for an exact zero
-_QUIETEST_TOP = -40.0  # dB; silence is dark, whatever it is shown beside
+_QUIETEST_TOP = -40.0  # dB, lowest top of the colour scale, so that silence is dark
 _PEAK = 0.9  # of full scale; quiet speech beside loud noise could not be heard otherwise
-_LOWEST_PEAK = 1e-4  # what is quieter is not raised to _PEAK: it is silence
+_LOWEST_PEAK = 1e-4  # anything quieter is silence, and not raised to _PEAK
 
 
 def spectrograms(waves: Mapping[str, Tensor], sample_rate: int, stft: STFTConfig) -> Figure:
-    """Draw signals [T] by title, all of one length, on one time axis; 0 dB: a full-scale sine."""
+    """Draw signals [T] by title, of equal length, on one time axis; 0 dB is a full-scale sine."""
     figure, panels = stack(len(waves), 1.9 * len(waves) + 0.5)
     image = draw_spectra(panels, analyse(waves, stft), sample_rate, centred(stft))
     add_colour_bar(image, panels)
@@ -58,7 +58,7 @@ def lr_range(lrs: Sequence[float], losses: Sequence[float], proposed: float | No
 
 
 def scale_of(values: Iterable[float | None]) -> str:
-    """Return the scale of an axis of losses: log, or linear where one (snr_weight) is negative."""
+    """Return the scale of an axis of losses: log, or linear if any (snr_weight) is negative."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     return "log" if known and min(known) > 0 else "linear"
 
@@ -87,7 +87,7 @@ def draw_level(
     *,
     vmin: float | None = None,  # the darkest value; None: the smallest
     vmax: float | None = None,
-    first: int = 0,  # number of the first frame in its clip
+    first: int = 0,  # index of the first frame in its clip
 ) -> AxesImage:
     """Draw one picture [F, K] of levels or magnitudes with axes in kHz and seconds."""
     bins, frames = level.shape
@@ -146,7 +146,7 @@ def decibels(spec: Tensor) -> Array:
 
 
 def to_numpy(tensor: Tensor) -> Array:
-    """Return a real tensor as an array; NaN and Inf, which have no place in a picture, as 0."""
+    """Return a real tensor as an array, with NaN and Inf, which cannot be drawn, as 0."""
     return np.asarray(tensor.detach().nan_to_num(posinf=0, neginf=0).cpu())
 
 
@@ -165,7 +165,7 @@ def to_pixels(figure: Figure) -> npt.NDArray[np.uint8]:
 
 
 def player_wav(wave: Tensor, sample_rate: int) -> bytes:
-    """Return a signal [T] as a 16-bit wav file at 0.9 of full scale; what is not finite is 0."""
+    """Return a signal [T] as a 16-bit wav file at 0.9 of full scale; non-finite samples are 0."""
     buffer = io.BytesIO()
     samples = player_gain(wave) * to_numpy(wave.float())
     soundfile.write(buffer, samples, sample_rate, format="WAV")
@@ -173,10 +173,10 @@ def player_wav(wave: Tensor, sample_rate: int) -> bytes:
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """Return a file's content as an address that a page can hold; kind is its MIME type."""
+    """Return a file's content as a data URI for a page; kind is its MIME type."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def player_gain(wave: Tensor) -> float:
-    """Return what a player multiplies a signal by: all are played at one peak."""
+    """Return the gain that a player applies to a signal, so that all have one peak."""
     return _PEAK / max(_LOWEST_PEAK, float(np.abs(to_numpy(wave.float())).max()))

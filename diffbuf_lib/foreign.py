@@ -1,7 +1,7 @@
 """Configs of Music-Source-Separation-Training, with which many train the Diffusion Buffer.
 
-`load_config` takes such a file as it is: `TABLE` says what becomes of each of its keys. A key that
-is in neither project's list is told and left out, never guessed.
+`load_config` accepts such a file unchanged; `TABLE` says what becomes of each of its keys. A key
+that neither project knows is reported and left out, never guessed.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from typing import Any, NamedTuple
 class Row(NamedTuple):
     """What becomes of one key of theirs."""
 
-    ours: str = ""  # the key here, which gets the same value if there is no `make`
+    ours: str = ""  # our key, which gets the same value unless there is a `make`
     why: str = ""  # what is different; without `ours`, why the key has no meaning here
     make: Callable[[Any], Any] | None = None
 
 
-_PAIRS = "a clip is a pair of files: mixture and vocals"
-_OUTLIERS = "no clip is left out of a loss for being an outlier"
-_ALWAYS = "always so here"
+_PAIRS = "a clip is a pair of files, mixture and vocals"
+_OUTLIERS = "outlier clips are not left out of the loss"
+_ALWAYS = "always the case here"
 
 TABLE: dict[str, Row] = {
     "audio.n_fft": Row("audio.stft.n_fft"),
     "audio.hop_length": Row("audio.stft.hop_length"),
     "audio.num_channels": Row(why="channels are averaged to one"),
-    "audio.min_mean_abs": Row(why="no clip is drawn again for being quiet"),
+    "audio.min_mean_abs": Row(why="quiet clips are not drawn again"),
     "audio.stft.window": Row("audio.stft.window", "", lambda v: str(v).removesuffix("_periodic")),
     "model.name": Row("model.name", "", lambda v: "ncsnpp" if str(v).startswith(NAME) else v),
     "model.channels": Row("model.base_channels"),
     "model.down_blocks": Row(
         "model.channel_multipliers",
-        "the paper's for so many levels",
+        "the paper's values for this many levels",
         lambda v: [1, 2, 2, 2, 2, 2][:v] if isinstance(v, int) else v,
     ),
     "model.up_blocks": Row(why="as many as down_blocks"),
@@ -51,7 +51,7 @@ TABLE: dict[str, Row] = {
     "training.other_fix": Row(why=_PAIRS),
     "training.instruments": Row(why=_PAIRS),
     "training.target_instrument": Row(why=_PAIRS),
-    "training.early_stop.enabled": Row(why="early_stopping null is never"),
+    "training.early_stop.enabled": Row(why="early_stopping null turns it off"),
     "training.early_stop.patience": Row("training.early_stopping"),
     "training.early_stop.metric": Row(
         "training.metric_for_scheduler", "", lambda v: str(v).replace("-", "_")
@@ -59,10 +59,10 @@ TABLE: dict[str, Row] = {
     "inference.batch_size": Row(why="enhancement is a stream: no batches of chunks"),
     "inference.num_overlap": Row(why="enhancement is a stream: no overlapping chunks"),
 }
-_UNKNOWN = "unknown here; `diffbuf config` lists the keys there are"
+_UNKNOWN = "unknown here; `diffbuf config` lists all keys"
 NAME = "diffusion_buffer"  # how model.name begins there
 _MARKS = ("training.instruments", "training.target_instrument", "inference.num_overlap")
-_DEPTH = 3  # sections within sections, there and here
+_DEPTH = 3  # nesting of sections, there and here
 
 
 def is_foreign(tree: Mapping[str, Any]) -> bool:
@@ -72,10 +72,10 @@ def is_foreign(tree: Mapping[str, Any]) -> bool:
 
 
 def translate(tree: Mapping[str, Any], known: set[str]) -> tuple[dict[str, Any], str]:
-    """Make a config of ours of one of theirs; `known` are all our keys' paths.
+    """Translate a config of theirs to one of ours; `known` are the paths of all our keys.
 
-    Returns nested dictionaries, not checked yet, and a short table of what was taken as what, what
-    was left out and what deserves a look.
+    Returns nested dictionaries, not checked yet, and a short table of which keys were translated to
+    which, which were left out, and which the user should look at.
     """
     theirs, ours = dict(flatten(tree)), dict[str, Any]()  # by path
     looks = list(_settle(theirs, ours))
@@ -85,7 +85,7 @@ def translate(tree: Mapping[str, Any], known: set[str]) -> tuple[dict[str, Any],
     for key, value in theirs.items():
         row = TABLE.get(key, Row(key) if key in known else Row(why=_UNKNOWN))
         if key != row.ours and row.ours in theirs:
-            row = Row(why=f"{row.ours} is taken")
+            row = Row(why=f"{row.ours} is used instead")
         if not row.ours:
             left[row.why].append(f"{key}: {_shown(value)}")
             continue
@@ -105,7 +105,7 @@ def translate(tree: Mapping[str, Any], known: set[str]) -> tuple[dict[str, Any],
 
 
 def _settle(theirs: dict[str, Any], ours: dict[str, Any]) -> Iterator[str]:
-    """Decide what depends on more than one key, in both; yield what deserves a look."""
+    """Settle keys that depend on each other, in both dictionaries; yield what to look at."""
     get, early = theirs.get, "training.early_stop"
     if get(f"{early}.enabled") is False:
         theirs.pop(f"{early}.patience", None)
@@ -114,18 +114,18 @@ def _settle(theirs: dict[str, Any], ours: dict[str, Any]) -> Iterator[str]:
         ours["training.metrics"] = [metric(get(f"{early}.metric"))]
     epochs, steps = get("training.num_epochs"), get("training.num_steps")
     if isinstance(epochs, int) and isinstance(steps, int):
-        yield f"training.num_steps {steps}: an epoch's there, {steps} * {epochs} for the run here"
+        yield f"training.num_steps {steps}: per epoch there, {steps} * {epochs} for a run here"
         theirs["training.num_steps"] = steps * epochs
     if (c := get("sde.diffusion.c")) is not None:
         yield (
             f"sde.diffusion.c {c}: the paper prints 0.08, but its authors' code runs theta 0.08, "
-            "c = sqrt(0.08) = 0.283, 3.5 times the noise. For that one: "
+            "c = sqrt(0.08) = 0.283, 3.5 times the noise. To use theirs: "
             "sde.diffusion.c=null sde.diffusion.theta=0.08"
         )
     if "model.channels" in theirs and (base := theirs.pop("model.base_channels", None)):
         yield (
-            f"model.base_channels {base} against channels {get('model.channels')}: channels is "
-            "taken (the paper's network has 96)"
+            f"model.base_channels {base} contradicts channels {get('model.channels')}: channels is "
+            "used (the paper's network has 96)"
         )
     for key, other, what in (
         ("model.up_blocks", get("model.down_blocks"), "model.down_blocks"),
@@ -133,11 +133,11 @@ def _settle(theirs: dict[str, Any], ours: dict[str, Any]) -> Iterator[str]:
         ("training.target_instrument", "vocals", "the target of every layout"),
     ):
         if key in theirs and theirs[key] != other:
-            yield f"{key} {_shown(theirs[key])}: {what}, {other}, is taken"
+            yield f"{key} {_shown(theirs[key])}: {what}, {other}, is used"
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (key path, value) of nested dictionaries, which may hold themselves."""
+    """Yield (key path, value) of nested dictionaries, which may contain themselves."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value and prefix.count(".") < _DEPTH:
             yield from flatten(value, f"{prefix}{key}.")
@@ -150,7 +150,7 @@ def _shown(value: Any) -> str:
 
 
 def put(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """Return a copy of nested dictionaries in which a key path has a value."""
+    """Return a copy of nested dictionaries with a key path set to a value."""
     key, dot, rest = path.partition(".")
     if dot:
         inner = tree.get(key)

@@ -1,8 +1,8 @@
 """One hop of a stream as a graph for ONNX Runtime or ExecuTorch, and the sampler that runs it.
 
-A graph takes the newest frame, its noise and the state to the clean frame and the next state: real
-tensors [batch, ...]; batch is free in ONNX (.onnx), 1 in ExecuTorch (.pte). The state is whatever
-tensors `BufferState`, and with it the network's memory, hold in dataclasses, lists, tuples and
+A graph maps the newest frame, its noise and the state to the clean frame and the next state, all
+real tensors [batch, ...]; batch is dynamic in ONNX (.onnx), and 1 in ExecuTorch (.pte). The state
+is all tensors of `BufferState`, including the network's memory, in dataclasses, lists, tuples and
 dicts, in order.
 """
 
@@ -30,20 +30,18 @@ from diffbuf_lib.model import DiffusionBufferModel, evaluating, fingerprint
 from diffbuf_lib.networks import can_stream
 
 _INSTALL = "pip install 'diffbuf[export]'"
-_MOBILE = (
-    "in an environment of its own, pip install executorch==1.2.0, which is made for torch 2.11"
-)
+_MOBILE = "in a separate environment, pip install executorch==1.2.0, which is made for torch 2.11"
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
 Backend = Literal["torch", "onnx"]
 OPSET = 18
-LIMIT = 1e-4  # of the peak: the largest error that a graph may have
+LIMIT = 1e-4  # the largest error that a graph may have, over the peak
 
 
 class GraphSampler:
-    """A `BufferSampler` whose hops a graph's runtime runs, ONNX on as many threads as torch has.
+    """A `BufferSampler` whose hops run in a graph's runtime; ONNX uses as many threads as torch.
 
     The graph at `path` is from `write_hop`; the sampler of the same model draws the noise and
-    begins the streams. MissingExtraError without its runtime.
+    begins the streams. Raises MissingExtraError if the runtime is missing.
     """
 
     def __init__(self, sampler: BufferSampler, path: Path) -> None:
@@ -52,7 +50,7 @@ class GraphSampler:
         self.run = _program(path) if path.suffix == ".pte" else _session(path)
 
     def step(self, state: BufferState, R: Tensor, generator: Generators = None) -> Tensor:
-        """Take in one noisy frame and put out one clean frame; see `BufferSampler.step`."""
+        """Take in one noisy frame and return one clean frame; see `BufferSampler.step`."""
         return self.move(state, R, self.draw(R, generator))
 
     def move(self, state: BufferState, R: Tensor, z: Tensor) -> Tensor:
@@ -82,18 +80,18 @@ def _session(path: Path) -> Run:
 def _program(path: Path) -> Run:
     program = need("executorch.runtime", "ExecuTorch", _MOBILE).Runtime.get().load_program(path)
     method = program.load_method("forward")
-    # Its results lie in memory that the next call uses again.
+    # Cloned, since the next call reuses the memory of its results.
     return lambda given: [made.clone() for made in method.execute(given)]
 
 
 def cached_graph(model: DiffusionBufferModel, delay: int | None = None) -> Path:
-    """Return the graph of a model's hop; it is made if none is kept that agrees with the model.
+    """Return the graph of a model's hop, made anew unless a cached one agrees with the model.
 
-    Making it takes half a minute: it stays in diffbuf/ of the user's folder for caches.
+    Making it takes half a minute; it is kept in diffbuf/ in the user's cache folder.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffbuf"
     path = cache / f"{fingerprint(model)}-{hop_sampler(model, delay).delay}.onnx"
-    # A few hops tell whether another version of this library made it.
+    # A few hops show whether another version of this library made it.
     if not path.is_file() or worst_error(model, path, delay, hops=8) > LIMIT:
         cache.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary:
@@ -102,9 +100,9 @@ def cached_graph(model: DiffusionBufferModel, delay: int | None = None) -> Path:
 
 
 def hop_sampler(model: DiffusionBufferModel, delay: int | None = None) -> BufferSampler:
-    """Return the sampler of a model whose hop can be a graph.
+    """Return the sampler of a model whose hop can be exported.
 
-    ConfigError for a network that cannot stream, or a model that is not in float32 on the CPU.
+    Raises ConfigError for a network that cannot stream, or a model not in float32 on the CPU.
     """
     if not can_stream(model.network):
         what = f"model.name {model.cfg.model.name} computes all {model.cfg.num_frames} frames"
@@ -112,8 +110,8 @@ def hop_sampler(model: DiffusionBufferModel, delay: int | None = None) -> Buffer
         raise ConfigError(f"{what} for each new one, so it has no hop: {fix}")
     sampler = model.sampler(delay)
     if sampler.t.dtype != torch.float32 or sampler.t.device.type != "cpu":
-        what = f"a float32 model on the CPU, not of {sampler.t.dtype} on {sampler.t.device}"
-        raise ConfigError(f"a graph is made of {what}: model.float().cpu()")
+        what = f"a float32 model on the CPU, not {sampler.t.dtype} on {sampler.t.device}"
+        raise ConfigError(f"a graph is made from {what}: use model.float().cpu()")
     return sampler
 
 
@@ -122,9 +120,9 @@ def worst_error(
 ) -> float:
     """Return a graph's largest difference from the model's hops, over the peak of each tensor.
 
-    Every hop begins with the model's state, and what becomes of the state counts too: an untrained
-    network can be chaotic, and any two ways of rounding then part in time. Of noise that rises and
-    falls by 60 dB within 200 hops; in ONNX two streams side by side.
+    The next state is compared too. Every hop starts from the model's state, since an untrained
+    network can be chaotic, and rounding differences would then grow over time. The input is noise
+    that rises and falls by 60 dB within 200 hops; in ONNX, two streams side by side.
     """
     sampler, shape = hop_sampler(model, delay), (_streams(path), model.framing.num_bins)
     graph, generator = GraphSampler(sampler, path), torch.Generator().manual_seed(0)
@@ -149,12 +147,12 @@ def worst_error(
 def write_hop(
     model: DiffusionBufferModel, path: Path, delay: int | None = None, hops: int = 50
 ) -> float:
-    """Write the graph of a hop: noisy, noise, state.0, ... to clean, next.0, ...
+    """Write the graph of a hop, from noisy, noise, state.0, ... to clean, next.0, ...
 
     noisy and clean are [batch, F, 2], compressed spectra, real and imaginary; noise is [batch, F,
-    Kb + 1, 2] of variance 1/2. The path ends in .onnx or .pte. Returns `worst_error` of so many
-    hops. ConfigError for a network that cannot stream or be traced by torch.export, or whose graph
-    is more than `LIMIT` off.
+    Kb + 1, 2] of variance 1/2. The path ends in .onnx or .pte. Returns `worst_error` over
+    `hops` hops. Raises ConfigError for a network that cannot stream or be traced by torch.export,
+    or if the error exceeds `LIMIT`.
     """
     mobile = path.suffix == ".pte"
     for package in ("executorch.exir",) if mobile else ("onnx", "onnxscript"):
@@ -174,7 +172,7 @@ def write_hop(
         numbers = range(len(given) - 2)
         shapes = None if mobile else ([{0: torch.export.Dim("batch")} for _ in given],)
         try:
-            if mobile:  # its kernels know no other
+            if mobile:  # its kernels support no other
                 model.set_memory_format("contiguous")
             with quiet():
                 traced = torch.export.export(_Call(hop, model), (given,), dynamic_shapes=shapes)
@@ -191,7 +189,7 @@ def write_hop(
                     )  # fmt: skip
         except MissingExtraError:
             raise
-        except Exception as error:  # whatever a network of one's own does that cannot be traced
+        except Exception as error:  # whatever makes a user's network untraceable
             why = str(error).strip().partition("\n")[0]
             what = f"the step of model.name {model.cfg.model.name} cannot be exported"
             raise ConfigError(f"{what}: {why}") from error
@@ -205,7 +203,7 @@ def write_hop(
     worst = worst_error(model, path, delay, hops)
     if not worst <= LIMIT:
         what = f"the graph differs from the model by {worst:.1e} of the peak, more than {LIMIT:.0e}"
-        fix = f"see what StreamingNetwork.start asks of the memory of {model.cfg.model.name}"
+        fix = f"see what StreamingNetwork.start requires of the memory of {model.cfg.model.name}"
         raise ConfigError(f"{what}: {fix}; an SDE must be linear in its spectra")
     return worst
 
@@ -215,10 +213,10 @@ def _streams(path: Path) -> int:
 
 
 def _lowered(program: Any) -> bytes:
-    """Let ExecuTorch lower an exported program, with XNNPACK where that knows an operation."""
+    """Lower an exported program with ExecuTorch, and XNNPACK for the operations it supports."""
     partition = "executorch.backends.xnnpack.partition.xnnpack_partitioner"
     partitioner = need(partition, "ExecuTorch", _MOBILE).XnnpackPartitioner()
-    if (flatc := Path(sys.executable).with_name("flatc")).is_file():  # not on an inactive PATH
+    if (flatc := Path(sys.executable).with_name("flatc")).is_file():  # may not be on PATH
         os.environ.setdefault("FLATC_EXECUTABLE", str(flatc))
     exir = need("executorch.exir", "ExecuTorch", _MOBILE)
     lowered = exir.to_edge_transform_and_lower(program, partitioner=[partitioner])
@@ -226,7 +224,7 @@ def _lowered(program: Any) -> bytes:
 
 
 class _Call(nn.Module):
-    """A function as the module that torch.export takes, with the module that has its weights."""
+    """A function as a module for torch.export, with the module that holds its weights."""
 
     def __init__(self, function: Callable[[list[Tensor]], Any], weights: nn.Module) -> None:
         super().__init__()
@@ -246,8 +244,8 @@ class _Complex:
 class _RealArithmetic(torch.fx.Interpreter):
     """Run a traced graph without complex tensors, which ONNX does not have.
 
-    What is linear is done to both parts. What is neither linear nor named here makes a wrong graph,
-    which the comparison with the model refuses.
+    Linear operations are applied to both parts. Any other operation that is not handled here makes
+    a wrong graph, which the comparison with the model rejects.
     """
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -279,14 +277,14 @@ class _RealArithmetic(torch.fx.Interpreter):
 
 
 def tensors(tree: Any, kind: type = Tensor) -> list[Any]:
-    """Return the tensors of a tree, or what it holds of another type, in order."""
+    """Return the tensors of a tree, or its leaves of another type, in order."""
     found: list[Any] = []
     map_leaves(lambda leaf: found.append(leaf) if isinstance(leaf, kind) else None, tree)
     return found
 
 
 def with_tensors(tree: Any, new: list[Tensor]) -> Any:
-    """Return a copy of a tree with other tensors; real pairs become complex where those were."""
+    """Return a copy of a tree with new tensors; real pairs become complex where the old were."""
     rest = iter(new)
 
     def other(old: Any) -> Any:
@@ -298,7 +296,7 @@ def with_tensors(tree: Any, new: list[Tensor]) -> Any:
 
 
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Return a copy of dataclasses, lists, tuples and dicts with `function` of what they hold."""
+    """Copy nested dataclasses, lists, tuples and dicts, with `function` applied to each leaf."""
     if is_dataclass(tree) and not isinstance(tree, type):
         changed = {f.name: map_leaves(function, getattr(tree, f.name)) for f in fields(tree)}
         return replace(tree, **changed)
@@ -315,7 +313,7 @@ def _real(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep exporters from warning of themselves, and that torchvision is not there."""
+    """Silence the exporters' warnings about themselves and about missing torchvision."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

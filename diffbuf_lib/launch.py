@@ -1,6 +1,6 @@
-"""Jobs for those who schedule: Slurm, SkyPilot, or torchrun on machines of one's own.
+"""Job files for schedulers: Slurm, SkyPilot, or torchrun on your own machines.
 
-Only a file is written, short enough to read; they queue, start and restart.
+Only a short, readable file is written; the scheduler queues, starts and restarts the job.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from diffbuf_lib.errors import ConfigError
 Kind = Literal["slurm", "skypilot", "torchrun"]
 _FILES = {"slurm": "slurm.sh", "skypilot": "skypilot.yaml", "torchrun": "torchrun.sh"}
 _SUBMIT = {"slurm": "sbatch", "skypilot": "sky jobs launch --yes", "torchrun": "bash"}
-# What stands unquoted in a job file: no space, quote or new line.
+# What may stand unquoted in a job file: no spaces, quotes or newlines.
 _PLAIN = re.compile(r"[\w@%+=:,./-]+")
 
 
@@ -31,13 +31,13 @@ class Request:
     """What a job asks for."""
 
     valid_path: str | None = None  # validation data
-    nodes: str = "1"  # machines; torchrun: also 1:4, as many of them as are there
-    gpus: int = 1  # on each; 0 trains on CPUs
-    processes: int | None = None  # on each; default: one a GPU
-    time: str = "24:00:00"  # limit of a Slurm job; the run goes on in the next one
-    margin: int = 120  # seconds before it at which the run is asked to stop
+    nodes: str = "1"  # machines; torchrun: also a range such as 1:4, for all available
+    gpus: int = 1  # per machine; 0 trains on CPUs
+    processes: int | None = None  # per machine; default: one per GPU
+    time: str = "24:00:00"  # time limit of a Slurm job; the run continues in the next one
+    margin: int = 120  # seconds before the time limit at which the run is asked to stop
     accelerator: str = "H100"  # SkyPilot's name of the GPU
-    restarts: int = 3  # of the processes, when one of them dies
+    restarts: int = 3  # restarts of the processes at most, when one of them dies
     options: UseAppendAction[tuple[str, ...]] = ()  # #SBATCH lines: --options=--partition=gpu
     env: UseAppendAction[tuple[str, ...]] = ()  # environment of the job, NAME=VALUE
 
@@ -52,9 +52,9 @@ def write_job(
     overrides: Sequence[str] = (),  # config keys
     **asked: Any,  # the fields of `Request`
 ) -> Path:
-    """Write a job that trains, and goes on where it stopped, into the results folder.
+    """Write a job that trains, and resumes where it stopped, into the results folder.
 
-    ConfigError for a config that cannot be read, or a value that no job file can hold.
+    Raises ConfigError for a config that cannot be read, or a value that no job file can hold.
     """
     job, results_path = Request(**asked), Path(results_path)
     load_config(config_path, overrides)
@@ -67,8 +67,8 @@ def write_job(
         *(("options", value, r"-[^\n]+") for value in job.options),
     ):
         if not re.fullmatch(pattern, value):
-            raise ConfigError(f"--{name} {value!r:.80} does not fit into a {kind} job")
-    # A machine that SkyPilot starts has this folder, and nothing else of this machine.
+            raise ConfigError(f"--{name} {value!r:.80} is not valid in a {kind} job")
+    # A machine that SkyPilot starts has a copy of this folder, and nothing else from here.
     flags: dict[str, Any] = {"config_path": config_path, "results_path": results_path}
     flags |= {"data_path": data_path, "valid_path": job.valid_path}
     words = ["-m", "diffbuf_lib.cli", "train", "--resume_if_any"]
@@ -94,7 +94,7 @@ def write_job(
 
 
 def _template(name: str) -> Any:
-    import jinja2  # here, since the command line knows `Request` at every start
+    import jinja2  # here, since the command line imports this module at every start
 
     jobs = jinja2.Environment(
         loader=jinja2.PackageLoader("diffbuf_lib"), undefined=jinja2.StrictUndefined,
@@ -105,7 +105,7 @@ def _template(name: str) -> Any:
 
 
 def submit(kind: Kind, job: Path) -> None:
-    """Hand a job over to `sbatch`, `sky jobs launch` or `bash`; ConfigError if that fails."""
+    """Hand a job to `sbatch`, `sky jobs launch` or `bash`; raises ConfigError if that fails."""
     command = [*_SUBMIT[kind].split(), str(job)]
     try:
         subprocess.run(command, check=True)

@@ -1,6 +1,6 @@
 """A live stream: from file, pipe or microphone, hop by hop, to file, pipe or headphones.
 
-On the way it is measured whether this machine keeps up.
+Every hop is timed, to report whether this machine keeps up.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.streaming import OnlineEnhancer
 
 PIPE = Path("-")
-# How files begin that would be noise if they were taken for raw samples.
+# First bytes of files that would be noise if they were read as raw samples.
 _NO_PCM = (b"fLaC", b"OggS", b"FORM", b"ID3", b"caff", b".snd", b"riff")
 
 
 def stream_path(
     enhancer: OnlineEnhancer,
-    source: Path,  # of the model's rate, its channels averaged; `-`: WAV or s16le on stdin
+    source: Path,  # at the model's rate; channels are averaged; `-`: WAV or s16le on stdin
     output: Path,  # .wav, written as 32-bit float, or .flac; `-`: raw s16le on stdout
     *,
     realtime: bool = False,  # feed a file at its own pace; a pipe sets its own
@@ -42,9 +42,9 @@ def stream_path(
     channels: int = 1,  # of raw PCM, interleaved
     repair: bool = False,  # take NaN and Inf in a file as zeros instead of refusing it
 ) -> LiveReport:
-    """Enhance a file or pipe, hop by hop, by an enhancer of one stream.
+    """Enhance a file or pipe, hop by hop, with an enhancer of one stream.
 
-    DataError for a file that cannot be read or written, of another rate, or given as its output.
+    Raises DataError for a file that cannot be read or written, has another rate, or is the output.
     """
     cfg = enhancer.model.cfg.audio
     hop = cfg.stft.hop_length
@@ -73,10 +73,10 @@ def stream_path(
 
 
 def run_microphone(enhancer: OnlineEnhancer) -> LiveReport:
-    """Enhance the microphone until Ctrl-C, and play it: wear headphones, or it feeds back.
+    """Enhance and play the microphone until Ctrl-C; wear headphones to avoid feedback.
 
     Hops that the sound card lost because they were not fetched in time count as missed.
-    MissingExtraError without the package sounddevice; ConfigError without a card of that rate.
+    Raises MissingExtraError without sounddevice, ConfigError without a card of the model's rate.
     """
     install = "pip install 'diffbuf[mic]', and on Linux apt install libportaudio2"
     sounddevice = need("sounddevice", "--device mic", install)
@@ -103,11 +103,11 @@ def run_microphone(enhancer: OnlineEnhancer) -> LiveReport:
 def run_live(
     enhancer: OnlineEnhancer,
     hops: Iterable[Tensor],  # [T] each, hop_length samples; the last may be shorter
-    sink: Callable[[Tensor], object],  # is given what comes out, [T'], the stream's end included
+    sink: Callable[[Tensor], object],  # receives the output, [T'], including the stream's end
     *,
     realtime: bool = False,  # wait for each hop; not for sources that set the pace themselves
 ) -> LiveReport:
-    """Feed one stream hop by hop, and measure. Ctrl-C ends it as the end of the input does."""
+    """Feed one stream hop by hop, and time it. Ctrl-C ends it like the end of the input."""
     times, missed = [], 0
     with suppress(KeyboardInterrupt):
         for hop in live_hops(enhancer, hops, realtime=realtime):
@@ -120,7 +120,7 @@ def run_live(
 
 
 class LiveHop(NamedTuple):
-    """What became of one hop."""
+    """The result of one hop."""
 
     ready: Tensor  # [T'] samples that came out
     milliseconds: float  # that it took
@@ -130,11 +130,11 @@ class LiveHop(NamedTuple):
 def live_hops(
     enhancer: OnlineEnhancer, hops: Iterable[Tensor], *, realtime: bool = False
 ) -> Generator[LiveHop, None, None]:
-    """Feed a stream hop by hop; arguments as in `run_live`. The end is the caller's to flush.
+    """Feed a stream hop by hop; arguments as in `run_live`. The caller flushes the end.
 
     With `realtime`, hop i is pushed when its last sample would have arrived, i + 1 hops after the
-    start, and is late if it is not ready one hop later. Without, a hop is late if it took longer
-    than it lasts. Late hops are counted and still put out.
+    start, and is late if it is not ready one hop later. Otherwise a hop is late if it took
+    longer than it lasts. Late hops are counted, and still output.
     """
     cfg = enhancer.model.cfg.audio
     hop_seconds = cfg.stft.hop_length / cfg.sample_rate
@@ -153,7 +153,7 @@ def live_hops(
 def make_report(
     enhancer: OnlineEnhancer, times: Iterable[float], missed: int, realtime: bool
 ) -> LiveReport:
-    """Sum up a stream that is not flushed yet: milliseconds of its hops, how many were late."""
+    """Summarise a stream that is not flushed yet: its hops' milliseconds, how many were late."""
     cfg = enhancer.model.cfg.audio
     return LiveReport(
         hop_ms=1e3 * cfg.stft.hop_length / cfg.sample_rate,
@@ -172,19 +172,19 @@ def make_report(
 class LiveReport:
     """How a stream kept up. Times are those of one hop: analysis, network, synthesis."""
 
-    hop_ms: float  # time that one hop of audio lasts: the limit
+    hop_ms: float  # duration of one hop of audio: the limit
     frame_ms: tuple[float, ...]  # time that each hop took
     missed: int  # hops that were not ready when the next one was due: late, never dropped
-    latency_ms: float  # algorithmic: samples to be pushed before the first comes out
-    worst_latency_ms: float  # the longest that any sample waits for those after it
+    latency_ms: float  # algorithmic: audio to push before the first sample comes out
+    worst_latency_ms: float  # the longest that any sample waits for later ones
     realtime: bool  # whether the input was fed at its own pace
-    bad: int  # samples that were NaN or Inf, and counted as zeros
+    bad: int  # samples that were NaN or Inf, and taken as zeros
     state_bytes: int  # memory of the stream
     weight_bytes: int  # memory of the model, shared by all streams
 
     @property
     def real_time_factor(self) -> float:
-        """Median time of a hop over its duration: below 1 keeps up."""
+        """Median time of a hop over its duration; below 1, the machine keeps up."""
         return self.quantile(0.5) / self.hop_ms
 
     def quantile(self, q: float) -> float:
@@ -194,23 +194,23 @@ class LiveReport:
 
     def __str__(self) -> str:
         p50, p95, p99, worst = (self.quantile(q) for q in (0.5, 0.95, 0.99, 1.0))
-        pace = "fed in real time" if self.realtime else "fed as fast as it was taken"
+        pace = "fed in real time" if self.realtime else "fed as fast as possible"
         hint = "" if not self.missed else ": another process on these cores? see --threads, --delay"
-        bad = f"\n{self.bad} samples were NaN or Inf and count as zeros" if self.bad else ""
+        bad = f"\n{self.bad} samples were NaN or Inf and taken as zeros" if self.bad else ""
         return (
             f"{len(self.frame_ms)} hops of {self.hop_ms:.1f} ms, {pace}\n"
             f"real-time factor {self.real_time_factor:.3f} (median)\n"
             f"frame time p50 {p50:.2f}  p95 {p95:.2f}  p99 {p99:.2f}  worst {worst:.2f} ms\n"
             f"missed deadlines {self.missed}{hint}\n"
             f"latency {self.latency_ms:.1f} ms to the first sample, {self.worst_latency_ms:.1f} ms "
-            f"at worst, and the time of a frame{bad}"
+            f"at worst, plus the time of a frame{bad}"
         )
 
 
 def choose_backend(model: DiffusionBufferModel, delay: int | None = None) -> tuple[Backend, str]:
-    """Return the backend whose hops are shorter on one thread, and why ONNX is out of the question.
+    """Return the backend with the faster hops on one thread, and why ONNX is impossible, if it is.
 
-    The first time, a graph is made, in half a minute.
+    The first call makes a graph, which takes half a minute.
     """
     several = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -227,11 +227,11 @@ def choose_backend(model: DiffusionBufferModel, delay: int | None = None) -> tup
 def choose_threads(
     model: DiffusionBufferModel, delay: int | None = None, backend: Backend = "torch"
 ) -> int:
-    """Set torch's threads to 1, or leave them, whichever keeps up better; return their number.
+    """Set torch's threads to 1, or keep them, whichever is faster; return their number.
 
-    Several threads wait for each other at every operation: beside another process on the same
-    cores a hop takes many times as long on two as on one. Less than a second of noise decides, by
-    the time that nine of ten hops stay below.
+    Several threads wait for each other at every operation: next to another process on the same
+    cores, a hop takes many times as long on two threads as on one. The 90 % quantile of hop times
+    over less than a second of noise decides.
     """
     several = torch.get_num_threads()
     if several > 1:
@@ -245,9 +245,9 @@ def choose_threads(
 def streams_in_time(
     model: DiffusionBufferModel, backend: Backend = "torch", hops: int = 125
 ) -> tuple[int, LiveReport]:
-    """Return how many streams, in one call, keep every deadline on torch's threads.
+    """Return how many streams, in one call, meet every deadline on torch's threads, and a report.
 
-    And the report of that many, or of one if not even one keeps up.
+    The report is that of so many streams, or of one if not even one keeps up.
     """
     reports: dict[int, LiveReport] = {}
 
@@ -267,7 +267,7 @@ def streams_in_time(
 def latency_report(
     model: DiffusionBufferModel, delay: int | None = None, hops: int = 50, **options: Any
 ) -> LiveReport:
-    """Measure noise where the model is: `hops` of it, after B that are not timed.
+    """Time `hops` hops of noise on the model's device, after B untimed ones.
 
     Delay and options, such as batch and backend, are those of `OnlineEnhancer`.
     """
@@ -282,10 +282,10 @@ def latency_report(
 def read_pipe(
     stream: BinaryIO, hop: int, rate: int, channels: int = 1
 ) -> tuple[int, Iterator[Tensor]]:
-    """Find out what comes from a pipe: a WAV, or else raw s16le PCM of this rate and channels.
+    """Detect what a pipe sends: a WAV, or otherwise raw s16le PCM of this rate and channels.
 
-    Returns its rate, Hz, and pieces [hop] float32, full scale 1, channels averaged, as they arrive;
-    DataError for another format, or a codec that is no PCM.
+    Returns its rate, Hz, and pieces [hop] float32, full scale 1, channels averaged, as they arrive.
+    Raises DataError for another format, or a codec that is not PCM.
     """
     head = b""
     while len(head) < 12 and (more := stream.read(12 - len(head))):
@@ -301,7 +301,7 @@ def read_pipe(
 
 
 def _pieces(stream: BinaryIO, head: bytes, hop: int, header: WavHeader) -> Iterator[Tensor]:
-    """Decode what `header` describes, beginning with `head`, which was read already."""
+    """Decode what `header` describes, starting with `head`, which has been read already."""
     left = header.num_bytes
     while True:
         wanted = hop * header.frame_bytes - len(head)
@@ -320,7 +320,7 @@ def _pieces(stream: BinaryIO, head: bytes, hop: int, header: WavHeader) -> Itera
 
 
 def write_pcm(stream: BinaryIO, samples: Tensor) -> None:
-    """Write [T] samples as raw s16le at once, clipped to full scale."""
+    """Write samples [T] as raw s16le, clipped to full scale, and flush."""
     pcm = (samples * 32768).round().clamp(-32768, 32767).to(torch.int16)
     stream.write(pcm.numpy().tobytes())
     stream.flush()

@@ -43,7 +43,7 @@ from diffbuf_lib.trace import Draws, Trace
 
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
-# Without `from __future__ import annotations`: the hub's mixin needs the type of __init__'s cfg.
+# No `from __future__ import annotations` here: the hub's mixin needs the type of __init__'s cfg.
 
 
 class DiffusionBufferModel(
@@ -53,7 +53,7 @@ class DiffusionBufferModel(
     tags=["speech-enhancement", "diffusion"],
     coders={Config: (Config.to_dict, build_config)},
 ):
-    """The Diffusion Buffer (Lay, Makarov, Gerkmann 2025) of one config."""
+    """The Diffusion Buffer (Lay, Makarov, Gerkmann 2025), built from a config."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -71,12 +71,12 @@ class DiffusionBufferModel(
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
-        """Load a model, with the options of `huggingface_hub.PyTorchModelHubMixin`.
+        """Load a model; `options` are those of `huggingface_hub.PyTorchModelHubMixin`.
 
-        From a folder that `save_pretrained` wrote, a run's folder (its model/ is taken), or by a
-        name: diffbuf/cpu-demo, which comes with the package, or one on the hub.
+        The source is a folder written by `save_pretrained`, a run's folder (its model/ is used), or
+        a name: diffbuf/cpu-demo, which comes with the package, or a repository on the hub.
 
-        ConfigError where no model is, and that is no name that the hub could have.
+        Raises ConfigError if no model is there and the source cannot be a name on the hub.
         """
         location = _location(pretrained_model_name_or_path)
         with redirect_stdout(io.StringIO()):  # huggingface_hub prints
@@ -84,7 +84,7 @@ class DiffusionBufferModel(
         return loaded
 
     def set_memory_format(self, name: str) -> None:
-        """Keep images in memory as one of `FORMATS`: the same values, another speed."""
+        """Keep 4-d tensors in one of the memory `FORMATS`: same values, different speed."""
         self.memory_format = name
         self.network.to(memory_format=FORMATS[name])
 
@@ -100,7 +100,7 @@ class DiffusionBufferModel(
         generator: Generators = None,
         draws: Draws | None = None,
     ) -> Tensor:
-        """Return `trace(...).loss`, a scalar, or without `target` `enhance(mix)`, [B, C, T]."""
+        """Return `trace(...).loss`, a scalar; without `target`, `enhance(mix)`, [B, C, T]."""
         if target is None:
             return self.enhance(mix, generator)
         return self.trace(mix, target, generator, draws).loss
@@ -108,17 +108,17 @@ class DiffusionBufferModel(
     def trace(
         self,
         mix: Tensor,  # [B, C, T] float32, full scale 1
-        target: Tensor,  # [B, C, T] float32, the clean signal at the same moments
-        generator: Generators = None,  # of diffusion times and noise: one, or one an example
-        draws: Draws | None = None,  # these themselves, of an earlier trace of this shape
+        target: Tensor,  # [B, C, T] float32, the clean signal, aligned with mix
+        generator: Generators = None,  # of diffusion times and noise: one, or one per example
+        draws: Draws | None = None,  # instead, the draws of an earlier trace of this shape
     ) -> Trace:
         """Walk one batch through training and keep every stage.
 
-        ShapeError for other shapes, or a signal with fewer STFT frames than the buffer has.
+        Raises ShapeError for other shapes, or a signal with fewer STFT frames than the buffer.
         """
         if mix.shape != target.shape:
             differ = f"mix {list(mix.shape)} and target {list(target.shape)} differ"
-            raise ShapeError(f"{differ}: both must be one [B, C, T] (mono and stereo do not mix)")
+            raise ShapeError(f"{differ}: use one shape [B, C, T] (mono and stereo do not mix)")
         draws = self.draw(mix, generator) if draws is None else draws
         Y, S, level = self._spectra(mix, target)
         t, z, Kb = draws.t, draws.z, draws.t.shape[-1]
@@ -149,7 +149,7 @@ class DiffusionBufferModel(
         return Y / scale, S / scale, level
 
     def draw(self, mix: Tensor, generator: Generators = None) -> Draws:
-        """Draw all that is random in the training of a batch of mix's shape, type and device."""
+        """Draw all random numbers to train on a batch of mix's shape, type and device."""
         _check_batch(mix)
         B, num_bins, K = len(mix), self.spectral.num_bins, self.spectral.num_frames(mix.shape[-1])
         buffer = self.cfg.diffusion_buffer
@@ -171,17 +171,17 @@ class DiffusionBufferModel(
     def _what_is_perturbed(
         self, Y: Tensor, S: Tensor, draws: Draws, heard: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what V is made of, [B, F, K], and the loss of the call that it took, if any.
+        """Return what V is made from, [B, F, K], and the loss of the extra network call, if any.
 
-        S; with training.from_noisy Y, so that the network learns to denoise without having seen
-        anything of S; with training.own_estimate, in that share of the clips, the network's own
-        estimate from frames that have just entered, V = Y + sigma(t_max) z, in history and buffer
-        as it is online. A network that has only seen S there takes its own estimates for the
-        truth: it relies on them, and the more steps a frame makes, the worse it gets.
+        By default it is S. With training.from_noisy it is Y, so that the network learns to denoise
+        without seeing anything of S. With training.own_estimate it is, in that share of the clips,
+        the network's own estimate for frames that have just entered, V = Y + sigma(t_max) z, in
+        history and buffer as online. A network trained on S alone relies on its own
+        estimates as if they were the truth, and gets worse the more steps a frame makes.
         """
         if draws.first_z is None or draws.own is None:
             return (Y if self.cfg.training.from_noisy else S), None
-        # With one buffer also the history; a network of many does not look at it.
+        # With one buffer this includes the history, which a network of many buffers ignores.
         n = Y.shape[-1] if self.cfg.diffusion_buffer.buffers == 1 else draws.t.shape[-1]
         t = Y.real.new_full((Y.shape[0], n), self.cfg.diffusion_buffer.t_max)
         V = perturb(Y, Y, t, draws.first_z[..., -n:], self.sde)
@@ -199,7 +199,7 @@ class DiffusionBufferModel(
         return weight * error_level(self.spectral.expand(x0_hat), self.spectral.expand(S))
 
     def _in_data_units(self, squared_error: Tensor) -> Tensor:
-        """Divide by model.data_scale^2: errors of far below 1 vanish beside Adam's epsilon."""
+        """Divide by model.data_scale^2: errors far below 1 would vanish beside Adam's epsilon."""
         scale = self.cfg.model.data_scale
         return squared_error if scale is None else squared_error / scale**2
 
@@ -208,12 +208,12 @@ class DiffusionBufferModel(
         V: Tensor,  # [B, F, K] complex, perturbed input
         Y: Tensor,  # [B, F, K] complex, noisy spectrum of the same frames
         t: Tensor,  # [B, Kb], diffusion times of the last Kb frames
-        sigma: Tensor | None = None,  # [B, Kb], the SDE's std(t), if it is known
+        sigma: Tensor | None = None,  # [B, Kb], the SDE's std(t), if already computed
         # From `start_memory`, changed in place; K is then 1 + Kb: the newest history frame first.
         memory: Any = None,
-        heard: Any = None,  # what the network made of Y alone, if it is known
+        heard: Any = None,  # the network's features of Y alone, if already computed
     ) -> tuple[Tensor, Tensor]:
-        """Run the network once: score and x0_hat, each [B, F, Kb] complex.
+        """Run the network once; return score and x0_hat, each [B, F, Kb] complex.
 
         A score model's x0_hat follows from Tweedie's formula, E[mean | V] = V + sigma^2 score; a
         data-prediction model's score from its inverse. Both are in the precision of V: scaling and
@@ -245,7 +245,7 @@ class DiffusionBufferModel(
         return self.network(x, t, **options)
 
     def _heard(self, Y: Tensor) -> Any:
-        """Return what calls with the same Y have in common, of a network that can `hear` it."""
+        """Return what calls with the same Y share, if the network can `hear` it; else None."""
         hear, Y = getattr(self.network, "hear", None), self._of_unit_size(Y)
         return None if hear is None else hear(torch.stack([Y.real, Y.imag], dim=1))
 
@@ -254,11 +254,11 @@ class DiffusionBufferModel(
         return Y if scale is None else Y / scale
 
     def _inputs(self, V: Tensor, Y: Tensor, sigma: Tensor) -> Tensor:
-        """Make of V and Y [B, F, K] complex what networks see: [B, 4, F, K] real.
+        """Turn V and Y, [B, F, K] complex, into the network's input, [B, 4, F, K] real.
 
         With model.data_scale s the network sees V / sqrt(s^2 + sigma(t)^2) and Y / s, of unit size
-        at every t (Karras et al. 2022, arXiv 2206.00364, equation 7). Speech far below sigma is
-        else lost beside the noise that the first norm scales it by.
+        at every t (Karras et al. 2022, arXiv 2206.00364, equation 7). Otherwise speech far below
+        sigma would be lost beside the noise, which sets the scale in the network's first norm.
         """
         scale = self.cfg.model.data_scale
         if scale is not None:
@@ -268,7 +268,7 @@ class DiffusionBufferModel(
         return x.contiguous(memory_format=FORMATS[self.memory_format])
 
     def start_memory(self, num_bins: int, t: Tensor, **options: Any) -> Any:
-        """Begin streams with a network that remembers: `StreamingNetwork.start`."""
+        """Begin streams with a network that remembers: see `StreamingNetwork.start`."""
         with evaluating(self):
             return self.network.start(num_bins, t, **options)
 
@@ -276,15 +276,15 @@ class DiffusionBufferModel(
         self,
         delay: int | None = None,  # d, 1 to B, of a data-prediction model; None for B
         *,
-        # Let a streaming network remember its history; the output is the same as that of a window K
-        # that shows it all it can see.
+        # Let a streaming network remember its history; the output equals that of a window of K
+        # frames that covers all it can see.
         cached: bool = True,
-        compiled: bool = False,  # of a streaming network: compile its steps
-        precision: Precision = "fp32",  # of a streaming network; all else is in float32
+        compiled: bool = False,  # compile the steps of a streaming network
+        precision: Precision = "fp32",  # of a streaming network; all else is float32
     ) -> BufferSampler:
-        """Make what moves this model's buffer along a stream.
+        """Make the sampler that moves this model's buffer along a stream.
 
-        ConfigError for a delay, compiled or precision that this model does not have.
+        Raises ConfigError for a delay, compiled or precision that this model does not support.
         """
         start_memory = None
         if cached and can_stream(self.network):
@@ -306,16 +306,16 @@ class DiffusionBufferModel(
         generator: Generators = None,  # of the diffusion noise; None for the global state
         delay: int | None = None,  # d, 1 to B frames, of a data-prediction model; None for B
     ) -> Tensor:
-        """Enhance whole signals as a stream would: [B, C, T] aligned with mix, C equal channels.
+        """Enhance whole signals as a stream would; returns [B, C, T] with all C channels equal.
 
-        Sample for sample what `OnlineEnhancer` puts out for the same noise. ShapeError for what is
-        not [B, C, T] or empty; ConfigError for a delay that this model cannot have.
+        Aligned with mix, and equal to the output of `OnlineEnhancer` for the same noise. Raises
+        ShapeError if mix is empty or not [B, C, T], ConfigError for a delay that does not fit.
         """
         mono = _mono(mix).to(next(self.parameters()).dtype)  # [B, T]
         length, hop = mono.shape[-1], self.framing.hop_length
-        # To a whole number of hops: else the last samples lie under the flank of one window, and
-        # the overlap-add would divide a modified spectrum by almost nothing. And all frames that
-        # begin within the signal, as a stream has them.
+        # Pad to a whole number of hops: otherwise the last samples lie under one window's flank,
+        # and overlap-add would divide a modified spectrum by almost zero. Also include all frames
+        # that begin within the signal, as a stream does.
         later = (self.framing.n_fft // 2 - 1) // hop
         Y = self.framing(F.pad(mono, (0, -length % hop + later * hop)))
         sampler = self.sampler(delay)
@@ -329,9 +329,9 @@ class DiffusionBufferModel(
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Hold a module in evaluation mode, and leave it as it was; at no cost where it is in it."""
+    """Put a module in evaluation mode, then restore its mode; free if it is in it already."""
     was_training = module.training
-    if was_training:  # to walk through all its parts takes a tenth of a hop
+    if was_training:  # visiting all submodules takes a tenth of a hop
         module.train(False)
     try:
         yield
@@ -341,10 +341,10 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def resolve_device(name: str, *, fallback: bool = False) -> torch.device:
-    """Return the device for auto (CUDA if there is), cpu, cuda or cuda:N.
+    """Return the device for auto (CUDA if available), cpu, cuda or cuda:N.
 
-    With `fallback`, the CPU where this machine has no CUDA device at all. ConfigError for another
-    name, or a GPU that this machine does not have.
+    With `fallback`, returns the CPU if this machine has no CUDA device at all. Raises ConfigError
+    for any other name, or a GPU that this machine does not have.
     """
     kind, _, number = name.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
@@ -360,17 +360,17 @@ def resolve_device(name: str, *, fallback: bool = False) -> torch.device:
 def load_model(
     source: str | Path, device: str = "auto", overrides: Sequence[str] = ()
 ) -> DiffusionBufferModel:
-    """Load a trained model for use, from where `DiffusionBufferModel.from_pretrained` takes it.
+    """Load a trained model for inference; sources as in `DiffusionBufferModel.from_pretrained`.
 
     Overrides, `key.path=value`, change its config but not its weights, such as
-    diffusion_buffer.buffer_size=10. ConfigError for no such model or device (see `resolve_device`),
-    or an override that its config refuses.
+    diffusion_buffer.buffer_size=10. Raises ConfigError for an unknown model or device (see
+    `resolve_device`), or an override that its config refuses.
     """
     where = resolve_device(device)
     try:
         model = DiffusionBufferModel.from_pretrained(source)
-    except (OSError, HFValidationError) as error:  # what the hub raises, offline too, is an OSError
-        what = f"model {source} is no folder here and could not be fetched as a name"
+    except (OSError, HFValidationError) as error:  # the hub's errors, also offline, are OSErrors
+        what = f"model {source} is not a local folder and could not be fetched by name"
         raise ConfigError(f"{what}: {reason(error)[:200]}") from error
     if overrides:
         weights, model = model.state_dict(), DiffusionBufferModel(model.cfg.override(*overrides))
@@ -379,7 +379,7 @@ def load_model(
 
 
 def fingerprint(model: DiffusionBufferModel) -> str:
-    """Return 16 hexadecimal digits of the config and every weight: equal models have equal ones."""
+    """Return a hash of config and weights, 16 hexadecimal digits: equal for equal models."""
     digest = hashlib.sha256(model.cfg.to_yaml().encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -397,7 +397,7 @@ def _location(source: str | Path) -> str | Path:
         return pretrained.FOLDER / folder.name
     of_hub = re.fullmatch(r"(?!diffbuf/)[\w.-]+/[\w.-]+", name)
     if folder.exists() or not of_hub:
-        fix = "give a folder of training, such as results/demo/model, or a name such as"
+        fix = "give a trained model's folder, such as results/demo/model, or a name such as"
         raise ConfigError(f"model {source}: no model is there; {fix} {', '.join(pretrained.NAMES)}")
     return name
 
@@ -407,7 +407,7 @@ def _check_batch(wave: Tensor) -> None:
         hint = ": add the batch axis with .unsqueeze(0)" if wave.ndim == 2 else ""
         raise ShapeError(f"a batch must be [B, C, T], not {list(wave.shape)}{hint}")
     if 0 in wave.shape:
-        raise ShapeError(f"a batch must not be empty, and this one is {list(wave.shape)}")
+        raise ShapeError(f"a batch must not be empty, but this one is {list(wave.shape)}")
 
 
 def _mono(wave: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""What a build and an evaluation are asked for, by Python as by the command line.
+"""Options of a dataset build and of an evaluation, in Python and on the command line.
 
-Without torch: the fields are also flags, and their comments the flags' help.
+Imports no torch: the fields are also flags, and their comments are the flags' help.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Recipe:
     distance: Annotated[tuple[_METRES, _METRES], AfterValidator(_rising)] = (5.0, 20.0)
     #: speakers (or files) of valid and test; default: drawn
     valid_speakers: Annotated[tuple[str, ...], AfterValidator(sorted)] | None = None
-    seed: Annotated[int, Field(ge=0)] = 0  # of everything drawn
+    seed: Annotated[int, Field(ge=0)] = 0  # of all random draws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,8 @@ class Scoring:
 
     data_path: str  # dataset folder, or shards
     dataset_type: int = 1  # as in train
-    seconds: float | None = None  # length of a clip at most; default: whole clips
-    limit: int | None = None  # only the first clips
+    seconds: float | None = None  # cut clips to this length; default: whole clips
+    limit: int | None = None  # score only the first N clips
     seed: int = 0  # of the diffusion noise
     batch_size: int = 8  # clips enhanced at a time
     device: str = "auto"  # auto, cpu or cuda
@@ -58,11 +58,11 @@ class Scoring:
 
 @dataclass(frozen=True, kw_only=True)
 class Job(Scoring):
-    """What is to be evaluated: all that another process needs."""
+    """What to evaluate: everything that another process needs."""
 
     model: str  # folder of a trained model, a run's folder, or a name such as diffbuf/cpu-demo
     metrics: tuple[str, ...] = ("si_sdr", "sdr", "pesq", "estoi")  # or distillmos dnsmos lps
     #: or noisereduce, noisereduce_nonstationary, deepfilternet, rnnoise, gtcrn
     baselines: tuple[str, ...] = ("noisy",)
     delay: int | None = None  # output delay, 1 to buffer_size frames (data prediction)
-    overrides: tuple[str, ...] = ()  # keys of the model's config that are changed
+    overrides: tuple[str, ...] = ()  # changes to keys of the model's config

@@ -7,8 +7,8 @@ A new choice is one decorator, in this package or outside of it:
     @NETWORKS.register("mine", options=MyOptions)
     class MyNetwork(nn.Module): ...
 
-The built-in ones are named here and imported when first used, so that a config is checked, and the
-command line explains itself, without torch.
+The built-in choices are listed here and imported on first use, so that checking a config and
+printing the command line's help need no torch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Entry:
     name: str | int  # what a config calls it
     target: Any  # the object, or "module:attribute" to import it from
     options: Any  # the pydantic section of its own config keys; None if it has none
-    facts: Mapping[str, Any]  # what others need to know of it; the registry says which there are
+    facts: Mapping[str, Any]  # properties that its users need; each registry below lists its own
 
     def load(self) -> Any:
         """Return the object."""
@@ -43,7 +43,7 @@ class Entry:
 
 
 class Registry(dict[str | int, Entry]):
-    """Choices by name; `key` is the config key or flag that chooses, for error messages."""
+    """Choices by name; `key` is the config key or flag that selects one, for error messages."""
 
     def __init__(self, key: str) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Registry(dict[str | int, Entry]):
         return decorate
 
     def __missing__(self, name: object) -> Entry:
-        """Raise ConfigError with the names there are."""
+        """Raise ConfigError with the valid names."""
         names = [str(known) for known in self]
         close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
         guess = f"; did you mean {close[0]}?" if close else ""
@@ -71,19 +71,19 @@ class Registry(dict[str | int, Entry]):
         raise ConfigError(f"{self.key} = {name!r:.80} is unknown: {fix}")
 
 
-# (LossInputs) -> a loss of any shape, whose mean is trained on. Fact: `predicts`, data or score:
-# what the network's output is taken for.
+# (LossInputs) -> a loss of any shape; training minimises its mean. Fact: `predicts`, data or
+# score: what the network's output represents.
 LOSSES = Registry("training.loss")
-# (ModelConfig) -> nn.Module; see `diffbuf_lib.networks`. Fact: `many_buffers`, that its forward
-# takes how many there are in a clip.
+# (ModelConfig) -> nn.Module; see `diffbuf_lib.networks`. Fact: `many_buffers`, whether its
+# forward takes the number of buffers in a clip.
 NETWORKS = Registry("model.name")
-SDES = Registry("sde.type")  # (**options) -> an `SDE`. Fact: `t_limit`, which t_max stays below
+SDES = Registry("sde.type")  # (**options) -> an `SDE`. Fact: `t_limit`, exclusive limit of t_max
 # (parameters, lr, weight_decay, **options) -> an optimizer. Fact: `states`, how many copies of the
 # weights it keeps.
 OPTIMIZERS = Registry("training.optimizer")
-# (estimate [T], target [T], sample_rate) -> a number. Facts, all optional: `package`, which it
-# needs; `needs_target`; `lower_is_better`; `label`, `unit` (or range), for tables; `speech`, that
-# it judges speech, which then has to be there; `shortest`, seconds; `sample_rates`, if not all.
+# (estimate [T], target [T], sample_rate) -> a number. Facts, all optional: `package` it needs;
+# `needs_target`; `lower_is_better`; `label` and `unit` (or range), for tables; `speech`, whether
+# the target must hold speech; `shortest` clip, seconds; `sample_rates` it accepts, if not all.
 METRICS = Registry("training.metrics")
 TRACKERS = Registry("training.trackers")  # (Config, results folder, step) -> a `trackers.Tracker`
 LAYOUTS = Registry("--dataset_type")  # a dataset class with the arguments of `DNLMDataset`

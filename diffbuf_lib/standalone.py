@@ -2,8 +2,8 @@
 
     pip install numpy soundfile onnxruntime && python run.py noisy.wav clean.wav
 
-`Stream` is for your product. hop.onnx takes one frame through the network, start.bin is the state
-of a stream that begins, stream.json says how frames are cut and compressed.
+Use `Stream` in your product. hop.onnx runs the network on one frame, start.bin is the initial
+state of a stream, stream.json says how frames are cut and compressed.
 """
 
 import json
@@ -19,7 +19,7 @@ SMALLEST = np.finfo(np.float32).tiny
 
 
 class Stream:
-    """Streams side by side, in one call of the network a hop: as many samples out as in."""
+    """Streams side by side, with one network call per hop: as many samples come out as go in."""
 
     def __init__(self, folder: str | Path, batch: int = 1, seed: int = 0, threads: int = 1) -> None:
         about = json.loads((Path(folder) / "stream.json").read_text())
@@ -28,7 +28,7 @@ class Stream:
         self.sigma, self.delay = np.array(about["start_sigma"], np.float32), about["delay"]
         self.window, self.batch, self.seed = np.array(about["window"], np.float32), batch, seed
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads  # one does best beside other work
+        options.intra_op_num_threads = threads  # one is best next to other work
         self.graph = onnxruntime.InferenceSession(Path(folder) / "hop.onnx", options)
         self.names = [each.name for each in self.graph.get_inputs()]  # noisy, noise, state.0, ...
         shapes = [each.shape[1:] for each in self.graph.get_inputs()[2:]]
@@ -38,7 +38,7 @@ class Stream:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the streams."""
+        """Start all streams over."""
         self.random = np.random.RandomState(self.seed)
         self.state = [np.repeat(one, self.batch, axis=0) for one in self.start]
         B = len(self.sigma)  # frames of the buffer, which begin as noise
@@ -46,10 +46,10 @@ class Stream:
         self.waiting = np.zeros((self.batch, self.n_fft // 2), np.float32)  # frames are centred
         self.overlap = np.zeros((self.batch, self.n_fft), np.float32)  # of windowed output frames
         self.envelope = np.zeros(self.n_fft, np.float32)  # of their squared windows
-        self.frames, self.taken, self.given = 0, 0, -(self.n_fft // 2)  # below 0: left out
+        self.frames, self.taken, self.given = 0, 0, -(self.n_fft // 2)  # below 0: dropped
 
     def push(self, samples: np.ndarray) -> np.ndarray:
-        """Take samples [batch, T], full scale 1; give those that are ready, [batch, T']."""
+        """Take samples [batch, T], full scale 1; return those that are ready, [batch, T']."""
         self.taken += samples.shape[1]
         samples = np.where(np.isfinite(samples), samples, 0).astype(np.float32)
         self.waiting = np.concatenate([self.waiting, samples], axis=1)
@@ -57,14 +57,14 @@ class Stream:
         while self.waiting.shape[1] >= self.n_fft:
             clean = self.enhance(self.waiting[:, : self.n_fft])
             self.waiting = self.waiting[:, self.hop :]
-            if self.frames >= self.delay:  # before, the buffer's own noise leaves it
+            if self.frames >= self.delay:  # until then, the buffer's initial noise leaves it
                 ready.append(self.overlap_add(clean))
         out = np.concatenate(ready, axis=1)
         early, self.given = max(-self.given, 0), self.given + out.shape[1]
         return out[:, early:]
 
     def flush(self) -> np.ndarray:
-        """End the streams: give what is still inside."""
+        """End the streams: return what is still inside."""
         taken, given = self.taken, max(self.given, 0)
         ready = [self.push(np.zeros((self.batch, -taken % self.hop + self.n_fft), np.float32))]
         while self.given < taken:
@@ -73,7 +73,7 @@ class Stream:
         return np.concatenate(ready, axis=1)[:, : taken - given]
 
     def enhance(self, frame: np.ndarray) -> np.ndarray:
-        """Take the newest frame [batch, n_fft]; give the clean one that leaves the buffer."""
+        """Take the newest frame [batch, n_fft]; return the clean one that leaves the buffer."""
         c = np.fft.rfft(frame * self.window).astype(np.complex64)
         c *= self.beta * np.maximum(np.abs(c), SMALLEST) ** (self.alpha - 1)
         noisy, noise = c.view(np.float32).reshape(*c.shape, 2), self.noise(len(self.sigma) + 1)
@@ -85,7 +85,7 @@ class Stream:
         return np.fft.irfft(c, self.n_fft).astype(np.float32)
 
     def overlap_add(self, frame: np.ndarray) -> np.ndarray:
-        """Add a frame; give the hop of samples that no later frame changes."""
+        """Add a frame; return the hop of samples that no later frame changes."""
         self.overlap += frame * self.window
         self.envelope += self.window**2
         done = self.overlap / np.where(self.envelope > 1e-8, self.envelope, 1)
@@ -94,7 +94,7 @@ class Stream:
         return done[:, : self.hop]
 
     def noise(self, frames: int) -> np.ndarray:
-        """Draw CN(0, 1), [batch, F, frames, 2]: what torch, and so diffbuf, draws of this seed."""
+        """Draw CN(0, 1), [batch, F, frames, 2]: what torch and diffbuf draw with this seed."""
 
         def draw(n: int) -> np.ndarray:  # Box and Muller 1958, 16 numbers of variance 1/2 at a time
             bits = np.frombuffer(self.random.bytes(4 * n), "<u4") & 0xFFFFFF

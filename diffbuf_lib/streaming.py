@@ -20,19 +20,19 @@ from diffbuf_lib.networks import Precision
 
 @dataclass
 class StreamState:
-    """All that a stream remembers between two pushes."""
+    """Everything that a stream remembers between two pushes."""
 
     waiting: Tensor  # [B, n] samples that no frame has used up yet
     buffer: BufferState  # the diffusion buffer and its history
     overlap: Tensor  # [B, n_fft] sum of the windowed output frames that overlap the next one
     envelope: Tensor  # [n_fft] sum of their squared windows
-    num_bad: Tensor  # [], pushed samples that were NaN or Inf, and counted as zeros
-    given: int  # samples that came out; below 0, those before the first input sample, left out
-    taken: int = 0  # samples that were pushed
+    num_bad: Tensor  # [], pushed samples that were NaN or Inf, and taken as zeros
+    given: int  # samples output; below 0: still dropping those before the first input sample
+    taken: int = 0  # samples pushed
 
     @property
     def bad(self) -> int:
-        """`num_bad` as a number, for which a GPU has to be waited for."""
+        """`num_bad` as a Python int; reading it waits for a GPU."""
         return int(self.num_bad)
 
     @property
@@ -44,24 +44,24 @@ class StreamState:
 class OnlineEnhancer:
     """Enhance a stream: push any number of samples, get back all that are ready.
 
-    The output is that of `model.enhance` on the whole signal with the same noise, however the
-    input is cut into pushes, and needs no future sample: a frame is analysed when its last
-    sample has been pushed. After `flush` as many samples have come out as went in. A network that
-    can remember its history does so: a frame then costs the same after an hour. The last three
-    arguments are for such networks. ConfigError for one that the model cannot have.
+    The output equals that of `model.enhance` on the whole signal with the same noise, however the
+    input is cut into pushes, and needs no future samples: a frame is analysed when its last
+    sample has been pushed. After `flush`, as many samples have come out as went in. A network that
+    can remember its history does so, and a frame then costs the same after an hour. The last three
+    arguments are for such networks. Raises ConfigError for one that the model does not support.
     """
 
     def __init__(
         self,
-        model: DiffusionBufferModel,  # is used in evaluation mode and left as it was
+        model: DiffusionBufferModel,  # run in evaluation mode, then restored to its mode
         seed: int = 0,  # of the diffusion noise, so that a stream can be repeated
         delay: int | None = None,  # d, 1 to B frames, of a data-prediction model; None for B
         batch: int = 1,  # streams that run side by side
         *,
-        compiled: bool = False,  # run one compiled graph, which takes about a minute to make
+        compiled: bool = False,  # run one compiled graph, which takes about a minute to compile
         precision: Precision = "fp32",  # bf16: bfloat16
-        # onnx: hops are a graph, which takes half a minute to make and is kept; the same samples
-        # but for rounding.
+        # onnx: hops run as an ONNX graph, which takes half a minute to make and is cached; same
+        # samples up to rounding.
         backend: Backend = "torch",
     ) -> None:
         self.model, self.seed, self.batch = model, seed, batch
@@ -70,26 +70,26 @@ class OnlineEnhancer:
         self.sampler: BufferSampler | GraphSampler = sampler
         if backend == "onnx":
             if compiled or precision != "fp32":
-                raise ConfigError("compiled and bf16 are of torch: leave them out, or onnx")
+                raise ConfigError("compiled and bf16 need torch: leave them out, or onnx")
             self.sampler = GraphSampler(sampler, cached_graph(model, delay))
         self.device = self.sampler.t.device
         self.reset()
 
     @property
     def latency_samples(self) -> int:
-        """Samples to push before the first one comes out: d - 1 hops and the frames over it.
+        """Samples to push before the first one comes out: d - 1 hops and the frames that cover it.
 
-        Sample 0 is whole when the last frame that covers it has left the buffer. Others wait
-        longer: see `worst_latency_samples`.
+        Sample 0 is complete when the last frame that covers it has left the buffer. Other samples
+        wait longer: see `worst_latency_samples`.
         """
         n_fft, hop = self.spectral.n_fft, self.spectral.hop_length
         first_frame = n_fft - n_fft // 2  # the rest of it is silence before sample 0
-        last_frame = n_fft // 2 // hop  # over sample 0, counted from 0
+        last_frame = n_fft // 2 // hop  # the last one over sample 0, counted from 0
         return first_frame + (last_frame + self.sampler.delay - 1) * hop
 
     @property
     def worst_latency_samples(self) -> int:
-        """Samples from one that is pushed to the push that brings it out, at most.
+        """Largest number of samples between a sample's push and the push that outputs it.
 
         n_fft + (d - 1) hop: a sample just after a frame's end waits for the next frame, which is
         n_fft long, and for d - 1 hops of the buffer.
@@ -97,7 +97,7 @@ class OnlineEnhancer:
         return self.spectral.n_fft + (self.sampler.delay - 1) * self.spectral.hop_length
 
     def reset(self) -> None:
-        """Forget the stream, and start the noise from the seed again."""
+        """Forget the stream, and restart the noise from the seed."""
         B, n_fft, zeros = self.batch, self.spectral.n_fft, self.sampler.t.new_zeros
         dtype = self.sampler.t.dtype.to_complex()
         self.generator = torch.Generator(self.device).manual_seed(self.seed)
@@ -113,13 +113,13 @@ class OnlineEnhancer:
         self._as_given: Callable[[Tensor], Any] = lambda rows: rows[0] if len(rows) == 1 else rows
 
     def push(self, samples: Any) -> Any:
-        """Take in samples and give out those that are ready.
+        """Take in samples and return those that are ready.
 
         `samples` is a tensor or numpy array, [T], [1, T] or [batch, T], of any length; floating
-        point of full scale 1, int16 or int32 of their own full scale (else ShapeError). What is
-        ready is of the same kind, type and axes, T' samples long; T' may be 0. A sample that is NaN
-        or Inf counts as zero and is counted in `state.bad`: one of them would silence the stream
-        for good. After an exception the stream begins anew.
+        point of full scale 1, int16 or int32 of their own full scale (else ShapeError). The
+        result has the same kind, dtype and axes, and T' samples; T' may be 0. NaN and Inf samples
+        are taken as zeros and counted in `state.bad`: a single one would silence the stream for
+        good. After an exception, the stream starts over.
         """
         rows, self._as_given = self._rows(samples)
         self.state.taken += rows.shape[-1]
@@ -130,7 +130,7 @@ class OnlineEnhancer:
             raise
 
     def _rows(self, samples: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        """Return samples as [batch, T] of the model's type, and what makes of rows their kind."""
+        """Return samples as [batch, T] of the model's type, and a function that converts back."""
         tensor = torch.from_numpy(samples) if isinstance(samples, np.ndarray) else samples
         full = {torch.int16: 2.0**15, torch.int32: 2.0**31}
         known = isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.dtype in full)
@@ -157,9 +157,9 @@ class OnlineEnhancer:
         return rows.masked_fill(bad, 0.0), as_given
 
     def flush(self) -> Any:
-        """End the stream: give out what is still inside, and reset.
+        """End the stream: return what is still inside, and reset.
 
-        T' samples of the kind that was pushed last: the whole output is as long as the input.
+        Returns T' samples of the kind pushed last: the whole output is as long as the input.
         """
         state, missing = self.state, self.state.taken - max(0, self.state.given)
         silence = state.overlap.new_zeros(self.batch, self.spectral.hop_length)
@@ -172,7 +172,7 @@ class OnlineEnhancer:
 
     @torch.inference_mode()
     def _advance(self, rows: Tensor) -> Tensor:
-        """Analyse, enhance and synthesise every frame that has become whole."""
+        """Analyse, enhance and synthesise every frame that has become complete."""
         state, spectral = self.state, self.spectral
         n_fft, hop = spectral.n_fft, spectral.hop_length
         state.waiting = torch.cat([state.waiting, rows], dim=-1)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Draws:
-    """All that is random in one training batch, as a value: the same draws give the same loss.
+    """All random numbers of one training batch: the same draws give the same loss.
 
     The last two are for training.own_estimate.
     """
@@ -26,14 +26,14 @@ class Draws:
     t: Tensor  # [B, Kb], diffusion times, rising
     z: Tensor  # [B, F, Kb] complex, the noise, CN(0, 1)
     first_z: Tensor | None = None  # [B, F, K] complex, the noise of the first call
-    own: Tensor | None = None  # [B] bool, the clips whose V is made of the network's own estimate
+    own: Tensor | None = None  # [B] bool, the clips whose V is made from the network's own estimate
 
     def to(self, device: torch.device | str) -> Draws:
         """Return a copy on another device."""
         return Draws(**{name: value.to(device) for name, value in self.to_dict().items()})
 
     def to_dict(self) -> dict[str, Tensor]:
-        """Return what there is, by name: `Draws(**d)` undoes it."""
+        """Return the fields that are set, by name: `Draws(**d)` is the inverse."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
@@ -55,9 +55,9 @@ class Trace:
     score: Tensor  # [B, F, Kb] complex, the network's estimate of grad log p
     x0_hat: Tensor  # [B, F, Kb] complex, its estimate of S in the buffer
     target_score: Tensor  # [B, F, Kb] complex, -z / sigma
-    loss_map: Tensor  # [B, F, Kb], of every bin; of x0_hat in units of model.data_scale^2, if given
-    loss: Tensor  # scalar, the mean of loss_map, and with training.own_estimate of the first call's
-    draws: Draws  # all that was random
+    loss_map: Tensor  # [B, F, Kb], per bin; for data prediction over model.data_scale^2, if set
+    loss: Tensor  # scalar, the mean of loss_map; own_estimate averages it with the first call's
+    draws: Draws  # all random numbers
     level: Tensor | None = None  # [B, K], what Y and S were divided by, RMS in full scale, if any
 
     def stages(self) -> dict[str, Tensor]:
@@ -76,18 +76,18 @@ class Trace:
 
 @dataclass(frozen=True)
 class StageSummary:
-    """The numbers of one tensor; of a complex one, those of its magnitudes."""
+    """Statistics of one tensor; for a complex tensor, of its magnitudes."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str  # without "torch."
     device: str
-    min: float  # of the finite values, as max, mean and std; NaN if there is none
+    min: float  # over finite values, like max, mean and std; NaN if there are none
     max: float
     mean: float
-    std: float  # over their number, not one less
+    std: float  # of the population: over n, not n - 1
     zeros: float  # share of elements that are zero, 0 to 1
-    nan: int  # elements that are NaN (of a complex number: in either part)
+    nan: int  # elements that are NaN (complex: in either part)
     inf: int  # other elements that are infinite
 
     @property
@@ -96,13 +96,13 @@ class StageSummary:
         return self.nan == 0 and self.inf == 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields by name, as JSON can hold them (`to_plain`)."""
+        """Return the fields by name, as JSON-serialisable values (`to_plain`)."""
         return dict(to_plain(self))
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One row a tensor; prints as a table, and `summary["V"]` is the row of that name."""
+    """One row per tensor; prints as a table, and `summary["V"]` is the row of that name."""
 
     rows: tuple[StageSummary, ...]
 
@@ -146,7 +146,7 @@ def format_table(table: list[list[str]], left: int = 1) -> str:
 
 
 def to_plain(value: Any) -> Any:
-    """Return a value as JSON can hold it: NaN and infinities become None, paths strings."""
+    """Return a JSON-serialisable value: NaN and infinities become None, paths become strings."""
 
     def others(other: Any) -> Any:  # tensors, numpy's arrays and scalars
         return other.tolist() if hasattr(other, "tolist") else str(other)
@@ -174,8 +174,8 @@ def _row(name: str, tensor: Tensor) -> StageSummary:
 def _numbers(values: Tensor) -> Tensor:
     """Return min, max, mean, std and the number of nonzero elements, [5].
 
-    Min and max carry a NaN or an infinity along, so that all being well costs no extra pass. On a
-    CPU these five passes take a tenth of what torch.var_mean and torch.aminmax do.
+    Min and max propagate NaN and infinities, so finite tensors need no extra pass to find them. On
+    a CPU, these five passes take a tenth of the time of torch.var_mean and torch.aminmax.
     """
     if not values.numel():
         return values.new_tensor([math.nan] * 4 + [0.0])

@@ -1,1 +1,1 @@
-"""What one person ran once, and how to run it again."""
+"""Recipes for results of this project, to run again."""

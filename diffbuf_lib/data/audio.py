@@ -27,7 +27,7 @@ from diffbuf_lib.data.riff import make_plain_wav
 from diffbuf_lib.errors import DataError, DiffbufError
 
 EXTENSIONS = (".wav", ".flac")
-# Integer type and bits that count of each PCM subtype that is written.
+# Integer type and number of significant bits of each PCM subtype that can be written.
 _PCM: dict[str, tuple[Any, int]] = {"PCM_16": (np.int16, 16), "PCM_24": (np.int32, 24)}
 _ENDLESS = 1 << 62  # samples: more than any file has
 
@@ -42,10 +42,10 @@ class AudioInfo(NamedTuple):
 
 
 def read_info(path: str | Path, *, decode: bool = False) -> AudioInfo:
-    """Read the header of an audio file; its samples only where it does not tell their number.
+    """Read an audio file's header, and its samples only if the header does not give their count.
 
-    With `decode` the samples that can be decoded are counted, and a header that promises others is
-    warned of; without, DataError for a shorter file, too. Else for one missing, empty or no audio.
+    With `decode`, count the samples that can be decoded and warn if the header promises another
+    number; without it, DataError if the file is cut short. Also if missing, empty or not audio.
     """
     path = Path(path)
     with AudioReader(path) as file:
@@ -66,7 +66,7 @@ def read_info(path: str | Path, *, decode: bool = False) -> AudioInfo:
 
 @lru_cache(maxsize=1 << 16)
 def _decoded(path: Path, size: int, changed: int) -> tuple[int, bool, list[str]]:
-    """Decode a file of that size and time: return its samples, whether it is cut, complaints."""
+    """Decode a file (size and time key the cache); return its length, whether cut, complaints."""
     with AudioReader(path, repair=True) as file:
         for _ in file.blocks(1 << 16):
             pass
@@ -75,10 +75,10 @@ def _decoded(path: Path, size: int, changed: int) -> tuple[int, bool, list[str]]
 
 
 def read_audio(path: str | Path, start: int = 0, frames: int | None = None) -> tuple[Tensor, int]:
-    """Read `frames` samples from `start` on, or all; of .wav and .flac only these are decoded.
+    """Read `frames` samples from `start` on, or all; in .wav and .flac only these are decoded.
 
-    Returns [C, T] float32, full scale 1, and the sample rate in Hz. DataError as in `read_info`; or
-    the part lies outside the file, the file is cut short, or it holds NaN or Inf.
+    Returns [C, T] float32, full scale 1, and the sample rate in Hz. DataError as in `read_info`, or
+    if the part lies outside the file, the file is cut short, or it holds NaN or Inf.
     """
     with AudioReader(path) as file:
         known = file.frames
@@ -107,28 +107,28 @@ def write_audio(path: str | Path, wave: Tensor, sample_rate: int, subtype: str =
 
 
 def encode_audio(path: Path, wave: Tensor, sample_rate: int, subtype: str) -> bytes:
-    """Return what `write_audio` writes; the path is for its format and for messages."""
+    """Return the bytes that `write_audio` writes; `path` gives the format, and errors name it."""
     if wave.ndim != 2 or 0 in wave.shape:
         raise DataError(f"{path}: a wave of shape {tuple(wave.shape)} is not [channels, time]")
     if path.suffix.lower() not in EXTENSIONS:
         raise DataError(f"{path}: the file name must end in one of {', '.join(EXTENSIONS)}")
     samples = wave.detach().cpu().double().numpy().T  # [T, C]
     if not np.isfinite(samples).all():
-        raise DataError(f"{path}: the wave holds NaN or Inf, so it is not written: check its maker")
+        raise DataError(f"{path}: the wave holds NaN or Inf and is not written: check its source")
     values = samples if subtype == "FLOAT" else _to_pcm(path, samples, subtype)
     content, kind = io.BytesIO(), path.suffix[1:].upper()
     try:
         soundfile.write(content, values, sample_rate, subtype=subtype, format=kind)
     except (soundfile.SoundFileError, ValueError) as error:
         what = f"{path} cannot be written as {subtype} at {sample_rate} Hz ({reason(error)})"
-        raise DataError(f"{what}: take PCM_16, or a .wav file") from error
+        raise DataError(f"{what}: use PCM_16, or a .wav file") from error
     return content.getvalue()
 
 
 def _to_pcm(path: Path, samples: npt.NDArray[np.float64], subtype: str) -> npt.NDArray[np.integer]:
     """Round [T, C] float samples to integers; libsndfile itself would floor and clip them."""
     if subtype not in _PCM:
-        raise DataError(f"{path}: subtype {subtype!r} is none of {', '.join([*_PCM, 'FLOAT'])}")
+        raise DataError(f"{path}: subtype {subtype!r} is not one of {', '.join([*_PCM, 'FLOAT'])}")
     peak = float(np.abs(samples).max())
     if peak > 1:
         raise DataError(f"{path}: peak {peak:.4g} is above full scale 1: scale it, or write FLOAT")
@@ -141,19 +141,19 @@ def _to_pcm(path: Path, samples: npt.NDArray[np.float64], subtype: str) -> npt.N
 def audio_output(
     path: Path, sample_rate: int, channels: int, *, atomic: bool = True
 ) -> Iterator[soundfile.SoundFile]:
-    """Open a .wav of 32-bit floats, so that nothing is clipped, or a .flac of 24 bit to write to.
+    """Open a file to write to: a .wav of 32-bit floats, so that nothing clips, or a 24-bit .flac.
 
-    Its folder is made. A .wav that outgrows the sizes of its format becomes RF64. Without `atomic`
-    (see `atomic_file`) the file is there and grows. DataError for another name, or a full disk.
+    Its folder is created. A .wav that is too large for its format becomes RF64. Without `atomic`
+    (see `atomic_file`) the file grows in place. DataError for another extension, or a full disk.
     """
     formats = {".wav": ("RF64", "FLOAT"), ".flac": ("FLAC", "PCM_24")}
     if path.suffix.lower() not in formats:
-        raise DataError(f"{path}: give the output a name in .wav or .flac (stream: - for stdout)")
+        raise DataError(f"{path}: give a name that ends in .wav or .flac (stream: - for stdout)")
     kind, subtype = formats[path.suffix.lower()]
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path, sync=False) if atomic else nullcontext(path) as target:
-            target.open("wb").close()  # of the umask's mode
+            target.open("wb").close()  # created here, so that its mode follows the umask
             try:
                 with soundfile.SoundFile(
                     os.fsencode(target), "w", sample_rate, channels, subtype, format=kind
@@ -165,13 +165,13 @@ def audio_output(
 
 
 def refuse_same_file(source: Path, output: Path) -> None:
-    """Raise DataError for an output that is the input itself, also through links."""
+    """Raise DataError if the output is the input file itself, or a link to it."""
     if output.exists() and source.exists() and output.samefile(source):
         raise DataError(f"the output {output} is the input {source}: give it another name")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON to read, as `write_bytes`."""
+    """Write a value as indented JSON, with `write_bytes`."""
     write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
@@ -184,11 +184,11 @@ def write_bytes(path: str | Path, content: bytes, *, sync: bool = True) -> None:
 @contextmanager
 def writing(
     path: str | Path,
-    fails: type[Exception] = soundfile.SoundFileError,  # beside an OSError
+    fails: type[Exception] = soundfile.SoundFileError,  # besides OSError
     makes: type[DiffbufError] = DataError,
     fix: str = "free disk space or choose another folder",
 ) -> Iterator[None]:
-    """Make an error of ours, which names a file or folder, of what fails while it is written."""
+    """Turn an error while a file or folder is written into one of ours that names the path."""
     try:
         yield
     except (OSError, fails) as error:  # some libraries turn an OSError into one of theirs
@@ -198,11 +198,11 @@ def writing(
 
 @contextmanager
 def atomic_file(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; at the end it takes the place of `path`.
+    """Yield a temporary path beside `path` to write to; at the end, it replaces `path`.
 
-    Whenever the process stops, `path` is the old file or the whole new one; with `sync` also when
-    the power fails. A link stays one: the file that it leads to is written. Raises the system's
-    OSError; the temporary file is gone then and `path` is as before.
+    Whenever the process stops, `path` is the old file or the whole new one; with `sync`, even if
+    the power fails. A link stays a link: the file it points to is replaced. Raises the system's
+    OSError; the temporary file is then removed and `path` is unchanged.
     """
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
@@ -212,14 +212,14 @@ def atomic_file(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
             wait_for_disk(temporary)
         os.replace(temporary, path)
         if sync:
-            wait_for_disk(path.parent)  # without it the rename can be lost with the power
+            wait_for_disk(path.parent)  # otherwise a power failure can undo the rename
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
 def wait_for_disk(path: Path) -> None:
-    """Wait until the disk holds a file, or the entries of a folder."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -240,7 +240,7 @@ def resample(wave: Tensor, from_rate: int, to_rate: int) -> Tensor:
     length = -(-wave.shape[-1] * to_rate // from_rate)
     samples = np.ascontiguousarray(wave.detach().cpu().float().numpy().T)  # [T, C]
     result = torch.from_numpy(soxr.resample(samples, from_rate, to_rate, quality="HQ").T)
-    # soxr rounds the length to the nearest: make it the same whatever its version.
+    # soxr rounds the length to the nearest integer: make it T' with every version of soxr.
     return torch.nn.functional.pad(result, (0, length - result.shape[-1])).contiguous()
 
 
@@ -275,7 +275,7 @@ def list_audio(folder: str | Path, extensions: tuple[str, ...] = EXTENSIONS) -> 
 
 
 def output_names(root: Path, files: list[Path], kept: tuple[str, ...] = EXTENSIONS) -> list[Path]:
-    """Return names below `root`, .wav instead of all but `kept` extensions; no two are equal."""
+    """Return unique names relative to `root`; extensions that are not in `kept` become .wav."""
     names = [path.relative_to(root) for path in files]
     given = {name for name in names if name.suffix.lower() in kept}
     outputs = []
@@ -291,10 +291,10 @@ def output_names(root: Path, files: list[Path], kept: tuple[str, ...] = EXTENSIO
 def resample_folder(
     source: str | Path, out_path: str | Path, rate: int, *, progress: bool = False
 ) -> Path:
-    """Copy a folder of any layout: the same tree, its audio as .wav of 32-bit floats at `rate`, Hz.
+    """Copy a folder of any layout: the same tree, its audio as 32-bit float .wav at `rate` Hz.
 
-    Files that are no audio are copied as they are. A stopped copy goes on when started again.
-    DataError: no audio, a copy that would lie in the source, a damaged file, a full disk.
+    Other files are copied unchanged. An interrupted copy resumes when started again. DataError for
+    a folder without audio, a copy inside the source, a damaged file, or a full disk.
     """
     source, out_path = Path(source), Path(out_path)
     if rate < 1:

@@ -1,6 +1,6 @@
 """Make a DN-LM dataset from a speech folder and a noise folder.
 
-What sample `index` of a split is follows from (seed, split, index) alone, whatever makes it.
+Sample `index` of a split depends on (seed, split, index) alone, not on which process makes it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def build_dnlm(
     out_dir: str | Path,  # where to make the dataset; not inside the other two
     *,
     part: str = "1/1",  # of a job array: "2/8" makes the second of eight shares
-    processes: int | None = None,  # None: one a core, or none if there is little to do
+    processes: int | None = None,  # None: one per core, or none if there is little to do
     progress: bool = False,  # show a progress bar on stderr
     **options: Any,  # the fields of `Recipe`
 ) -> Path:
@@ -77,14 +77,14 @@ def build_dnlm(
 def prepare(
     speech_dir: str | Path, noise_dir: str | Path, out_dir: str | Path, **options: Any
 ) -> list[Sample]:
-    """Claim the folder and draw all samples; raises as `build_dnlm`."""
+    """Claim the output folder and draw all samples; raises the errors of `build_dnlm`."""
     speech_dir, noise_dir, out_dir = Path(speech_dir), Path(noise_dir), Path(out_dir)
     try:
         recipe = TypeAdapter(Recipe).validate_python(options)
     except ValidationError as error:
         name, message = error.errors()[0]["loc"][0], error.errors()[0]["msg"]
         raise DataError(f"{name} {options[str(name)]}: {message}: change --{name}") from error
-    # Of folders inside each other, noise would count as speech, or results as sources.
+    # With nested folders, noise would count as speech, or results as sources.
     folders = {"speech_dir": speech_dir, "noise_dir": noise_dir, "out_dir": out_dir}
     for (inner, folder), (outer, around) in permutations(folders.items(), 2):
         if outer != "out_dir" and folder.resolve().is_relative_to(around.resolve()):
@@ -93,7 +93,7 @@ def prepare(
     marker = out_dir / "build.json"
     if not marker.exists() and any((out_dir / name).exists() for name in ("train", "valid")):
         raise DataError(f"{out_dir} holds a dataset without build.json: choose another folder")
-    sources = hashlib.sha256()  # names and sizes of all, wherever the folders lie
+    sources = hashlib.sha256()  # names and sizes of all files, wherever the folders are
     for folder in (speech_dir, noise_dir):
         for path in audio.list_audio(folder):
             name = path.relative_to(folder).as_posix()
@@ -108,7 +108,7 @@ class Split:
     """What the samples of one split have in common."""
 
     name: str
-    number: int  # its key of randomness: never renumber
+    number: int  # part of the random seed: never renumber
     count: int  # of samples
     frames: int  # of each clip, at sample_rate
     folder: Path  # where the sample folders go
@@ -121,7 +121,7 @@ class Split:
 
 
 class Sample(NamedTuple):
-    """One sample as it is drawn before any audio is read; small, since processes are sent it."""
+    """One sample as drawn, before any audio is read; small, because it is sent to processes."""
 
     split: Split
     number: int  # from 0
@@ -154,7 +154,7 @@ def make_samples(
     processes: int | None = None,
     progress: bool = False,
 ) -> None:
-    """Make a part's missing samples, and last metadata.json of splits that are whole then."""
+    """Make a part's missing samples, then metadata.json of every split that is now complete."""
     samples = list(samples)
     todo = [s for s in take_part(samples, part) if not _is_made(s)]
     if processes is None:
@@ -177,7 +177,7 @@ def _is_made(sample: Sample) -> bool:
 
 
 def take_part(items: Sequence[_Item], part: str) -> Sequence[_Item]:
-    """Return every n-th item from the i-th on for part "i/n" of a job array; else ConfigError."""
+    """Return part "i/n" of a job array: every n-th item from the i-th on; else ConfigError."""
     found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", part)
     i, n = map(int, found.groups()) if found else (0, 0)
     if not 1 <= i <= n:
@@ -188,7 +188,7 @@ def take_part(items: Sequence[_Item], part: str) -> Sequence[_Item]:
 def make_sample(sample: Sample) -> None:
     """Make a folder of three files, whole or not at all, with mixture = vocals + noise exactly."""
     split, record = sample.split, sample.record
-    # Another key than draw_samples', so that excerpts are not made of the same random numbers.
+    # Not the key of draw_samples, so that excerpts do not reuse its random numbers.
     rng = np.random.default_rng([split.seed, split.number, sample.number, 1])
     speech_file = split.speech_dir / record["speech_source"]
     speech, noise = _speech_excerpt(split, speech_file, rng), _noise_excerpt(sample, rng)
@@ -210,7 +210,7 @@ def make_sample(sample: Sample) -> None:
 
 
 def claim(marker: Path, parameters: dict[str, Any]) -> None:
-    """Save what a folder is made of as `marker`, or raise DataError if it holds something else."""
+    """Save a folder's parameters as `marker`; DataError if it was made with other ones."""
     folder, fix = marker.parent, "choose another folder, or delete this one"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -237,7 +237,7 @@ def run_parallel(
 ) -> None:
     """Call `function(item)` for every item as `parallel` does; `bar` has the options of tqdm."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the workers: the last bit of a sum depends on it
+    torch.set_num_threads(1)  # like the workers: the last bit of a sum depends on it
     try:
         with naming_deaths():
             for _ in tqdm(parallel(function, items, processes), total=len(items), **bar):
@@ -250,9 +250,9 @@ def parallel(
     function: Callable[[_Item], _Result],
     items: Sequence[_Item],
     processes: int,
-    context: str | None = None,  # how processes are started; None for the system's way
+    context: str | None = None,  # how processes are started; None for the system's default
 ) -> Generator[_Result, None, None]:
-    """Yield `function(item)` of every item in turn; from two processes on, of worker processes."""
+    """Yield `function(item)` for every item in order; with two or more processes, from workers."""
     workers = min(processes, len(items)) if min(processes, len(items)) > 1 else 0  # 0: this one
     # A DataLoader's workers compute with one thread, and end when this process does.
     loader: DataLoader[Any] = DataLoader(
@@ -269,7 +269,7 @@ def parallel(
 
 
 def _attempt(function: Callable[[_Item], _Result], item: _Item) -> _Result | DiffbufError:
-    """Return the error, which a DataLoader would wrap into its traceback."""
+    """Return an error instead of raising it: a DataLoader would wrap it in a traceback."""
     try:
         return function(item)
     except DiffbufError as error:
@@ -278,7 +278,7 @@ def _attempt(function: Callable[[_Item], _Result], item: _Item) -> _Result | Dif
 
 @contextmanager
 def naming_deaths() -> Iterator[None]:
-    """Make a DataError of what torch raises, wherever this process is, when a worker was killed."""
+    """Turn torch's error for a killed worker, wherever it is raised, into a DataError."""
     try:
         yield
     except RuntimeError as error:
@@ -293,17 +293,17 @@ def naming_deaths() -> Iterator[None]:
 def download_librispeech(out_dir: str | Path, subset: str = "train-clean-100") -> Path:
     """Download `out_dir/LibriSpeech/<subset>` (Panayotov et al., ICASSP 2015; CC BY 4.0).
 
-    Subsets are dev-clean (0.3 GB), train-clean-100 (6 GB) and so on; one that is there is kept.
+    Subsets are dev-clean (0.3 GB), train-clean-100 (6 GB) and so on; an existing one is kept.
     DataError for an unknown subset, without a network, or for a full disk.
     """
     if subset not in _LIBRISPEECH:
-        raise DataError(f"subset {subset!r} of LibriSpeech is none of {', '.join(_LIBRISPEECH)}")
+        raise DataError(f"subset {subset!r} of LibriSpeech is not one of {', '.join(_LIBRISPEECH)}")
     final = Path(out_dir) / "LibriSpeech" / subset
     if final.is_dir():
         return final
     work = Path(out_dir) / f".librispeech-{subset}"  # renamed when whole
     try:
-        # A tree that was unpacked in part would pass for a whole one; the archive may stay.
+        # A partly unpacked tree would pass for a complete one; the archive may stay.
         shutil.rmtree(work / "LibriSpeech", ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)
         from torchaudio.datasets import LIBRISPEECH
@@ -315,7 +315,7 @@ def download_librispeech(out_dir: str | Path, subset: str = "train-clean-100") -
         raise DataError(
             f"LibriSpeech {subset} cannot be downloaded to {out_dir} ({audio.reason(error)}): "
             f"check the network, or unpack it from https://www.openslr.org/12 as {final}; "
-            "`diffbuf data demo` needs none"
+            "`diffbuf data demo` needs no network"
         ) from error
     shutil.rmtree(work, ignore_errors=True)
     return final
@@ -348,14 +348,14 @@ def _plan(speech_dir: Path, noise_dir: Path, out_dir: Path, recipe: Recipe) -> l
 
 
 def _split_speech(folder: Path, fraction: float, recipe: Recipe) -> list[list[str]]:
-    """Divide speech files, each in a shuffled order, into those to train with and the held-out."""
+    """Divide speech files into those to train with and those held out, each list shuffled."""
     names = [path.relative_to(folder).as_posix() for path in audio.list_audio(folder)]
     speaker_of = _speakers(names)
     held = set(recipe.valid_speakers or ())
     if recipe.valid_speakers is None:
         held = set(_hold_out(sorted(set(speaker_of.values())), fraction, recipe.seed))
     elif unknown := sorted(held - set(speaker_of.values())):
-        raise DataError(f"valid_speakers {unknown[0]!r} is no speaker (or file) of {folder}")
+        raise DataError(f"valid_speakers {unknown[0]!r} is not a speaker (or file) of {folder}")
     order = np.random.default_rng([recipe.seed, 10]).permutation(len(names))
     parts: list[list[str]] = [[], []]
     for name in (names[i] for i in order):
@@ -376,11 +376,11 @@ def _speakers(names: Sequence[str]) -> dict[str, str]:
 def _split_noise(
     folder: Path, fraction: float, recipe: Recipe, frames: tuple[int, int]
 ) -> list[list[_Region]]:
-    """Divide noise, by file or one file by time; `frames` is what clips of both parts need."""
+    """Divide noise by file, or a single file by time; `frames` are both parts' clip lengths."""
     infos = [audio.read_info(path) for path in audio.list_audio(folder)]
     if len(infos) == 1 and fraction > 0:
         (only,) = infos
-        # Time to valid in proportion, but at least one clip's worth to it.
+        # Valid gets its share of the time, but at least one clip's worth.
         least = _noise_frames(frames[1], recipe.sample_rate, only.sample_rate)
         cut = max(0, min(round(only.frames * (1 - fraction)), only.frames - least))
         parts = [[(only, 0, cut)], [(only, cut, only.frames)]]
@@ -408,7 +408,7 @@ def _hold_out(items: Sequence[_Item], fraction: float, seed: int) -> list[_Item]
 
 
 def _speech_excerpt(split: Split, path: Path, rng: np.random.Generator) -> Tensor:
-    """Return [1, T] speech with energy in it: never a pause if the file has more than pauses."""
+    """Return [1, T] speech with energy in it: not a pause, unless the file holds only pauses."""
     wave, rate = audio.read_audio(path)
     wave = audio.resample(wave.mean(0, keepdim=True), rate, split.sample_rate)  # [1, whole file]
     if is_silent(wave):

@@ -30,7 +30,7 @@ def open_dataset(
 ) -> ClipDataset:
     """Open a folder of `LAYOUTS[dataset_type]` as the config says; training crops at random.
 
-    Shards are known by themselves, in a folder or at a URL such as s3://bucket/train. Raises
+    Shards are recognised as such, in a folder or at a URL such as s3://bucket/train. Raises
     ConfigError for another dataset_type, DataError for a folder that does not fit it.
     """
     if "://" in str(root) or (Path(root) / "index.npy").is_file():
@@ -72,7 +72,7 @@ def collate(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """
     shapes = {tuple(wave.shape) for item in items for wave in item}
     for axis, what, fix in (
-        (0, "channels", "bring the files to one number of channels, or set training.batch_size=1"),
+        (0, "channels", "give the files the same number of channels, or set training.batch_size=1"),
         (1, "samples", "use one audio.chunk_size"),
     ):
         sizes = sorted({shape[axis] for shape in shapes})
@@ -83,7 +83,7 @@ def collate(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 class ClipDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Pairs (mix, target) of clips of one length; what is below `root` is a subclass's matter.
+    """Pairs (mix, target) of clips of one length; subclasses define the layout below `root`.
 
     Item `i` depends on (seed, epoch, i) only: not on the order of reading or on workers. DataError
     for a folder that is missing, empty or of another layout; it names the --dataset_type that fits.
@@ -111,7 +111,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]]):
         self.leading_zeros = leading_zeros if training else 0
         self.pair_tolerance = pair_tolerance
         self.attenuation = attenuation if training else 0.0
-        self._trimmed = False  # whether it was said that pairs are
+        self._trimmed = False  # whether the warning about trimmed pairs was given
         # In shared memory, so that worker processes which outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._lengths: dict[int, int] = {}  # samples of the items whose headers have been checked
@@ -124,7 +124,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]]):
 
     @staticmethod
     def options(cfg: Config) -> dict[str, Any]:
-        """Return the arguments, beside those of `ClipDataset`, that a config sets."""
+        """Return the arguments beyond those of `ClipDataset` that a config sets."""
         return {}
 
     def _open(self) -> Sequence[tuple[Path, ...]]:
@@ -152,23 +152,23 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]]):
         self._epoch.fill_(epoch)
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """Fetch items that will be asked for next, where that takes a while."""
+        """Fetch the items that will be asked for next, if fetching takes a while."""
 
     def name(self, i: int) -> str:
         """Return the files of item `i`, for error messages."""
         return " + ".join(str(path) for path in self.items[i])
 
     def label(self, i: int) -> str:
-        """Return what tables call item `i`: where it lies below noisy/ or speech/."""
+        """Return the name of item `i` in tables: its path below noisy/ or speech/."""
         path = self.items[i][0].relative_to(self.root)
         return _text(Path(*(path.parts[1:] or path.parts)))
 
     def length(self, i: int) -> int:
-        """Return the samples of item `i` as a whole; warn where a header promises others."""
+        """Return the full length of item `i` in samples; warn if a header promises another."""
         return self.check_pair(*(read_info(path, decode=True) for path in self.items[i]))
 
     def read(self, i: int, frames: int) -> list[Tensor]:
-        """Return the first samples of item `i`, uncut by chunks: mix and target, [C, T]."""
+        """Return the first samples of item `i`, not cut to a chunk: mix and target, [C, T]."""
         return [read_audio(path, 0, frames)[0] for path in self.items[i]]
 
     def __len__(self) -> int:
@@ -193,7 +193,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]]):
         difference = abs(mix.frames - target.frames)  # encoders add or drop a few samples
         for what, ours, theirs, fix in (
             ("Hz", mix.sample_rate, target.sample_rate, "resample one of them"),
-            ("channels", mix.channels, target.channels, "bring both to one number of channels"),
+            ("channels", mix.channels, target.channels, "give both the same number of channels"),
             ("samples", mix.frames, target.frames, "cut them alike, or raise data.pair_tolerance"),
         ):
             if ours != theirs and (what != "samples" or difference > self.pair_tolerance):
@@ -234,7 +234,7 @@ class JoinedDataset(ClipDataset):
         return dataset.name(index)
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """Let every dataset fetch its own."""
+        """Let every dataset fetch its own items."""
         places = [self._place(i) for i in indices]
         for dataset in self.datasets:
             if mine := [index for owner, index in places if owner is dataset]:
@@ -245,12 +245,12 @@ class JoinedDataset(ClipDataset):
         return self.datasets[number], i - [0, *self.joined.cumulative_sizes][number]
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of all."""
+        """Choose the epoch of all datasets."""
         for dataset in self.datasets:
             dataset.set_epoch(epoch)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        """Read item `i` of all."""
+        """Read item `i`, counted over all datasets."""
         return self.joined[i]
 
 
@@ -339,7 +339,7 @@ class MixingDataset(ClipDataset):
 
     @staticmethod
     def options(cfg: Config) -> dict[str, Any]:
-        """Return what the config's section data sets."""
+        """Return the arguments that the config's section `data` sets."""
         data = cfg.data
         found = {name: getattr(data, name) for name in ("speed", "tilt", "room_probability")}
         found["snr"] = (data.snr_min, data.snr_max)
@@ -367,9 +367,9 @@ class MixingDataset(ClipDataset):
         noise, _ = self._excerpt(noise_file, self.chunk_size, rng, is_speech=False)
         if len(speech) != len(noise):
             counts = f"{speech_file} has {len(speech)} channels but {noise_file} has {len(noise)}"
-            raise DataError(f"{counts}: bring both to one number")
+            raise DataError(f"{counts}: give both the same number")
         mixture = mix_pair(speech, noise, snr_db, distance)
-        # Zeros come last, so that the SNR is that of the whole chunk however short the rest is.
+        # Zeros are added last: the SNR is that of the whole chunk, however much of it remains.
         mix, target = (pad(wave, (zeros, 0))[:, : self.chunk_size] for wave in mixture[:2])
         return mix, target
 
@@ -389,7 +389,7 @@ class MixingDataset(ClipDataset):
         info = read_info(path)
         check_rate(info, self.sample_rate)
         if not is_speech and info.frames < length:  # short speech is padded
-            short = f"{path} has {info.frames} samples, a clip {length}"
+            short = f"{path} has {info.frames} samples, a clip has {length}"
             raise DataError(f"{short}: remove it or lower audio.chunk_size")
         for attempt in range(_TRIES):
             from_start = is_speech and attempt == 0 and not self.training
@@ -426,10 +426,10 @@ def draw_crop(
 
 
 def apply_crop(path: Path, crop: Crop, chunk_size: int) -> Tensor:
-    """Read a crop of an audio file that has its samples: [C, chunk_size] float32, full scale 1."""
+    """Read a crop from an audio file that contains it: [C, chunk_size] float32, full scale 1."""
     return place_crop(read_audio(path, crop.start, max(crop.frames, 1))[0], crop, chunk_size)
 
 
 def place_crop(wave: Tensor, crop: Crop, chunk_size: int) -> Tensor:
-    """Put a crop's samples, [C, T], where they stand in the chunk."""
+    """Put a crop's samples, [C, T], at their position in the chunk."""
     return pad(wave[:, : crop.frames], (crop.zeros, chunk_size - crop.zeros - crop.frames))

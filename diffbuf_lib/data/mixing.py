@@ -1,4 +1,4 @@
-"""One noisy mixture, and what the speech may go through before.
+"""Mix speech with noise, and augment the speech beforehand.
 
 Liu et al., "Edge-Deployed Band-Split Rotary Position Encoding Transformer
 for Ultra-Low SNR UAV Speech Enhancement", Drones 9(6):386, 2025.
@@ -40,14 +40,14 @@ def mix_pair(
     """Mix speech and noise, [C, T] float32 of any scale, as DN-LM does.
 
     Both are peak-normalised and attenuated by 1 / distance (m); then the noise is scaled until the
-    input SNR is `snr_db`; then, if anything exceeds full scale, all three take one factor. The SNR
-    is set last, so `noise_distance` cannot be heard: it is here because the recipe names it.
+    input SNR is `snr_db`; then, if anything exceeds full scale, one factor scales all three. The
+    SNR is set last, so `noise_distance` has no effect: it is here because the recipe names it.
 
     DataError if shapes differ, one is silent (take another excerpt), or a distance is not positive.
     """
     if speech.shape != noise.shape:
         shapes = f"{tuple(speech.shape)} and noise {tuple(noise.shape)}"
-        raise DataError(f"speech {shapes} differ in shape: cut them to one")
+        raise DataError(f"speech {shapes} differ in shape: cut them alike")
     target = attenuate(peak_normalize(speech, "speech"), speech_distance)
     noise = attenuate(peak_normalize(noise, "noise"), noise_distance)
     noise = scale_to_snr(target, noise, snr_db)
@@ -56,12 +56,12 @@ def mix_pair(
     scale = min(1.0, PEAK_LIMIT / peak)
     if scale < 1:
         target, noise = target * scale, noise * scale
-        mix = target + noise  # summed again, so that mix - target is the noise, bit for bit or so
+        mix = target + noise  # summed again, so that mix - target is the noise up to rounding
     return Mixture(mix, target, noise, scale)
 
 
 def peak_normalize(wave: Tensor, what: str = "wave") -> Tensor:
-    """Scale a wave [C, T] so that its largest magnitude is 1; `what` names it if it is silent."""
+    """Scale a wave [C, T] so that its largest magnitude is 1; errors call it `what`."""
     if is_silent(wave):
         raise DataError(f"the {what} is silent, so no SNR can be set: take another excerpt or file")
     return wave / wave.abs().max()
@@ -93,9 +93,9 @@ def snr(target: Tensor, noise: Tensor) -> float:
 
 
 def tilt_spectrum(wave: Tensor, sample_rate: int, db_per_octave: float) -> Tensor:
-    """Let the spectrum of a wave [C, T] rise or fall around 1 kHz; the power stays the same.
+    """Tilt the spectrum of a wave [C, T] around 1 kHz; its power stays the same.
 
-    Below 100 Hz and above 8 kHz the gain stays what it is there.
+    The gain is constant below 100 Hz and above 8 kHz.
     """
     spectrum = torch.fft.rfft(wave)
     frequency = torch.fft.rfftfreq(wave.shape[-1], 1 / sample_rate).clamp(100, 8000)
@@ -106,6 +106,6 @@ def tilt_spectrum(wave: Tensor, sample_rate: int, db_per_octave: float) -> Tenso
 
 
 def reverberate(wave: Tensor, response: Tensor) -> Tensor:
-    """Convolve [C, T] with a room's impulse response [N], direct sound at sample 0; no tail."""
+    """Convolve [C, T] with a room's impulse response [N], direct sound at sample 0; cut to T."""
     wet = AF.fftconvolve(wave, response.expand(wave.shape[0], -1))
     return wet[:, : wave.shape[-1]]

@@ -24,17 +24,17 @@ from diffbuf_lib.data.shards import INDEX, row_type, shard_path
 from diffbuf_lib.errors import DataError
 from diffbuf_lib.registry import LAYOUTS
 
-# What `make` gives of a clip: its name, and the files of mix and target.
+# What `make` returns for a clip: its name, and the files of mix and target.
 Source = tuple[str, Path, Path]
 
 
 def pack_folder(source: str | Path, out_path: str | Path, **how: Any) -> Path:
     """Write a folder of pairs, or each of its splits train, valid and test, as shards.
 
-    Samples of 16 bits stay what they are, others are rounded to 24. Part i of n writes every n-th
-    shard, and whoever comes last the index; a stopped packing goes on when started again. `how`
-    has the options of `write_shards`. DataError: no folder of pairs, a pair that does not match,
-    another packing, a full disk.
+    16-bit samples are kept as they are, others are rounded to 24 bits. Part i of n writes every
+    n-th shard, and the last part to finish writes the index; interrupted packing resumes when
+    started again. `how` has the options of `write_shards`. DataError: no folder of pairs, a pair
+    that does not match, a folder packed with other options, a full disk.
     """
     source, out_path = Path(source), Path(out_path)
     splits = [source / name for name in ("train", "valid", "test") if find_layout(source / name)]
@@ -44,7 +44,7 @@ def pack_folder(source: str | Path, out_path: str | Path, **how: Any) -> Path:
         if dataset is None or len(dataset.items[0]) != 2:
             raise DataError(
                 f"{folder} holds no pairs of mix and target files to pack: check the path, or make "
-                "them of speech/ and noise/ with `diffbuf data build`"
+                "them from speech/ and noise/ with `diffbuf data build`"
             )
         dataset.sample_rate = audio.read_info(dataset.items[0][0]).sample_rate
         out = out_path if folder == source else out_path / folder.name
@@ -58,9 +58,9 @@ def pack_folder(source: str | Path, out_path: str | Path, **how: Any) -> Path:
 def build_shards(
     speech_dir: str | Path, noise_dir: str | Path, out_path: str | Path, **options: Any
 ) -> Path:
-    """Write what `build_dnlm` makes as shards, the same as of `pack_folder` afterwards.
+    """Write what `build_dnlm` makes as shards, equal to those of `pack_folder` afterwards.
 
-    No more than the samples of a shard a process lie on the disk meanwhile. Options and errors are
+    Meanwhile the disk holds the samples of at most one shard per process. Options and errors are
     those of both.
     """
     given = ("clips", "part", "processes", "progress")
@@ -79,13 +79,13 @@ def write_shards(
     names: Sequence[str],
     make: Callable[[int], Source],
     *,
-    clips: int = 1000,  # in a shard: of 1 s about 40 MB
+    clips: int = 1000,  # per shard: about 40 MB for clips of 1 s
     part: str = "1/1",  # of a job array
     processes: int | None = None,  # how many work side by side; None: this machine's cores
     progress: bool = False,  # show a progress bar on stderr
     remove: bool = False,
 ) -> None:
-    """Write the clips `make(0)`, `make(1)`, ...; `remove` the folders of their files then."""
+    """Write the clips `make(0)`, `make(1)`, ...; with `remove`, delete their folders too."""
     if clips < 1:
         raise DataError(f"--clips {clips}: a shard holds at least 1")
     count = len(names)
@@ -128,7 +128,7 @@ def _write_shard(
     with (
         audio.writing(path),
         audio.atomic_file(path, sync=False) as temporary,
-        # Without times and owners: the same clips are the same bytes.
+        # Without times and owners, so that the same clips give the same bytes.
         tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar,
     ):
         for name, *files in sources:

@@ -1,4 +1,4 @@
-"""One reader for every audio file: it counts the samples that are there and doubts the header."""
+"""One reader for every audio file: it counts the actual samples and does not trust the header."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from diffbuf_lib.errors import DataError
 Block = np.ndarray[Any, np.dtype[np.float32]]
 
 # fmt: off
-READABLE = (  # ends of the names of what libsndfile reads
+READABLE = (  # extensions of files that libsndfile reads
     ".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".mp3", ".mp2", ".ogg", ".oga", ".opus",
     ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".voc", ".sph", ".nist",
 )
-CONVERTIBLE = (  # and of sound that it does not read, and ffmpeg does
+CONVERTIBLE = (  # and of those that it cannot read but ffmpeg can
     ".m4a", ".m4b", ".aac", ".mp4", ".wma", ".webm", ".mka", ".mkv", ".mov", ".avi", ".amr", ".ape",
     ".wv", ".ac3", ".3gp", ".tta", ".dsf",
 )
@@ -40,16 +40,16 @@ _UNREAD = 0x7FC0D1FF  # a NaN that no decoder writes
 _SEEKS_EXACTLY = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC")
 _TAG_BYTES = 128  # of ID3, at an MP3's end
 _DECODED_AT_A_TIME = 4096  # samples
-_GUESSED = 2**62  # samples, from here on: libsndfile does not know
+_GUESSED = 2**62  # samples: a count from here on means that libsndfile does not know it
 _AGAIN = "fetch or make it again"
-_RATES = (1000, 1_000_000)  # Hz; what is outside is no sound, but a damaged header
+_RATES = (1000, 1_000_000)  # Hz; a rate outside these means a damaged header
 
 
 class AudioReader:
     """An audio file, decoded from front to back; use it in a `with` statement.
 
-    NaN and Inf are refused, or with `repair` taken as zeros. DataError if the file is missing,
-    empty or no audio.
+    NaN and Inf are refused or, with `repair`, replaced by zeros. DataError if the file is missing,
+    empty or not audio.
     """
 
     def __init__(self, path: str | Path, *, repair: bool = False) -> None:
@@ -57,11 +57,11 @@ class AudioReader:
         # Samples that the header promises; None if it says nothing that can be trusted.
         self._file, self.promised = _open(self.path)
         self.sample_rate, self.channels = self._file.samplerate, self._file.channels
-        self.position = self.repaired = 0  # samples that were read, and values made zero
+        self.position = self.repaired = 0  # samples read, and values replaced by zeros
         self.peak = 0.0  # the largest magnitude that `blocks` read
         self._problem = ""
-        self._decoded: Block = np.zeros((0, self.channels), np.float32)  # and not yet given out
-        self._power = np.zeros(2)  # of the mono mix; of the channels, as far as they differ
+        self._decoded: Block = np.zeros((0, self.channels), np.float32)  # and not yet returned
+        self._power = np.zeros(2)  # of the mono mix; the same if the channels were uncorrelated
         self._sizes: dict[str, tuple[int, int]] = {
             name: (int(said), int(there))
             for name, said, there in _WRONG_SIZE.findall(self._file.extra_info)
@@ -80,12 +80,12 @@ class AudioReader:
 
     @property
     def frames(self) -> int | None:
-        """Samples that are there as far as the header and the file's size tell; None if not."""
+        """Number of samples by the header and the file's size; None if these do not tell it."""
         return None if self.promised is None else int(self._file.frames)
 
     @property
     def is_counted(self) -> bool:
-        """Whether `frames` follows from the file's size: nothing is compressed."""
+        """Whether `frames` follows from the file's size, because nothing is compressed."""
         return self._file.subtype in SUBTYPES.values() and self._file.format != "FLAC"
 
     def blocks(self, size: int, *, mono: bool = False) -> Iterator[Block]:
@@ -102,7 +102,7 @@ class AudioReader:
             raise DataError(f"{self.path} has no samples ({why}): {_AGAIN}")
 
     def read(self, frames: int) -> Block:
-        """Read up to so many samples, [T, C] float32; fewer only at the end of what is there."""
+        """Read up to `frames` samples, [T, C] float32; fewer only where no more can be decoded."""
         parts = [self._decoded[:0]]
         while frames > 0:
             if not len(self._decoded):
@@ -116,12 +116,12 @@ class AudioReader:
         return self._checked(np.concatenate(parts))
 
     def skip_to(self, start: int) -> None:
-        """Go forward to sample `start`: at once where that is exact, else by decoding up to it."""
+        """Go forward to sample `start`: by seeking if that is exact, else by decoding up to it."""
         if start > self.position and self._file.format in _SEEKS_EXACTLY:
             try:
                 self._file.seek(start)
                 self.position, self._decoded = start, self._decoded[:0]
-            except soundfile.SoundFileError:  # a codec that cannot, or the file is cut before
+            except soundfile.SoundFileError:  # the codec cannot seek, or the file is cut before
                 self._file.close()
                 self._file, _ = _open(self.path)
                 self.position, self._problem, self._decoded = 0, "", self._decoded[:0]
@@ -132,11 +132,11 @@ class AudioReader:
 
     @property
     def is_cut(self) -> bool:
-        """Whether samples are missing, as far as is known yet; sizes may be off by some bytes."""
+        """Whether samples are known to be missing so far; sizes may be off by a few bytes."""
         return self.missing_bytes > _FORGIVEN_BYTES or bool(self._problem)
 
     def complaints(self) -> list[str]:
-        """Say, a line each, what was wrong with the file; after the last block."""
+        """Return what was wrong with the file, a line each; call it after the last block."""
         said, promised, read = [], self.promised, self.position
         if promised is not None and promised > read:
             said.append(f"only {read} of {promised} samples are there")
@@ -158,9 +158,9 @@ class AudioReader:
             warnings.warn(line, stacklevel=2)
 
     def _decode(self) -> Block:
-        """Decode the next samples, always as many, so that no error depends on who reads how many.
+        """Decode a fixed number of samples, so that errors do not depend on the sizes asked for.
 
-        What libsndfile leaves unread after an error is not taken for sound.
+        What libsndfile leaves unwritten after an error is not taken for audio.
         """
         block = np.empty((_DECODED_AT_A_TIME, self.channels), np.float32)
         block.view(np.uint32)[:] = _UNREAD
@@ -175,21 +175,21 @@ class AudioReader:
         return block[:count]
 
     def _checked(self, block: Block) -> Block:
-        """Refuse or repair what is no number."""
+        """Refuse NaN and Inf, or replace them by zeros."""
         bad = ~np.isfinite(block)
         if number := int(np.count_nonzero(bad)):
             if not self.repair:
-                fix = "make it again, or take them as zeros with --repair of diffbuf enhance"
+                fix = "make it again, or replace them by zeros with diffbuf enhance --repair"
                 raise DataError(f"{self.path} holds {number} NaN or Inf samples: {fix}")
             self.repaired += number
             block[bad] = 0
         return block
 
     def _mix(self, block: Block) -> Block:
-        """Average the channels, and remember how much of them that leaves."""
+        """Average the channels, and record how much of their power that leaves."""
         mono: Block = block.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
-        # Channels that have nothing in common keep this power; 2, so that a stereo file's mono mix
-        # is compared with the mean of its channels.
+        # Uncorrelated channels would keep this power; the factor 2 compares a stereo file's mono
+        # mix with the mean of its channels.
         apart = 2 * np.square(block, dtype=np.float64).sum() / self.channels**2
         self._power += (np.square(mono, dtype=np.float64).sum(), apart)
         return mono
@@ -202,10 +202,10 @@ def reason(error: Exception) -> str:
 
 
 class _SoundFile(soundfile.SoundFile):
-    """A file that is only read onwards.
+    """A file that is only read forwards.
 
-    After a read, soundfile seeks to where a seekable file is anyway. That costs an MP3 what its
-    next frame needs of the last, and fails at the end of a FLAC of unknown length.
+    After a read, soundfile seeks a seekable file to where it already is. An MP3 then loses what
+    its next frame needs from the last, and the seek fails at the end of a FLAC of unknown length.
     """
 
     def seekable(self) -> bool:
@@ -222,7 +222,7 @@ class _Disguise(io.FileIO):
         self._at = 0
 
     def __del__(self) -> None:
-        self.close()  # libsndfile leaves that to who opened it
+        self.close()  # libsndfile leaves that to the caller
 
     def seek(self, offset: int, whence: int = 0) -> int:
         self._at = max((0, self._at, self._size)[whence] + offset, 0)
@@ -234,7 +234,7 @@ class _Disguise(io.FileIO):
     def readinto(self, buffer: Any) -> int:
         super().seek(self._at)
         count = super().readinto(buffer) or 0
-        if count == 0 and self._size - self._at <= _TAG_BYTES:  # no tag stands at the false end
+        if count == 0 and self._size - self._at <= _TAG_BYTES:  # the false end has no tag
             count = len(buffer)
             buffer[0:count] = bytes(count)
         for i, value in enumerate(self._patch, 4 - self._at):
@@ -245,7 +245,7 @@ class _Disguise(io.FileIO):
 
 
 def _open(path: Path) -> tuple[_SoundFile, int | None]:
-    """Open a file, and return how many samples libsndfile counts; None where it guesses."""
+    """Open a file; also return how many samples libsndfile counts, None where it guesses."""
     unread, convert = f"{path} cannot be read as audio", f"convert it with {ffmpeg_line(path)}"
     try:
         size = path.stat().st_size
@@ -260,13 +260,13 @@ def _open(path: Path) -> tuple[_SoundFile, int | None]:
         file = _SoundFile(os.fsencode(path))
         count = file.frames
         if file.format == "MP3" and not _has_frame_count(path):
-            # Its length is guessed from the file's size and the first frame, and nothing is decoded
-            # beyond: of a larger file all of it is.
+            # libsndfile guesses its length from the file's size and the first frame, and decodes no
+            # further: if the file seems larger, it decodes all of it.
             file.close()
             file, count = _SoundFile(_Disguise(path, factor=64)), _GUESSED
         elif count == 0 and head[:4] == b"RIFF" and has_more_than_it_says(path):
             file.close()
-            file = _SoundFile(_Disguise(path, riff_size=8))  # as libsndfile knows unclosed files
+            file = _SoundFile(_Disguise(path, riff_size=8))  # marks an unclosed file for libsndfile
             count = file.frames
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: check the path") from None
@@ -283,14 +283,14 @@ def _open(path: Path) -> tuple[_SoundFile, int | None]:
 
 
 def _is_foreign(path: Path, head: bytes) -> bool:
-    """Tell AAC, which looks like MP3, and containers by their first bytes."""
+    """Recognise AAC, which looks like MP3, and containers by their first bytes."""
     adts = len(head) > 1 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0
     box = head[4:8] == b"ftyp" or head[:4] in (b"\x1a\x45\xdf\xa3", b"\x30\x26\xb2\x75")
     return box or (adts and path.suffix.lower() in CONVERTIBLE)
 
 
 def ffmpeg_line(path: Path) -> str:
-    """Return the command that makes a .wav of a file."""
+    """Return the command that converts a file to .wav."""
     foreign = path.suffix.lower() in CONVERTIBLE
     wav = path.with_suffix(".wav") if foreign else path.with_name(f"{path.name}.wav")
     return f"ffmpeg -i {shlex.quote(str(path))} {shlex.quote(str(wav))}"

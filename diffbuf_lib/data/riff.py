@@ -1,4 +1,4 @@
-"""Headers of WAV files, where libsndfile does not see to them."""
+"""Headers of WAV files, where libsndfile does not handle them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ SUBTYPES = {
     (3, 32): "FLOAT", (3, 64): "DOUBLE", (6, 8): "ALAW", (7, 8): "ULAW",
 }  # fmt: skip
 """What libsndfile calls the codec of a format tag and a number of bits."""
-SIZE_UNKNOWN = 0x7FFFF000  # from here on, a size is a placeholder of who wrote to a pipe
+SIZE_UNKNOWN = 0x7FFFF000  # from here on, a size is a placeholder by a program that wrote to a pipe
 LARGEST_RIFF = 0xFFFFFFFF  # bytes that the header of a WAV can count
 
 
 class WavHeader(NamedTuple):
-    """What stands before the samples of a WAV: `num_bytes` is None if the sizes do not tell."""
+    """The header of a WAV; `num_bytes` is None if its sizes do not tell it."""
 
     subtype: str
     sample_rate: int
@@ -28,9 +28,9 @@ class WavHeader(NamedTuple):
 
 
 def read_wav_header(stream: BinaryIO) -> WavHeader:
-    """Read a WAV, of which 12 bytes (RIFF, size, WAVE) are read, up to its first sample.
+    """Read a WAV from after its first 12 bytes (RIFF, size, WAVE) up to its first sample.
 
-    DataError for another codec, or one that ends before its samples.
+    DataError for a codec that is not in `SUBTYPES`, or a WAV that ends before its samples.
     """
     found, long_size = (0, 0, 0, 0, 0), 0
     while len(head := stream.read(8)) == 8:
@@ -49,7 +49,7 @@ def read_wav_header(stream: BinaryIO) -> WavHeader:
     tag, channels, rate, frame_bytes, bits = found
     subtype = SUBTYPES.get((tag, bits))
     if subtype is None or channels < 1 or frame_bytes != channels * bits // 8:
-        raise DataError(f"a WAV of codec {tag:#06x} with {bits} bits is no PCM: send 16-bit PCM")
+        raise DataError(f"a WAV of codec {tag:#06x} with {bits} bits is not PCM: send 16-bit PCM")
     known = long_size or (size if size < SIZE_UNKNOWN else 0)
     return WavHeader(subtype, rate, channels, frame_bytes, known or None)
 
@@ -71,7 +71,7 @@ def has_more_than_it_says(path: Path) -> bool:
 
 
 def make_plain_wav(path: Path, channels: int) -> None:
-    """Make a RF64 file one that every program reads, if its sizes allow that."""
+    """Turn an RF64 file into a WAV that every program reads, if its sizes allow that."""
     with path.open("r+b") as file:
         head = bytearray(file.read(512))
         if len(head) < 80 or head[:4] != b"RF64":
@@ -81,7 +81,7 @@ def make_plain_wav(path: Path, channels: int) -> None:
             return
         struct.pack_into("<4sI4s4s", head, 0, b"RIFF", riff_size, b"WAVE", b"JUNK")
         fmt = head.index(b"fmt ")
-        if channels <= 2:  # what the long form says beside is which loudspeaker is whose
+        if channels <= 2:  # the long form only adds which loudspeaker is whose
             struct.pack_into("<IH", head, fmt + 4, 16, 3)
             struct.pack_into("<4sI", head, fmt + 24, b"JUNK", 16)
         struct.pack_into("<I", head, head.index(b"data", fmt) + 4, data_size)

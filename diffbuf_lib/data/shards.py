@@ -1,11 +1,11 @@
 """Clips in shards: tar files of FLAC pairs and an index, in a folder or wherever fsspec reads.
 
-shard-00000.tar   NAME.mix.flac and NAME.target.flac of so many clips, in the folder's order
+shard-00000.tar   NAME.mix.flac and NAME.target.flac of many clips, in the folder's order
 shard-00000.npy   where they stand in it: rows of `row_type`
 index.npy         all of these together; written last, so a folder without it is not finished
 metadata.json     the folder's own, if it has one
 
-Any tar reads the shards. A clip is one range of bytes, and its CRC-32 is in the index: what is
+Any tar program reads them. A clip is one range of bytes, and its CRC-32 is in the index: what is
 damaged, cut short or half read is never trained on.
 """
 
@@ -34,11 +34,11 @@ from diffbuf_lib.errors import DataError, DiffbufError, MissingExtraError
 from diffbuf_lib.registry import LAYOUTS
 
 INDEX = "index.npy"
-_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # s before another try of what a network may have spoilt
+_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # s before each retry of what the network may have spoilt
 
 
 def row_type(longest: int) -> np.dtype[Any]:
-    """Return what the index holds of a clip; names are UTF-8 of so many bytes at most."""
+    """Return the type of a clip's row in the index; names are UTF-8, at most `longest` bytes."""
     return np.dtype([
         ("shard", "<u4"), ("offset", "<u8"),  # where the mix's FLAC begins
         ("mix", "<u4"), ("start", "<u4"), ("target", "<u4"),  # bytes; start: of target, from offset
@@ -54,11 +54,11 @@ def shard_path(folder: Path, number: int) -> Path:
 
 @LAYOUTS.register("shards")
 class ShardDataset(ClipDataset):
-    """Shards of `diffbuf data pack`, in a folder or at a URL: the clips of the folder they were.
+    """Shards of `diffbuf data pack`, in a folder or at a URL: the clips of the packed folder.
 
-    What is read from elsewhere stays in a file on this machine, up to a limit: always the first
-    clips of the index. An epoch's order is random, so no choice is better, and no process has to
-    count what the others keep.
+    What is read from a URL is cached in a file on this machine, up to a limit: always the first
+    clips of the index. An epoch's order is random, so no other choice is better, and no process has
+    to know what the others keep.
     """
 
     holds = "index.npy and shard-*.tar of `diffbuf data pack`"
@@ -76,7 +76,7 @@ class ShardDataset(ClipDataset):
         self.url = str(root).rstrip("/")
         self.is_remote = "://" in self.url
         self._cache: Path | None = None
-        self._cached = 0  # clips at the front of the index that it keeps
+        self._cached = 0  # clips at the front of the index that the cache keeps
         self._limit = cache_gb * 1e9
         self._folder = Path(cache_path or Path.home() / ".cache" / "diffbuf").expanduser()
         self._ahead: dict[int, bytes] = {}
@@ -84,7 +84,7 @@ class ShardDataset(ClipDataset):
 
     @staticmethod
     def options(cfg: Config) -> dict[str, Any]:
-        """Return what is set by the config's section data."""
+        """Return the arguments that the config's section `data` sets."""
         return {"cache_path": cfg.data.cache_path, "cache_gb": cfg.data.cache_gb}
 
     def _open(self) -> Sequence[tuple[Path, ...]]:
@@ -96,13 +96,13 @@ class ShardDataset(ClipDataset):
             else:
                 self.index = np.load(where, mmap_mode="r", allow_pickle=False)
             if self.index.dtype.names != row_type(1).names or not len(self.index):
-                raise ValueError("it is no index of shards")
+                raise ValueError("it is not an index of shards")
         except (ValueError, OSError, EOFError) as error:
             raise DataError(f"{where} cannot be read ({reason(error)}): pack it again") from error
         if other := set(np.unique(self.index["rate"]).tolist()) - {self.sample_rate}:
             raise DataError(
                 f"{where} holds clips of {other.pop()} Hz but audio.sample_rate is "
-                f"{self.sample_rate}: `diffbuf data resample` and pack again, or set it"
+                f"{self.sample_rate}: run `diffbuf data resample` and pack again, or set that key"
             )
         self._sizes = self.index["start"].astype(np.int64) + self.index["target"]  # bytes
         self._places = np.cumsum(self._sizes) - self._sizes  # in the cache
@@ -110,10 +110,10 @@ class ShardDataset(ClipDataset):
             self._cached = int(np.searchsorted(self._places + self._sizes, self._limit, "right"))
             digest = hashlib.sha256(f"{self.url} {zlib.crc32(content)}".encode()).hexdigest()
             self._cache = self._folder / f"{digest[:16]}.clips"
-        return [()] * len(self.index)  # clips are no files
+        return [()] * len(self.index)  # clips are not files
 
     def name(self, i: int) -> str:
-        """Return shard and clip."""
+        """Return the shard's and the clip's name."""
         return f"{self.url}/{shard_path(Path(), self.index['shard'][i])}:{self.label(i)}"
 
     def label(self, i: int) -> str:
@@ -129,13 +129,13 @@ class ShardDataset(ClipDataset):
         return self._decode(i, 0, frames)
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """Fetch the clips that will be asked for next, side by side."""
+        """Fetch the clips that will be asked for next, all at once."""
         self._ahead = dict(zip(indices, self.fetch(indices), strict=True))
 
     def fetch(self, indices: Sequence[int]) -> list[bytes]:
         """Return the bytes of clips, from the cache or from where they lie.
 
-        DataError for an object that is gone, forbidden, short or damaged, also after some tries.
+        DataError for an object that is gone or forbidden, or after some retries short or damaged.
         """
         found = {i: data for i in indices if (data := self._from_cache(i))}
         for wait in (*(_WAITS if self.is_remote else ()), None):
@@ -161,7 +161,7 @@ class ShardDataset(ClipDataset):
             system, _ = fsspec.core.url_to_fs(self.url)
             paths = [system._strip_protocol(path) for path in paths]
             answers = system.cat_ranges(paths, starts, ends, on_error="return")
-        except Exception as error:  # of what lies between here and there
+        except Exception as error:  # whatever the store or the network raises
             answers = [error] * len(paths)
         problems = {}
         for i, answer in zip(indices, answers, strict=True):
@@ -183,7 +183,7 @@ class ShardDataset(ClipDataset):
         return len(data) == self._sizes[i] and crc == int(row["crc"])
 
     def _from_cache(self, i: int) -> bytes | None:
-        """Return a clip that lies in the cache; what was never or half written fails its CRC."""
+        """Return a clip from the cache; one that was never or half written fails its CRC."""
         if self._cache is None or i >= self._cached or not self._cache.exists():
             return None
         with open(self._cache, "rb") as file:
@@ -227,7 +227,7 @@ def _download(where: str) -> bytes:
         try:
             system, path = fsspec.core.url_to_fs(where)
             return bytes(system.cat_file(path))
-        except Exception as error:  # of what lies between here and there
+        except Exception as error:  # whatever the store or the network raises
             if wait is None or _lasts(error):
                 raise _explained(where, error) from error
         time.sleep(wait)
@@ -235,7 +235,7 @@ def _download(where: str) -> bytes:
 
 
 def _lasts(error: Exception) -> bool:
-    """Return whether waiting changes nothing."""
+    """Return whether an error will last, however long one waits."""
     lasting = (FileNotFoundError, PermissionError, ImportError, ValueError)
     return isinstance(error, lasting) or "Credentials" in type(error).__name__
 
@@ -250,4 +250,4 @@ def _explained(name: str, error: Exception) -> DiffbufError:
         return DataError(f"{name} is damaged or short: {why}: pack or copy the shard again")
     if _lasts(error):
         return DataError(f"{name} is refused ({why}): check path and credentials (environment)")
-    return DataError(f"{name} cannot be read ({type(error).__name__}: {why}), also after a while")
+    return DataError(f"{name} cannot be read ({type(error).__name__}: {why}), even after retries")

@@ -1,6 +1,6 @@
 """The doctor looks at machine, data, config and model before training, and says what is wrong.
 
-Beside it: statistics and watched modules while a model runs, and the capsules of failed steps.
+Also here: statistics and watched modules while a model runs, and the capsules of failed steps.
 """
 
 from __future__ import annotations

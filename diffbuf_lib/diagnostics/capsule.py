@@ -1,4 +1,4 @@
-"""Read a capsule that a failed training step left behind, and make that step again.
+"""Read a capsule that a failed training step left behind, and repeat that step.
 
 `print(Capsule.load("results/run/capsule_7").replay())` needs no dataset, and runs on any machine.
 """
@@ -64,11 +64,11 @@ class Capsule:
         return cls(path, cfg, SimpleNamespace(**record), **content)
 
     def replay(self, device: str = "cpu", *, model: nn.Module | None = None) -> Replay:
-        """Make the failed step again, up to the first bad value.
+        """Repeat the failed step, up to the first bad value.
 
         With the same kind of device and the same torch the numbers are those of the failed step to
-        the bit. Elsewhere diffusion times and noise are still the same; dropout is not. A `model`
-        that is none of this library's is given; it gets the saved weights.
+        the bit. Elsewhere diffusion times and noise are still the same; dropout is not. Pass
+        the `model` if it is not one of this library's; it gets the saved weights.
         """
         where, precision = resolve_device(device), self.record.precision
         threads = torch.get_num_threads()
@@ -96,7 +96,7 @@ class Capsule:
 
 @dataclass
 class Replay:
-    """A step of a capsule made again, under watch; prints as a table."""
+    """The step of a capsule, repeated under watch; prints as a table."""
 
     capsule: Capsule
     model: nn.Module
@@ -104,7 +104,7 @@ class Replay:
     finding: BadValue | None = None  # the first bad value; None: nothing failed
     # A row for every stage and module output of a round, up to the first bad one.
     visits: list[StageSummary] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)  # one a round, as far as the step got
+    losses: list[float] = field(default_factory=list)  # one per round, as far as the step got
     grad_norm: float = math.nan
     error: Exception | None = None  # what the step raised this time
     advice: str = ""  # what to change
@@ -120,7 +120,7 @@ class Replay:
 
     @property
     def same_numbers(self) -> bool:
-        """Whether losses and gradient norm, too, are those of the failed step to the bit."""
+        """Whether losses and gradient norm also equal those of the failed step to the bit."""
         capsule, now = self.capsule, list(self.losses)
         then = (capsule.losses or now)[: len(now)]  # none, if the step raised an exception
         if capsule.record.cause == "gradient" and capsule.record.processes == 1:
@@ -142,7 +142,7 @@ class Replay:
         )
 
     def make_step(self, precision: str, scale: float = 1.0) -> None:
-        """Walk the rounds up to a bad value, and if there is none update the weights."""
+        """Run the rounds up to a bad value; if there is none, update the weights."""
         record, seed = self.capsule.record, self.capsule.cfg.training.seed
         self.model.train()
         self.model.zero_grad()
@@ -178,7 +178,7 @@ class Replay:
         self.visits = [*summarise(before), *watch.visits, *summarise(after)]
         files = bad_files(mix, target, self.capsule.record.files[round_], round_)
         found = next(files, None) or next(self._bad_values(before, watch, after, round_), None)
-        for i, row in enumerate(self.visits):  # keep the way up to the first bad value
+        for i, row in enumerate(self.visits):  # keep the rows up to the first bad value
             if not row.finite or (found and found.kind == row.name == "sigma"):
                 self.visits = self.visits[: i + 1]
                 break
@@ -192,7 +192,7 @@ class Replay:
         name = watch.first_nonfinite
         module = dict(self.model.named_modules()).get(name or "no module")
         if name is not None and module is not None:
-            detail = "its output is the first on the way that holds NaN or Inf"
+            detail = "its output is the first one that holds NaN or Inf"
             if weight := next(bad_tensors("weight", module.state_dict().items()), None):
                 detail += f"; its {weight.name} is not finite: {weight.detail}"
             yield BadValue("module", name, detail, round_)

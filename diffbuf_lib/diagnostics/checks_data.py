@@ -1,4 +1,4 @@
-"""The doctor's look at data: can the files be read, do they fit the config, is it speech.
+"""The doctor's look at data: can files be read, do they fit the config, do they hold speech.
 
 `audit` measures a sample of the files themselves, not of the crops that training draws from them;
 `check_data` judges what it found.
@@ -47,17 +47,17 @@ class WaveFacts(NamedTuple):
     peak: float  # largest magnitude
     rms: float  # root mean square
     dc: float  # mean, of the channel where it is largest in magnitude
-    offset: float  # magnitude of dc over rms; 0 of silence
+    offset: float  # magnitude of dc over rms; 0 for silence
     clipped: float  # share of samples at full scale or above, 0 to 1
     nonfinite: int  # samples that are NaN or Inf
-    silent: bool  # no sample stands out of 16-bit rounding
+    silent: bool  # no sample rises above 16-bit rounding
 
 
 class ClipFacts(NamedTuple):
-    """What one item of a dataset is."""
+    """What was measured of one item of a dataset."""
 
     name: str  # files of the item
-    frames: int | None  # samples of its first file; None of a clip that is not of files
+    frames: int | None  # samples of its first file; None for a clip without files
     mix: WaveFacts
     target: WaveFacts
     snr_db: float  # target over mix - target
@@ -75,7 +75,7 @@ class Audit(NamedTuple):
 
 
 def audit(dataset: Any, limit: int = 64, seconds: float = 2.0) -> Audit:
-    """Measure up to `limit` clips spread evenly over a dataset; of a `ClipDataset`, whole files.
+    """Measure up to `limit` clips spread evenly over a dataset: whole files of a `ClipDataset`.
 
     No clip is begun after `seconds` of wall time.
     """
@@ -97,7 +97,7 @@ def audit(dataset: Any, limit: int = 64, seconds: float = 2.0) -> Audit:
 def _read_clip(dataset: Any, index: int, name: str) -> ClipFacts:
     files: Sequence[Path] = dataset.items[index] if isinstance(dataset, ClipDataset) else ()
     frames = read_info(files[0]).frames if files else None
-    mix, target = pair = dataset[index]  # finds what does not match within the pair
+    mix, target = pair = dataset[index]  # raises if the pair does not match
     residual = None
     if len(files) == 2:
         mix, target = (_read_whole(path) for path in files)
@@ -113,13 +113,13 @@ def _read_clip(dataset: Any, index: int, name: str) -> ClipFacts:
 
 
 def _read_whole(path: Path) -> Tensor:
-    """Read a file, or of a very long one the beginning."""
+    """Read a file, or the beginning of a very long one."""
     info = read_info(path)
     return read_audio(path, 0, min(info.frames, _LONGEST * info.sample_rate))[0]
 
 
 def _ratio_db(wave: Tensor, other: Tensor) -> float:
-    """Return the power of one wave over that of another, dB; of silence over silence -inf."""
+    """Return the power of one wave over that of another in dB; -inf for silence over silence."""
     ratio = wave.double().square().mean() / other.double().square().mean()
     return float(10 * ratio.nan_to_num(0.0, posinf=math.inf).log10())
 
@@ -145,7 +145,7 @@ def measure(wave: Tensor) -> WaveFacts:
 def shared_targets(first: Any, second: Any) -> list[tuple[str, str]]:
     """Return the pairs of clips, one of each set, whose target files hold the same bytes.
 
-    Only of `ClipDataset`s anything is known; after two seconds no further file is compared.
+    Only the files of `ClipDataset`s are known; after two seconds no further file is compared.
     """
     sets = (each.items if isinstance(each, ClipDataset) else () for each in (first, second))
     targets, others = ([files[-1] for files in items if files] for items in sets)
@@ -169,7 +169,7 @@ def _head(path: Path) -> tuple[int, bytes]:
             file.seek(max(0, size // 2 - _HEAD // 2))
             return size, file.read(_HEAD)
     except OSError:
-        return -1, bytes(path)  # like no other file
+        return -1, bytes(path)  # equal to no other file's
 
 
 def check_data(cfg: Config, dataset: Any, valid_set: Any = None) -> Iterator[Finding]:
@@ -197,8 +197,8 @@ def check_data(cfg: Config, dataset: Any, valid_set: Any = None) -> Iterator[Fin
         yield judge("valid.duplicates", both, 0, both > 0, count=len(valid_set), names=names)
 
 
-# Check, a number of a clip (None where it does not apply), its limit, and the share of clips above
-# it from which on that is an error.
+# Check, a number measured on a clip (None if it does not apply), its limit, and the share of clips
+# above that limit from which on the finding is an error.
 _RULES: tuple[tuple[str, Callable[[ClipFacts], float | None], float, float], ...] = (
     ("silence", lambda clip: float(clip.target.silent), 0, 0.5),
     ("nonfinite", lambda clip: max(clip.mix.nonfinite, clip.target.nonfinite), 0, 0),
@@ -258,7 +258,7 @@ def _check_format(cfg: Config, clips: Sequence[ClipFacts], split: str) -> Iterat
 
 
 def _check_level(cfg: Config, clips: Sequence[ClipFacts]) -> Iterator[Finding]:
-    """Judge the spectrum, as the network gets it, beside the noise that diffusion adds to it.
+    """Compare the spectrum, as the network gets it, with the noise that diffusion adds to it.
 
     DN-LM attenuates speech by 1 / distance and then scales the mixture to full scale, so that |S|
     can lie far below sigma: what the score has to tell apart is then mostly the model's own noise.

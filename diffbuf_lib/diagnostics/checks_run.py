@@ -31,11 +31,11 @@ from diffbuf_lib.training.step import DTYPES, precision_on
 AUTHORS_SIGMA = 0.212  # the largest sigma of the authors' code, theta 0.08, k 2.6, t up to 1
 FP16_MAX, FP32_MAX = 65504.0, 3.4e38
 GIB = 2**30
-_FAR = 3.0  # times larger or smaller than the authors': the confusion of c and theta is 3.5
+_FAR = 3.0  # times larger or smaller than the authors': confusing c with theta gives 3.5
 _LITTLE_DISK = 2  # GiB: checkpoints, logs and a model of a large run
 _SCALES = (2.0**16, 2.0**8, 1.0)  # of the float16 loss: a scaler starts at the first
-_SLOW = 1.0  # seconds of a pass on one clip from which on there are fewer of them
-_LARGE = 8 * 96 * 63  # channels times frames from which on memory is estimated before it is taken
+_SLOW = 1.0  # seconds of a pass on one clip; from 3 times that on, only one is made
+_LARGE = 8 * 96 * 63  # channels times frames from which on memory is estimated before it is used
 
 
 def check_frames(cfg: Config) -> Iterator[Finding]:
@@ -98,7 +98,7 @@ def check_machine(results_path: Path) -> Iterator[Finding]:
 
 
 def check_history(results_path: Path) -> Iterator[Finding]:
-    """Say so if a run's loss has not fallen by a twentieth after a hundred steps and more."""
+    """Report a run whose loss has not fallen by a twentieth after a hundred or more steps."""
     lines = read_history(results_path / "history.jsonl")
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
     if len(losses) >= 100:
@@ -108,7 +108,7 @@ def check_history(results_path: Path) -> Iterator[Finding]:
 
 
 def check_device(cfg: Config, device: torch.device) -> Iterator[Finding]:
-    """Say what training would run on, and in which precision where that is not as asked for."""
+    """Say what training would run on, and in which precision if it is not the one asked for."""
     cuda, threads = device.type == "cuda", f"{torch.get_num_threads()} CPU threads"
     name = torch.cuda.get_device_name(device) if cuda else threads
     message = f"{name}: {memory.free_memory(device) / GIB:.1f} GiB of memory are free"
@@ -118,7 +118,7 @@ def check_device(cfg: Config, device: torch.device) -> Iterator[Finding]:
 
 
 class Pass(NamedTuple):
-    """What one forward and backward pass came to."""
+    """The result of one forward and backward pass."""
 
     loss: float
     grad_norm: float  # of all gradients together, after unscaling
@@ -129,7 +129,7 @@ class Pass(NamedTuple):
 
     @property
     def finite(self) -> bool:
-        """Whether loss and gradients are."""
+        """Whether loss and gradients are finite."""
         return math.isfinite(self.loss) and self.nonfinite == 0
 
 
@@ -201,7 +201,7 @@ def _check_passes(
     name = precision_on(training, device)
     if name in DTYPES and plain.seconds < 3 * _SLOW:
         measured = run_pass(model, mix, target, DTYPES[name])
-        # Mixed precision is blamed only for what float32 can do.
+        # Mixed precision is blamed only if float32 succeeds.
         yield _check_pass("model.step_amp" if plain.finite else "model.step", measured, name)
     elif name in DTYPES:
         yield judge("model.step_amp/skipped", plain.seconds, precision=name)

@@ -24,7 +24,7 @@ _WORDS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="
 class Finding:
     """One thing that was looked at.
 
-    Error: training would fail or learn nonsense. Warning: it will run, worse or slower than meant.
+    Error: training would fail or learn nonsense. Warning: it would run, worse or slower than meant.
     Info is good to know; ok was looked at and is fine.
     """
 
@@ -47,10 +47,10 @@ class Finding:
 def judge(
     check: str, value: Any = None, limit: Any = None, bad: bool | Severity = False, **facts: Any
 ) -> Finding:
-    """Make a finding in the words of findings.yaml, which say how bad it is if it is bad.
+    """Make a finding in the words of findings.yaml, which also say how severe it is if bad.
 
-    A check such as "model.memory/fails" takes a variant of its words; beside value and limit they
-    name `facts`.
+    A check such as "model.memory/fails" uses a variant of its words. They may refer to the value,
+    the limit and `facts`.
     """
     words = _WORDS.get(check) or _WORDS[f"data.{check.partition('.')[2]}"]
     facts |= {"value": value, "limit": limit}
@@ -67,7 +67,7 @@ def judge(
 
 
 def from_error(error: Exception, check: str, why: str) -> Finding:
-    """Make a finding of one of this library's errors: the fix follows the last colon."""
+    """Make a finding from one of this library's errors: the fix follows the last colon."""
     message, _, fix = str(error).rpartition(": ")
     known = {key for key, *_ in describe_keys()}
     keys = [key for key in re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+", fix) if key in known]

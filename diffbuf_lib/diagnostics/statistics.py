@@ -36,7 +36,7 @@ class ScoreStatistics:
     bands: list[float]  # M + 1 edges, Hz
     by_time: list[ScoreRow]
     by_band: list[ScoreRow]
-    grid: list[list[ScoreRow]]  # for every time a row for every band (low and high are Hz)
+    grid: list[list[ScoreRow]]  # for every time range, a row per band (low and high in Hz)
 
     def __str__(self) -> str:
         return f"{_table(ScoreRow, self.by_time)}\n\n{_table(ScoreRow, self.by_band)}"
@@ -47,8 +47,8 @@ def score_statistics(
     loader: Iterable[tuple[Tensor, Tensor]],  # (mix, target), each [B, C, T] float32, full scale 1
     *,
     time_bins: int = 8,  # equal ranges of [t_eps, t_max]
-    bands: int = 8,  # ranges of frequency, of equally many bins or nearly so
-    batches: int | None = None,  # at most so many; None for all
+    bands: int = 8,  # ranges of frequency, with (nearly) equal numbers of bins
+    batches: int | None = None,  # at most this many; None for all
     seed: int = 0,  # of diffusion times and noise
 ) -> ScoreStatistics:
     """Compare predicted and target score over diffusion times and frequencies.
@@ -82,7 +82,7 @@ def score_statistics(
 
 
 def _score_rows(edges: Sequence[float], sums: Tensor) -> list[ScoreRow]:
-    """Make a row of each column of [5, N]: count, |target|^2, |score|^2, their product, loss."""
+    """Make a row from each column of [5, N]: count, |target|^2, |score|^2, their product, loss."""
     rows = []
     for span, column in zip(pairwise(edges), sums.T.tolist(), strict=True):
         number, target, score, product, loss = column
@@ -120,7 +120,7 @@ class GradientStatistics(list[GradientRow]):
 
 @torch.no_grad()
 def gradient_statistics(model: nn.Module) -> GradientStatistics:
-    """Measure, module by module, the gradients of the last `backward`; before `zero_grad`."""
+    """Measure the gradients of the last `backward` per module; call it before `zero_grad`."""
     rows, empty = GradientStatistics(), torch.zeros(0)
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=False))

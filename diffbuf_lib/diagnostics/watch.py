@@ -26,11 +26,11 @@ _NUMBERS = ("min", "max", "mean", "std", "zeros", "nan", "inf")
 
 @dataclass
 class ModuleWatch:
-    """What the modules of a model put out, in the order in which they finished."""
+    """The outputs of a model's modules, in the order in which they finished."""
 
     visits: list[StageSummary] = field(default_factory=list)  # a row for every output tensor
-    # Names of modules (their outputs) and parameters, with the elements of the gradient that are
-    # NaN or Inf, from the loss backwards; only if asked for.
+    # Names of modules (their outputs) and parameters, with the number of elements of the gradient
+    # that are NaN or Inf, from the loss backwards; only if asked for.
     gradients: list[tuple[str, int]] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)  # how often each module ran
     # The first module that put out a NaN or an infinity (one finishes before the one that contains
@@ -40,13 +40,13 @@ class ModuleWatch:
 
     @property
     def outputs(self) -> Summary:
-        """A row for every module that put out a tensor; of its last call."""
+        """A row for every module that returned a tensor, from its last call."""
         return Summary(tuple({row.name: row for row in self.visits}.values()))
 
 
 @contextmanager
 def watch_modules(
-    model: nn.Module,  # any; hooks are put on it and taken off again, whatever happens
+    model: nn.Module,  # any; hooks are added to it and always removed again
     *,
     statistics: bool = True,  # a row for every output; else only its finiteness, which costs less
     gradients: bool = False,  # those of a backward pass within the block too
@@ -95,15 +95,15 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 class RecordingModel(DiffusionBufferModel):
-    """A model that tells about the batches it trains on, before the backward pass of each.
+    """A model that reports the batches it trains on, before the backward pass of each.
 
-    So a step that fails has been seen, too. The weights are those that `train` would begin with.
+    So a step that fails is reported, too. The weights are those that `train` would begin with.
     """
 
     def __init__(
         self,
         cfg: Config,
-        say: Callable[[str], None],  # told lines to print
+        say: Callable[[str], None],  # called with lines to print
         *,
         shapes: bool,  # whether to describe the first batch
         every: int,  # steps from one report of numbers to the next; 0 for none
@@ -130,7 +130,7 @@ class RecordingModel(DiffusionBufferModel):
         return trace
 
     def report(self, step: int) -> None:
-        """Tell the numbers of the last batch if step `step`, from 1, is one of every N-th."""
+        """Report the numbers of the last batch if `step`, from 1, is a multiple of `every`."""
         if not self.every or step % self.every or self.last is None:
             return
         summary = self.last.summary()
@@ -138,7 +138,7 @@ class RecordingModel(DiffusionBufferModel):
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-            # Of a resumed run, points of later steps are dropped.
+            # If the run was resumed, points of later steps are dropped.
             self._writer = SummaryWriter(str(self.board), purge_step=step)
         for row, name in product(summary, _NUMBERS):
             if math.isfinite(getattr(row, name)):

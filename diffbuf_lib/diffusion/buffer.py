@@ -23,13 +23,13 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 def perturb(x0: Tensor, y: Tensor, t: Tensor, z: Tensor, sde: SDE) -> Tensor:
     """Return the perturbed input V: x0 before the buffer, mean + sigma z within it.
 
-    V, x0 (clean, S) and y (noisy) are [B, F, K] complex. Of the last Kb frames, t [B, Kb] are the
+    V, x0 (clean, S) and y (noisy) are [B, F, K] complex. For the last Kb frames, t [B, Kb] are the
     diffusion times, rising, and z [B, F, Kb] complex is CN(0, 1) noise: total variance 1, half in
-    each part. ShapeError if the shapes do not fit each other.
+    each part. Raises ShapeError if the shapes do not match.
     """
     Kb = t.shape[-1]
     if x0.shape != y.shape or z.shape != (*x0.shape[:-1], Kb) or not 1 <= Kb <= x0.shape[-1]:
-        x0_y = f"x0 {list(x0.shape)} and y {list(y.shape)} must be one [B, F, K]"
+        x0_y = f"x0 {list(x0.shape)} and y {list(y.shape)} must both be [B, F, K]"
         z_t = f"z {list(z.shape)} [B, F, Kb] and t {list(t.shape)} [B, Kb]"
         raise ShapeError(f"{x0_y}, {z_t}, with 1 <= Kb <= K")
     V = x0.clone()
@@ -48,8 +48,8 @@ def draw_times(
 ) -> Tensor:
     """Draw the diffusion times of a training batch, [batch, N B], rising along each buffer.
 
-    "random": t_1 = t_eps and the other B - 1 uniform on [t_eps, t_max], sorted; "linspace": what
-    inference uses.
+    "random": t_1 = t_eps and the other B - 1 uniform on [t_eps, t_max], sorted; "linspace": the
+    times of inference.
     """
     if cfg.time_sampling == "linspace":
         return inference_times(cfg, device, dtype).repeat(cfg.buffers).expand(batch, -1)
@@ -79,9 +79,9 @@ def complex_normal(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.complex64,
 ) -> Tensor:
-    """Draw CN(0, 1): total variance 1, which torch.randn gives complex types (1/2 in each part).
+    """Draw CN(0, 1): total variance 1 (1/2 in each part), as torch.randn does for complex types.
 
-    A sequence of generators, on the device, needs one for each of the B examples of [B, ...].
+    A sequence of generators must be on the device, one for each of the B examples of [B, ...].
     """
     return draw(torch.randn, shape, generator, device=device, dtype=dtype)
 
@@ -103,12 +103,12 @@ def reverse_step(x: Tensor, y: Tensor, score: Tensor, t: Tensor, z: Tensor, sde:
 def renoise_step(
     x0_hat: Tensor, y: Tensor, t: Tensor, sigma: Tensor, z: Tensor, sde: SDE
 ) -> Tensor:
-    """Put the estimates x0_hat of every buffer frame to its next time.
+    """Bring the estimate x0_hat of every buffer frame to the frame's next time.
 
     (1 - t) x0_hat + t Y + sigma z (Lay et al. 2025, arXiv 2510.18744: data prediction). x0_hat, the
-    noisy y of the same frames and z, CN(0, 1), are [B, F, Kb] complex. The times to go to, t [Kb],
-    are `next_times` of those that the estimates were made at; sigma [Kb] is `sde.std(t)`, which a
-    stream knows: its times never change.
+    noisy y of the same frames and z, CN(0, 1), are [B, F, Kb] complex. The target times t [Kb] are
+    `next_times` of those at which the estimates were made; sigma [Kb] is `sde.std(t)`, which a
+    stream computes once, since its times never change.
     """
     return sde.mean(x0_hat, y, t) + sigma * z
 
@@ -116,7 +116,7 @@ def renoise_step(
 def draw(
     sample: Callable[..., Tensor], shape: tuple[int, ...], generator: Generators, **kind: Any
 ) -> Tensor:
-    """Draw by torch.rand or torch.randn, with a device and type, as `complex_normal` does."""
+    """Draw with torch.rand or torch.randn; `kind` is device and dtype, see `complex_normal`."""
     if generator is None or isinstance(generator, torch.Generator):
         return sample(shape, generator=generator, **kind)
     if len(generator) != shape[0]:

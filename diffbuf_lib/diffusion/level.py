@@ -1,7 +1,7 @@
-"""A running level that every frame is divided by, so that how loud a recording is does not matter.
+"""A running level that every frame is divided by, so that a recording's loudness does not matter.
 
-Causal: a frame's level follows from it and the frames before, and is final when the frame enters.
-So a stream has, under any sizes of its pushes, the levels of the whole signal.
+Causal: a frame's level depends on it and the frames before, and is final when the frame enters.
+So a stream has the same levels as the whole signal, whatever the sizes of its pushes.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 from diffbuf_lib.config import Config
 from diffbuf_lib.diffusion.spectral import Spectral
 
-FLOOR = 1e-5  # full scale 1; frames below, -100 dB, are silence and change nothing
-REFERENCE = 0.1  # RMS that signals are brought to: speech of a usual level
+FLOOR = 1e-5  # full scale 1; frames below it (-100 dB) are silence and ignored
+REFERENCE = 0.1  # RMS that signals are scaled to: speech at a usual level
 
 
 class RunningLevel:
-    """The RMS of the last seconds, each frame weighing less the longer ago it is.
+    """The RMS of the last seconds, in which older frames weigh less.
 
     L_k^2 = sum_j a^(n_k - n_j) p_j / sum_j a^(n_k - n_j) over the frames j <= k that are not
-    silent, p_j their mean square, n_j their number among those, a = exp(-hop / seconds). Scaling a
-    signal scales all its levels alike, from the first frame on.
+    silent, with p_j their mean square, n_j their index among those, a = exp(-hop / seconds).
+    Scaling a signal scales all its levels alike, from the first frame on.
     """
 
     def __init__(self, seconds: float, sample_rate: int, spectral: Spectral) -> None:
@@ -33,7 +33,7 @@ class RunningLevel:
 
     @classmethod
     def from_config(cls, cfg: Config, spectral: Spectral) -> Self | None:
-        """Make the level of preprocessing.level_seconds; None where that is null."""
+        """Make the level for preprocessing.level_seconds; None if that is null."""
         seconds = cfg.preprocessing.level_seconds
         return None if seconds is None else cls(seconds, cfg.audio.sample_rate, spectral)
 
@@ -48,14 +48,14 @@ class RunningLevel:
         return _level(sums)
 
     def step(self, sums: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in the next frame [B, F]; return new sums [B, 2], first zeros, and its level [B]."""
+        """Take in a frame [B, F]; return new sums [B, 2], zeros at first, and its level [B]."""
         power = self._power(R)
         new = self.decay * sums + torch.stack([power, torch.ones_like(power)], dim=-1)
         sums = torch.where(power.unsqueeze(-1) > FLOOR**2, new, sums)
         return sums, _level(sums)
 
     def scale(self, level: Tensor) -> Tensor:
-        """Return what compressed frames are divided by to have RMS `REFERENCE`; of any shape."""
+        """Return the divisor, of any shape, that brings compressed frames to RMS `REFERENCE`."""
         return (level / REFERENCE) ** self.spectral.alpha
 
     def _power(self, frames: Tensor) -> Tensor:

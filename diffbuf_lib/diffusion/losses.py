@@ -1,7 +1,7 @@
-"""The training losses, one function each: same argument, same body, so differences stand out.
+"""The training losses, one function each, in the same form so that differences stand out.
 
 Each returns the loss of every time-frequency bin of the buffer, [B, F, Kb] real; training takes
-the mean. A loss of yours (see `diffbuf_lib.registry`) may return any shape. `score` and
+the mean. A loss of your own (see `diffbuf_lib.registry`) may return any shape. `score` and
 `weighted_score` have the same optimum, score = -z / sigma.
 """
 
@@ -16,23 +16,23 @@ from diffbuf_lib.diffusion.spectral import Spectral
 
 
 class LossInputs(NamedTuple):
-    """What a loss is made of; all spectra are those of the buffer's frames."""
+    """Inputs of a loss; all spectra are those of the buffer's frames."""
 
     score: Tensor  # [B, F, Kb] complex, the network's estimate of grad log p
     x0_hat: Tensor  # [B, F, Kb] complex, its estimate of S
     S: Tensor  # [B, F, Kb] complex, clean, compressed
     z: Tensor  # [B, F, Kb] complex, the noise, CN(0, 1)
     sigma: Tensor  # [B, 1, Kb], its standard deviation
-    spectral: Spectral  # takes compressed spectra back: `spectral.inverse(x0_hat, samples)`
+    spectral: Spectral  # to invert compressed spectra: `spectral.inverse(x0_hat, samples)`
 
 
 def score(given: LossInputs) -> Tensor:
-    """|score + z / sigma|^2: denoising score matching; frames weigh as 1 / sigma^2."""
+    """|score + z / sigma|^2: denoising score matching; frames are weighted by 1 / sigma^2."""
     return abs2(given.score + given.z / given.sigma)
 
 
 def weighted_score(given: LossInputs) -> Tensor:
-    """|sigma score + z|^2, the authors' code: all diffusion times weigh the same."""
+    """|sigma score + z|^2, the authors' code: all diffusion times have equal weight."""
     return abs2(given.sigma * given.score + given.z)
 
 
@@ -52,8 +52,8 @@ _SNR_LIMIT = 1e-3  # an error of -30 dB is good enough
 def error_level(estimate: Tensor, clean: Tensor) -> Tensor:
     """Return the negative SNR of an estimate, 10 log10(|estimate - clean|^2 / |clean|^2), dB.
 
-    A scalar, the mean over clips, loud or not, of linear spectra [B, F, K] complex. It flattens
-    below -30 dB; silent clips are left out, and 0 if all are.
+    Takes linear spectra [B, F, K] complex; returns a scalar, the mean over clips, loud or quiet.
+    It flattens below -30 dB; silent clips are left out, and it is 0 if all are silent.
     """
     power = abs2(clean).sum(dim=(1, 2))
     heard = power > torch.finfo(power.dtype).eps

@@ -1,4 +1,4 @@
-"""Online enhancement: the buffer moves one frame at a time, with one network call a frame.
+"""Online enhancement: the buffer moves one frame at a time, with one network call per frame.
 
 Algorithm 1 of Lay, Makarov, Gerkmann 2025; with data prediction, arXiv 2510.18744.
 """
@@ -26,10 +26,10 @@ from diffbuf_lib.errors import ConfigError
 
 @dataclass
 class BufferState:
-    """All that one stream remembers of spectra, in the open.
+    """Everything that one stream remembers of its spectra.
 
-    V and Y are of the same K moments: conditioning on any other window would be misaligned, or
-    leak the future. With a streaming network K is 1 + Kb.
+    V and Y cover the same K frames: conditioning on any other window would be misaligned, or
+    leak the future. With a streaming network, K is 1 + Kb.
     """
 
     V: Tensor  # [B, F, K] complex, perturbed; the last Kb frames are the buffer
@@ -43,31 +43,31 @@ class BufferState:
 class BufferSampler:
     """Moves a buffer along a stream of noisy frames.
 
-    ConfigError for a delay outside [1, Kb], or below Kb without data prediction.
+    Raises ConfigError for a delay outside [1, Kb], or below Kb without data prediction.
     """
 
     def __init__(
         self,
-        # V, Y and t (and sigma and memory, of a streaming network) -> (score, x0_hat); see
+        # V, Y and t (and sigma and memory, for a streaming network) -> (score, x0_hat); see
         # `DiffusionBufferModel.denoise`.
         denoise: Callable[..., tuple[Tensor, Tensor]],
-        sde: SDE,  # that it was trained with
+        sde: SDE,  # the one used in training
         t: Tensor,  # diffusion times of the buffer, [Kb], rising
         num_frames: int,  # K, frames that the network sees; at least Kb
         *,
         predicts_data: bool = False,  # whether x0_hat replaces the reverse step
-        delay: int | None = None,  # d, frame that is put out, 1 (the newest) to Kb (oldest, None)
-        # Of a streaming network: (F, times [B, Kb]) -> its memory. K then has no meaning, since all
-        # the past counts. None: K frames are computed for each new one.
+        delay: int | None = None,  # d, frame that is output, 1 (the newest) to Kb (oldest, None)
+        # For a streaming network: (F, times [B, Kb]) -> its memory. K is then ignored, since the
+        # whole past counts. None: K frames are computed for each new one.
         start_memory: Callable[[int, Tensor], Any] | None = None,
         level: RunningLevel | None = None,  # frames are divided by it while they are inside
     ) -> None:
         Kb = t.shape[0]
         delay = Kb if delay is None else delay
         if not 1 <= delay <= Kb:
-            raise ConfigError(f"delay {delay} is not within 1 and buffer_size {Kb}")
+            raise ConfigError(f"delay {delay} is not between 1 and buffer_size {Kb}")
         if delay < Kb and not predicts_data:
-            why = "a score model's estimate is ready when it leaves the buffer"
+            why = "a score model's estimate is ready only when it leaves the buffer"
             need = "a model trained with training.loss data_prediction"
             raise ConfigError(f"delay {delay} below buffer_size {Kb} needs {need}: {why}")
         self.denoise, self.sde, self.t, self.level = denoise, sde, t, level
@@ -86,7 +86,7 @@ class BufferSampler:
     ) -> BufferState:
         """Begin `batch` streams with silence as their past.
 
-        The buffer's slots hold sigma z, not zeros: in training, too, the buffer of a clip's
+        The buffer's slots hold sigma z, not zeros, as in training, where the buffer over a clip's
         leading zeros is noise. Between two steps slot i has reached t_{i-1}, since the next
         frame will shift it to slot i - 1.
         """
@@ -104,9 +104,9 @@ class BufferSampler:
         return state
 
     def step(self, state: BufferState, R: Tensor, generator: Generators = None) -> Tensor:
-        """Take in the newest noisy frame R, and put out the one `delay - 1` frames before, clean.
+        """Take in the newest noisy frame R, and return the frame `delay - 1` before it, clean.
 
-        Both are [B, F] complex. The state is changed in place; the generator is of the frame's
+        Both are [B, F] complex. The state is changed in place; the generator draws the frame's
         noise.
         """
         return self.move(state, R, self.draw(R, generator))

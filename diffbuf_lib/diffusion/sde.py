@@ -51,14 +51,14 @@ class BBED:
                      + 2 k^2 ln(k) (1 - t) (Ei(2 (t - 1) ln k) - Ei(-2 ln k))].
 
     The paper of the Diffusion Buffer prints c = 0.08; its authors' code has theta = 0.08 and
-    c = sqrt(theta) = 0.283, a sigma 3.5 times as large. Give one of the two (else ConfigError);
+    c = sqrt(theta) = 0.283, a sigma 3.5 times as large. Giving both raises ConfigError;
     theta is 0.08 if neither is given.
     """
 
     def __init__(self, k: float = 2.6, theta: float | None = None, c: float | None = None) -> None:
         if c is not None and theta is not None:
             both = f"c {c} and theta {theta} are both given"
-            raise ConfigError(f"{both}, and c = sqrt(theta): remove one")
+            raise ConfigError(f"{both}, but c = sqrt(theta): remove one")
         self.k, self.log_k = k, math.log(k)
         self.c = c if c is not None else math.sqrt(0.08 if theta is None else theta)
         # Ei(-x) = gamma + ln x + sum_n (-x)^n / (n n!) (Abramowitz and Stegun, 5.1.10).
@@ -77,7 +77,7 @@ class BBED:
         """sigma(t), by the closed form above; 0 at t = 0 and at t = 1.
 
         The difference of the two Ei is taken term by term with expm1 and log1p, so that nothing
-        cancels at small t; float32 times are worked on in float64 where the device has it.
+        cancels at small t; float32 times are computed in float64 where the device has it.
         """
         work = torch.float32 if t.device.type == "mps" else torch.float64
         u = t.to(work)

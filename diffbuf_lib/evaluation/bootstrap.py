@@ -1,4 +1,4 @@
-"""Means over clips with bootstrap intervals: of one evaluation, and of two compared."""
+"""Means over clips with bootstrap intervals, for one evaluation or the comparison of two."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NAMED = 5  # clips in a message
 
 
 class Interval(NamedTuple):
-    """A mean over clips and where it may lie; without ends for a single clip."""
+    """A mean over clips and its confidence interval; without ends for a single clip."""
 
     mean: float
     low: float | None
@@ -34,7 +34,7 @@ def bootstrap(
 ) -> Interval | None:
     """Return the mean of values and its 95 % percentile bootstrap interval (Efron 1979).
 
-    None without values; no ends with a single one. Equal values and seed have equal intervals.
+    None without values; no ends for a single one. Equal values and seeds give equal intervals.
     """
     data = np.asarray(list(values), dtype=np.float64)
     if not len(data):
@@ -42,7 +42,7 @@ def bootstrap(
     mean = round(float(data.mean()), 6)
     if len(data) == 1:
         return Interval(mean, None, None, 1)
-    # The batch: so that memory does not grow with the resamples.
+    # In batches, so that memory does not grow with the number of resamples.
     low, high = stats.bootstrap(
         (data,), np.mean, n_resamples=resamples, batch=100, confidence_level=LEVEL,
         method="percentile", rng=np.random.default_rng(seed),
@@ -51,7 +51,7 @@ def bootstrap(
 
 
 def group(snrs: Mapping[str, float | None]) -> dict[str, list[str]]:
-    """Sort clips into bands of input SNR (dB; None is in no band) after one of all clips.
+    """Sort clips into bands of input SNR (dB; None is in no band), after a band of all clips.
 
     Bands are centred on multiples of 5 dB: sets are often made at -10, -5, 0 dB, and a band that
     began there would split their clips by rounding.
@@ -66,7 +66,7 @@ def group(snrs: Mapping[str, float | None]) -> dict[str, list[str]]:
 
 
 def summarise(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, Any]:
-    """Return the content of summary.json: every metric and band of SNR by `compare_methods`."""
+    """Return the content of summary.json: `compare_methods` for every metric and SNR band."""
     snrs = {row.clip: row.snr for row in rows}
     methods = list(dict.fromkeys(row.method for row in rows))
     bands: dict[str, Any] = {}
@@ -140,7 +140,7 @@ def compare_folders(
 ) -> list[Difference]:
     """Compare one method (noisy, a baseline or diffbuf) in two folders of `diffbuf evaluate`.
 
-    DataError for no such folder or method, no metric in common, or other clips, which it names.
+    DataError for a missing folder or method, no common metric, or different clips, which it names.
     """
     (metrics, one), (metrics_b, other) = (_read(path, method) for path in (a, b))
     for left, right, path in ((one, other, b), (other, one, a)):
@@ -148,7 +148,7 @@ def compare_folders(
             raise DataError(f"{path} lacks {alone}: evaluate both on the same clips")
     if changed := [clip for clip, row in one.items() if row.checksum != other[clip].checksum]:
         names, fix = ", ".join(changed[:_NAMED]), "evaluate the same data with the same --seconds"
-        raise DataError(f"{names} differ in {a} and {b}: {fix}")
+        raise DataError(f"{names} differ between {a} and {b}: {fix}")
     common = [metric for metric in metrics if metric in metrics_b]
     if not common:
         raise DataError(f"{a} and {b} have no metric in common: evaluate both with the same ones")

@@ -1,10 +1,10 @@
-"""Enhance clips by a model and by what it is compared with, and score them.
+"""Enhance clips with a model and the baselines it is compared with, and score them.
 
-`evaluate` works in memory; `evaluate_folder` writes a folder, and goes on when it was stopped:
+`evaluate` works in memory; `evaluate_folder` writes a folder, and resumes if it was stopped:
 
     arguments.json   what was asked for; a rerun with other arguments is refused
-    journal.jsonl    a line a batch of clips: what a rerun need not do again
-    scores.csv       a row a clip and method; an undefined score is empty, its reason last
+    journal.jsonl    a line per batch of clips: what a rerun need not do again
+    scores.csv       a row per clip and method; an undefined score is empty, its reason last
     summary.json     means, intervals, gains and leads, by SNR band; what has no score, and why
     timing.json      real-time factors, latencies, and where the time went
     report.html      all of it, with players and spectrograms of the best, median, worst clip
@@ -69,9 +69,9 @@ def evaluate(
 
 
 class Evaluator:
-    """Enhances and scores clips. What it finds of a clip does not depend on those beside it.
+    """Enhances and scores clips. The result of a clip does not depend on the others in its batch.
 
-    Clips have the dataset's chunk_size, or with `longest` are files of so many samples at most.
+    Clips have the dataset's chunk_size or, with `longest`, are files cut to that many samples.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Evaluator:
         delay: int | None = None,
         seed: int = 0,
     ) -> None:
-        model.sampler(delay)  # refuses a delay before any work is done
+        model.sampler(delay)  # refuses a bad delay before any work is done
         if limit is not None and limit < 1:
             raise DataError(f"--limit {limit} leaves no clip: give 1 or more")
         self.model, self.dataset, self.whole = model, dataset, longest is not None
@@ -127,13 +127,13 @@ class Evaluator:
         found = {NOISY: [clip.mix for clip in clips]}
         for name, baseline in self.baselines.items():
             with self.timed(name), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # another package's, about its own insides
+                warnings.simplefilter("ignore")  # another package's, about its internals
                 found[name] = [baseline(clip.mix, self.rate) for clip in clips]
         with self.timed(OURS):
             device = self.timed.device
-            keys = [(clip.index,) for clip in clips]  # so the noise is a clip's own in any batch
+            keys = [(clip.index,) for clip in clips]  # so each clip has its own noise in any batch
             generators = example_generators(keys, self.seed, Stream.VALID, device)
-            # Silence behind a shorter clip is what a stream's end is: it changes no sample before.
+            # Silence after a shorter clip acts like a stream's end: it changes no earlier sample.
             mix = torch.nn.utils.rnn.pad_sequence(found[NOISY], batch_first=True)  # [B, T]
             out = self.model.enhance(mix[:, None].to(device), generators, self.delay)[:, 0].cpu()
             pairs = zip(out, clips, strict=True)
@@ -141,7 +141,7 @@ class Evaluator:
         return found
 
     def batches(self, clips: int, seconds: float = 100.0) -> list[list[int]]:
-        """Split into batches of like lengths, of so many clips and seconds at most, or one clip."""
+        """Split by length into batches of at most `clips` clips and `seconds` s, or of one clip."""
         batches: list[list[int]] = [[]]
         for i in sorted(range(len(self.names)), key=lambda i: self.lengths[i]):
             padded = (len(batches[-1]) + 1) * self.lengths[i]  # the newest is the longest
@@ -161,7 +161,7 @@ def make_evaluator(job: Job) -> Evaluator:
     if job.seconds is not None:
         samples = job.seconds * cfg.audio.sample_rate
         if not 1 <= samples < math.inf:
-            raise DataError(f"--seconds {job.seconds} is no length of a clip: give above 0")
+            raise DataError(f"--seconds {job.seconds} is not a clip's length: give above 0")
         longest = round(samples)
         # Only audio is read here, so a clip may be shorter than the model's buffer.
         audio = cfg.audio.model_copy(update={"chunk_size": longest})
@@ -182,7 +182,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate_folder(job: Job, results_path: str | Path, **options: Any) -> Evaluation:
-    """Evaluate the whole; options and errors are those of `evaluate_part`."""
+    """Evaluate the whole dataset; options and errors are those of `evaluate_part`."""
     found = evaluate_part(job, results_path, "1/1", **options)
     assert found is not None
     return found
@@ -197,10 +197,10 @@ def evaluate_part(
     page: bool = True,
     progress: bool = False,
 ) -> Evaluation | None:
-    """Evaluate, and write everything into a results folder; go on if it was begun before.
+    """Evaluate, and write everything into a results folder; resume if it was begun before.
 
-    Part "i/n" of a job array scores every n-th batch of clips; whoever comes last, or does the
-    whole ("1/1"), finds all scores and writes the rest: before, None is returned. The scores, to
+    Part "i/n" of a job array scores every n-th batch of clips. The part that finishes last, or the
+    whole ("1/1"), finds all scores and writes the rest; parts before it return None. The scores, to
     the four decimals that are kept, do not depend on parts or the number of processes (None: the
     cores of this machine). `page` is for report.html, `progress` for a bar on stderr. DiffbufError
     as in `make_evaluator`; for a clip that cannot be read; a folder that is in use or belongs to
@@ -271,7 +271,7 @@ def _score_rest(
     processes: int,
     progress: bool,
 ) -> None:
-    """Score the batches that no journal has; each is in this one's as soon as it is done."""
+    """Score the batches that are in no journal; each is written to the one in `home` once done."""
     known = {row.clip for rows, _ in _read_journals(folder) for row in rows}
     with open(home / "journal.jsonl", "a+b") as file:
         file.seek(0)

@@ -1,4 +1,4 @@
-"""What people read of an evaluation: tables for a terminal, and HTML pages without other files."""
+"""Reports of an evaluation: tables for a terminal, and HTML pages that need no other files."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def write_page(
     audio: AudioConfig,
     **values: Any,
 ) -> None:
-    """Write an HTML page of clips, with their headings, to hear and see.
+    """Write an HTML page on which clips, under their headings, can be heard and seen.
 
-    The template is evaluation or demo; `values` is what it shows beside clips and metrics.
+    The template is evaluation or demo; `values` is what it shows besides clips and metrics.
     """
     rate = audio.sample_rate
     shown = []
@@ -76,7 +76,7 @@ def cell(interval: Mapping[str, Any] | None, *, signed: bool = False) -> str:
 
 
 def overview(found: Mapping[str, Any], timing: Mapping[str, Any]) -> str:
-    """Return the contents of summary.json and timing.json for a terminal."""
+    """Return the contents of summary.json and timing.json as text for a terminal."""
     undefined = [list(entry.values()) for entry in found["undefined"]]
     lines = [f"{found['clips']} clips; means, 95 % intervals in brackets"]
     lines.append(format_table(means_table(found)))
@@ -91,7 +91,7 @@ def overview(found: Mapping[str, Any], timing: Mapping[str, Any]) -> str:
 
 
 def differences(found: Iterable[Difference]) -> str:
-    """Return the differences of two evaluations for a terminal."""
+    """Return the differences between two evaluations as text for a terminal."""
     rows = [["", "input SNR", "a", "b", "b - a", "b above a", "clips"]]
     for row in found:
         shown, scored = ["-"] * 4, 0
@@ -124,7 +124,7 @@ def means_table(found: Mapping[str, Any]) -> Table:
 
 
 def gains_table(found: Mapping[str, Any], column: str) -> Table:
-    """Return the gain over the noisy input in one metric, a row a band of input SNR."""
+    """Return the gain over the noisy input in one metric, a row per band of input SNR."""
     methods = found["methods"][1:]
     rows = [[f"gain in {label_of(column)}", *methods, "clips scored"]]
     for name, band in found["bands"].items():
@@ -161,7 +161,7 @@ def draw_panels(panels: Mapping[str, Mapping[str, Sequence[Mark]]], xlabel: str)
 
 
 def _gains_picture(found: Mapping[str, Any], metrics: Sequence[str]) -> str:
-    """Draw the gain of every method over the noisy input against input SNR, a panel a metric."""
+    """Draw the gain of every method over the noisy input against input SNR, a panel per metric."""
     bands = {name: band["columns"] for name, band in found["bands"].items() if name != "all"}
     methods = found["methods"][1:]
     panels: dict[str, dict[str, list[Mark]]] = {metric: {} for metric in metrics[:_PANELS]}

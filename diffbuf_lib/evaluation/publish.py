@@ -1,4 +1,4 @@
-"""A trained model on the hub: weights, config, and a card that no score is typed into by hand."""
+"""A trained model on the hub: weights, config, and a card without any score typed in by hand."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from diffbuf_lib.streaming import OnlineEnhancer
 def write_model(
     model: DiffusionBufferModel, name: str, folder: Path, evaluation: Path | None = None
 ) -> Path:
-    """Write what belongs on the hub under a name into a folder: weights, config and README.md.
+    """Write the folder to publish on the hub under a name: weights, config and README.md.
 
-    ConfigError for a name that the hub does not take, or an evaluation of another model; DataError
+    ConfigError for a name that the hub rejects, or an evaluation of another model; DataError
     for one that is not finished.
     """
     try:
@@ -56,8 +56,8 @@ def send(folder: Path, name: str, *, private: bool = False) -> str:
     try:
         address = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="diffbuf push")
-    except Exception as error:  # the hub's and its HTTP client's have no class in common
-        fix = "log in with `hf auth login`, or see with --dry_run what would be sent"
+    except Exception as error:  # the hub's and its HTTP client's errors share no class
+        fix = "log in with `hf auth login`, or use --dry_run to see what would be sent"
         why = reason(error)[:300]
         raise ConfigError(f"model {name} could not be sent: {why}: {fix}") from error
     return str(address)

@@ -28,7 +28,7 @@ from diffbuf_lib.registry import METRICS
 from diffbuf_lib.training import metrics as basics
 from diffbuf_lib.training.metrics import UndefinedScoreError
 
-SPEECH_RMS = 1e-4  # full scale 1: a target below it is rounding noise, which PESQ takes for good
+SPEECH_RMS = 1e-4  # full scale 1: a target below it is rounding noise, which PESQ rates as good
 # What the name `dnsmos` stands for: one network call gives all four.
 DNSMOS = ("dnsmos_ovrl", "dnsmos_sig", "dnsmos_bak", "dnsmos_p808")
 _FIXED = ("clip", "method", "snr_db", "seconds", "checksum")
@@ -45,7 +45,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class ScoredClip:
-    """A clip, averaged to mono, as every method left it; the noisy input is a method too."""
+    """A clip, averaged to mono, with every method's estimate; the noisy input is a method too."""
 
     index: int  # its place in the dataset
     name: str  # of its file or folder, below the dataset's root
@@ -56,12 +56,12 @@ class ScoredClip:
 
     @property
     def estimate(self) -> Tensor:
-        """[T], what the model made of it."""
+        """[T], the model's estimate."""
         return self.estimates[OURS]
 
     @property
     def snr(self) -> float | None:
-        """10 log10 of the energies of target and mix - target, dB; None if either is silent."""
+        """10 log10 of the energy ratio of target to mix - target, dB; None if either is silent."""
         powers = [x.double().square().mean().item() for x in (self.target, self.mix - self.target)]
         if not basics.SILENCE_RMS**2 <= min(powers) <= max(powers) < math.inf:
             return None
@@ -75,7 +75,7 @@ class ScoredClip:
 
 
 class Row(NamedTuple):
-    """One clip as one method left it: a row of scores.csv."""
+    """The scores of one clip for one method: a row of scores.csv."""
 
     clip: str
     method: str  # noisy, a baseline, or diffbuf
@@ -96,10 +96,10 @@ def score(estimate: Tensor, target: Tensor, rate: int, metrics: Iterable[str]) -
         begun = time.perf_counter()
         try:
             _check_defined(name, estimate, target, rate)
-            # Four decimals are far below what any metric means, and make files easy to compare.
+            # Four decimals are far finer than any metric's meaning, and make files comparable.
             scores.values[name] = round(basics.score_clip(name, estimate, target, rate), 4)
         except UndefinedScoreError as error:
-            reason = str(error).replace(";", ",")  # which separates them in a file
+            reason = str(error).replace(";", ",")  # which separates reasons in a file
             if "Not enough STFT frames" in reason:
                 reason = "too little speech: ESTOI needs 0.4 s that are not silent"
             scores.undefined[name] = reason
@@ -166,7 +166,7 @@ def read_scores(folder: str | Path) -> tuple[list[str], list[Row]]:
 
 
 def distillmos(estimate: Tensor, target: Tensor, sample_rate: int) -> float:
-    """Return DistillMOS, 1 to 5 (Stahl, Gamper 2025), of [T] at 16 kHz; its peak is no matter."""
+    """Return DistillMOS, 1 to 5 (Stahl, Gamper 2025), of [T] at 16 kHz, whatever its peak is."""
     with torch.inference_mode():
         return float(_distillmos_model()(estimate.float().unsqueeze(0)))
 
@@ -176,7 +176,7 @@ def _dnsmos(estimate: Tensor) -> dict[str, float]:
     """Return DNSMOS, 1 to 5, of [T] at 16 kHz (Reddy, Gopal, Cutler 2021 and 2022).
 
     Overall, signal and background of P.835, and P.808's single score. A clip shorter than 9.01 s is
-    repeated up to it, as the package's authors do; peaks above 1, which it refuses, are scaled.
+    repeated up to that, as the package's authors do; peaks above 1, which it refuses, are scaled.
     """
     from speechmos import dnsmos as package
 
@@ -193,10 +193,10 @@ dnsmos_ovrl, dnsmos_sig, dnsmos_bak, dnsmos_p808 = (
 def lps(estimate: Tensor, target: Tensor, sample_rate: int) -> float:
     """Levenshtein phoneme similarity (Pirklbauer et al. 2023), at most 1, of [T] at 16 kHz.
 
-    1 - the edits from the estimate's phonemes to the target's, over the number of these: sounds
-    that a generative model invented or left out count, noise that hides none does not. Both are
-    recognised by PocketSphinx with its English models, which mishear much, so that only
-    comparisons on the same clips mean something: another sentence scores about 0.
+    1 - the edits from the estimate's phonemes to the target's, over the number of the target's:
+    sounds that a generative model invented or left out count, noise that hides no phoneme does not.
+    Both are recognised by PocketSphinx with its English models, which often mishear, so only
+    comparisons on the same clips are meaningful: a different sentence scores about 0.
     """
     from torchaudio.functional import edit_distance
 
@@ -218,7 +218,7 @@ def _phonemes(wave: Tensor) -> list[str]:
 
 @functools.cache
 def _recogniser() -> Any:
-    """Load the recogniser once a process; beams as its documentation has them for phonemes."""
+    """Load the recogniser once per process, with its documentation's beams for phonemes."""
     from pocketsphinx import Decoder, get_model_path
 
     return Decoder(
@@ -240,7 +240,7 @@ def _check_defined(name: str, estimate: Tensor, target: Tensor, rate: int) -> No
 
 @functools.cache
 def _distillmos_model() -> Any:
-    """Load the model once a process; the package prints where from, and stdout is not its own."""
+    """Load the model once per process; stdout is redirected, as the package prints to it."""
     from distillmos import ConvTransformerSQAModel
 
     with contextlib.redirect_stdout(io.StringIO()):

@@ -1,9 +1,9 @@
 """Evaluate models at several buffer lengths, delays or diffusion times; or train a grid of them.
 
-sweep.csv    a row a model, value and metric
-sweep.png    every metric against latency (against t_max, when that is varied; run by run of a grid)
-points/      the results folder of every evaluation; a sweep that is stopped goes on
-runs/        those that `train_grid` trained
+sweep.csv    a row per model, value and metric
+sweep.png    every metric against latency (against t_max if that is varied; run by run for a grid)
+points/      the results folder of every evaluation; a sweep that was stopped resumes
+runs/        the runs that `train_grid` trained
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Point(NamedTuple):
 
     @property
     def curve(self) -> str:
-        """Its model; models as they were trained are one curve a loss, but for those of a grid."""
+        """Its model; models as they were trained share a curve per loss, except those of a grid."""
         if self.varied == "grid":
             return Path(self.model).name
         if self.varied == "none":
@@ -84,14 +84,14 @@ def run_sweep(
 ) -> list[Point]:
     """Evaluate every model at every value, and write the table and the figure.
 
-    The weights stay as they are: a model that is run with another B or t_max than it was trained
-    with shows what they can do there, not what training for it would give (for that, train one
+    The weights stay as they are: a model that is run with a B or t_max it was not trained with
+    shows what its weights can do there, not what training for it would give (for that, train one
     model for each B and give them all with vary="none", or "grid" to compare them one by one).
 
     `auto` varies the delay of a data-prediction model, else the buffer size; without values, those
-    of the papers that fit are tried. The job says all but model, delay, overrides and baselines;
-    `say` is told in a line what comes next. Raises DiffbufError as `evaluate_folder`, or for a
-    value that a model cannot have.
+    of the papers that fit are tried. The job gives all but model, delay, overrides and baselines;
+    `say` is called with a line on what comes next. DiffbufError as in `evaluate_folder`, or for a
+    value that a model does not allow.
     """
     results_path = Path(results_path)
     settings = [found for model in models for found in _settings(model, job, vary, values)]
@@ -120,7 +120,7 @@ def train_grid(
     cfg: Config,
     over: Sequence[str],  # config keys and their values, such as training.lr=1e-3,3e-3
     train_path: Sequence[str],  # training data
-    job: Job,  # says what validates: its data, layout and device
+    job: Job,  # gives the validation data, the layout and the device
     results_path: str | Path,
     *,
     part: str = "1/1",  # of a job array: "2/8" trains the second of eight shares
@@ -129,8 +129,8 @@ def train_grid(
 ) -> list[str] | None:
     """Train one run for every combination of values; return all runs' folders, for `run_sweep`.
 
-    None while another part has not finished its share. A run that was stopped goes on. ConfigError
-    for keys, values or a part that cannot be; else as `train`.
+    None while another part has not finished its share. A run that was stopped resumes. ConfigError
+    for an invalid key, value or part; otherwise errors as in `train`.
     """
     axes = []
     for text in over:
@@ -141,13 +141,13 @@ def train_grid(
         axes.append([f"{key}={value}" for value in values])
     grid = {re.sub(r"[^\w.=+-]+", "_", " ".join(one)): one for one in itertools.product(*axes)}
     if len(grid) < math.prod(map(len, axes)):
-        raise ConfigError(f"--over {' '.join(over)}: two combinations have one name, or are one")
+        raise ConfigError(f"--over {' '.join(over)}: two combinations are equal or have one name")
     configs = {name: cfg.override(*one) for name, one in grid.items()}
     if mirror := cfg.training.mirror:  # else one run would go on with another's checkpoint
         configs = {n: c.override(f"training.mirror={mirror}/{n}") for n, c in configs.items()}
     folders = {name: Path(results_path) / "runs" / (name or "as-it-is") for name in grid}
     for name in take_part(list(grid), part):
-        say(f"training {folders[name]}")  # of a finished run, only the config is compared
+        say(f"training {folders[name]}")  # for a finished run, only the config is compared
         train_set = open_datasets(job.dataset_type, train_path, configs[name], training=True)
         valid_set = open_datasets(job.dataset_type, [job.data_path], configs[name], training=False)
         options: Any = {"resume": "auto", "device": job.device, "progress": progress}
@@ -170,7 +170,7 @@ def overview(points: Sequence[Point]) -> str:
 def _settings(
     model: str, job: Job, vary: Vary, values: Sequence[float]
 ) -> Iterator[tuple[str, str, Config, Job]]:
-    """Yield folder's name, what is varied, config and job; refuses what the model cannot do."""
+    """Yield folder name, what is varied, config and job; refuse what the model cannot do."""
     loaded = load_model(model, "cpu")
     cfg, B = loaded.cfg, loaded.cfg.diffusion_buffer.buffer_size
     job = replace(job, model=model, delay=None, overrides=(), baselines=())
@@ -189,7 +189,7 @@ def _settings(
     for value in values or defaults[vary]:
         name = f"{slug}-{vary}-{value:g}"
         if vary != "t_max" and value != int(value):
-            raise ConfigError(f"{vary} {value} is no number of frames: give whole --values")
+            raise ConfigError(f"{vary} {value} is not a number of frames: give whole --values")
         if vary == "delay":
             loaded.sampler(int(value))  # refuses what the model cannot have
             yield name, vary, cfg, replace(job, delay=int(value))
@@ -199,7 +199,7 @@ def _settings(
 
 
 def _csv_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
-    """Return a row a point and metric; None where no clip has a score."""
+    """Return a row per point and metric; None where no clip has a score."""
     rows = []
     for point in points:
         settings = point._asdict()
@@ -212,7 +212,7 @@ def _csv_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
 
 
 def _draw(points: Sequence[Point]) -> Figure:
-    """Draw every metric against latency, t_max where that is varied, or run by run of a grid."""
+    """Draw every metric against latency, against t_max if varied, or run by run for a grid."""
     by_time = all(point.varied == "t_max" for point in points)
     grid = all(point.varied == "grid" for point in points)
     panels: dict[str, dict[str, list[Mark]]] = {metric: {} for metric in points[0].scores}

@@ -1,14 +1,14 @@
-"""Networks: what their `forward(x, t)` takes and gives is the same for all.
+"""Networks, which all have the same `forward(x, t)`.
 
     x [B, 4, F, K]    V.real, V.imag, Y.real, Y.imag, channels-last in memory or
                       contiguous (training.memory_format); any F, and K >= Kb
     t [B, Kb]         the diffusion times of the last Kb frames
-    out [B, 2, F, Kb] real and imaginary part of what the last Kb frames are given
+    out [B, 2, F, Kb] real and imaginary part of the output for the last Kb frames
 
-One that makes something of Y alone may have `hear(y [B, 2, F, K])`, whose result its forward then
-takes as `heard=`: calls with the same Y have it in common. One that remembers its history can
-stream: see `StreamingNetwork`. Nobody asks a network (`registry.NETWORKS`) for its class, only for
-what it can do.
+A network that computes features of Y alone may have `hear(y [B, 2, F, K])`, whose result its
+forward then takes as `heard=`, so that calls with the same Y share it. A network that remembers its
+history can stream: see `StreamingNetwork`. Callers never check the class of a network
+(`registry.NETWORKS`), only what it can do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Precision = Literal["fp32", "bf16"]
 
 
 class StreamingNetwork(Protocol):
-    """What a network has that need not see its history again."""
+    """What a network provides that need not see its history again."""
 
     def start(
         self,
@@ -36,15 +36,15 @@ class StreamingNetwork(Protocol):
     ) -> Any:
         """Begin B streams after endless silence, and return what the network remembers.
 
-        Tensors [B, ...] in dataclasses, lists, tuples and dicts; to be exported, each of one shape
-        forever. ConfigError for compiled or a precision that this network does not have.
+        These are tensors [B, ...] in dataclasses, lists, tuples and dicts; for export, of constant
+        shapes. Raises ConfigError for compiled or a precision that this network does not support.
         """
 
     def step(self, state: Any, x: Tensor) -> Tensor:
         """Take one more frame into the history, and run the buffer after it.
 
         x [B, 4, F, 1 + Kb] is the frame that has just reached t = 0, then the buffer. Changes the
-        state in place; returns [B, 2, F, Kb], as for a window that shows the whole past.
+        state in place; returns [B, 2, F, Kb], as for a window that covers the whole past.
         """
 
 

@@ -1,14 +1,14 @@
 """The journal's network (arXiv 2510.18744): an NCSN++ that sees whole blocks of frames.
 
-Every level halves bins and frames. The frames are counted from the window's end, in blocks of as
-many as the coarsest level makes one (16 with four strides): a frame sees all of its own block and
-of those before it, and nothing of later ones. Convolutions over time look back, norms are over all
-frames so far, and the U-Net joins the frames of a block on its way down.
+Every level halves bins and frames. Frames are grouped, from the window's end, into blocks that the
+coarsest level merges into one frame (16 frames with four strides). A frame sees all of its own
+block and of earlier ones, and nothing of later ones: convolutions over time look back, norms are
+over all frames so far, and the U-Net joins the frames of a block on its way down.
 
-So a buffer of one block is seen whole, and a stream can be exact: a frame's block repeats every 16
-frames, thus a `Stream` keeps 16 pasts, one for each place at which blocks may begin, and with every
-frame moves one of them on by a block. A step costs the buffer and one block (two, where the buffer
-is whole blocks) instead of the window.
+So a buffer of one block is seen whole, and a stream can be exact: block boundaries repeat every 16
+frames, so a `Stream` keeps 16 pasts, one for each position at which blocks may begin, and every
+frame advances one of them by a block. A step costs the buffer and one block (two if the buffer is a
+whole number of blocks) instead of the window.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TIME_FEATURES = 128  # random frequencies of the diffusion time
 class Past:
     """What layers remember of the frames before a pass over whole blocks."""
 
-    blocks: int  # of the pass; it moves `kept` on by the first of them
+    blocks: int  # in the pass; it advances `kept` by the first of them
     # A convolution's last input frames, or the sums of a norm. Empty at the beginning.
     kept: dict[nn.Module, Tensor] = field(default_factory=dict)
 
@@ -41,7 +41,7 @@ class Past:
 class Stream:
     """What a stream keeps, whatever its length."""
 
-    pasts: list[Past]  # i: of a block that ends with a frame whose number leaves the rest i
+    pasts: list[Past]  # i: for blocks whose last frame number is i modulo the block size
     recent: Tensor  # [B, 4, F, *], the last history frames, which belong to no past yet
     t: Tensor  # [B, Kb], the diffusion times of the buffer
     pushed: int = 0  # frames taken in so far
@@ -65,7 +65,7 @@ class BlockCausalNCSNpp(nn.Module):
         self.history_time = history_time
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         last = len(widths) - 1
-        self.block = 2**last  # frames, and bins of a step of the coarsest level
+        self.block = 2**last  # frames, and bins per step of the coarsest level
 
         self.embed_time = TimeEmbedding(TIME_FEATURES)
         self.first = CausalConv(layers.IO_CHANNELS, widths[0])
@@ -86,13 +86,13 @@ class BlockCausalNCSNpp(nn.Module):
     def from_config(cls, cfg: ModelConfig) -> Self:
         """Make the network of `cfg.model`."""
         if cfg.num_res_blocks != 1:
-            raise ConfigError("bc_ncsnpp has one residual block a level: model.num_res_blocks=1")
+            raise ConfigError("bc_ncsnpp has one residual block per level: model.num_res_blocks=1")
         return cls(cfg.base_channels, cfg.channel_multipliers, cfg.dropout, cfg.history_time)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Take x [B, 4, F, K] and t [B, Kb] to [B, 2, F, Kb]; see `diffbuf_lib.networks`.
+        """Map x [B, 4, F, K] and t [B, Kb] to [B, 2, F, Kb]; see `diffbuf_lib.networks`.
 
-        Silence is put before x, up to whole blocks.
+        x is padded with silence at the front, to whole blocks.
         """
         x = F.pad(x, (-x.shape[-1] % self.block, 0))
         return self._unet(x, t, None)
@@ -107,9 +107,9 @@ class BlockCausalNCSNpp(nn.Module):
         n frames of history so far and the buffer: the norms count frames from there on.
         """
         if compiled or precision != "fp32":
-            raise ConfigError("streams of bc_ncsnpp are neither compiled nor bf16: leave it out")
-        # The time of the frame after a block reaches into it, so the block that moves a past on
-        # must have a history frame after it: one block more where the buffer is whole blocks.
+            raise ConfigError("streams of bc_ncsnpp cannot be compiled or bf16: leave it out")
+        # The time convolution looks one frame ahead, so the block that advances a past must have a
+        # history frame after it: one block more if the buffer is a whole number of blocks.
         blocks = t.shape[-1] // self.block + 2
         history = blocks * self.block - t.shape[-1]
         recent = self.last.weight.new_zeros(t.shape[0], layers.IO_CHANNELS, num_bins, history)
@@ -127,7 +127,7 @@ class BlockCausalNCSNpp(nn.Module):
         """Run whole blocks, the last Kb frames of which are the buffer."""
         bins, Kb = x.shape[2], t.shape[-1]
         x = F.pad(x, (0, 0, 0, -bins % self.block))
-        # A frame of the time's convolutions on either side: history, or nothing.
+        # The time convolutions need one more frame on either side: history, or zeros.
         begun = int(past is not None and bool(past.kept))
         time = self.embed_time(layers.frame_times(t, x.shape[-1] + begun, self.history_time))
         time = F.pad(time, (1 - begun, 1))  # [B, E, 1 + K + 1]
@@ -150,7 +150,7 @@ class TimeEmbedding(layers.FrameTimeEmbedding):
     """Random Fourier features of t itself, not of its logarithm; two linear layers, then SiLU."""
 
     def forward(self, t: Tensor) -> Tensor:
-        """Take times [B, K] to [B, E, K]."""
+        """Map times [B, K] to [B, E, K]."""
         phase = 2 * torch.pi * t.unsqueeze(-1) * self.frequencies.to(t.dtype)
         features = torch.cat([phase.sin(), phase.cos()], dim=-1).to(self.hidden.weight.dtype)
         return F.silu(self.out(self.hidden(features))).transpose(1, 2)
@@ -160,8 +160,8 @@ class ResBlock(nn.Module):
     """Norm, SiLU, convolution, plus time, norm, SiLU, convolution, plus the input, over sqrt 2.
 
     "down" halves the bins before the first convolution and the frames in the second one; "up"
-    doubles them there. The shortcut has a convolution of its own. A frame of the input is 2^level
-    of the clip's.
+    doubles them there. The shortcut has its own convolution. A frame of the input covers 2^level
+    frames of the clip.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class ResBlock(nn.Module):
         self.shortcut = conv(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor, time: Tensor, past: Past | None) -> Tensor:
-        """[B, C, F, K] and time [B, E, 1 + frames of the clip + 1] to [B, C', F', K']."""
+        """Map [B, C, F, K] and time [B, E, 1 + frames of the clip + 1] to [B, C', F', K']."""
         h = self.conv_in(self.resample(F.silu(self.norm_in(x, past))), past)
         h = h + self.time(time).unsqueeze(2)
         h = self.conv_out(self.dropout(F.silu(self.norm_out(h, past))), past)
@@ -191,8 +191,8 @@ class ResBlock(nn.Module):
 class CumulatedNorm(nn.Module):
     """Group normalisation over channels, frequency and all frames so far.
 
-    Sums over frames are in float64: E[x^2] - mean^2 in float32 turns negative, and its root NaN,
-    after some thousand frames.
+    Sums over frames are in float64: in float32, E[x^2] - mean^2 turns negative, and its root NaN,
+    after a few thousand frames.
     """
 
     def __init__(self, channels: int) -> None:
@@ -204,7 +204,7 @@ class CumulatedNorm(nn.Module):
     def forward(self, x: Tensor, past: Past | None) -> Tensor:
         """Keep the shape [B, C, F, K]."""
         groups = (x if x.dtype == torch.float64 else x.float()).unflatten(1, (self.groups, -1))
-        variance, mean = torch.var_mean(groups, dim=(2, 3), correction=0)  # of a frame: [B, G, K]
+        variance, mean = torch.var_mean(groups, dim=(2, 3), correction=0)  # per frame: [B, G, K]
         variance, mean = variance.double(), mean.double()
         sums = torch.stack([mean, variance + mean**2, torch.ones_like(mean)]).cumsum(dim=-1)
         if past is not None:
@@ -219,29 +219,29 @@ class CumulatedNorm(nn.Module):
 
 
 class CausalConv(nn.Conv2d):
-    """A 3x3 convolution that sees the frame and those before it; the outer bins are repeated."""
+    """A 3x3 convolution over a frame and those before it; the outermost bins are repeated."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__(in_channels, out_channels, 3, stride=(1, stride))
 
     def forward(self, x: Tensor, past: Past | None) -> Tensor:  # type: ignore[override]
-        """[B, C, F, K] to [B, C', F, K / stride]."""
+        """Map [B, C, F, K] to [B, C', F, K / stride]."""
         rows = _with_past(self, x, 3 - self.stride[1], past)
         return super().forward(F.pad(rows, (0, 0, 1, 1), mode="replicate"))
 
 
 class CausalConvTranspose(nn.ConvTranspose2d):
-    """Its transpose: a frame reaches itself and later ones; zeros above and below the band.
+    """Transpose of `CausalConv`: a frame affects itself and later ones; zeros outside the band.
 
-    Written as a convolution, which a CPU has a fast routine for: with stride 2, of w[0] x[i] +
-    w[2] x[i - 1] and w[1] x[i], which are then put side by side.
+    Written as a convolution, for which CPUs have a fast routine: with stride 2, it computes
+    w[0] x[i] + w[2] x[i - 1] and w[1] x[i], which are then interleaved.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__(in_channels, out_channels, 3, stride=(1, stride))
 
     def forward(self, x: Tensor, past: Past | None) -> Tensor:  # type: ignore[override]
-        """[B, C, F, K] to [B, C', F, stride * K]."""
+        """Map [B, C, F, K] to [B, C', F, stride * K]."""
         stride = self.stride[1]
         rows = _with_past(self, x, 2 // stride, past)
         w = self.weight.transpose(0, 1).flip(2, 3)  # [C', C, 3, 3], the last tap first
@@ -254,7 +254,7 @@ class CausalConvTranspose(nn.ConvTranspose2d):
 
 
 def _with_past(layer: nn.Module, x: Tensor, frames: int, past: Past | None) -> Tensor:
-    """Put the frames before x [B, C, F, K] in front of it, zeros at the beginning."""
+    """Prepend to x [B, C, F, K] the frames before it; zeros at the beginning."""
     before = None if past is None else past.kept.get(layer)
     rows = F.pad(x, (frames, 0)) if before is None else torch.cat([before, x], dim=-1)
     if past is not None:

@@ -3,7 +3,7 @@
 Frames before the buffer (the history) see only frames before themselves. Frames of the buffer see
 the history and the whole buffer. Strides are in frequency only and norms stay within a frame, so
 nothing of a history frame depends on where the window ends: what the next frame needs of the past
-is the input of every convolution over time at the last few history frames. Keeping those in a
+is the input of every convolution over time at the last few history frames. With those kept in a
 `History`, a new frame costs Kb + 1 frames (the buffer, and the frame that has just become
 history) instead of K.
 
@@ -26,9 +26,9 @@ from diffbuf_lib.config import ModelConfig
 from diffbuf_lib.errors import ConfigError, MissingExtraError
 from diffbuf_lib.networks import layers
 
-INPUT_CHANNELS = 6  # and their magnitudes, which linear layers would have to learn to make
-PATCH = 4  # bins of one step of the finest level
-STRIDE = 4  # bins of a level to one bin of the next
+INPUT_CHANNELS = 6  # with magnitudes, which linear layers would otherwise have to learn
+PATCH = 4  # bins per step of the finest level
+STRIDE = 4  # bins of a level per bin of the next
 Past = list[tuple[Tensor, Tensor]]
 
 
@@ -36,26 +36,26 @@ Past = list[tuple[Tensor, Tensor]]
 class History:
     """What a stream keeps of its history, whatever its length."""
 
-    # Of every residual block the inputs of its two convolutions over time at the last d history
-    # frames, [B, d, F', C] each, d the convolution's dilation. Changed in place.
+    # For every residual block, the inputs of its two convolutions over time at the last d history
+    # frames, [B, d, F', C] each, where d is the dilation. Changed in place.
     past: Past
-    # Of every residual block what its norm is shifted and scaled by, [B, 1 + Kb, 1, 2 C]: history
+    # For every residual block, the shift and scale of its norm, [B, 1 + Kb, 1, 2 C]: history
     # at t = 0, then the buffer's times. Constant along a stream.
     modulation: list[Tensor]
-    run: Callable[[Tensor, list[Tensor], Past], Tensor]  # makes a step
+    run: Callable[[Tensor, list[Tensor], Past], Tensor]  # runs a step
     precision: str = "fp32"  # of the steps
 
 
 class BlockCausal(nn.Module):
-    """U-Net with 3x3 convolutions that mask the frame after a history frame.
+    """U-Net with 3x3 convolutions, in which a history frame does not see the frame after it.
 
     Level i has 1 / (4 * 4^i) of the bins and a dilation of 2^i frames in time. At the coarsest
     level every buffer frame attends to all buffer frames of its bin, so that a buffer longer than
     the convolutions' reach is still seen whole. Skips are added, not concatenated.
 
-    `forward` has zero padding before its window, `start` endless silence (frames of V = Y = 0).
-    The two agree exactly when the window shows all that a buffer frame can see, K - Kb >=
-    `receptive_field`, its frames from before the stream being silent. Arguments are keys of
+    `forward` assumes zeros before its window, `start` endless silence (frames of V = Y = 0).
+    The two agree exactly if the window covers all that a buffer frame can see, K - Kb >=
+    `receptive_field`, and its frames from before the stream are silent. Arguments are keys of
     `ModelConfig`; a level has num_res_blocks on the way down, and again on the way up.
     """
 
@@ -99,7 +99,7 @@ class BlockCausal(nn.Module):
         return sum(2 * block.conv_in.dilation for block in self._blocks())
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Take x [B, 4, F, K] and t [B, Kb] to [B, 2, F, Kb]; see `diffbuf_lib.networks`."""
+        """Map x [B, 4, F, K] and t [B, Kb] to [B, 2, F, Kb]; see `diffbuf_lib.networks`."""
         modulation = layers.modulations(self.embed_time, self._blocks(), t)
         return self._unet(x, modulation, x.shape[-1] - t.shape[-1], past=None)
 
@@ -109,10 +109,10 @@ class BlockCausal(nn.Module):
     ) -> History:
         """Begin B streams after endless silence; see `StreamingNetwork`.
 
-        A frame is some two hundred small operations. Compiled, its norms, activations and copies
-        become a few loops, and every weight is laid out once as the convolutions want it. That
-        takes about a minute, and takes the weights as they are now. bfloat16 differs from float32
-        by about 40 dB below the signal. MissingExtraError without a C++ compiler to compile with.
+        A frame takes some two hundred small operations. Compiling fuses norms, activations and
+        copies into a few loops, and lays out every weight once as the convolutions need it. It
+        takes about a minute and fixes the weights as they are now. The error of bfloat16 is about
+        40 dB below the signal. Raises MissingExtraError if compiling finds no C++ compiler.
         """
         if precision not in ("fp32", "bf16"):
             raise ConfigError(f"precision {precision!r} is none of fp32, bf16")
@@ -139,11 +139,11 @@ class BlockCausal(nn.Module):
         return self._unet(x, modulation, 1, past)
 
     def _compile(self, history: History, silence: Tensor) -> None:
-        """Compile by making a step on a copy of the history."""
+        """Compile by running a step on a copy of the history."""
         history.run = torch.compile(self._one_step, dynamic=False)
         copies = [(first.clone(), second.clone()) for first, second in history.past]
-        # Frozen, weights are constants that are packed once for the convolutions. As an option of
-        # torch.compile it comes too late: they are inputs of the graph by then.
+        # With freezing, weights are constants that are packed once for the convolutions. As an
+        # option of torch.compile, it comes too late: they are inputs of the graph by then.
         try:
             # In inference mode, as in a stream: for other tensors it would compile again.
             with torch.inference_mode(), torch._inductor.config.patch(freezing=True):
@@ -208,10 +208,10 @@ class ResBlock(nn.Module):
     def forward(
         self, x: Tensor, modulation: Tensor, num_history: int, past: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """Keep the shape [B, K, F, C]; `modulation` as of `modulations`."""
+        """Keep the shape [B, K, F, C]; `modulation` as returned by `modulations`."""
         past_in, past_out = past if past is not None else (None, None)
         h = self.conv_in(F.silu(self.norm_in(x)), num_history, past_in)
-        if num_history != 1:  # all history frames have one modulation
+        if num_history != 1:  # all history frames share one modulation
             history = modulation[:, :1].expand(-1, num_history, -1, -1)
             modulation = torch.cat([history, modulation[:, 1:]], dim=1)
         bias, gain = modulation.chunk(2, dim=-1)  # [B, K, 1, C]
@@ -223,7 +223,7 @@ class ResBlock(nn.Module):
 class BufferAttention(nn.Module):
     """Every buffer frame attends to all buffer frames of its bin; history passes unchanged.
 
-    Which frame is which is known from the diffusion time in its features.
+    Frames are told apart by the diffusion times in their features.
     """
 
     def __init__(self, channels: int, head_channels: int = 32) -> None:

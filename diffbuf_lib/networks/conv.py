@@ -35,7 +35,7 @@ class ConvNet(nn.Module):
         return cls(cfg.base_channels, cfg.num_layers, cfg.dropout)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Take [B, 4, F, K] and the buffer's times [B, Kb] to [B, 2, F, Kb]."""
+        """Map [B, 4, F, K] and the buffer's times [B, Kb] to [B, 2, F, Kb]."""
         time = self.embed_time(frame_times(t, x.shape[-1]))
         h = self.first(x)
         for norm, layer, add_time in zip(self.norms, self.layers, self.times, strict=True):

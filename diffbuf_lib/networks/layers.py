@@ -1,4 +1,4 @@
-"""What the networks are built of. Feature maps are [B, C, F, K]."""
+"""Building blocks of the networks. Feature maps are [B, C, F, K]."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class FrameTimeEmbedding(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, t: Tensor) -> Tensor:
-        """Take times [B, K] to [B, 4 * num_features, K]."""
+        """Map times [B, K] to [B, 4 * num_features, K]."""
         # In float32 also under autocast: the phases reach hundreds of radians.
         phase = 2 * math.pi * torch.log(t.float() + 0.01).unsqueeze(-1) * self.frequencies.float()
         features = torch.cat([phase.sin(), phase.cos()], dim=-1).to(self.hidden.weight.dtype)
@@ -54,12 +54,12 @@ class NormAct(nn.GroupNorm):
 
 
 def frame_times(t: Tensor, num_frames: int, history: float = 0.0) -> Tensor:
-    """Give every frame its time, [B, K]: those of the buffer, [B, Kb], and `history` before it."""
+    """Return every frame's time, [B, K]: the buffer's times [B, Kb], and `history` before them."""
     return F.pad(t, (num_frames - t.shape[-1], 0), value=history)
 
 
 def num_groups_for(channels: int, each: int = 4, most: int = 32) -> int:
-    """Return in how many groups to divide `channels` equally, of at least `each` if it can be."""
+    """Return the number of equal groups of `channels`, with at least `each` in one if possible."""
     wanted = min(max(channels // each, 1), most)
     return next(groups for groups in range(wanted, 0, -1) if channels % groups == 0)
 
@@ -83,10 +83,10 @@ def initialised(layer: Layer, zero: bool) -> Layer:
 
 
 class Resample(nn.Module):
-    """Halve or double frequency and frames (or one) with the FIR filter [1, 3, 3, 1] / 8 in each.
+    """Halve or double bins, and frames if `frames`, with the FIR filter [1, 3, 3, 1] / 8 in each.
 
-    The filter of NCSN++ (Song et al. 2021), as one depthwise strided convolution: the general
-    up-fir-down routine in plain torch that is usual for it costs nearly half of a forward pass.
+    The filter of NCSN++ (Song et al. 2021), as one depthwise strided convolution: the usual,
+    general up-fir-down routine in plain torch would cost nearly half of a forward pass.
     The direction is "down" or "up".
     """
 
@@ -102,7 +102,7 @@ class Resample(nn.Module):
         self.register_buffer("kernel", gain * kernel, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, F, K] to [B, C, F / 2, K / 2], or to [B, C, 2 F, 2 K]."""
+        """Map [B, C, F, K] to [B, C, F / 2, K / 2], or to [B, C, 2 F, 2 K]."""
         channels = x.shape[1]
         kernel = self.kernel.to(x.dtype).expand(channels, 1, -1, -1)
         resample = F.conv2d if self.direction == "down" else F.conv_transpose2d
@@ -120,7 +120,7 @@ class TimeConv(nn.Module):
     both kinds of frame: masking is exact, and in small maps this is faster than a (dilated) 3x3
     convolution followed by a causal one.
 
-    `channels` are those of input and output; `zero` starts it as zero.
+    `channels` is that of both input and output; `zero` initialises the layer to zero.
     """
 
     def __init__(self, channels: int, dilation: int, *, zero: bool = False) -> None:
@@ -148,7 +148,7 @@ class TimeConv(nn.Module):
 
 
 class Regroup(nn.Module):
-    """A linear layer that makes of every `merge` bins `split`: [B, K, F, C] to [B, K, F', C']."""
+    """A linear layer from every `merge` bins to `split` bins: [B, K, F, C] to [B, K, F', C']."""
 
     def __init__(
         self, in_channels: int, out_channels: int, *, merge: int = 1, split: int = 1,
@@ -167,7 +167,7 @@ class Regroup(nn.Module):
 
 
 def modulations(embed: FrameTimeEmbedding, blocks: Iterable[Any], t: Tensor) -> list[Tensor]:
-    """Return each block's [B, 1 + Kb, 1, 2 C] of t [B, Kb]: that of history, and the buffer's."""
+    """Return each block's modulation by t [B, Kb]: [B, 1 + Kb, 1, 2 C], of history, then buffer."""
     time = embed(F.pad(t, (1, 0))).transpose(1, 2)  # [B, 1 + Kb, E]
     return [block.time(time).unsqueeze(2) for block in blocks]
 
@@ -175,7 +175,7 @@ def modulations(embed: FrameTimeEmbedding, blocks: Iterable[Any], t: Tensor) -> 
 def magnitudes(x: Tensor) -> Tensor:
     """Return the magnitudes of [..., 2 n], real and imaginary parts in turn: [..., n].
 
-    Smooth at zero, so that it has a slope there.
+    Smooth at zero, so that it has a gradient there.
     """
     tiny = torch.finfo(x.dtype).tiny ** 0.5
     real, imag = x[..., 0::2], x[..., 1::2]

@@ -15,9 +15,9 @@ from diffbuf_lib.networks import layers
 
 
 class NCSNpp(nn.Module):
-    """The noise-conditional U-Net of Song et al. 2021 in the reduction of Lay et al. 2025.
+    """The noise-conditional U-Net of Song et al. 2021 as reduced by Lay et al. 2025.
 
-    With 96 channels, multipliers (1, 2, 2, 2) and one residual block a level it has 18.28 M
+    With 96 channels, multipliers (1, 2, 2, 2) and one residual block per level it has 18.28 M
     parameters. A pyramid of the resampled input is added to the features of every level, and a
     pyramid of outputs is summed from the coarsest level up. The time embedding is a sequence over
     frames, brought to each level's frame rate by a strided convolution. Arguments are keys of
@@ -39,7 +39,7 @@ class NCSNpp(nn.Module):
         super().__init__()
         self.divide_by_time, self.history_time = divide_by_time, history_time
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
-        self.stride = 2 ** (len(widths) - 1)  # frames and bins of a step of the coarsest level
+        self.stride = 2 ** (len(widths) - 1)  # frames and bins per step of the coarsest level
 
         def block(in_channels: int, out_channels: int, level: int, resample: str = "") -> ResBlock:
             sizes = (in_channels, out_channels, 4 * base_channels)
@@ -48,7 +48,7 @@ class NCSNpp(nn.Module):
         self.embed_time = layers.FrameTimeEmbedding(base_channels)
         self.first = layers.conv(layers.IO_CHANNELS, base_channels)
 
-        skips = [base_channels]  # channels of the features that the way up takes over
+        skips = [base_channels]  # channels of the skip connections to the way up
         width = base_channels
         self.down = nn.ModuleList()
         for level, next_width in enumerate(widths):
@@ -86,10 +86,10 @@ class NCSNpp(nn.Module):
         return cls(*sizes, divide_by_time=divide, history_time=cfg.history_time)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Take x [B, 4, F, K] and t [B, Kb] to [B, 2, F, Kb]; see `diffbuf_lib.networks`."""
+        """Map x [B, 4, F, K] and t [B, Kb] to [B, 2, F, Kb]; see `diffbuf_lib.networks`."""
         (bins, frames), Kb = x.shape[2:], t.shape[-1]
-        # Whole steps of the coarsest level: zeros above the band and before the past, so that the
-        # buffer keeps its place at the end.
+        # Pad to whole steps of the coarsest level: zeros above the band and before the past, so
+        # that the buffer stays at the end.
         x = F.pad(x, (-frames % self.stride, 0, 0, -bins % self.stride))
         time = self.embed_time(layers.frame_times(t, x.shape[-1], self.history_time))
         out = self._unet(x, time)[:, :, :bins, -Kb:]
@@ -123,7 +123,7 @@ class DownStage(nn.Module):
         self.add_input = layers.conv(layers.IO_CHANNELS, width, 1) if shrink else None
 
     def forward(self, h: Tensor, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return the features, the input at the next level's size, and what to skip across."""
+        """Return the features, the input at the next level's size, and the skip features."""
         features = []
         for block in self.blocks:
             h = block(h, time)
@@ -149,7 +149,7 @@ class UpStage(nn.Module):
     def forward(
         self, h: Tensor, out: Tensor | None, skips: list[Tensor], time: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the features and the sum of outputs so far; takes its skips from the list."""
+        """Return the features and the sum of outputs so far; pops its skips from the list."""
         for block in self.blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), time)
         term = self.conv_out(self.norm_out(h))
@@ -161,8 +161,8 @@ class ResBlock(nn.Module):
     """Norm, SiLU, convolution, plus time, norm, SiLU, convolution, plus the input, over sqrt 2.
 
     The residual block of BigGAN in Song et al. 2021: resampling ("down", "up" or nothing) comes
-    after the first activation and on the shortcut. A frame of the output is `time_stride` of the
-    clip's.
+    after the first activation and on the shortcut. A frame of the output covers `time_stride`
+    frames of the clip.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Identity() if same else layers.conv(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """[B, C, F, K] and time [B, E, K of the clip] to [B, C', F', K']."""
+        """Map [B, C, F, K] and time [B, E, K of the clip] to [B, C', F', K']."""
         h = self.conv_in(self.resample(self.norm_in(x)))
         h = h + self.time(time).unsqueeze(2)
         h = self.conv_out(self.dropout(self.norm_out(h)))

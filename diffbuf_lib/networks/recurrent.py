@@ -3,10 +3,10 @@
 The trunk is a causal U-Net over frequency with recurrences along time: it remembers seconds at a
 constant cost, and computes each frame once, as it enters. The buffer's network sees V, its times
 and the trunk's features of all B frames at once, so its older frames have heard what follows
-them. V of frames before the buffer is not looked at: online that would be the network's own past
+them. V of frames before the buffer is not used: online, it would be the network's own past
 estimates, which training does not have.
 
-So a clip trains as many buffers as fit in it (`diffusion_buffer.buffers`): the trunk runs once.
+So a clip can train as many buffers as fit in it (`diffusion_buffer.buffers`) with one trunk run.
 
 Feature maps are [B, K, P, C], frames first; P positions of 4, 16, 64, ... bins.
 """
@@ -27,7 +27,7 @@ from diffbuf_lib.errors import ConfigError
 from diffbuf_lib.networks import layers
 from diffbuf_lib.networks.block_causal import INPUT_CHANNELS, PATCH, STRIDE, ResBlock
 
-Memory = dict[nn.Module, Tensor]  # what layers over time remember, changed in place; first empty
+Memory = dict[nn.Module, Tensor]  # what layers over time remember, changed in place; empty at first
 
 
 @dataclass
@@ -40,9 +40,9 @@ class RecurrentState:
 
 
 class Recurrent(nn.Module):
-    """See the module. Arguments are keys of `ModelConfig`.
+    """The network described above. Arguments are keys of `ModelConfig`.
 
-    The channels' multipliers are those of the trunk's levels; num_res_blocks and dropout are of the
+    channel_multipliers are for the trunk's levels; num_res_blocks and dropout are for the
     buffer's network, whose block i has its taps 2^i frames apart.
     """
 
@@ -71,14 +71,14 @@ class Recurrent(nn.Module):
         return cls(cfg.base_channels, cfg.channel_multipliers, cfg.num_res_blocks, cfg.dropout)
 
     def hear(self, y: Tensor) -> Tensor:
-        """Take Y [B, 2, F, K] to the trunk's features, for several calls that have it in common."""
+        """Return the trunk's features of Y [B, 2, F, K], which calls with the same Y can share."""
         heard: Tensor = self.trunk(self._padded(y)[0], {})
         return heard
 
     def forward(
         self, x: Tensor, t: Tensor, buffers: int = 1, heard: Tensor | None = None
     ) -> Tensor:
-        """Take x [B, 4, F, K] and t [B, N Kb] to [B, 2, F, N Kb]; see `diffbuf_lib.networks`.
+        """Map x [B, 4, F, K] and t [B, N Kb] to [B, 2, F, N Kb]; see `diffbuf_lib.networks`.
 
         The last frames are N buffers side by side, none of which sees another.
         """
@@ -99,14 +99,14 @@ class Recurrent(nn.Module):
     ) -> RecurrentState:
         """Begin B streams, with a buffer of silence; see `StreamingNetwork`."""
         if compiled or precision != "fp32":
-            raise ConfigError("model.name recurrent streams in fp32 and not compiled: leave it out")
+            raise ConfigError("model.name recurrent streams only in fp32, uncompiled: leave it out")
         silence, _ = self._padded(t.new_zeros(len(t), 4, num_bins, t.shape[-1]))
         memory: Memory = {}
         heard = self.trunk(silence[..., 2:], memory)
         return RecurrentState(memory, heard, layers.modulations(self.embed_time, self.blocks, t))
 
     def step(self, state: RecurrentState, x: Tensor) -> Tensor:
-        """Hear the newest frame, and run the buffer; see `StreamingNetwork`."""
+        """Run the trunk on the newest frame, then the buffer; see `StreamingNetwork`."""
         x, bins = self._padded(x)
         heard = self.trunk(x[:, -1:, :, 2:], state.memory)
         state.heard = torch.cat([state.heard[:, 1:], heard], dim=1)
@@ -119,7 +119,7 @@ class Recurrent(nn.Module):
         return F.pad(x.permute(0, 3, 2, 1), (0, 0, 0, -bins % self.trunk.bins_step)), bins
 
     def _buffer(self, x: Tensor, heard: Tensor, modulation: list[Tensor]) -> Tensor:
-        """Take V and Y [B, Kb, F, 4] to the output [B, Kb, F, 2]."""
+        """Map V and Y [B, Kb, F, 4] to the output [B, Kb, F, 2]."""
         h = self.first(torch.cat([x, layers.magnitudes(x)], dim=-1)) + heard
         for block, times in zip(self.blocks, modulation, strict=True):
             h = block(h, times, 0, None)
@@ -141,7 +141,7 @@ class Trunk(nn.Module):
         self.up = nn.ModuleList(CausalBlock(width, i > 0) for i, width in enumerate(widths[:-1]))
 
     def forward(self, y: Tensor, memory: Memory) -> Tensor:
-        """Take K frames of Y, [B, K, F, 2], F a multiple of `bins_step`, to [B, K, P, C]."""
+        """Map K frames of Y, [B, K, F, 2], F a multiple of `bins_step`, to [B, K, P, C]."""
         B, K, bins, _ = y.shape
         where = torch.linspace(-1, 1, bins, device=y.device, dtype=y.dtype)[:, None]
         where = where.expand(B, K, -1, -1)
@@ -157,9 +157,9 @@ class Trunk(nn.Module):
 
 
 class CausalBlock(nn.Module):
-    """A residual block of two convolutions over this frame and the last.
+    """A residual block of two convolutions over this frame and the one before.
 
-    Then memory along time, if it `remembers`.
+    A memory along time follows, if it `remembers`.
     """
 
     def __init__(self, channels: int, remembers: bool) -> None:

@@ -39,7 +39,7 @@ class Attempt(NamedTuple):
     step: int  # counted from 1
     epoch: int  # counted from 0
     rounds: range  # which batches of the epoch
-    batches: Sequence[Batch]  # this process's, one a round
+    batches: Sequence[Batch]  # this process's, one per round
 
     def __str__(self) -> str:
         return f"step {self.step} (epoch {self.epoch})"
@@ -69,11 +69,11 @@ class Failures:
     rank: int  # of this process
 
     def nonfinite(self, attempt: Attempt, outcome: Outcome) -> NonFiniteError | None:
-        """Return the error of a step that was not made, None for one that was.
+        """Return the error of a step that was not made, or None if it was made.
 
-        With float16 an infinite gradient is how the gradient scaler finds its scale, and no error
-        until the scale has fallen below 1, where float16 has no more range to give. All processes
-        return an error; the first of those with a bad loss writes the capsule.
+        With float16, the gradient scaler finds its scale by infinite gradients: they are an error
+        only once the scale has fallen below 1, where float16 has no more range to give. All
+        processes return an error; the first of those with a bad loss writes the capsule.
         """
         bad, scale = ~outcome.losses.isfinite(), self.engine.scale  # [W, R]
         cause = "loss" if bad.any() else "gradient"
@@ -102,8 +102,8 @@ class Failures:
     def raised(self, attempt: Attempt, error: Exception) -> Exception:
         """Return what to raise for an exception within a step, after writing its capsule.
 
-        An error of this library, or one for want of memory, comes back as one line; any other is
-        the same exception with a note, so that its type and traceback stay.
+        An error of this library, or an out-of-memory error, is returned as one line; any other is
+        the same exception with a note added, so that it keeps its type and traceback.
         """
         capsule = self._save(attempt, error, "error", None)
         if is_out_of_memory(error):
@@ -140,7 +140,7 @@ class Failures:
             yield from bad_stages(trace.stages(), i)
 
     def _save(self, attempt: Attempt, error: Exception, cause: str, outcome: Outcome | None) -> str:
-        """Write the capsule; return what the message says of it. Never fails."""
+        """Write the capsule; return what the message says about it. Never fails."""
         engine = self.engine
         model: Any = engine.model
         record = {
@@ -150,7 +150,7 @@ class Failures:
             "rank": self.rank,
             "processes": self.plan.processes,
             "files": [self._files(attempt, round_, self.rank) for round_ in attempt.rounds],
-            "cause": cause,  # loss or gradient, which is not finite, or error
+            "cause": cause,  # "loss" or "gradient" if that is not finite, else "error"
             "error": {"type": type(error).__name__, "message": str(error)},
             "traceback": "".join(traceback.format_exception(error)).splitlines(),
             "precision": engine.accelerator.mixed_precision,
@@ -205,7 +205,7 @@ def bad_stages(stages: Mapping[str, Tensor], round_: int) -> Iterator[BadValue]:
 def bad_tensors(
     kind: str, tensors: Iterable[tuple[str, Tensor]], round_: int = 0
 ) -> Iterator[BadValue]:
-    """Yield those of some (name, tensor) pairs that are not finite."""
+    """Yield a bad value for each (name, tensor) pair that is not finite."""
     for name, value in tensors:
         if bad := int((~value.detach().isfinite()).sum()):
             yield BadValue(kind, name, f"{bad} of {value.numel()} are NaN or Inf", round_)
@@ -217,7 +217,7 @@ def _write(folder: Path, content: dict[str, Any]) -> None:
     folder.mkdir(parents=True)
     record = json.dumps(to_plain(content["record"]), indent=1, allow_nan=False)
     (folder / "capsule.json").write_text(record, encoding="utf-8")
-    with atomic_file(folder / "capsule.pt") as temporary:  # makes it one
+    with atomic_file(folder / "capsule.pt") as temporary:  # which makes it a capsule
         torch.save(content, temporary)
     others = [path for path in folder.parent.glob("capsule_*") if path != folder]
     others.sort(key=lambda path: path.stat().st_mtime_ns)

@@ -25,12 +25,12 @@ from diffbuf_lib.data import collate
 from diffbuf_lib.data.reader import reason
 from diffbuf_lib.errors import DataError
 
-# Those that ask a run to stop.
+# Signals that ask a run to stop.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class ClipSource(Protocol):
-    """What training asks of a dataset; `diffbuf_lib.data` has the real ones."""
+    """What training needs from a dataset; `diffbuf_lib.data` has the real ones."""
 
     def __len__(self) -> int: ...
 
@@ -41,11 +41,11 @@ class ClipSource(Protocol):
         """Return what error messages call a clip, such as its folder."""
 
     def set_epoch(self, epoch: int, /) -> None:
-        """Set what the random crops are keyed by."""
+        """Set the epoch, which keys the random crops."""
 
 
 class FixedClips:
-    """The first `count` clips of a set, with the crops of epoch 0, again and again up to `size`."""
+    """The first `count` clips of a set, cropped as in epoch 0 and repeated up to `size` clips."""
 
     def __init__(self, clips: ClipSource, count: int, size: int | None = None) -> None:
         self.clips, self.count = clips, min(count, len(clips))
@@ -71,12 +71,12 @@ class Batch(NamedTuple):
 
     mix: torch.Tensor  # [B, C, T] float32, full scale 1
     target: torch.Tensor  # [B, C, T] float32, full scale 1
-    generators: list[torch.Generator]  # B of them on the model's device, one an example
-    share: float = 1.0  # of the step's mean loss, times batches of the step
+    generators: list[torch.Generator]  # B of them on the model's device, one per example
+    share: float = 1.0  # of the step's mean loss, times its number of batches
 
 
 class Stream(IntEnum):
-    """What a seed is for: two streams never share one, whatever their other numbers are."""
+    """What a seed is for: two streams never share a seed, whatever their keys are."""
 
     WEIGHTS = 0
     ORDER = 1
@@ -112,9 +112,9 @@ class EpochPlan:
     """How one epoch is cut into batches, over all processes.
 
     A batch is one model call of one process; `processes` batches side by side are a round, and
-    `accumulation` rounds (fewer at the end of the epoch) are one optimizer step. What is left of
-    the epoch after multiples of `unit` examples (default: of a round) is dropped, except when the
-    whole set is smaller than one round: then the only round holds all of it in smaller batches.
+    `accumulation` rounds (fewer at the end of the epoch) are one optimizer step. Examples beyond
+    the last multiple of `unit` (default: one round) are dropped, unless the whole set is smaller
+    than one round: then the only round holds all of it in smaller batches.
     DataError for an empty training set.
     """
 
@@ -157,7 +157,7 @@ class EpochPlan:
         return -(-self.rounds // self.accumulation)
 
     def positions(self, round_: int, rank: int) -> list[int]:
-        """Return where in the epoch's order the examples of one batch stand.
+        """Return the positions of one batch's examples in the epoch's order.
 
         Example j of round b on process r of W: (b W + r) batch_size + j. So two processes with
         batches of 1 see, together, what one process with batches of 2 sees.
@@ -171,7 +171,7 @@ class EpochPlan:
         return list(range(start, min(start + self.batch_size, self.examples))) or [0]
 
     def share(self, round_: int, rank: int) -> float:
-        """Return what a batch counts in its step's mean: 1, unless the last round is not full."""
+        """Return a batch's weight in its step's mean: 1, unless the last round is not full."""
         first = round_ // self.accumulation * self.global_batch
         mine = min(self.batch_size, self.examples - round_ * self.a_round - rank * self.batch_size)
         count = min(self.global_batch, self.examples - first)
@@ -205,9 +205,9 @@ class ClipReader(Dataset[Any]):
     def read(
         self, batches: Sequence[Sequence[int]], seed: int = 0, *, pin_memory: bool = False
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield (mix, target), each [B, C, T] float32, of every list of dataset indices.
+        """Yield (mix, target), each [B, C, T] float32, for every list of dataset indices.
 
-        The seed is of the workers' own generators (clips are keyed by index and do not use them).
+        `seed` is for the workers' own generators (clips are keyed by index and do not use them).
         DataError names a clip that cannot be read, or at which a reading process died.
         """
         loader: DataLoader[Any] = DataLoader(
@@ -234,13 +234,13 @@ class ClipReader(Dataset[Any]):
         finally:
             if self._over is not None:
                 self._over.fill_(1)
-            del iterator  # ends the workers now: a kept traceback would keep them alive with it
+            del iterator  # ends the workers now: a traceback that is kept would keep them alive
 
     def __getitem__(self, indices: Sequence[int]) -> Any:
-        # An unreadable clip is a value, since torch would make text of an exception's traceback.
+        # Return the error of an unreadable clip: torch would turn a raised one into text.
         name, worker = "", get_worker_info()
         try:
-            if prefetch := getattr(self.dataset, "prefetch", None):  # shards: all side by side
+            if prefetch := getattr(self.dataset, "prefetch", None):  # shards: all at once
                 prefetch(indices)
             items = []
             for index in indices:
@@ -254,7 +254,7 @@ class ClipReader(Dataset[Any]):
             return clip_error(name, error)
 
     def _leave_signals_to_the_main_process(self, worker: int) -> None:
-        # A terminal sends Ctrl-C to workers too, a scheduler all that it sends; and a forked one
+        # A terminal sends Ctrl-C to workers too, and a scheduler every signal; and a forked worker
         # has inherited the run's handlers.
         parent = os.getppid()
 
@@ -264,19 +264,19 @@ class ClipReader(Dataset[Any]):
 
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, end)  # with which torch ends one that does not listen
+        signal.signal(signal.SIGTERM, end)  # torch ends an unresponsive worker with it
 
     def death(self, error: BaseException) -> DataError | None:
-        """Return what to raise for torch's message of a reader's death; None for another error.
+        """Return the error to raise if torch reports a reader's death; None for another error.
 
-        Torch raises it from a signal handler, wherever the main process is: in mid-step, too.
+        Torch raises it from a signal handler, wherever the main process is, even within a step.
         """
         if "DataLoader worker" not in str(error) or self._begun is None:
             return None
         dead = re.findall(r"\d+", str(error).partition("pid")[2])
         clips = [clip for pid, clip in self._begun.tolist() if str(pid) in dead]
         names = ", ".join(self.dataset.name(clip) for clip in clips) or "the first clips"
-        fix = "lower training.num_workers (0: the main process reads) or free memory, /dev/shm too"
+        fix = "lower training.num_workers (0 reads in the main process) or free memory and /dev/shm"
         return DataError(f"a process that reads clips died at {names}: {fix}")
 
 
@@ -297,7 +297,7 @@ class Feed:
         return self.reader.read(clips, seed, pin_memory=self.device.type == "cuda")
 
     def batch(self, waves: Sequence[torch.Tensor], epoch: int, round_: int) -> Batch:
-        """Bring what was read of a round to the device, with the generators of its noise."""
+        """Move the waves of a round to the device, with the generators of its noise."""
         mix, target = (wave.to(self.device, non_blocking=True) for wave in waves)
         keys = [(epoch, position) for position in self.plan.positions(round_, self.rank)]
         generators = example_generators(keys, self.plan.seed, Stream.EXAMPLE, self.device)

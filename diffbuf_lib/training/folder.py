@@ -1,13 +1,13 @@
-"""The results folder: its files, written whole or not at all, and when a run may go on there.
+"""The results folder: its files, written whole or not at all, and when a run may resume there.
 
 config.yaml           the whole config, defaults filled in
-history.jsonl         one line a step and a validation
-checkpoints/last.pt   to go on from, written at step 0, at every epoch's end and on a stop
+history.jsonl         one line per step and per validation
+checkpoints/last.pt   to resume from, written at step 0, at every epoch's end and on a stop
 checkpoints/best.pt   the same, of the best validation
 model/                averaged weights of the best validation, for `from_pretrained`
 tensorboard/          event files; wandb/, trackers.json: see `training.trackers`
 capsule_<step>/       a failed step, to be replayed; see `training.failure`
-.lock                 while a run goes on here
+.lock                 while a run is active here
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ KEYS = {
     *("global_batch", "unit"),
 }
 
-_ENDS = frozenset({"training.num_epochs", "training.num_steps"})  # a linear rate goes by them
-# Config keys that a resumed run may change: they leave the steps before as they were (with
-# valid_clips, scores before and after compare less well).
+_ENDS = frozenset({"training.num_epochs", "training.num_steps"})  # a linear rate depends on them
+# Config keys that a resumed run may change: the steps before would have been the same (but scores
+# before and after a change of valid_clips are less comparable).
 CHANGEABLE = _ENDS | {
     *("training.early_stopping", "training.num_workers", "training.log_every"),
     *("training.checkpoint_every", "training.on_nonfinite", "training.max_skipped"),
@@ -60,7 +60,7 @@ CHANGEABLE = _ENDS | {
     "training.memory_format",  # the run keeps its own
     *("training.trackers", "training.tracker_project"),
 }
-# Those that change what follows, and are written into the history.
+# Keys that change the steps that follow; the change is written into the history.
 NOTED = {
     *("training.lr", "training.metrics", "training.batch_size", "training.accumulation_steps"),
     "training.global_batch",
@@ -74,7 +74,7 @@ _writing = partial(
 def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
     """Write a checkpoint, with the names in `KEYS` except "format"; make its folder if needed.
 
-    CheckpointError if that fails; an older file at `path` is still there and whole.
+    CheckpointError if that fails; an older file at `path` is then still intact.
     """
     path = Path(path)
     with _writing(path):
@@ -84,9 +84,9 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, without running what is in it.
+    """Read a checkpoint onto the CPU, without running code in it.
 
-    CheckpointError as in `load_tensors`, and for what is no checkpoint of this library.
+    CheckpointError as in `load_tensors`, and for a file that is not a checkpoint of this library.
     """
     path = Path(path)
     state = load_tensors(path, "checkpoint")
@@ -111,8 +111,8 @@ def saved_step(results_path: str | Path) -> int | None:
 def load_tensors(path: Path, what: str, pickle_module: Any = None) -> Any:
     """Read what `torch.save` wrote: tensors and plain values only, onto the CPU.
 
-    `pickle_module` may take more: see `diffbuf_lib.authors`. CheckpointError, which calls it
-    `what`, for no such file, a damaged one, or one that would run code.
+    `pickle_module` may accept more: see `diffbuf_lib.authors`. CheckpointError, in which the file
+    is called `what`, if it is missing or damaged, or if reading it would run code.
     """
     if not path.is_file():
         raise CheckpointError(f"{what} {path} does not exist: check the path")
@@ -124,19 +124,19 @@ def load_tensors(path: Path, what: str, pickle_module: Any = None) -> Any:
         return torch.load(path, map_location="cpu", **safe)
     except pickle.UnpicklingError as error:
         why = "it holds more than tensors and plain values, and reading it could run code"
-        fix = "take one of diffbuf's (`diffbuf import` makes one of the authors' checkpoints)"
+        fix = "use one made by diffbuf (`diffbuf import` converts the authors' checkpoints)"
         raise CheckpointError(f"{what} {path} is refused: {why}; {fix}") from error
-    except Exception as error:  # whatever the zip and pickle readers meet in damaged bytes
+    except Exception as error:  # whatever the zip and pickle readers raise for damaged bytes
         why = f"damaged or cut short ({type(error).__name__}: {reason(error)[:80]})"
         raise CheckpointError(f"{what} {path} is {why}: take another one") from error
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read only weights, wherever they come from.
+    """Read only the weights, from any kind of source.
 
-    From a `save_pretrained` folder, a name such as diffbuf/cpu-demo, a .safetensors file, a
+    That is a `save_pretrained` folder, a name such as diffbuf/cpu-demo, a .safetensors file, a
     checkpoint of ours (its averaged weights), or what others save: a state_dict, plain or under
-    "state_dict" (Lightning), its names behind module., model. or _orig_mod. (compiled) or not.
+    "state_dict" (Lightning), with or without prefixes module., model. or _orig_mod. (compiled).
     CheckpointError as in `load_tensors`, and for one without weights.
     """
     path = Path(path)
@@ -162,7 +162,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take wrappers' prefixes off names."""
+    """Remove the prefixes that wrappers add to names."""
     weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in weights.items()}
     for prefix in ("module.", "model.", "dnn.", "module."):
         if all(name.startswith(prefix) for name in weights):
@@ -171,7 +171,7 @@ def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def apply_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
-    """Put weights, or those of its network, into a model.
+    """Load weights of a model, or of its network alone, into a model.
 
     CheckpointError names the first tensors that are missing, unknown or of another shape.
     """
@@ -182,7 +182,7 @@ def apply_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str |
     except RuntimeError as error:  # a line of title, then one for each kind of problem
         why = "; ".join(line.strip().rstrip(".")[:300] for line in str(error).splitlines()[1:4])
         what = f"weights of {source} do not fit: {why}"
-        raise CheckpointError(f"{what}; make `model` equal") from error
+        raise CheckpointError(f"{what}; use the same `model` config") from error
 
 
 class ResultsFolder:
@@ -206,10 +206,10 @@ class ResultsFolder:
             raise CheckpointError(f"folder {self.path} already holds a run ({found[0]}): {fix}")
 
     def load_last(self, cfg: Config) -> dict[str, Any]:
-        """Return last.pt, and what of the config has changed: "changed", key -> (old, new).
+        """Return last.pt, and as "changed" the config keys that changed: key -> (old, new).
 
-        CheckpointError if there is none, or its run had another config than `CHANGEABLE` and
-        `NOTED` keys allow.
+        CheckpointError if there is none, or if its run's config differs in keys other than
+        `CHANGEABLE` and `NOTED`.
         """
         if not self.last.is_file():
             fix = "check --results_path, or leave out --resume to start there"
@@ -224,7 +224,7 @@ class ResultsFolder:
             temporary.write_text(cfg.to_yaml(), encoding="utf-8")
 
     def truncate_history(self, step: int, *, validated: bool) -> None:
-        """Drop what comes after a checkpoint's step, whose validation may still be to come."""
+        """Drop lines after a checkpoint's step; unless `validated`, it is still to be validated."""
 
         def stays(line: dict[str, Any]) -> bool:
             repeated = "valid" in line and (line["final"] or not validated)
@@ -235,7 +235,7 @@ class ResultsFolder:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def export_model(self, model: Any) -> None:
-        """Write model/ through `save_pretrained`: the folder is the old or the new one."""
+        """Write model/ with `save_pretrained`: the folder is always the old or the new one."""
         try:
             with _writing(self.model):
                 model.save_pretrained(self._new)
@@ -263,7 +263,7 @@ def check_same_config(
 ) -> dict[str, list[Any]]:
     """Return old and new value of the `NOTED` keys in which two nested configs differ.
 
-    CheckpointError if they differ in others that are not `CHANGEABLE`.
+    CheckpointError if they differ in any other key that is not `CHANGEABLE`.
     """
     before, after = dict(flatten(old)), dict(flatten(new))
     linear = "linear" in (before.get("training.lr_schedule"), after.get("training.lr_schedule"))
@@ -285,9 +285,9 @@ def check_same_config(
 def read_history(path: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of a history.jsonl, up to one that was cut off while it was written.
 
-    One of a step is a `StepRecord`; one of a validation has step, epoch, valid and final (made at
-    the end of a run within an epoch); one of a resume has step and changed, config keys with their
-    old and new values. A number that was not finite is None.
+    The line of a step is a `StepRecord`; that of a validation has step, epoch, valid and final
+    (made at the end of a run within an epoch); that of a resume has step and changed, config keys
+    with their old and new values. A number that was not finite is None.
     """
     if Path(path).is_file():
         for line in Path(path).read_text("utf-8", errors="replace").splitlines():
@@ -298,9 +298,9 @@ def read_history(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 class FolderLock:
-    """One run at a time in a results folder, until its process ends, however it ends.
+    """Allows one run at a time in a results folder, until its process ends, however it ends.
 
-    The system's lock counts, not the file: one that a killed run has left behind stops nobody.
+    The system's lock counts, not the file: a file that a killed run left behind blocks no run.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -310,7 +310,7 @@ class FolderLock:
         )
 
     def acquire(self) -> None:
-        """Take the lock, or go on without one on a file system that has none."""
+        """Take the lock, or go on without it on a file system that has no locks."""
         folder = self.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -393,7 +393,7 @@ class RunLog:
         """Write a line of the history."""
         with _writing(self.history):
             self._file.write(json.dumps(to_plain(line), allow_nan=False) + "\n")
-            self._file.flush()  # a killed process loses nothing that the system has
+            self._file.flush()  # a killed process loses nothing that the system was given
 
     def _draw(self, group: str, values: Mapping[str, float], step: int) -> None:
         finite = {f"{group}/{name}": v for name, v in values.items() if math.isfinite(v)}

@@ -28,10 +28,10 @@ from diffbuf_lib.training.feed import Batch, ClipSource, Stream, example_generat
 from diffbuf_lib.training.signals import isolated
 from diffbuf_lib.training.step import Engine, make_accelerator
 
-# Beside what is saved, a step at its peak holds gradients of activations and convolution scratch:
-# this many times the largest saved tensor, and something whatever the batch. Both are fitted to the
-# peak memory of ncsnpp's training steps on a CPU (16 and 96 channels, batches of 2 to 16), which
-# the estimate meets within 6 %.
+# Besides what is saved, a step at its peak holds gradients of activations and convolution scratch:
+# this many times the largest saved tensor, plus a constant. Both are fitted to the peak memory of
+# ncsnpp's training steps on a CPU (16 and 96 channels, batches of 2 to 16), which the estimate
+# matches within 6 %.
 _WORKING = 7
 _OVERHEAD = 128 * 2**20
 _SIGNS = ("DefaultCPUAllocator", "not enough memory", "out of memory", "ALLOC_FAILED")
@@ -66,7 +66,7 @@ def estimate_step(cfg: Config) -> MemoryEstimate:
 
 
 def step_memory(model: nn.Module, optimizer: str, one_clip: SavedBytes) -> MemoryEstimate:
-    """Add up a step from what autograd keeps of one clip."""
+    """Add up the memory of a step from what autograd keeps for one clip."""
     # The weights themselves, their gradients, the average and the optimizer's states.
     copies = 3 + OPTIMIZERS[optimizer].facts.get("states", 2)
     fixed = copies * _size(model.parameters()) + 2 * _size(model.buffers()) + _OVERHEAD
@@ -93,7 +93,7 @@ def saved_bytes(model: nn.Module) -> Iterator[SavedBytes]:
         return int(tensor.untyped_storage()._cdata)  # a data_ptr is 0 without data
 
     seen = {identity(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    kept: list[Tensor] = []  # an identity is one only as long as the storage lives
+    kept: list[Tensor] = []  # an identity is unique only as long as the storage lives
     saved = SavedBytes()
 
     def pack(tensor: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def saved_bytes(model: nn.Module) -> Iterator[SavedBytes]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return bytes that may still be taken: of the GPU, or of this machine or container."""
+    """Return the bytes that can still be allocated on the GPU, or in this machine or container."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
@@ -132,7 +132,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def explain_out_of_memory(cfg: Config, device: torch.device, size: int, asked: str = "") -> str:
-    """Say what torch said it was asked for, what would fit, and which keys to lower."""
+    """Say how much torch was asked for, what would fit, and which keys to lower."""
     found = re.search(r"tried to allocate [\d.]+ \w+", asked, re.IGNORECASE)
     amount = f" ({found[0].lower()})" if found else ""
     free = free_memory(device)
@@ -150,11 +150,11 @@ def explain_out_of_memory(cfg: Config, device: torch.device, size: int, asked: s
 
 
 def find_batch_size(cfg: Config, train_set: ClipSource, device: str = "auto") -> int:
-    """Return the largest batch of which two steps can be trained here.
+    """Return the largest batch size with which two training steps run here.
 
     On a GPU any size up to that of the training set is tried: doubled while it fits, halved until
-    it does, then narrowed to within an eighth. On a CPU, where larger batches make nothing faster
-    and the system may end a process that takes too much, it is `training.batch_size` or what the
+    it does, then narrowed to within an eighth. On a CPU, where larger batches are no faster
+    and the system may kill a process that takes too much, it is `training.batch_size` or what the
     estimate allows. OutOfMemoryError if not even one clip fits.
     """
     accelerator = make_accelerator(cfg.training, device)
@@ -177,8 +177,8 @@ def find_batch_size(cfg: Config, train_set: ClipSource, device: str = "auto") ->
     return size
 
 
-# Accelerate's `find_executable_batch_size` never grows, shrinks by a tenth at a time, and does not
-# know a MemoryError.
+# Accelerate's `find_executable_batch_size` never grows the batch, shrinks it by a tenth at a time,
+# and does not handle a MemoryError.
 def largest(fits: Callable[[int], bool], first: int, ceiling: int) -> int | None:
     """Return the largest size up to `ceiling` that fits, within an eighth; None if 1 does not."""
     size, too_large = first, ceiling + 1
@@ -196,7 +196,7 @@ def largest(fits: Callable[[int], bool], first: int, ceiling: int) -> int | None
 
 
 def _fits(cfg: Config, accelerator: Accelerator, clip: tuple[Tensor, Tensor], size: int) -> bool:
-    """Make two steps: the optimizer takes its memory in the first one."""
+    """Return whether two steps fit; the optimizer allocates its memory in the first one."""
     device, seed = accelerator.device, cfg.training.seed
     try:
         with isolated(device, deterministic=cfg.training.deterministic):

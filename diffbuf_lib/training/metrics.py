@@ -1,4 +1,4 @@
-"""Scores of enhanced clips: SI-SDR, SDR, PESQ and ESTOI, one value a clip.
+"""Scores of enhanced clips: SI-SDR, SDR, PESQ and ESTOI, one value per clip.
 
 A score that is undefined for a clip, such as a silent one, is NaN and is left out of the mean.
 """
@@ -19,7 +19,7 @@ from diffbuf_lib.data.reader import reason
 from diffbuf_lib.errors import ConfigError, MissingExtraError, ShapeError
 from diffbuf_lib.registry import METRICS
 
-SILENCE_RMS = 1e-5  # re full scale: below (-100 dB, a third of a 16-bit step) a clip is silent
+SILENCE_RMS = 1e-5  # of full scale: a clip below it (-100 dB, a third of a 16-bit step) is silent
 
 
 class UndefinedScoreError(Exception):
@@ -83,7 +83,7 @@ def check_metrics(metrics: Iterable[str], sample_rate: int) -> None:
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether less is more of a metric, or of "loss"."""
+    """Whether lower values of a metric, or of "loss", are better."""
     return name == "loss" or bool(METRICS[name].facts.get("lower_is_better"))
 
 
@@ -96,7 +96,7 @@ def score_clip(metric: str, estimate: Tensor, target: Tensor, sample_rate: int) 
     check_audible("target", target)
     try:
         value = METRICS[metric].load()(estimate, target, sample_rate)
-    except Exception as error:  # pesq has its own errors, linear solvers theirs: all mean this
+    except Exception as error:  # pesq and linear solvers have errors of their own: all mean this
         why = reason(error) or type(error).__name__
         raise UndefinedScoreError(f"{metric} gave up: {why}") from error
     if not math.isfinite(value):
@@ -140,4 +140,4 @@ def estoi(estimate: Tensor, target: Tensor, sample_rate: int) -> float:
 
 
 def _torchmetrics() -> Any:
-    return importlib.import_module("torchmetrics.functional.audio")  # which takes seconds
+    return importlib.import_module("torchmetrics.functional.audio")  # takes seconds to import

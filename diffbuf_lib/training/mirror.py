@@ -18,10 +18,10 @@ PLACE = "place.json"  # written last: the step of the checkpoint that is complet
 
 
 class Mirror:
-    """Copies what is complete in a thread; while it is busy, only the newest state waits.
+    """Copies complete states in a thread; while that is busy, only the newest state waits.
 
-    Object stores show an object when it is whole. A copy that fails is a warning: the run and its
-    own checkpoints go on, and the next one is tried again.
+    Object stores show an object only once it is whole. A copy that fails is only a warning: the run
+    and its own checkpoints go on, and the next checkpoint is copied again.
     """
 
     def __init__(self, url: str, folder: Path) -> None:
@@ -29,10 +29,10 @@ class Mirror:
         self._next, self._now = folder / ".mirror.next", folder / ".mirror.now"
         self._pool = ThreadPoolExecutor(1, "mirror")
         self._job: Future[None] | None = None
-        self._known: dict[str, tuple[int, int]] = {}  # inode and time of what is there already
+        self._known: dict[str, tuple[int, int]] = {}  # inode and time of what is copied already
 
     def fetch(self) -> None:
-        """Bring the run here, if the mirror is further; CheckpointError if it cannot be read."""
+        """Copy the run here if the mirror is further on; CheckpointError if it cannot be read."""
         try:
             system, root = fsspec.core.url_to_fs(self.url)
             system.invalidate_cache()  # another machine has written there
@@ -56,9 +56,9 @@ class Mirror:
         except ImportError as error:
             why = f"training.mirror {self.url}: {reason(error)}"
             raise MissingExtraError(f"{why}; for s3:// pip install 'diffbuf[remote]'") from error
-        except Exception as error:  # of what lies between here and there
+        except Exception as error:  # whatever the store or the network raises
             why = f"training.mirror {self.url} cannot be read ({reason(error)})"
-            raise CheckpointError(f"{why}: check it and the credentials (environment)") from error
+            raise CheckpointError(f"{why}: check the URL and credentials (environment)") from error
 
     def update(self, step: int) -> None:
         """Let the thread copy the files as they are now."""
@@ -87,7 +87,7 @@ class Mirror:
         new.rename(self._next)
 
     def close(self) -> None:
-        """Wait until the last state is there."""
+        """Wait until the last state is copied."""
         self._pool.shutdown()
         self._copy()
         for left in (self._next, self._now):
@@ -102,14 +102,14 @@ class Mirror:
                 continue  # replaced by a newer one just now
             try:
                 self._upload()
-            except Exception as error:  # of what lies between here and there
+            except Exception as error:  # whatever the store or the network raises
                 why = f"training.mirror {self.url}: {type(error).__name__}: {reason(error)}"
                 warnings.warn(f"{why}; the next checkpoint tries again", stacklevel=2)
 
     def _upload(self) -> None:
         system, root = fsspec.core.url_to_fs(self.url)
         files = [path for path in self._now.rglob("*") if path.is_file()]
-        # A checkpoint comes after the history of its steps, and the place after all.
+        # A checkpoint comes after the history of its steps, and place.json after everything.
         files.sort(key=lambda path: (path.name == PLACE, path.name == "last.pt", str(path)))
         for path in files:
             name, state = path.relative_to(self._now).as_posix(), path.stat()
@@ -117,7 +117,7 @@ class Mirror:
             if self._known.get(name) != known:
                 try:
                     system.put_file(str(path), f"{root}/{name}")
-                except FileNotFoundError:  # where folders are more than a part of the name
+                except FileNotFoundError:  # a store where folders have to be made
                     system.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
                     system.put_file(str(path), f"{root}/{name}")
                 self._known[name] = known

@@ -1,4 +1,4 @@
-"""The optimizer, and how its learning rate moves along a run."""
+"""The optimizer, and how its learning rate changes during a run."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _LEVEL = 0.3  # share of a run before a linear learning rate falls
 
 
 class Muon(torch.optim.AdamW):
-    """Muon (Jordan et al. 2024) for weights of two and more axes, AdamW for all others.
+    """Muon (Jordan et al. 2024) for weights of two or more axes, AdamW for all others.
 
     The update of a weight matrix is its momentum with all singular values brought close to 1, so
     that a step moves all directions of a layer alike. A convolution's kernel is the matrix
     [C_out, all else], which `torch.optim.Muon` does not take. Updates are scaled by
     0.2 sqrt(max(rows, columns)), as in Liu et al. 2025 (arXiv 2502.16982): learning rate and
-    decoupled weight decay are then of the size that AdamW wants.
+    decoupled weight decay can then have the values that suit AdamW.
     """
 
     @torch.no_grad()
@@ -65,8 +65,8 @@ class Muon(torch.optim.AdamW):
 def orthogonalise(matrix: Tensor) -> Tensor:
     """Bring the singular values of a matrix [M, N] close to 1 (0.7 to 1.2) and keep its directions.
 
-    A Newton-Schulz iteration in bfloat16: matrix products only. Five steps bring singular values
-    there that are above about 2e-3 of the Frobenius norm; smaller ones grow, but stay below 1.
+    A Newton-Schulz iteration in bfloat16: matrix products only. Five steps are enough for singular
+    values above about 2e-3 of the Frobenius norm; smaller ones grow, but stay below 1.
     """
     a, b, c = _NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]
@@ -90,10 +90,10 @@ def make_optimizer(
 def make_scheduler(
     training: TrainingConfig, optimizer: torch.optim.Optimizer, total_steps: int
 ) -> ReduceLROnPlateau | LambdaLR:
-    """Make `training.lr_schedule`: "plateau" is moved by validations, "linear" by steps.
+    """Make `training.lr_schedule`: "plateau" follows validations, "linear" follows steps.
 
     Linear: up over warmup_steps, level until 30 % of the run, then down to zero at its end. It
-    counts the steps of the run, also those that changed no weight.
+    counts all steps of the run, including those that changed no weight.
     """
     if training.lr_schedule == "linear":
         fall = (1 - _LEVEL) * total_steps
@@ -104,7 +104,7 @@ def make_scheduler(
 
         return LambdaLR(optimizer, factor)
     # Any gain counts, as for the best checkpoint. Torch's own threshold is relative, and for
-    # a negative SI-SDR takes a slightly worse score for a gain.
+    # a negative SI-SDR counts a slightly worse score as a gain.
     return ReduceLROnPlateau(
         optimizer,
         mode="min" if lower_is_better(training.metric_for_scheduler) else "max",
@@ -112,5 +112,5 @@ def make_scheduler(
         patience=training.patience,
         threshold=0.0,
         threshold_mode="abs",
-        eps=0.0,  # torch's default leaves small rates as they are
+        eps=0.0,  # torch's default does not reduce small rates
     )

@@ -1,4 +1,4 @@
-"""Steps of a run that leave nothing behind, and a range test of the learning rate made of them."""
+"""Trial steps of a run, which leave nothing behind, and a learning rate range test with them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Rehearsal(NamedTuple):
     feed: feed.Feed
 
     def read(self) -> Iterator[Read]:
-        """Yield what `Feed.batch` takes of every batch, without end."""
+        """Yield the arguments of `Feed.batch` for every batch, without end."""
         for epoch in itertools.count():
             for round_, waves in enumerate(self.feed.read(epoch)):
                 yield waves, epoch, round_
@@ -46,7 +46,7 @@ class Rehearsal(NamedTuple):
 def rehearsal(
     cfg: Config, train_set: feed.ClipSource, device: str, start_check_point: Path | None = None
 ) -> Iterator[Rehearsal]:
-    """Build what `train` would; at the end global generators and flags are as they were."""
+    """Build what `train` would; at the end, restore the global generators and flags."""
     training, accelerator = cfg.training, make_accelerator(cfg.training, device)
     plan = make_plan(training, len(train_set), 1, None)
     with isolated(accelerator.device, deterministic=training.deterministic):
@@ -62,21 +62,21 @@ def rehearsal(
 
 
 class RangeTest(NamedTuple):
-    """Learning rates, and the loss after a step with each, both rising in time."""
+    """Rising learning rates, and the loss after a step with each."""
 
     lrs: list[float]
-    losses: list[float]  # of one batch with one noise, always the same; from the second step on
+    losses: list[float]  # of one batch with one noise, always the same
 
     @property
     def smoothed(self) -> list[float]:
-        """The losses' mean over each and its neighbours."""
+        """The mean of each loss and its neighbours."""
         padded = np.pad(self.losses, 1, mode="edge")
         smoothed: list[float] = np.convolve(padded, np.ones(3) / 3, mode="valid").tolist()
         return smoothed
 
     @property
     def lowest(self) -> int:
-        """Where the loss is lowest: larger rates make it worse."""
+        """Index of the lowest loss: larger rates make it worse."""
         return int(np.argmin(self.smoothed))
 
     @property
@@ -99,8 +99,8 @@ def find_lr(
 ) -> RangeTest:
     """Raise the learning rate from step to step, over one epoch at most, until the loss explodes.
 
-    After Smith 2017 (arXiv 1506.01186), but the loss is always of the same batch with the same
-    diffusion times and noise: that of each step's own examples would vary by more than it falls.
+    After Smith 2017 (arXiv 1506.01186), but the loss is always that of one batch with the same
+    diffusion times and noise: the loss of each step's own examples varies by more than it falls.
     ConfigError for an epoch of too few steps.
     """
     with rehearsal(cfg, train_set, device, start_check_point) as stage:

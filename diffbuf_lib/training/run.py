@@ -1,7 +1,7 @@
-"""Training as a generator: one `StepRecord` an optimizer step.
+"""Training as a generator: one `StepRecord` per optimizer step.
 
-Whoever stops asking can go on later with `resume=True` and gets the weights of a run that never
-stopped. A run is "whole" between two steps; only then is a checkpoint taken.
+The caller may stop iterating and resume later with `resume=True`: the weights are those of a run
+that never stopped. A run is "whole" between two steps; only then is a checkpoint saved.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ _PLACE = ("step", "epoch", "best", "bad_validations", "bad_batches")
 def train(
     cfg: Config,
     train_set: feed.ClipSource,  # [i] -> (mix, target), each [C, T] float32, full scale 1
-    valid_set: feed.ClipSource | None,  # the same; None or empty: no validation, one learning rate
+    valid_set: feed.ClipSource | None,  # the same; None or empty: no validation
     results_path: str | Path,  # for checkpoints, logs and the model; see `training.folder`
     *,
-    # Go on with the run there or, if that is further, in training.mirror; "auto": if there is one.
+    # Resume the run there or, if that is further on, in training.mirror; "auto": if there is one.
     resume: bool | Literal["auto"] = False,
-    # A checkpoint or a `save_pretrained` folder, whose weights (averaged ones, if there) are the
-    # first ones; and whether to validate these too, as step 0: it decides nothing, and yields a
-    # record whose loss is NaN. Neither when resuming.
+    # A checkpoint or a `save_pretrained` folder with the weights (averaged, if it has these) to
+    # start from; and whether to validate the first weights, as step 0: this decides nothing, and
+    # yields a record whose loss is NaN. Both are ignored when resuming.
     start_check_point: str | Path | None = None,
     pre_valid: bool = False,
     device: str = "auto",  # auto, cpu, cuda or cuda:N; without a CUDA device the CPU, and a warning
@@ -71,8 +71,8 @@ def train(
 
     On `close()` (`contextlib.closing`), a signal (see `StopRequest`) or an error between steps it
     saves a checkpoint and closes its logs. A signal waits for the end of a step, in all processes,
-    and is then raised as KeyboardInterrupt. A run is its global batch: it may go on with other
-    processes, as long as they can share that.
+    and is then raised as KeyboardInterrupt. A run keeps its global batch: it may resume with
+    another number of processes, as long as they can share that batch equally.
 
     CheckpointError for a run in the folder (with `resume`: none, or one of another config), weights
     that do not fit, or a file that cannot be written; DataError for an empty training set or a clip
@@ -98,7 +98,7 @@ def train(
 
 
 class Run:
-    """A run and where it stands; `train` has the arguments' meaning."""
+    """A run and where it stands; `train` documents the arguments."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class Run:
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         stop.together = self.processes > 1
         self.mirror: Mirror | None = None  # in the main process
-        self.state = self._together(partial(self._open, resume, ending))  # to go on from
+        self.state = self._together(partial(self._open, resume, ending))  # to resume from
         self.plan = make_plan(training, len(train_set), self.processes, self.state)
         if training.overfit_batches is not None:
             self.plan = dataclasses.replace(self.plan, shuffled=False)
@@ -133,7 +133,7 @@ class Run:
         steps = training.num_epochs * self.plan.steps
         self.total = min(steps, training.num_steps or steps)  # unless it stops early
         with self._isolated():
-            # Before the seed: to measure takes random weights. Another format rounds otherwise.
+            # Before seeding: measuring draws random weights. Another format rounds differently.
             kept: Any = self.state and (self.state.get("memory_format", "channels_last"), "")
             choose = partial(fastest_format, cfg, self.accelerator)
             self.memory_format, self.why = kept or self._together(choose)
@@ -156,10 +156,10 @@ class Run:
         self.best: float | None = None  # score of the best validation
         self.bad_validations = 0  # since then
         self.bad_batches = 0  # left out so far, with training.on_nonfinite=skip
-        self.pending: StepRecord | None = None  # its step is made; it has not been handed out
+        self.pending: StepRecord | None = None  # its step is made, but it has not been yielded
         self.resumed = self.state is not None
         self.whole = self.agreed = False  # agreed: all processes stop here
-        self.saved = True  # whether last.pt holds this place
+        self.saved = True  # whether last.pt holds this state
         self.saved_at = time.monotonic()
 
     # From batch to record.
@@ -216,17 +216,17 @@ class Run:
         return record
 
     def _finish_step(self, record: StepRecord) -> StepRecord:
-        """Validate, turn to the next epoch and save, as far as each is due."""
+        """Validate, turn to the next epoch and save, each if it is due."""
         training, epoch_over = self.cfg.training, self.round >= self.plan.rounds
         last = self._is_last(epoch_over)
         due = epoch_over and (self.epoch + 1) % training.valid_every == 0
-        # A linear learning rate ends with the run, which a longer run would not have: its last
-        # weights, usually the best ones, are judged.
+        # A linear learning rate reaches its end with the run (in a longer run it would not), so its
+        # last weights, usually the best ones, are judged.
         due = due or (training.lr_schedule == "linear" and last)
         is_best = False
         if self.valid_set is not None and (due or last):
             record = self._validated(record, final=not due)
-            # An extra validation, where a run is cut off, decides nothing: so going on equals
+            # An extra validation, where a run is cut off, decides nothing, so that resuming equals
             # never having stopped.
             self.whole = False
             is_best = due and self._judge(record.valid or {})
@@ -242,7 +242,7 @@ class Run:
         return record
 
     def _validated(self, record: StepRecord, *, final: bool) -> StepRecord:
-        """Score the averaged weights; stopped while it does, the step has not been handed out."""
+        """Score the averaged weights; if stopped meanwhile, the step's record stays pending."""
         assert self.valid_set is not None
         averaged = self.engine.ema.module
         result = validate(self.cfg, averaged, self.valid_set, self.accelerator, self.stop)
@@ -266,14 +266,14 @@ class Run:
             if isinstance(error, DistError) or "gloo" in str(error):
                 what = f"step {attempt.step}: another process of the run has gone ({reason(error)})"
                 raise DiffbufError(f"{what}: --resume goes on from the last checkpoint") from error
-            # A reader's death is told by a signal: no fault of the step.
+            # A reader's death arrives as a signal: it is not the step's fault.
             known = self.feed.reader.death(error) or self.failures.raised(attempt, error)
             if known is error:
                 raise
             raise known from error
 
     def _is_left_out(self, attempt: Attempt, outcome: Outcome) -> bool:
-        """Return whether a step that is not finite is left out; raise its error if it may not."""
+        """Return whether a step is left out as not finite; raise its error if it may not be."""
         error = self.failures.nonfinite(attempt, outcome)
         if error is None:
             return False
@@ -288,7 +288,7 @@ class Run:
         return True
 
     def _judge(self, values: dict[str, float]) -> bool:
-        """Let a validation change the learning rate; return whether it is the best one."""
+        """Let a validation change the learning rate; return whether it is the best so far."""
         name = self.cfg.training.metric_for_scheduler
         score = values[name]
         if not math.isfinite(score):
@@ -334,7 +334,7 @@ class Run:
         return found[0]
 
     def _open(self, resume: bool | Literal["auto"], ending: ExitStack) -> dict[str, Any] | None:
-        """Lock the results folder, and return the checkpoint to go on from."""
+        """Lock the results folder, and return the checkpoint to resume from."""
         lock = FolderLock(self.folder.path)
         lock.acquire()
         ending.callback(lock.release)
@@ -350,7 +350,7 @@ class Run:
         return None
 
     def begin(self, *, start_check_point: str | Path | None, progress: bool) -> None:
-        """Load what there is to load, save the starting point."""
+        """Load what there is to load, and save the starting point."""
         changed: dict[str, Any] = {}
         if self.state is not None:
             changed = self._load(self.state)
@@ -362,7 +362,7 @@ class Run:
         if self.accelerator.is_main_process:
             self.folder.tidy()
             if not self.resumed:
-                self._write(self.folder.last)  # a full disk shows now, and resuming always works
+                self._write(self.folder.last)  # a full disk fails now, and resuming always works
             self.folder.write_config(self.cfg)
             if not self._over():
                 self.folder.truncate_history(self.step, validated=self.pending is None)
@@ -374,7 +374,7 @@ class Run:
         self.whole = True
 
     def close(self) -> None:
-        """Save where the run stands if it is whole, model/ too if there is none; close the logs."""
+        """Save the run's state if it is whole, and model/ if there is none; close the logs."""
         with self.stop.running():
             self.batches = None
             try:
@@ -385,7 +385,7 @@ class Run:
                     self.log.close()
                 if self.mirror is not None:
                     self.mirror.close()
-                if self.agreed:  # who ends first has torchrun end the others, saving or not
+                if self.agreed:  # torchrun ends the others once one ends, saving or not
                     self.accelerator.wait_for_everyone()
                 self.engine.close()
 
@@ -432,7 +432,7 @@ class Run:
         save_checkpoint(path, {**state, **place, **self.engine.state_dict()})
 
     def _load(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Take a checkpoint's state; return what changes, for the history."""
+        """Load a checkpoint's state; return what changes, for the history."""
         changed = {**state["changed"]}
         before, now = state["global_batch"], self.plan.global_batch
         if before != now:
@@ -448,7 +448,7 @@ class Run:
             self.round = min(steps * self.plan.accumulation, self.plan.rounds)
             if self.round == self.plan.rounds and self.pending is None:
                 self.epoch, self.round = self.epoch + 1, 0  # a smaller set, or larger rounds
-        except Exception as error:  # whatever torch meets in a state that is not its own
+        except Exception as error:  # whatever torch raises for a state that does not fit
             what = f"checkpoint {self.folder.last} does not fit this model and optimizer"
             fix = f"take another one, such as best.pt ({reason(error)[:200]})"
             raise CheckpointError(f"{what}: {fix}") from error
@@ -460,7 +460,7 @@ def make_plan(
 ) -> feed.EpochPlan:
     """Cut epochs into batches; a resumed run keeps its global batch unless another is asked for.
 
-    ConfigError if the processes cannot share it.
+    ConfigError if the processes cannot share it equally.
     """
     batch, rounds, unit = training.batch_size, training.accumulation_steps, training.global_batch
     total = training.global_batch or batch * rounds * processes
@@ -472,7 +472,7 @@ def make_plan(
     if total % processes:
         raise ConfigError(
             f"{processes} processes cannot share the run's global batch of {total} equally: start "
-            "a divisor of it, or ask for another with training.global_batch"
+            "a number that divides it, or set another one with training.global_batch"
         )
     share = total // processes
     batch = max(n for n in range(1, min(batch, share) + 1) if share % n == 0)

@@ -26,8 +26,8 @@ from diffbuf_lib.training.feed import STOP_SIGNALS
 def isolated(device: torch.device, *, deterministic: bool) -> Iterator[None]:
     """Restore the global generators (also of `device`) and determinism flags after a block.
 
-    With `deterministic`, torch takes algorithms that give the same bits at every run, or raises.
-    All this belongs to the process: another thread's draws disturb a step's dropout, not its noise.
+    With `deterministic`, torch uses algorithms that give the same bits in every run, or raises.
+    All this is per process: another thread's draws disturb a step's dropout, but not its noise.
     """
     cudnn = torch.backends.cudnn
     enabled = torch.are_deterministic_algorithms_enabled()
@@ -40,7 +40,7 @@ def isolated(device: torch.device, *, deterministic: bool) -> Iterator[None]:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
             cudnn.deterministic, cudnn.benchmark = True, False
-            _FILLING.fill_uninitialized_memory = False  # a tenth of a step on a CPU, for debugging
+            _FILLING.fill_uninitialized_memory = False  # debugging aid: a tenth of a CPU step
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
@@ -52,14 +52,14 @@ def isolated(device: torch.device, *, deterministic: bool) -> Iterator[None]:
 
 
 _FILLING: Any = torch.utils.deterministic
-# Of glibc's mallopt. At the end as high as glibc itself would have raised the thresholds.
+# Options of glibc's mallopt; at the end, thresholds as high as glibc itself would raise them.
 _KEEPING = {-4: 0, -1: -1}  # no mapping of its own for a large tensor; never trim
 _USUAL = {-4: 65536, -3: 32 << 20, -1: 64 << 20}
 
 
 @contextmanager
 def keeping_memory() -> Iterator[None]:
-    """Let glibc keep what is freed, or the pages of every large tensor are faulted in anew."""
+    """Let glibc keep freed memory; else the pages of every large tensor are faulted in anew."""
     library: Any = ctypes.CDLL(None) if os.name == "posix" else None
     if not hasattr(library, "mallopt"):
         yield
@@ -113,7 +113,7 @@ class StopRequest:
         again, self.requested = self.requested, True
         if again and number == signal.SIGINT and _at_terminal():
             raise KeyboardInterrupt
-        for previous in self._previous.values():  # a command's: it has nothing more to do
+        for previous in self._previous.values():  # the command's handler has nothing more to do
             getattr(previous, "disarm", bool)()
         if not (again or self._inside or self.together):
             raise KeyboardInterrupt(signal.Signals(number).name)

@@ -33,7 +33,7 @@ _PARTS = ("model", "ema", "optimizer", "scheduler")  # of an engine, in a checkp
 
 
 class Outcome(NamedTuple):
-    """What a step came to; none was made if losses or, without a scaler, the norm are bad."""
+    """The result of a step; none was made if a loss or, without a scaler, the norm is bad."""
 
     losses: Tensor  # [W, R] float32 on the CPU: of every process and round
     grad_norm: float  # before clipping
@@ -55,14 +55,14 @@ class StepRecord:
     epoch: int  # counted from 0, as in `set_epoch`
     loss: float  # mean over the step's examples, on all processes
     grad_norm: float  # of all gradients together, before clipping; infinite in a skipped step
-    lr: float  # that the step was made with
-    seconds: float  # wall time, reading included, validation not
+    lr: float  # with which the step was made
+    seconds: float  # wall time, including reading but not validation
     # The weights stayed as they were: in float16 the gradients overflowed, and the scaler lowered
     # its scale, as it does now and then; or training.on_nonfinite=skip.
     skipped: bool = False
     valid: dict[str, float] | None = None  # of a validation: see `Validation.values`
-    bad_batches: int = 0  # that the run has left out so far
-    waited: float = 0.0  # of `seconds`, for the clips
+    bad_batches: int = 0  # batches that the run has left out so far
+    waited: float = 0.0  # the part of `seconds` spent waiting for clips
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name."""
@@ -89,7 +89,7 @@ class Engine:
         plain = make_optimizer(training, self.model)
         self.optimizer = accelerator.prepare_optimizer(plain)
         self.scheduler = make_scheduler(training, plain, total_steps)
-        # Around each part of a step; a stopwatch, in `timing`.
+        # Entered around each part of a step; `timing` sets a stopwatch.
         self.phase: Callable[[str], AbstractContextManager[Any]] = contextlib.nullcontext
 
     @property
@@ -104,7 +104,7 @@ class Engine:
         return None if scaler is None else float(scaler.get_scale())
 
     def step(self, batches: Sequence[feed.Batch], *, stop: bool = False) -> Outcome:
-        """Make one optimizer step from the mean gradient of this process's batch of every round.
+        """Make one optimizer step from the mean gradient of this process's batches, one per round.
 
         `stop` says whether this process was asked to stop; all learn of it in the one exchange
         that also collects the losses, so that they stop after the same step.
@@ -146,19 +146,19 @@ class Engine:
         return norm.item(), skipped
 
     def count_step(self) -> None:
-        """Move a learning rate that goes by steps, also by one that changed no weight."""
+        """Advance a learning rate that follows steps, even if the step changed no weight."""
         if isinstance(self.scheduler, LambdaLR):
             with warnings.catch_warnings():  # torch wants an update of the weights before the first
                 warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step")
                 self.scheduler.step()
 
     def count_validation(self, score: float) -> None:
-        """Move a learning rate that goes by validations."""
+        """Advance a learning rate that follows validations."""
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(score)
 
     def scale_lr(self, factor: float) -> None:
-        """Go on with another learning rate, wherever a schedule has brought the last one."""
+        """Scale the learning rate, wherever a schedule has brought it."""
         for group in self.optimizer.param_groups:
             for name in {"lr", "initial_lr"} & group.keys():
                 group[name] *= factor
@@ -177,7 +177,7 @@ class Engine:
         return {**state, "scaler": None if scaler is None else scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave; a scaler's state only where both have a scaler."""
+        """Load what `state_dict` returned; a scaler's state only if both have a scaler."""
         for name in _PARTS:
             getattr(self, name).load_state_dict(state[name])
         if self.accelerator.scaler is not None and state["scaler"]:
@@ -201,7 +201,7 @@ def precision_on(training: TrainingConfig, device: torch.device) -> str:
 
 
 def make_accelerator(training: TrainingConfig, device: str) -> Accelerator:
-    """Choose the device (see `resolve_device`) and the precision; warn where it is another one."""
+    """Choose the device (see `resolve_device`) and precision; warn if they are not as asked for."""
     chosen = resolve_device(device, fallback=True)
     on_cpu, precision = chosen.type == "cpu", precision_on(training, chosen)
     if on_cpu and (device.startswith("cuda") or (training.use_amp and precision == "no")):
@@ -211,19 +211,19 @@ def make_accelerator(training: TrainingConfig, device: str) -> Accelerator:
         warnings.warn(f"{why}: training on the CPU in {name}", stacklevel=2)
     if ":" in device and not on_cpu:
         torch.cuda.set_device(chosen)  # accelerate's "cuda" is torch's current device
-    # Accelerate keeps one state a process and refuses another precision or device than its
-    # first. A notebook trains more than once; a process group, though, has to stay.
+    # Accelerate keeps one state per process and refuses any precision or device but its first.
+    # Reset it, since a notebook trains more than once; a process group, though, has to stay.
     AcceleratorState._reset_state(not torch.distributed.is_initialized())
     return Accelerator(cpu=on_cpu, mixed_precision=precision)
 
 
 def fastest_format(cfg: Config, accelerator: Accelerator) -> tuple[str, str]:
-    """Return the memory format that a CPU trains faster in, and the times that say so.
+    """Return the memory format in which a CPU trains faster, and the times that show it.
 
-    A convolution of the network's width goes forth and back, up to a second in all: which of its
-    gradients is slow in which format differs from CPU to CPU, up to twofold. channels_last where
-    contiguous does not save a tenth of the time, and unmeasured where it was never found slower: on
-    GPUs, in half precision, in narrow networks.
+    A convolution of the network's width runs forward and backward, for up to a second in all: which
+    gradient is slow in which format differs between CPUs, by up to a factor of two. The result is
+    channels_last unless contiguous saves a tenth of the time, and without a measurement where it
+    was never found slower: on GPUs, in half precision, in narrow networks.
     """
     training, width = cfg.training, 2 * cfg.model.base_channels
     half = accelerator.mixed_precision != "no"
@@ -233,7 +233,7 @@ def fastest_format(cfg: Config, accelerator: Accelerator) -> tuple[str, str]:
         return "channels_last", ""
     layer = nn.Conv2d(width, width, 3, padding=1)
     taken: dict[str, list[float]] = {name: [] for name in FORMATS}
-    for name in 5 * list(FORMATS):  # of each, the first one also sets things up
+    for name in 5 * list(FORMATS):  # the first of each also sets things up
         layer.to(memory_format=FORMATS[name])  # type: ignore[call-overload]
         x = torch.ones(1, width, 64, 64).contiguous(memory_format=FORMATS[name])
         started = time.perf_counter()
@@ -247,7 +247,7 @@ def fastest_format(cfg: Config, accelerator: Accelerator) -> tuple[str, str]:
 
 
 class Validation(NamedTuple):
-    """What a validation came to."""
+    """The result of a validation."""
 
     values: dict[str, float]  # "loss", every metric's mean, and `<metric>_clips`: over how many
     example: tuple[Tensor, ...] | None  # mix, target, estimate of the first clip, each [T]
@@ -264,14 +264,14 @@ def validate(
     """Enhance and score the first `training.valid_clips` clips, in float32.
 
     Every clip has its own generator, seeded by (seed, clip): the same noise at every validation,
-    whatever the batch size or the number of processes. None when `stop` was requested of some
-    process; the example only in the main process.
+    whatever the batch size or the number of processes. Returns None if any process was asked to
+    stop; the example only in the main process.
     """
     training, device = cfg.training, accelerator.device
     count, processes = min(training.valid_clips, len(dataset)), accelerator.num_processes
     mine = list(range(accelerator.process_index, count, processes))
     batches = [mine[i : i + training.batch_size] for i in range(0, len(mine), training.batch_size)]
-    most = math.ceil(count / processes)  # clips of the first process: all exchange as often
+    most = math.ceil(count / processes)  # clips of the first process: all exchange equally often
     reader = feed.ClipReader(dataset).read(batches)
 
     model.eval()

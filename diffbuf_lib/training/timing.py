@@ -18,9 +18,9 @@ from diffbuf_lib.training.rehearsal import rehearsal
 from diffbuf_lib.training.step import precision_on, validate
 
 PARTS = ("waiting for data", "copying", "forward", "backward", "optimizer", "validation")
-_WARM_UP = _TRACED = 3  # steps in which memory is taken and readers start; and in a trace file
+_WARM_UP = _TRACED = 3  # steps while memory is allocated and readers start; and in a trace file
 _BAR = 40  # characters
-# Looked at in this order: a part, the share of a step from which on it is to blame, key and words.
+# Checked in this order: a part, the share of a step from which on it is to blame, key and words.
 _ADVICE = (
     ("waiting for data", 0.2, "training.num_workers", "raise {key} (now {value})"),
     ("copying", 0.15, "training.batch_size", "fewer and larger copies: raise {key} (now {value})"),
@@ -31,7 +31,7 @@ _ADVICE = (
 
 @dataclass(frozen=True)
 class Timing:
-    """Where the time of a step goes, each validation's shared out among the steps before it."""
+    """Where the time of a step goes; a validation's time is spread over the steps before it."""
 
     cfg: Config
     device: torch.device
@@ -65,7 +65,7 @@ class Timing:
 
 
 class Stopwatch:
-    """Adds up the seconds that blocks take, by name; a GPU has ended what it was told to do."""
+    """Adds up the seconds that blocks take, by name; waits until a GPU has done its work."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -95,10 +95,10 @@ def time_steps(
     steps: int = 20,
     trace: Path | None = None,
 ) -> Timing:
-    """Make some training steps and a validation, with arguments as for `train`; take their times.
+    """Time some training steps and a validation; the arguments are as for `train`.
 
-    Readers that are ahead hide a slow disk for as long as their queue lasts, two batches each. Into
-    `trace` goes torch's trace of a few steps more, for ui.perfetto.dev.
+    Readers that work ahead hide a slow disk for as long as their queue lasts, two batches each.
+    Torch's trace of a few more steps is written to `trace`, for ui.perfetto.dev.
     """
     with rehearsal(cfg, train_set, device, start_check_point) as stage:
         engine, accelerator = stage.engine, stage.engine.accelerator

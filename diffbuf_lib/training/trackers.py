@@ -1,8 +1,8 @@
-"""Where a run's numbers, sound and pictures go beside history.jsonl: TensorBoard, W&B, trackio.
+"""Where a run's numbers, sound and pictures go besides history.jsonl: TensorBoard, W&B, trackio.
 
-`training.trackers` names them; they are Accelerate's. One that fails is told of in one warning and
-left out from then on: it stops no run. W&B and trackio work without a network or an account: the
-one then writes to <results>/wandb, which `wandb sync` sends, the other to TRACKIO_DIR.
+`training.trackers` names them; they are Accelerate's. One that fails gives one warning and is left
+out from then on; the run continues. W&B and trackio work without a network or an account: W&B
+then writes to <results>/wandb, which `wandb sync` uploads, and trackio to TRACKIO_DIR.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ NOTES = "trackers.json"  # of a results folder: what its run is called at each s
 
 
 class Tracker(Protocol):
-    """What a run tells. Made of config, results folder, and the step that it goes on from."""
+    """What a run reports to; made from config, results folder, and the step to resume from."""
 
     link: str  # where to see the run, an address or a command; "" if that goes without saying
-    name: str  # of the run, by which it goes on after a stop
+    name: str  # of the run, by which it is resumed after a stop
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Take finite numbers by name, such as train/loss."""
@@ -62,7 +62,7 @@ class Trackers:
             write_json(folder / NOTES, {**tracked(folder), **runs})
 
     def tell(self, method: str, *args: Any) -> None:
-        """Call one of `Tracker`'s methods of each of them."""
+        """Call one of `Tracker`'s methods on every tracker."""
         for name in list(self._open):
             with self._guarded(name):
                 getattr(self._open[name], method)(*args)
@@ -71,14 +71,14 @@ class Trackers:
     def _guarded(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever a service meets: the run is worth more
+        except Exception as error:  # whatever a service raises must not stop the run
             self._open.pop(name, None)
             what = f"{type(error).__name__}: {reason(error)[:300]}"
             warnings.warn(f"tracker {name} is left out from here on: {what}", stacklevel=2)
 
 
 def tracked(folder: Path) -> dict[str, dict[str, str]]:
-    """Return name and link of a folder's run at each service that it was told to."""
+    """Return name and link of a folder's run at each service that it reported to."""
     path = folder / NOTES
     notes: dict[str, dict[str, str]] = json.loads(path.read_text()) if path.is_file() else {}
     return notes
@@ -90,7 +90,7 @@ class _TensorBoard:
     link = name = ""
 
     def __init__(self, cfg: Config, folder: Path, step: int) -> None:
-        purge = step + 1 if step else None  # points of a run that went further before a resume
+        purge = step + 1 if step else None  # drops points beyond the step that it resumes from
         tracker = TensorBoardTracker("tensorboard", folder, purge_step=purge, max_queue=100)
         tracker.start()
         self._writer = tracker.tracker
@@ -156,7 +156,7 @@ class _WandB(_Service):
             why = "no API key"
         except Exception as error:  # no network, or a key that it does not know
             why = reason(error)[:200]
-        warnings.warn(f"tracker wandb is offline ({why}): `wandb sync` sends it", stacklevel=2)
+        warnings.warn(f"tracker wandb is offline ({why}): `wandb sync` uploads it", stacklevel=2)
         return {"mode": "offline"}
 
 

@@ -1,6 +1,7 @@
 """What only the notebooks use: workbench, panels, pictures. Needs IPython and ipywidgets.
 
-Their kernels find it, since they start in notebooks/; elsewhere put that folder on PYTHONPATH.
+The notebooks' kernels find it, since they start in notebooks/; elsewhere put that folder on
+PYTHONPATH.
 """
 
 import sys

@@ -8,7 +8,7 @@ from diffbuf_lib.training.feed import ClipSource
 
 
 class FirstClips:
-    """The first `count` clips of a dataset; one of fewer clips is gone through again.
+    """The first `count` clips of a dataset; a dataset with fewer clips is repeated.
 
     An epoch of one step would validate and save after every step.
     """
@@ -30,5 +30,5 @@ class FirstClips:
         return self.clips.name(index % len(self.clips))
 
     def set_epoch(self, epoch: int) -> None:
-        """Set what random crops are keyed by."""
+        """Set the epoch, which seeds the random crops."""
         self.clips.set_epoch(epoch)

@@ -31,9 +31,9 @@ _SMALLEST_EXPONENT = -10  # of t_eps, base 10
 
 
 class ClipBrowser(Panel):
-    """A slider over the clips of a dataset; of each, spectrograms, players, files and SNR.
+    """A slider over the clips of a dataset; shows spectrograms, players, files and SNR of each.
 
-    Set `slider.value` to turn to another; `message` has files, shape and SNR of the one shown.
+    Set `slider.value` to select a clip; `message` has files, shape and SNR of the one shown.
     """
 
     def __init__(self, dataset: ClipDataset, audio: AudioConfig) -> None:
@@ -67,7 +67,7 @@ def describe_snr(mix: Tensor, target: Tensor) -> str:
 
 
 class Explorer(Panel):
-    """Sliders that make a config, and a picture of what follows from it.
+    """Sliders that set a config, and a picture of the result.
 
     Values that contradict each other are not hidden: the config's own error message is shown.
 
@@ -92,7 +92,7 @@ class Explorer(Panel):
         self._changed()
 
     def _changed(self, _: Any = None) -> None:
-        """Take the sliders' values, and show what follows from them."""
+        """Read the sliders' values and show the result."""
         value = {name: slider.value for name, slider in self.sliders.items()}
         try:
             self.cfg = self.start.override(*self._overrides(value))
@@ -116,10 +116,10 @@ class Explorer(Panel):
 
 
 class BufferExplorer(Explorer):
-    """Moves buffer_size, n_fft, hop_length, t_eps and t_max, and shows what becomes of one clip.
+    """Sliders for buffer_size, n_fft, hop_length, t_eps and t_max; shows the effect on one clip.
 
-    The window keeps its share of n_fft. The noise is the same at every position of the sliders, so
-    that only what they change changes. Of mix and target [C, T], channels are averaged.
+    The window keeps its ratio to n_fft. The noise is the same at every position of the sliders, so
+    that every visible change comes from them. The channels of mix and target [C, T] are averaged.
     """
 
     _check = staticmethod(check_frames)
@@ -159,9 +159,9 @@ class BufferExplorer(Explorer):
 
 
 class SigmaExplorer(Explorer):
-    """Moves k, c or theta, t_eps and t_max, and shows sigma, mean, g and 1 / sigma.
+    """Sliders for k, c or theta, t_eps and t_max; shows sigma, mean, g and 1 / sigma.
 
-    Beside the curves of the sliders stands the schedule of the config, dashed. A config with OUVE
+    The schedule of the config is drawn dashed, beside the curves of the sliders. A config with OUVE
     starts the sliders at BBED's defaults. `spelling` says what `sliders["value"]` is called in the
     config: "theta" or "c".
     """
@@ -197,7 +197,7 @@ class SigmaExplorer(Explorer):
 
 def _buffer_sliders(cfg: Config) -> dict[str, Any]:
     stft, buffer = cfg.audio.stft, cfg.diffusion_buffer
-    # The lowest values are such that the config's own lies on the slider's grid.
+    # The lowest values are chosen so that the config's own value lies on the slider's grid.
     return {
         "buffer_size": _count("buffer_size", buffer.buffer_size, 1, cfg.audio.num_frames + _LONGER),
         "n_fft": _count("n_fft", stft.n_fft, 126 + stft.n_fft % 2, 1022, 2),
@@ -215,13 +215,13 @@ def _sigma_sliders(bbed: Any, cfg: Config) -> dict[str, Any]:
         "value": _number("c or theta", bbed.c or bbed.theta or 0.08, 0.005, 2.0, width=400),
         "k": _number("k", bbed.k, 1.1, 10.0, 0.1, width=400),
         "t_max": _number("t_max", times.t_max, 0.1, 1.0, width=400),
-        # Logarithmic: float16 ends at times that a linear slider cannot reach.
+        # Logarithmic: float16 overflows at times that a linear slider cannot reach.
         "t_eps": widgets.FloatLogSlider(times.t_eps, min=lowest, max=0, step=0.05, **look),
     }
 
 
 def slider_look(description: str, width: int = 310) -> dict[str, Any]:
-    """Return what all sliders share: they act when they are let go; three of 310 px fit a page."""
+    """Return what all sliders share: they act when released; three of 310 px fit on a page."""
     return {
         "description": description,
         "continuous_update": False,
@@ -231,14 +231,14 @@ def slider_look(description: str, width: int = 310) -> dict[str, Any]:
 
 
 def _count(name: str, value: int, low: int, high: int, step: int = 1) -> widgets.IntSlider:
-    """Make a slider of whole numbers, whose range holds the config's own."""
+    """Make a slider of whole numbers whose range includes the config's value."""
     return widgets.IntSlider(value, min(low, value), max(high, value), step, **slider_look(name))
 
 
 def _number(
     name: str, value: float, low: float, high: float, step: float = 0.005, width: int = 310
 ) -> widgets.FloatSlider:
-    """Make a slider of numbers, whose range holds the config's own."""
+    """Make a slider of numbers whose range includes the config's value."""
     look = {"step": step, "readout_format": ".3f", **slider_look(name, width)}
     return widgets.FloatSlider(value, min=min(low, value), max=max(high, value), **look)
 

@@ -16,7 +16,7 @@ from diffbuf_lib.training import StepRecord, train
 from diffbuf_lib.training.feed import ClipSource
 from walk.clips import FirstClips
 
-# Overrides that make any config one whose four steps take a second.
+# Overrides with which four steps of any config take a second.
 SMALL = (
     "model={name: conv, base_channels: 16, num_layers: 2}",
     "sde={type: bbed, diffusion: {theta: 0.08, k: 2.6}}",
@@ -26,7 +26,7 @@ SMALL = (
 
 
 def caught(action: Callable[[], object]) -> Exception:
-    """Run what ought to fail, and return its error; AssertionError if it does not fail."""
+    """Run something that should fail, and return its error; AssertionError if it does not fail."""
     try:
         action()
     except Exception as error:
@@ -35,7 +35,7 @@ def caught(action: Callable[[], object]) -> Exception:
 
 
 def read(error: Exception, root: Path) -> str:
-    """Return an error's class and message, wrapped to a page, with paths from `root` on."""
+    """Return an error's class and message, wrapped to a page, with paths relative to `root`."""
     text = f"{type(error).__name__}: {error}".replace(f"{root}{os.sep}", "")
     return textwrap.fill(text, 96, break_long_words=False, break_on_hyphens=False)
 
@@ -43,14 +43,14 @@ def read(error: Exception, root: Path) -> str:
 def few_steps(
     cfg: Config, clips: ClipSource, folder: Path, *, resume: bool = False
 ) -> list[StepRecord]:
-    """Train on the CPU, without validation, to `training.num_steps`, in an emptied folder."""
+    """Train on the CPU, without validation, up to `training.num_steps`, in an emptied folder."""
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
     return list(train(cfg, clips, None, folder, resume=resume, device="cpu"))
 
 
 class Mono(FirstClips):
-    """Clips averaged to mono, so that clips of any number of channels make a batch."""
+    """Clips averaged to mono, so that clips with any number of channels can form a batch."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         mix, target = super().__getitem__(index)
@@ -58,7 +58,7 @@ class Mono(FirstClips):
 
 
 class Spoilt(Mono):
-    """Mono clips, of which clip `bad` has a NaN in the middle of its mixture.
+    """Mono clips; clip `bad` has a NaN in the middle of its mixture.
 
     Stands for whatever puts a NaN into a batch after the files were read: an augmentation, a
     division by the energy of a silent clip.

@@ -23,9 +23,9 @@ def launch_command(
     overrides: Sequence[str] = (),
     flags: Sequence[str] = (),
 ) -> list[str]:
-    """Return the arguments of a training run; for several processes with torchrun before them.
+    """Return the arguments of a training run, preceded by torchrun for several processes.
 
-    `processes` is one for each GPU of the machine; `flags` are more of train.py's arguments.
+    `processes` is one for each GPU of the machine; `flags` are further arguments of train.py.
     """
     torchrun = ["torchrun", "--standalone", "--nproc_per_node", str(processes)]
     command = [*(torchrun if processes > 1 else ["python"]), "train.py"]
@@ -35,7 +35,7 @@ def launch_command(
 
 
 def shell_line(command: Sequence[str]) -> str:
-    """Return a command as it is typed: what starts it, then train.py, then an option a line."""
+    """Return a command as it is typed: the launcher, then train.py, then one option per line."""
     script = list(command).index("train.py")
     lines = [[*command[:script]], [command[script]]]
     for part in command[script + 1 :]:
@@ -49,7 +49,7 @@ def parse_command(command: Sequence[str]) -> dict[str, Any]:
     """Read a command as train.py does, without starting anything; return its fields by name.
 
     Raises:
-        ConfigError: train.py would refuse it; says why.
+        ConfigError: train.py would refuse it; the message says why.
     """
     said = io.StringIO()
     own = list(command)[list(command).index("train.py") + 1 :]

@@ -1,4 +1,4 @@
-"""What a model sounds like: held-out clips, delay against quality."""
+"""What a model sounds like: held-out clips, and quality against delay."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Players:
     """Signals to listen to side by side; Jupyter shows a row of players with captions.
 
     Args:
-        waves: caption and signal [T], full scale 1. All are played at one peak; the caption says
-            by how many dB that raised them.
+        waves: caption and signal [T], full scale 1. All are played at the same peak level; the
+            caption says by how many dB that raised them.
         sample_rate: Hz.
     """
 
@@ -58,9 +58,9 @@ class Players:
 
 
 def held_out(bench: Workbench, cfg: Config, seconds: float = 3.0) -> ClipDataset:
-    """Open clips that no training has seen, from `test/` or else the validation set.
+    """Open clips that training has not seen, from `test/` or else the validation set.
 
-    Each has `seconds`, or the first file's length if that is less.
+    Each lasts `seconds`, or as long as the first file if that is shorter.
     """
     test = bench.data / "test"
     folder = test if find_layout(test) is not None else bench.valid_set.root
@@ -75,7 +75,7 @@ def held_out(bench: Workbench, cfg: Config, seconds: float = 3.0) -> ClipDataset
 
 
 def usable_metrics(sample_rate: int) -> list[str]:
-    """Return those metrics whose packages are installed and that are defined at a rate in Hz."""
+    """Return the metrics whose packages are installed and that are defined at a rate in Hz."""
     usable = []
     for name in _METRICS:
         with suppress(ConfigError, MissingExtraError):
@@ -85,7 +85,7 @@ def usable_metrics(sample_rate: int) -> list[str]:
 
 
 def gain_table(clips: Sequence[ScoredClip], metrics: Sequence[str]) -> str:
-    """Return the mean of each metric before and after, a line a metric."""
+    """Return the mean of each metric before and after, one line per metric."""
     rows = [["metric", "noisy", "enhanced", "gain", "clips"]]
     for row in summary(clips, metrics):
         means = [f"{row.noisy:.3f}", f"{row.enhanced:.3f}", f"{row.gain:+.3f}"]
@@ -94,14 +94,14 @@ def gain_table(clips: Sequence[ScoredClip], metrics: Sequence[str]) -> str:
 
 
 def noise_floor(wave: Tensor, frame: int = 256) -> float:
-    """Return the power that a tenth of a wave's [T] frames stay below: what is left in pauses."""
+    """Return the power that a tenth of a wave's [T] frames stay below: the level in pauses."""
     return float(wave.unfold(0, frame, frame).square().mean(dim=1).quantile(0.1))
 
 
 def lag_samples(clips: Sequence[ScoredClip]) -> int:
-    """Return by how many samples the estimates come after the mixtures.
+    """Return by how many samples the estimates lag behind the mixtures.
 
-    The peak of their cross-correlation, every frequency weighted alike (Knapp and Carter 1976,
+    The peak of their cross-correlation, every frequency weighted equally (Knapp and Carter 1976,
     phase transform), so that neither a hum nor the level decides; the mean over clips.
     """
     total = torch.zeros(0)
@@ -167,7 +167,7 @@ def delay_scores(
 def delay_settings(model: DiffusionBufferModel) -> list[tuple[int, int]]:
     """Choose (B, d) pairs: the model's own buffer read earlier, shorter ones read at their end."""
     B = model.cfg.diffusion_buffer.buffer_size
-    # One frame alone has no schedule: its only time would be t_eps, where no noise is.
+    # A single frame has no schedule: its only time would be t_eps, where there is no noise.
     sizes = sorted({max(2, round(B * i / 3)) for i in (1, 2)} | {B})
     delays = sorted({1, *(size for size in sizes if size <= B)}) if model.predicts_data else [B]
     return [(B, d) for d in delays] + [(size, size) for size in sizes if size < B]

@@ -1,4 +1,4 @@
-"""Which model a notebook listens to: a trained one, or where there is none a small one."""
+"""The model that a notebook listens to: a trained one, or a small one if there is none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffbuf_lib.training import train
 from walk import Workbench
 from walk.clips import FirstClips
 
-# What trains to something that can be heard in seconds: see configs/demo.yaml for the reasons.
+# Trains within seconds to an audible result: see configs/demo.yaml for the reasons.
 _SMALL = (
     "model={name: block_causal, base_channels: 8, channel_multipliers: [1, 2], x0_output: mask}",
     "sde={type: bbed, diffusion: {theta: 0.52, k: 2.6}}",
@@ -46,7 +46,7 @@ class FoundModel(NamedTuple):
 
 
 def find_model(bench: Workbench, name: str | None, folder: Path, *, steps: int = 200) -> FoundModel:
-    """Load a model, or where there is none train a small one; nothing is downloaded.
+    """Load a model, or train a small one if there is none; nothing is downloaded.
 
     `name` is a folder that training wrote, or a name such as "diffbuf/cpu-demo"; with None, or if
     the name is not on this machine, a model is trained into `folder`, which is emptied first.

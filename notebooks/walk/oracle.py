@@ -1,6 +1,6 @@
-"""The model's formulas once more, by other means: scipy's quadrature and librosa's STFT.
+"""The model's formulas, computed by other means: scipy's quadrature and librosa's STFT.
 
-What the notebooks' checks compare with. Nothing here calls the code that is checked.
+The notebooks' checks compare with these. Nothing here calls the code that is checked.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def spectrum(wave: Tensor, cfg: Config) -> Tensor:
 
 
 def sigma(sde: SDEConfig, t: Tensor) -> Tensor:
-    """Return the standard deviation of X_t, by integrating what the noise adds and the drift takes.
+    """Return the standard deviation of X_t, by integrating the noise added and the decay by drift.
 
         sigma(t)^2 = Int_0^t g(s)^2 (rest(t) / rest(s))^2 ds
 

@@ -1,6 +1,6 @@
-"""A picture with controls around it, and one whose numbers come from a thread with buttons.
+"""A picture with controls around it, and one that shows a thread controlled by buttons.
 
-A loop in a notebook's main thread would hold the kernel: no button would work until it ends.
+A loop in a notebook's main thread would block the kernel: no button would work until it ends.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ State = Literal["ready", "running", "paused", "stopped", "finished", "failed"]
 
 _NOTHING = {"pause": False, "stop": False, "reopen": False}
 _ONLY_PAUSE = {**_NOTHING, "pause": True}
-_POLL = 0.01  # s; how soon a request or a news is seen
-_FAREWELL = 10.0  # s that a thread has for its checkpoint when Python ends
+_POLL = 0.01  # s; how often requests and news are checked
+_FAREWELL = 10.0  # s that a thread gets to write its checkpoint when Python ends
 _REQUESTS = {
     "pause": {"pause": True},
     "resume": {"pause": False},
@@ -43,8 +43,8 @@ def to_jpeg(figure: Figure) -> bytes:
 class Panel:
     """Rows of widgets over one picture, described in words for readers who cannot see it.
 
-    It is displayed as one bundle of both, since a page that runs no widgets (a rendered notebook,
-    a code host) shows the picture alone.
+    Both are displayed as one bundle, so a page that cannot run widgets (a rendered notebook, a code
+    host) shows the picture alone.
     """
 
     def __init__(self, controls: Sequence[widgets.Widget], description: str) -> None:
@@ -58,11 +58,11 @@ class Panel:
         self._handle: DisplayHandle | None = None
 
     def draw(self, figure: Figure) -> None:
-        """Show a figure in place of the one before; safe in any thread."""
+        """Show a figure in place of the previous one; safe in any thread."""
         self.image.value = to_jpeg(figure)
 
     def keep_still(self) -> None:
-        """Let pages without widgets show the current picture; only from the kernel's thread."""
+        """Let pages without widgets show the current picture; call it in the kernel's thread."""
         if self._handle is not None:
             self._handle.update(self.bundle(), raw=True)
 
@@ -74,14 +74,14 @@ class Panel:
 
     def _ipython_display_(self) -> None:
         self._handle = display(self.bundle(), raw=True, display_id=True)
-        self.box.panel = self  # what is on the page stays alive, with or without a name
+        self.box.panel = self  # keeps a displayed panel alive, even without a variable
 
 
 class WorkerPanel(Panel, Generic[Item]):
-    """A panel over a generator that runs in a daemon thread; requests are met between two items.
+    """A panel over a generator in a daemon thread; requests are handled between two items.
 
-    Subclasses open the generator, take its items and show where it stands, all in the thread.
-    `buttons` are start, stop, and maybe pause, resume, save, each with icon and tooltip.
+    Subclasses open the generator, handle its items and show its progress, all in the thread.
+    `buttons` are start, stop, and optionally pause, resume, save, each with icon and tooltip.
     """
 
     def __init__(
@@ -100,8 +100,8 @@ class WorkerPanel(Panel, Generic[Item]):
         super().__init__([widgets.HBox([*self.buttons.values(), *beside]), *below], description)
         self.state: State = "ready"
         self.error: BaseException | None = None  # until `wait_for` has raised it again
-        self._wishes = dict(_NOTHING)  # what was asked for and is not withdrawn or done
-        self._shown = True  # whether the state has been, since it changed
+        self._wishes = dict(_NOTHING)  # requests that are neither withdrawn nor done
+        self._shown = True  # whether the state has been shown since it changed
         self._thread = threading.Thread()
 
     def _open(self) -> Generator[Item, None, None]:
@@ -120,7 +120,7 @@ class WorkerPanel(Panel, Generic[Item]):
 
     @property
     def resting(self) -> bool:
-        """Whether it is paused, shows that, and stays so until somebody asks for something."""
+        """Whether it is paused, shows that, and stays paused until the next request."""
         return self.state == "paused" and self._shown and self._wishes == _ONLY_PAUSE
 
     def start(self) -> None:
@@ -146,7 +146,7 @@ class WorkerPanel(Panel, Generic[Item]):
         return self.wait_for(lambda: not self.busy, timeout)
 
     def ask(self, **wishes: bool) -> None:
-        """Ask for something without waiting: pause, stop, or reopen (close, open the next)."""
+        """Request something without waiting: pause, stop, or reopen (close, open the next)."""
         self._wishes.update(wishes)
 
     def wait_for(self, reached: Callable[[], bool], timeout: float | None = None) -> bool:
@@ -168,7 +168,7 @@ class WorkerPanel(Panel, Generic[Item]):
             self._thread.join(timeout)
 
     def _pressed(self, button: widgets.Button) -> None:
-        """Do what a button says, without waiting: the kernel stays free."""
+        """Do what a button asks for, without waiting: the kernel stays free."""
         name = button.description.lower()
         if name == "start":
             self.start()
@@ -185,7 +185,7 @@ class WorkerPanel(Panel, Generic[Item]):
         self._turn(end)
 
     def _take_all(self) -> bool:
-        """Take items until there are none or a stop is asked for; return whether it was."""
+        """Take items until there are none or a stop is requested; return whether it was."""
         items = self._open()
         try:
             while not self._wait_while_paused():
@@ -203,7 +203,7 @@ class WorkerPanel(Panel, Generic[Item]):
             items.close()
 
     def _wait_while_paused(self) -> bool:
-        """Wait as long as asked to; return whether to stop."""
+        """Wait while paused; return whether to stop."""
         while self._wishes == _ONLY_PAUSE:
             if self.state != "paused":
                 self._turn("paused")

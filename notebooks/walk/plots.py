@@ -1,4 +1,4 @@
-"""Pictures that one notebook needs. Never pyplot: it keeps every figure."""
+"""Plots that only one notebook needs. Never pyplot: it keeps every figure."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def compression(raw: Tensor, compressed: Tensor, audio: AudioConfig) -> Figure:
 
 
 def round_trip(wave: Tensor, back: Tensor, sample_rate: int) -> Figure:
-    """Draw a signal [T], and the error of the one that came back from its spectrum."""
+    """Draw a signal [T], and the error after conversion to its spectrum and back."""
     figure, (above, below) = stack(2, 3.6)
     seconds = np.arange(len(wave)) / sample_rate
     above.plot(seconds, to_numpy(wave), linewidth=0.6)
@@ -153,7 +153,7 @@ def round_trip(wave: Tensor, back: Tensor, sample_rate: int) -> Figure:
 
 
 def frame_counts(cfg: Config) -> Figure:
-    """Draw how many frames clips of different lengths have, beside what the config asks for."""
+    """Draw how many frames clips of different lengths have, with what the config asks for."""
     stft, rate, chunk = cfg.audio.stft, cfg.audio.sample_rate, cfg.audio.chunk_size
     # Up to where both the clip and the window K end, with some room.
     longest = int(1.3 * max(chunk, cfg.num_frames * stft.hop_length + stft.n_fft))
@@ -175,7 +175,7 @@ def frame_counts(cfg: Config) -> Figure:
 
 
 def refused(Y: Tensor, message: str, audio: AudioConfig) -> Figure:
-    """Draw a spectrum [F, K] alone, and above it why no buffer fits it."""
+    """Draw a spectrum [F, K] without a buffer, and above it why none fits."""
     figure = spectra({"": Y}, audio)
     figure.axes[0].set_title(message, loc="left", fontsize=9, color=RED, wrap=True)
     return figure
@@ -184,13 +184,13 @@ def refused(Y: Tensor, message: str, audio: AudioConfig) -> Figure:
 def noise_schedule(sdes: Mapping[str, SDE], t_eps: float, t_max: float) -> Figure:
     """Draw sigma, the weight of Y in the mean, g and 1 / sigma over diffusion time.
 
-    What lies outside of t_eps to t_max, the times of the buffer, is grey.
+    Times outside t_eps to t_max, the range of the buffer, are grey.
     """
     figure = _figure(5.4)
     panels = list(figure.subplots(2, 2, sharex=True).flat)
     first, last = _ENDS
     small = torch.logspace(math.log10(min(first, t_eps)), math.log10(last), 100)
-    t = torch.cat([small, torch.linspace(first, last, 600)])  # since much happens near 0
+    t = torch.cat([small, torch.linspace(first, last, 600)])  # dense near 0, where much changes
     t = t.double().sort().values
     nothing, one = torch.zeros_like(t), torch.ones_like(t)
     for (name, sde), style in zip(sdes.items(), itertools.cycle(("-", "--", "-.", ":"))):
@@ -220,7 +220,7 @@ def noise_schedule(sdes: Mapping[str, SDE], t_eps: float, t_max: float) -> Figur
 
 
 def score_limits(sdes: Mapping[str, SDE], t_eps: float) -> Figure:
-    """Draw 1 / sigma and its square at small times, beside the largest number of float16."""
+    """Draw 1 / sigma and its square at small times, with the largest number of float16."""
     figure, axes = _one(3.6, "diffusion time t", "size")
     t = torch.logspace(-12, -0.05, 400, dtype=torch.float64)
     for index, (name, sde) in enumerate(sdes.items()):
@@ -235,9 +235,9 @@ def score_limits(sdes: Mapping[str, SDE], t_eps: float) -> Figure:
 
 
 def target_histogram(trace: Trace) -> Figure:
-    """Draw how large the score's targets are, and what is left when sigma is taken out.
+    """Draw how large the score's targets are, and their size after multiplication by sigma.
 
-    Right, |sigma target| beside the density of the magnitude of CN(0, 1), 2 r e^{-r^2}.
+    Right, |sigma target| with the density of the magnitude of CN(0, 1), 2 r e^{-r^2}.
     """
     target = trace.target_score.detach().abs().cpu()  # [B, F, Kb]
     sigma = trace.sigma.detach().cpu()[:, None]
@@ -265,7 +265,7 @@ def target_by_time(statistics: ScoreStatistics, t: Tensor, sigma: Tensor) -> Fig
 
 
 def loss_shares(statistics: Mapping[str, ScoreStatistics]) -> Figure:
-    """Draw how much of each loss comes from each range of diffusion times, all of one division."""
+    """Draw how much of each loss comes from each range of times, with the same ranges for all."""
     figure, axes = _one(3.0, "diffusion time t", "share of the loss (%)")
     for index, (name, each) in enumerate(statistics.items()):
         middle, half = _places(each.by_time)
@@ -308,7 +308,7 @@ def correlation_map(statistics: ScoreStatistics) -> Figure:
 
 
 def precision_errors(reference: Trace, others: Mapping[str, Trace]) -> Figure:
-    """Draw how far scores in lower precision are from the float32 ones of the same noise."""
+    """Draw how far scores in lower precision are from the float32 ones for the same noise."""
     figure, axes = _one(3.0, "diffusion time t", "error of the score (%)")
     size = torch.linalg.vector_norm(reference.score.detach(), dim=1)  # [B, Kb]
     for name, trace in others.items():
@@ -327,7 +327,7 @@ def compare_gradients(gradients: Mapping[str, GradientStatistics]) -> Figure:
     for index, (name, each) in enumerate(gradients.items()):
         norms = [row.norm for row in each]
         axes.barh(place + index * height, norms, height, align="edge", label=name)
-    step = -(-len(modules) // 20)  # of many modules, a label for every so many
+    step = -(-len(modules) // 20)  # with many modules, label only some
     axes.set_yticks(place[::step] + 0.4, [m.removeprefix("network.") for m in modules[::step]])
     axes.invert_yaxis()
     axes.set_xscale("log")
@@ -337,7 +337,7 @@ def compare_gradients(gradients: Mapping[str, GradientStatistics]) -> Figure:
 
 
 def compare_runs(runs: Mapping[str, Path], *, metric: str = "si_sdr") -> Figure:
-    """Lay runs, each a results folder, over one another: smoothed loss and validation score."""
+    """Overlay runs, each a results folder: smoothed loss and validation score."""
     figure = _figure(3.2)
     left, right = figure.subplots(1, 2, sharex=True)
     losses: list[float | None] = []
@@ -382,7 +382,7 @@ def delay_quality(scores: Sequence[DelayScore], metrics: Sequence[str]) -> Figur
 
 
 def frame_times(report: LiveReport) -> Figure:
-    """Draw the time of every hop beside the time that it lasts, and how often each occurred."""
+    """Draw the time of every hop against its deadline, and how often each time occurred."""
     figure = _figure(3)
     course, spread = figure.subplots(1, 2, width_ratios=(2, 1), sharey=True)
     draw_hops(course, report.frame_ms, report.hop_ms)
@@ -398,7 +398,7 @@ def frame_times(report: LiveReport) -> Figure:
 def stream_course(
     waves: Mapping[str, Tensor], frame_ms: Sequence[float], audio: AudioConfig
 ) -> Figure:
-    """Draw what went into a stream and came out of it, above the time that every hop took.
+    """Draw a stream's input and output, above the time that every hop took.
 
     Args:
         waves: title and signal [T], full scale 1, of a stream so far.
@@ -416,7 +416,7 @@ def stream_course(
 
 
 def draw_hops(axes: Axes, frame_ms: Sequence[float], hop_ms: float) -> None:
-    """Draw the time of every hop of a stream beside the time that it lasts, both in ms."""
+    """Draw the compute time of every hop of a stream against its duration, both in ms."""
     axes.plot(np.arange(len(frame_ms)) * hop_ms / 1000, frame_ms, linewidth=0.8, color="C0")
     axes.set(xlabel="time in the stream (s)", ylabel="time for one hop (ms)", yscale="log")
     axes.axhline(hop_ms, color="C3", linestyle="--", label="a hop lasts this long")

@@ -14,7 +14,7 @@ from diffbuf_lib.model import DiffusionBufferModel
 from diffbuf_lib.trace import format_table
 from diffbuf_lib.training.feed import ClipSource, EpochPlan
 
-# Overrides that make any config one whose steps take a fraction of a second.
+# Overrides with which a step of any config takes a fraction of a second.
 SMALL = (
     "model={name: block_causal, base_channels: 8, channel_multipliers: [1, 2]}",
     "diffusion_buffer={buffer_size: 8, num_frames: 32}",
@@ -25,7 +25,7 @@ _LONGEST = 2.0  # seconds; a step that takes longer is not repeated
 
 
 class StepCost(NamedTuple):
-    """What forward and backward pass of one batch take."""
+    """The cost of the forward and backward pass of one batch."""
 
     batch_size: int  # clips
     precision: str  # float32, bfloat16 or float16
@@ -36,7 +36,7 @@ class StepCost(NamedTuple):
 
     @property
     def clips_per_second(self) -> float:
-        """Clips trained on in a second."""
+        """Clips processed per second."""
         return self.batch_size / self.seconds
 
 
@@ -50,8 +50,8 @@ def step_costs(
 ) -> list[StepCost]:
     """Measure training passes with the same weights, noise and clips; nothing is updated.
 
-    The model must have trained a little: the last layers of a new one are zero, and so is then
-    everything that precision (float32, bfloat16, float16) could change. A slow pass is made once.
+    The model must have trained a little: the last layers of a new one are zero, and then so is
+    everything that precision (float32, bfloat16, float16) could change. A slow pass is run once.
     """
     device = next(model.parameters()).device
     costs = []
@@ -69,7 +69,7 @@ def step_costs(
 
 
 def cost_table(costs: Sequence[StepCost]) -> str:
-    """Return the costs as a table, a line each."""
+    """Return the costs as a table, one line each."""
     rows = [["precision", "batch", "ms/pass", "clips/s", "MiB", "loss"]]
     for cost in costs:
         numbers = (1000 * cost.seconds, cost.clips_per_second, cost.saved_bytes / 2**20)
@@ -84,6 +84,6 @@ def run_hours(plan: EpochPlan, epochs: int, seconds_per_step: float) -> float:
 
 
 def plan_of(cfg: Config, clips: int) -> EpochPlan:
-    """Return how an epoch of so many clips is cut into batches for one process."""
+    """Return how an epoch of so many clips is split into batches for one process."""
     training = cfg.training
     return EpochPlan(clips, training.batch_size, training.accumulation_steps, 1, training.seed)

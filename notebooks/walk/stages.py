@@ -1,4 +1,4 @@
-"""One stage of a `Trace`, drawn by what it is; and where a batch stands after some steps on it."""
+"""Plots of one stage of a `Trace`, by its kind, and of training progress on one batch."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from diffbuf_lib.figures import (
 from diffbuf_lib.trace import Trace
 from recipes.demo.progress import write_in_the_middle
 
-_RATIO_RANGE = 40  # dB that a picture shows of what is neither signal nor spectrum
-_MOST_MODULES = 14  # that a small picture has room for
-_SPECTRA = ("Y", "S", "V", "x0_hat")  # compressed spectra; shown as the levels they stand for
+_RATIO_RANGE = 40  # dB shown of stages that are neither signal nor spectrum
+_MOST_MODULES = 14  # that fit into a small picture
+_SPECTRA = ("Y", "S", "V", "x0_hat")  # compressed spectra; shown as the levels they represent
 _TITLES = {
     "mix": "the noisy signal",
     "target": "the clean signal",
@@ -53,7 +53,7 @@ def stage(trace: Trace, name: str, cfg: Config, *, example: int = 0) -> Figure:
 
 
 def gradients(norms: Mapping[str, float]) -> Figure:
-    """Draw the gradient norm of every module on a logarithmic axis; of many, the largest."""
+    """Draw the gradient norm of every module on a log axis; if there are many, the largest."""
     figure = Figure(figsize=(8, 3.2), dpi=DPI, layout="constrained")
     _draw_gradients(figure.subplots(), norms)
     return figure

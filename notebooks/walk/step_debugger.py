@@ -1,4 +1,4 @@
-"""The step debugger: one batch, one optimizer step a click, every stage open after each."""
+"""The step debugger: one batch, one optimizer step per click, every stage open afterwards."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _RUN = 10  # steps of the button "Run 10"
 class StepDebugger(Panel):
     """Trains on one batch, a step at a time, and keeps every stage of the last step.
 
-    A step is that of training in float32: `model.trace`, backward, clipping, optimizer. What is
+    A step is a training step in float32: `model.trace`, backward, clipping, optimizer. What is
     shown belongs together: the trace is the one whose loss was minimised, with the weights from
     before the update, and the gradients are those of that loss.
 
@@ -34,7 +34,7 @@ class StepDebugger(Panel):
         mix: [B, C, T] float32, full scale 1.
         target: [B, C, T] float32, full scale 1.
         lr: learning rate; None for `training.lr`.
-        same_noise: in every step, so that the loss must fall to almost nothing.
+        same_noise: use the same noise in every step, so the loss must fall to almost nothing.
         seed: of times, noise and dropout.
     """
 
@@ -76,7 +76,7 @@ class StepDebugger(Panel):
         return self.losses[-1]
 
     def reset(self) -> None:
-        """Go back to the weights, the optimizer's state and the noise of the start, to the bit."""
+        """Restore the initial weights, optimizer state and noise, bit for bit."""
         weights, optimizer = copy.deepcopy(self._start)
         self.model.load_state_dict(weights)
         self.optimizer.load_state_dict(optimizer)
@@ -85,7 +85,7 @@ class StepDebugger(Panel):
         self._show()
 
     def noise(self) -> list[torch.Generator]:
-        """Return the generators of the next step's times and noise, one an example."""
+        """Return the generators of the next step's times and noise, one per example."""
         keys = [(self._noise_key, position) for position in range(len(self.mix))]
         return example_generators(keys, self.seed, Stream.EXAMPLE, self.mix.device)
 
@@ -112,7 +112,7 @@ class StepDebugger(Panel):
         self.losses.append(float(self.trace.loss))
 
     def _trace(self) -> Trace:
-        """Walk the batch through the model, in training mode, with this step's noise."""
+        """Pass the batch through the model, in training mode, with this step's noise."""
         devices = [self.mix.device] if self.mix.device.type == "cuda" else []
         self.model.train()
         with torch.random.fork_rng(devices=devices):  # dropout draws from the global generator
@@ -165,9 +165,9 @@ class StepDebugger(Panel):
 def stage_wave(
     model: DiffusionBufferModel, trace: Trace, name: str, example: int = 0
 ) -> Tensor | None:
-    """Return a stage as a signal [T], full scale 1; None for one that is no sound.
+    """Return a stage as a signal [T], full scale 1; None for a stage that is not a sound.
 
-    x0_hat, which covers the buffer, is heard after the clean frames before it.
+    x0_hat covers only the buffer and is played after the clean frames before it.
     """
     value: Any = getattr(trace, name)
     if name in ("mix", "target"):

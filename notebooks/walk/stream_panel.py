@@ -1,4 +1,4 @@
-"""The stream panel: a recording fed at its own pace, and whether this machine keeps up."""
+"""The stream panel: feeds a recording in real time, and shows whether the machine keeps up."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _BUTTONS = {"start": ("play", "feed the recording from its start"), "stop": ("st
 class StreamPanel(WorkerPanel[LiveHop]):
     """`OnlineEnhancer` on a recording, hop by hop in real time, with Start and Stop.
 
-    While the stream runs, only numbers and level meters move: a picture takes as long to draw as
-    many hops last, and would make them late. A data-prediction model can be read early: `delay` is
+    While the stream runs, only numbers and level meters move: drawing a picture takes as long as
+    many hops, and would make them late. A data-prediction model can be read early: `delay` is
     a slider of the frames from a sample to its output, 1 to B.
 
     Args:
-        model: any.
-        wave: [T], full scale 1, of the model's rate.
-        realtime: feed it at its own pace; else as fast as it is taken.
+        model: any model.
+        wave: [T], full scale 1, at the model's rate.
+        realtime: feed it in real time; otherwise as fast as it can be processed.
         seed: of the diffusion noise.
     """
 
@@ -56,7 +56,7 @@ class StreamPanel(WorkerPanel[LiveHop]):
 
     @property
     def output(self) -> Tensor:
-        """What has come out so far, [T']; at the end as long as what went in."""
+        """The output so far, [T']; at the end as long as the input."""
         return torch.cat([*(hop.ready for hop in self._hops), self._rest])
 
     @property
@@ -67,7 +67,7 @@ class StreamPanel(WorkerPanel[LiveHop]):
         return make_report(self._enhancer, times, late, self.realtime)
 
     def start(self) -> None:
-        """Begin the stream, from the beginning."""
+        """Start the stream from the beginning."""
         if not self.busy:
             self.join()  # a stream that has just ended is still being flushed
             self._begin()
@@ -126,6 +126,6 @@ def _meter(name: str) -> widgets.FloatProgress:
 
 
 def _level(wave: Tensor) -> float:
-    """Return the level of a piece [T] in dB re full scale, as far as the meter reaches."""
+    """Return the level of a piece [T] in dB re full scale, limited to the meter's range."""
     level = 10 * torch.log10(wave.square().mean() + 1e-12)  # NaN of an empty one
     return float(level.clamp(_QUIETEST, 0.0).nan_to_num(_QUIETEST))

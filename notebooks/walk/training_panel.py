@@ -23,8 +23,8 @@ from recipes.demo.progress import training_progress
 from walk.panels import WorkerPanel, label
 
 _PICTURE_EVERY = 0.25  # s, at least
-_PICTURE_SHARE = 0.2  # of the thread's time that may go into pictures
-_RECENT = 20  # steps over which the time is added up that they wait for data
+_PICTURE_SHARE = 0.2  # of the thread's time that may be spent on pictures
+_RECENT = 20  # steps over which the time waiting for data is summed
 _BUTTONS = {
     "start": ("play", "begin the run, or go on from its last checkpoint"),
     "pause": ("pause", "stop after this step and keep everything in memory"),
@@ -42,14 +42,14 @@ _panels: weakref.WeakValueDictionary[Path, TrainingPanel] = weakref.WeakValueDic
 class TrainingPanel(WorkerPanel[StepRecord]):
     """`training.train` with Start, Pause, Resume, Stop and Save; arguments as there.
 
-    The run goes on in a thread, so the kernel stays free; but the global random generators are
-    shared, so do not make or train other models while it runs. A stopped run goes on from its
+    The run is in a thread, so the kernel stays free; but the global random generators are shared,
+    so do not create or train other models while it runs. A stopped run continues from its
     checkpoint at the next `start`, also in a new panel over the same folder, which takes it over
-    from the panel before; `fresh` removes it instead.
+    from the previous panel; `fresh` removes it instead.
 
     Attributes:
         records: a `StepRecord` of every step, of earlier sessions too.
-        model: the averaged weights of the last validation; those of the start before it.
+        model: the averaged weights of the last validation; before it, the initial weights.
         folder: the run's files.
     """
 
@@ -110,7 +110,7 @@ class TrainingPanel(WorkerPanel[StepRecord]):
         self.wait_for(lambda: not self.paused)
 
     def save(self) -> None:
-        """Write a checkpoint and go on from it; a run that is not going on has one already."""
+        """Write a checkpoint and continue; a run that is not active already has one."""
         if self.busy:
             self.ask(reopen=True)
             self.wait_for(lambda: not self._wishes["reopen"])
@@ -118,8 +118,8 @@ class TrainingPanel(WorkerPanel[StepRecord]):
     def wait(self, timeout: float | None = None, *, step: int | None = None) -> bool:
         """Wait for a step or the end of the run, at most `timeout` s; return whether it came.
 
-        It does not if the run is paused, as by Ctrl-C (the toolbar's interrupt). What the thread
-        raised is raised, once.
+        It does not if the run is paused, as by Ctrl-C (the toolbar's interrupt). An error in the
+        thread is raised here, once.
         """
 
         def there() -> bool:
@@ -147,7 +147,7 @@ class TrainingPanel(WorkerPanel[StepRecord]):
 
     def _receive(self, record: StepRecord) -> None:
         while self.records and self.records[-1].step >= record.step:
-            self.records.pop()  # steps after the checkpoint that the run went on from
+            self.records.pop()  # steps after the checkpoint that the run resumed from
         self.records.append(record)
         if record.valid is not None:
             self._enhance_clip(record.step)
@@ -155,7 +155,7 @@ class TrainingPanel(WorkerPanel[StepRecord]):
             self._show()
 
     def _enhance_clip(self, step: int) -> None:
-        """Enhance the clip with the weights just validated and saved; always with one noise."""
+        """Enhance the clip with the weights just validated and saved, with fixed noise."""
         apply_weights(self.model, load_weights(self.folder.last), self.folder.last)
         noise = torch.Generator().manual_seed(self.cfg.training.seed)
         estimate = self.model.enhance(self.clip["mix"][None, None], noise)[0, 0]
@@ -183,7 +183,7 @@ class TrainingPanel(WorkerPanel[StepRecord]):
 
 
 def remove_run(results_path: str | Path) -> None:
-    """Remove the files of a run, which may be missing, and nothing else from its folder."""
+    """Remove the files of a run (some may be missing), and nothing else in its folder."""
     folder = ResultsFolder(results_path)
     capsules = folder.path.glob("capsule_*")
     wandb = folder.path / "wandb"
@@ -194,7 +194,7 @@ def remove_run(results_path: str | Path) -> None:
 
 
 def _waiting(records: list[StepRecord]) -> str:
-    """Return which part of their time some steps waited for data."""
+    """Return the share of their time that some steps waited for data."""
     total = sum(record.seconds for record in records)
     share = sum(record.waited for record in records) / total if total else 0
     return f", {share:.0%} of the time waiting for data" if total else ""

@@ -1,4 +1,4 @@
-"""The set-up that every notebook shares: config, data and device, from two lines the user edits."""
+"""The set-up of every notebook: config, data and device, from two lines that the user edits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Workbench:
     cfg: Config
     data: Path
     train_set: ClipDataset  # cropped at random
-    valid_set: ClipDataset  # from their start; of a folder without valid/, the training clips
+    valid_set: ClipDataset  # cropped at their start; without a valid/ folder, the training clips
     results: Path  # where the notebooks write
     device: str
 
@@ -48,7 +48,7 @@ class Workbench:
 def open_workbench(
     config: str | Path, data: str | Path, overrides: Sequence[str] = ()
 ) -> Workbench:
-    """Load a config and open a dataset, making the demo set first if it is the one that is missing.
+    """Load a config and open a dataset; the demo set is made first if it is missing.
 
     Relative paths start at the project's folder. The environment variables DIFFBUF_CONFIG and
     DIFFBUF_DATA, if set, win over the arguments, so that a notebook runs on other data without

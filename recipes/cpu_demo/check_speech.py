@@ -1,9 +1,9 @@
-"""Score a sample of the utterances that speech.py has made: a table by utterance, and means.
+"""Score a sample of the utterances made by speech.py: a table by utterance, and means.
 
     python check_speech.py DIR [--number 30]
 
 `pause` is the share of frames of 10 ms which are 40 dB below the loudest, `clip` the share of
-samples at full scale, `letters` the letters of the text a second (which shows words left out or
+samples at full scale, `letters` the letters of the text per second (which reveals words left out or
 drawn out), and the last four are DNSMOS (signal, background, overall) and P.808, from 1 to 5.
 """
 

@@ -1,11 +1,11 @@
 """The data of a model to ship: Debian packages, recordings under free licences, synthesis.
 
     train/{speech,noise}/         for dataset_type 4, which draws all other noise (`endless`)
-    valid/speech/                 speakers of their own, under families of noise of their own too
+    valid/speech/                 other speakers, also under families of noise not in training
     test/sample_*/                DN-LM clips, another language and speaker, synthesised drones
     test_recordings/sample_*/     recordings of another kind, in nine languages
 
-Who speaks where is stated in `SPEAKERS`.
+`SPEAKERS` lists the speakers of each part.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from recipes.demo.demo_set import join_recordings
 from recipes.demo.drone import DroneParameters, synthesise
 
 _Job = tuple[Callable[..., None], tuple[object, ...]]  # a function and its arguments
-# The English and the Spanish prompts are by one speaker, so they stay together.
+# The English and the Spanish prompts have the same speaker, so they stay together.
 SPEAKERS = {"train": ("en", "es", "fr"), "valid": ("ru",), "test": ("it",)}
 TEST_DRONES_HZ = (220.0, 260.0)  # blade-passing frequencies
 SNRS = (-10.0, -5.0, 0.0, 5.0)  # dB, taken in turn by test clips
@@ -66,18 +66,18 @@ def build_pretraining(
     say: Callable[[str], None] = lambda line: None,
     progress: bool = False,
 ) -> Path:
-    """Make the data of a model to ship; what is there already is kept.
+    """Make the data of a model to ship; existing files are kept.
 
-    A few minutes on two cores and 0.3 GB. It needs Debian's archive (telephone prompts), the
+    Takes a few minutes on two cores, and 0.3 GB. It needs Debian's archive (telephone prompts), the
     programs flite, festival and espeak-ng with the voices of `voices.VOICES`, and
     `pip install 'diffbuf[demo,pretraining]'`. Recordings that cannot be fetched are left out, and
-    so is `out_dir/kokoro`, where `speech.py` has not written it.
+    so is `out_dir/kokoro`, if `speech.py` has not written it.
 
     Args:
         out_dir: where to make it.
-        seed: of everything drawn.
+        seed: of all random draws.
         processes: worker processes.
-        say: told what is left out.
+        say: is called with what is left out.
         progress: show progress bars on stderr.
 
     Returns:
@@ -155,11 +155,11 @@ def _clips(out: Path, name: str, noise_dir: Path, seed: int) -> Iterator[Sample]
     return draw_samples(split, speech, noise)
 
 
-# The sources. Each function makes what is missing of one speaker or one drone.
+# The sources. Each function makes the missing files of one speaker or one drone.
 
 
 def _record(language: str, folder: Path, packages: Path) -> None:
-    """Join a speaker's prompts to files of about 10 s."""
+    """Join a speaker's prompts into files of about 10 s."""
     if folder.exists():
         return
     speaker = unpack_prompts(language, packages)
@@ -189,7 +189,7 @@ def _write_joined(waves: Iterable[Tensor], folder: Path, stem: str) -> None:
 
 
 def _joined(waves: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Join waves [1, T] with short pauses to pieces of about 10 s, peak 0.9."""
+    """Join waves [1, T] with short pauses into pieces of about 10 s, peak 0.9."""
     pause = torch.zeros(1, round(_PAUSE * SAMPLE_RATE))
     parts: list[Tensor] = []
     for wave in waves:

@@ -1,10 +1,10 @@
-"""`--dataset_type 4`: speech files under noise that is drawn; for `plugins`.
+"""`--dataset_type 4`: speech files under generated noise; for `plugins`.
 
     plugins: [recipes.cpu_demo.endless]
 
 Every speech file is one item. Noise, room, microphone, SNR and level are functions of (seed, epoch,
-index), as everywhere. Two families of noise are read: babble, of the speech files themselves, and
-recordings in noise/, if there are any, played at a speed of their own.
+index), as in all datasets. Two families of noise are read from files: babble, from the speech files
+themselves, and recordings in noise/, if there are any, played at a random speed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SNR = (
     -30.0,
     2.0,
     15.0,
-)  # dB: lowest, most frequent, highest; where speech can be found counts most
+)  # dB: lowest, most frequent, highest; SNRs at which speech can be found count most
 PEAK_DB = (-40.0, 0.0)  # of a mixture, re full scale
 ROOMS = 0.3  # share of clips whose speech is in a room
 TILT = 3.0  # dB per octave, of the speech
@@ -45,7 +45,7 @@ _TRIES = 20
 
 @LAYOUTS.register(4)
 class EndlessMixtures(ClipDataset):
-    """`speech/**` under drawn noise; validation (not training) under families of `HELD_OUT` too."""
+    """`speech/**` under generated noise; validation (not training) also uses `HELD_OUT`."""
 
     holds = "a folder speech/, maybe noise/, and noise that is drawn"
     parts = ("speech/",)
@@ -70,7 +70,7 @@ class EndlessMixtures(ClipDataset):
         return _wave(scale * mix), _wave(scale * target)
 
     def _speech(self, path: Path, rng: np.random.Generator) -> np.ndarray:
-        """Draw an excerpt that is not silent, of its own spectral tilt, maybe in a room: [T]."""
+        """Draw an excerpt that is not silent, with a random tilt, sometimes in a room: [T]."""
         frames = read_info(path).frames
         for _ in range(_TRIES):
             crop = draw_crop(frames, self.chunk_size, 0, rng if self.training else None)
@@ -86,7 +86,7 @@ class EndlessMixtures(ClipDataset):
         return random_room(rng, speech, self.sample_rate) if rng.random() < ROOMS else speech
 
     def _babble(self, rng: np.random.Generator, samples: int, rate: int) -> Array:
-        """Let several speakers of the speech files talk at once, each at a level of their own."""
+        """Mix several speakers of the speech files, each at a random level."""
         total = np.zeros(samples)
         for index in rng.integers(len(self.items), size=int(rng.integers(*TALKERS))):
             level = 10 ** (rng.uniform(-12, 0) / 20)
@@ -94,14 +94,14 @@ class EndlessMixtures(ClipDataset):
         return total
 
     def _recorded(self, rng: np.random.Generator, samples: int, rate: int) -> Array:
-        """Play a recording at a drawn speed."""
+        """Play a recording at a random speed."""
         path = self.recordings[int(rng.integers(len(self.recordings)))]
         speed = SPEED ** rng.uniform(-1, 1)
         wave = self._excerpt(path, rng, int(samples * speed) + 2)
         return np.interp(speed * np.arange(samples), np.arange(len(wave)), wave)
 
     def _excerpt(self, path: Path, rng: np.random.Generator, samples: int) -> Array:
-        """Draw an excerpt; of a file that is shorter, all of it again and again: [samples]."""
+        """Draw an excerpt; a file that is too short is repeated: [samples]."""
         info = read_info(path)
         check_rate(info, self.sample_rate)
         crop = draw_crop(info.frames, samples, 0, rng)

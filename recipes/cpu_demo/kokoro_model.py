@@ -24,7 +24,7 @@ RATE = 24000  # Hz, what Kokoro speaks at
 VOICES_PACKAGE = "kokoro-js@1.2.1"
 VOICES_SHA256 = "1f0d0383ef0349af0bd9440d81dc12abbea3a5392eb645283eda876f537f5860"
 # The first letter of a voice's name is its language. Japanese and Chinese voices are there too,
-# but espeak does not speak those well: they only lend their sound to mixtures.
+# but espeak does not handle those well: these voices only lend their sound to mixtures.
 ESPEAK = {"a": "en-us", "b": "en-gb", "e": "es", "f": "fr-fr", "h": "hi", "i": "it", "p": "pt-br"}
 
 # Kokoro was trained on phonemes in which one letter stands for one diphthong or affricate. espeak
@@ -83,7 +83,7 @@ def dequantise(model: onnx.ModelProto) -> onnx.ModelProto:
     """Let activations be float32 while the weights keep their int8 values.
 
     ONNX Runtime's ConvInteger is slow on a CPU: in float32 the model is 1.7 times as fast, and the
-    noise of quantised activations goes away. Every DynamicQuantizeLinear becomes the identity with
+    noise of quantised activations disappears. Every DynamicQuantizeLinear becomes the identity with
     a scale of one, so the multiplications by scales that follow stay right as they are.
     """
     graph = model.graph

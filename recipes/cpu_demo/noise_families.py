@@ -1,9 +1,9 @@
-"""Noise without end: every clip's noise is drawn anew from parameters, none is read from a file.
+"""Unlimited noise: the noise of every clip is generated from random parameters, never from files.
 
-A model that is trained on one synthesiser knows that synthesiser. Here a clip has one to three
-sources of families that have little in common; each goes through a random filter, their sum
-through a room and a microphone. Held-out families (`HELD_OUT`) never occur in training: what a
-model gains on them says what it will gain on noises that nobody thought of.
+A model that is trained on one synthesiser only learns that synthesiser. Here a clip has one to
+three sources from families that have little in common; each goes through a random filter, their
+sum through a room and a microphone. Held-out families (`HELD_OUT`) never occur in training: a
+model's gain on them indicates its gain on noises that nobody thought of.
 
 Everything is a function of the generator that is passed in.
 """
@@ -21,7 +21,7 @@ from recipes.demo.drone import DroneParameters, synthesise
 
 Array = npt.NDArray[np.float64]
 Family = Callable[[np.random.Generator, int, int], Array]
-"""(rng, samples, sample rate in Hz) -> [T], of any level."""
+"""(rng, samples, sample rate in Hz) -> [T], at any level."""
 
 
 def draw_noise(
@@ -58,7 +58,7 @@ def draw_noise(
 
 
 def coloured(rng: np.random.Generator, samples: int, rate: int) -> Array:
-    """Steady noise of a random smooth spectrum, slowly modulated."""
+    """Steady noise with a random smooth spectrum, slowly modulated."""
     return shaped_noise(rng, samples, rate, spread=10.0) * slow_gain(rng, samples, rate, 4.0)
 
 
@@ -73,7 +73,7 @@ def gusts(rng: np.random.Generator, samples: int, rate: int) -> Array:
 
 
 def vehicle(rng: np.random.Generator, samples: int, rate: int) -> Array:
-    """Traffic: low rolling noise, an engine's orders with changing speed, one passing by."""
+    """Traffic: low rolling noise, an engine's orders at changing speed, a vehicle passing by."""
     seconds = samples / rate
     speed = rng.uniform(15, 60) * glide(rng, samples, rate, 0.3)  # firing rate, Hz
     engine = harmonics(rng, 2 * np.pi * np.cumsum(speed) / rate, int(rng.integers(6, 30)), 4.0)
@@ -96,7 +96,7 @@ def drops(rng: np.random.Generator, samples: int, rate: int) -> Array:
 
 
 def comb(rng: np.random.Generator, samples: int, rate: int) -> Array:
-    """Machines: one to six combs of harmonics whose pitch wanders, and broadband between them."""
+    """Machines: one to six combs of harmonics with wandering pitch, plus broadband noise."""
     first = 10 ** rng.uniform(math.log10(25), math.log10(700))
     total = np.zeros(samples)
     for _ in range(int(rng.integers(1, 7))):
@@ -120,7 +120,7 @@ def comb(rng: np.random.Generator, samples: int, rate: int) -> Array:
 
 
 def drone(rng: np.random.Generator, samples: int, rate: int) -> Array:
-    """A drone of rotor physics, its parameters drawn wider than one maker's catalogue."""
+    """A drone from rotor physics, with parameters drawn wider than one maker's catalogue."""
     parameters = DroneParameters.draw(rng)
     return np.asarray(synthesise(parameters, samples, rate, rng)[0].double().numpy())
 
@@ -171,7 +171,7 @@ def siren(rng: np.random.Generator, samples: int, rate: int) -> Array:
 
 
 def impacts(rng: np.random.Generator, samples: int, rate: int) -> Array:
-    """Knocks, keys, dishes, steps: now and then a hit on something that rings."""
+    """Knocks, keys, dishes, steps: occasional hits on something that rings."""
     hits = np.zeros(samples)
     gap = rng.uniform(0.05, 0.8)
     at = rng.exponential(gap)
@@ -184,7 +184,7 @@ def impacts(rng: np.random.Generator, samples: int, rate: int) -> Array:
 
 
 def chatter(rng: np.random.Generator, samples: int, rate: int) -> Array:
-    """Babble without words: buzzing voices through the resonances of vowels, by syllables."""
+    """Babble without words: buzzing voices filtered by vowel resonances, syllable by syllable."""
     total = np.zeros(samples)
     for _ in range(int(rng.integers(3, 9))):
         pitch = rng.uniform(80, 260) * glide(rng, samples, rate, 0.15)
@@ -207,7 +207,7 @@ TRAINING: dict[str, Family] = {
 HELD_OUT: dict[str, Family] = {"drops": drops, "siren": siren}
 
 
-# What noises are made of.
+# Building blocks of the noises.
 
 
 def shaped_noise(
@@ -227,12 +227,12 @@ def shaped_noise(
 
 
 def random_filter(rng: np.random.Generator, wave: Array, rate: int) -> Array:
-    """Put a wave through a random smooth response, as distance, bodies and microphones are."""
+    """Apply a random smooth response, like that of distance, bodies and microphones."""
     return _filtered(wave, rate, *_random_curve(rng, rng.uniform(0, 8), rng.uniform(-3, 2)))
 
 
 def _random_curve(rng: np.random.Generator, spread: float, tilt: float) -> tuple[Array, Array]:
-    """Return octaves (log2 Hz) and levels (dB): a tilt, a rough curve, now and then a notch."""
+    """Return octaves (log2 Hz) and levels (dB): a tilt, a rough curve, sometimes a notch."""
     octaves = np.linspace(4, 13.5, int(rng.integers(6, 40)))
     level = tilt * (octaves - 10) + spread * rng.normal(size=len(octaves))
     if rng.random() < 0.3:
@@ -273,7 +273,7 @@ def low_rate(rng: np.random.Generator, samples: int, rate: int, cutoff: float) -
 
 
 def slow_gain(rng: np.random.Generator, samples: int, rate: int, spread: float) -> Array:
-    """Return a gain that wanders by up to `spread` dB (drawn), in seconds to tenths of them."""
+    """Return a gain that wanders by up to `spread` dB (drawn), within 0.1 s to seconds."""
     level = rng.uniform(0, spread) * low_rate(rng, samples, rate, 10 ** rng.uniform(-0.7, 0.9))
     return 10 ** (np.clip(level, -30, 12) / 20)
 
@@ -292,7 +292,7 @@ def resonances(
     low: float = 150,
     high: float = 6000,
 ) -> Array:
-    """Put a wave through `count` second-order resonances side by side."""
+    """Apply `count` parallel second-order resonances to a wave."""
     total = np.zeros(len(wave))
     for _ in range(count):
         frequency = 10 ** rng.uniform(math.log10(low), math.log10(min(high, 0.45 * rate)))
@@ -303,7 +303,7 @@ def resonances(
 
 
 def random_room(rng: np.random.Generator, wave: Array, rate: int) -> Array:
-    """Put a wave through a room: the direct sound and an exponential tail of noise."""
+    """Apply a room to a wave: the direct sound and an exponential tail of noise."""
     seconds = rng.uniform(0.1, 0.8)
     length = int(seconds * rate)
     tail = rng.normal(size=length) * np.exp(-6.9 * np.arange(length) / length)

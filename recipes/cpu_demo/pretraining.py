@@ -1,4 +1,4 @@
-"""A model to ship, from scratch: its data and its training."""
+"""Make a model to ship from scratch: its data and its training."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from recipes.cpu_demo import pesq_loss
 from recipes.cpu_demo.dataset import build_pretraining
 
 
-# The network learns what speech under noise is from Y alone: a step costs two thirds of what it
-# costs with own estimates in V, and the fewer steps of that kind then start from there.
+# In the first run the network learns from Y alone what speech under noise is. Such a step costs two
+# thirds of one with own estimates in V; the second run, with fewer steps, starts from the result.
 def first_stage(cfg: Config) -> Config:
     """Return the config of the first of two runs: four times the steps."""
     steps = cfg.training.num_steps
@@ -35,7 +35,7 @@ def first_stage(cfg: Config) -> Config:
 def second_stage(cfg: Config, say: Callable[[str], None]) -> Config:
     """Return the config of the second run: with a term of PESQ, where torch-pesq is installed.
 
-    A loss that is asked for stays.
+    A loss that the config sets explicitly is kept.
     """
     if cfg.training.loss != "data_prediction":
         return cfg
@@ -55,14 +55,14 @@ def run_pretraining(
     say: Callable[[str], None] = lambda line: None,
     progress: bool = False,
 ) -> Path:
-    """Make the data and train on it; what is there already is kept, an interrupted run continues.
+    """Make the data and train on it; existing files are kept, an interrupted run continues.
 
     Args:
         cfg: what to train, such as `configs/demo_model.yaml`; `first_stage` changes it for the
             first of the two runs, whose last averaged weights the second one starts from.
         data_path: where the data is, or will be made.
         results_path: for the runs' folders, first/ and second/.
-        say: told in one line what comes next.
+        say: is called with one line about the next step.
         progress: show progress bars on stderr.
 
     Returns:

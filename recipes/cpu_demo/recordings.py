@@ -3,7 +3,8 @@
     python -m recipes.cpu_demo.recordings --out DIR                    # fetches them by git
     python -m recipes.cpu_demo.recordings --out DIR --clones FOLDER    # from FOLDER/NAME, as cloned
 
-Writes DIR/{speech,noise}/NAME/. What cannot be fetched is said and left out; what is there stays.
+Writes DIR/{speech,noise}/NAME/. What cannot be fetched is reported and left out; existing files
+are kept.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ class Source:
 
 
 def _kerstin(clone: Path) -> Iterator[Path]:
-    # One woman, 106 minutes: a quarter of them, or every third training clip would be hers.
+    # One woman, 106 minutes: only a quarter is used, or every third training clip would be hers.
     yield from sorted(clone.rglob("*.flac"))[::4]
 
 
 def _precise(clone: Path) -> Iterator[Path]:
-    """Yield what its speakers have put into the public domain, file by file."""
+    """Yield the files that their speakers have put into the public domain."""
     texts = [path.read_text(errors="replace") for path in clone.glob("licenses/license-2*")]
     named = {Path(name).name for text in texts for name in re.findall(r"[\w./-]+\.wav", text)}
     for path in sorted(clone.rglob("*.wav")):
@@ -70,14 +71,14 @@ SOURCES = {
 
 
 def range_of(wave: Tensor) -> float:
-    """Return the 95th less the 5th percentile of the level of 20 ms of [1, T] at RATE, dB."""
+    """Return the 95th minus the 5th percentile of the level in 20 ms of [1, T] at RATE, dB."""
     frames = wave[0].unfold(0, RATE // 50, RATE // 50).square().mean(1).clamp_min(1e-10)
     low, high = torch.quantile(10 * frames.log10(), torch.tensor([0.05, 0.95])).tolist()
     return float(high - low)
 
 
 def prepare(path: Path, pauses: float) -> Tensor | None:
-    """Return a recording as [1, T] at RATE; None if it is cut, short, silent, clipped or noisy."""
+    """Return [1, T] at RATE; None if it is truncated, short, silent, clipped or noisy."""
     try:
         wave, rate = read_audio(path)
     except DataError:
@@ -95,7 +96,7 @@ def fetch(source: Source, clones: Path, say: Callable[[str], None]) -> Path | No
     clone = clones / Path(source.repository).name
     if not clone.is_dir():
         address = f"https://github.com/{source.repository}"
-        temporary = clone.with_name(f".{clone.name}.tmp")  # a clone that is cut is no clone
+        temporary = clone.with_name(f".{clone.name}.tmp")  # until it is complete
         shutil.rmtree(temporary, ignore_errors=True)
         command = ["git", "clone", "--quiet", "--depth", "1", address, str(temporary)]
         environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
@@ -110,7 +111,7 @@ def fetch(source: Source, clones: Path, say: Callable[[str], None]) -> Path | No
 
 
 def gather(out: Path, clones: Path, say: Callable[[str], None] = print) -> None:
-    """Make the folders of all sources that can be had; `say` is told of each."""
+    """Make the folders of all sources that are available; `say` is called for each."""
     for name, source in SOURCES.items():
         folder = out / source.part / name
         if folder.exists() or (clone := fetch(source, clones, say)) is None:

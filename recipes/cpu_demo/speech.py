@@ -1,12 +1,12 @@
-"""Speech without end for training: own sentences, spoken offline by Kokoro's voices and mixtures.
+"""Unlimited training speech: our own sentences, spoken offline by Kokoro's voices and mixtures.
 
     python speech.py --out DIR --hours 12             # may be killed and restarted
     python speech.py --out DIR --hours 12 --part 0/2  # one of two processes
     python check_speech.py DIR                        # DNSMOS and other figures of a sample
 
-Writes `DIR/{train,test}/SPEAKER/NUMBER.flac` (16 kHz, mono, 16 bits) and one line an utterance into
-`DIR/manifest.jsonl`. Sentence, speaker, mixture, speed and level of utterance i depend on (seed, i)
-only. Its samples are not the same bit by bit: Kokoro's excitation contains fresh noise.
+Writes `DIR/{train,test}/SPEAKER/NUMBER.flac` (16 kHz, mono, 16 bits) and one line per utterance
+into `DIR/manifest.jsonl`. Sentence, speaker, mixture, speed and level of utterance i depend on
+(seed, i) only. Its samples are not reproducible bit by bit: Kokoro's excitation has fresh noise.
 """
 
 import argparse
@@ -69,12 +69,12 @@ def grammar(language: str) -> dict[str, list[str]]:
 
 
 def pick(rng: random.Random, items: list[str]) -> str:
-    """Choose one: by `random()` alone, which is the same in every version of Python."""
+    """Choose one, using only `random()`, which is the same in every version of Python."""
     return items[int(rng.random() * len(items))]
 
 
 def sentence(rng: random.Random, language: str, split: str) -> str:
-    """Expand the grammar until the sentence belongs to the split: a tenth of all is test's."""
+    """Expand the grammar until the sentence belongs to the split; a tenth are for test."""
     rules = grammar(language)
 
     def expand(match: re.Match[str]) -> str:
@@ -90,7 +90,7 @@ def sentence(rng: random.Random, language: str, split: str) -> str:
             text = re.sub(r"\b([Aa]) (?=[aeio]|un|um)", r"\1n ", text)
             text = re.sub(r"(sh|ch|x|ss)s\b", r"\1es", text)
         text = re.sub(r" +(?=[,.])", "", text)
-        # Spanish sentences may begin by a sign, hence the first letter and not the first character
+        # Spanish sentences may begin with a sign, so capitalise the first letter, not character
         text = re.sub(r"^\W*\w", lambda match: match[0].upper(), text)
         if (zlib.crc32(text.encode()) % 10 == 0) == (split == "test"):
             return text
@@ -99,8 +99,8 @@ def sentence(rng: random.Random, language: str, split: str) -> str:
 def mixture(seed: int, number: int, voices: list[str]) -> tuple[str, dict[str, float]]:
     """Return the language and the weights of a mixed speaker.
 
-    The first of two or three voices is of the language and has half of the weight at least: it
-    keeps the words right. The others may be any.
+    The first of two or three voices speaks the language and has at least half of the weight, which
+    keeps the words correct. The others may be any.
     """
     rng = random.Random(f"speaker {seed} {number}")
     language = rng.choices(list(LANGUAGES), list(LANGUAGES.values()))[0]
@@ -145,7 +145,7 @@ def utterance(seed: int, i: int, voices: list[str]) -> Utterance:
 
 
 def trim(audio: np.ndarray) -> np.ndarray:
-    """Cut [samples] at 16 kHz to speech and 0.1 s around it, with 10 ms of fade at both ends."""
+    """Trim [samples] at 16 kHz to the speech plus 0.1 s, with 10 ms of fade at both ends."""
     hop = OUT_RATE // 100
     frames = audio[: len(audio) // hop * hop].reshape(-1, hop)
     level = np.sqrt(np.mean(frames**2, axis=1))
@@ -158,7 +158,7 @@ def trim(audio: np.ndarray) -> np.ndarray:
 
 
 def write(path: Path, audio: np.ndarray) -> None:
-    """Write FLAC under a temporary name first: a file that exists is whole."""
+    """Write FLAC under a temporary name first, so that an existing file is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     soundfile.write(temporary, audio, OUT_RATE, "PCM_16", format="FLAC")
@@ -181,7 +181,7 @@ def make(out: Path, i: int, plan: Utterance, model: Kokoro) -> float:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Speak this part's utterances until its hours are reached or SIGTERM or SIGINT comes."""
+    """Speak this part's utterances until its hours are reached or SIGTERM or SIGINT arrives."""
     part, parts = map(int, args.part.split("/"))
     args.out.mkdir(parents=True, exist_ok=True)
     model = Kokoro(args.cache or args.out.parent)
@@ -192,7 +192,7 @@ def run(args: argparse.Namespace) -> None:
     stop: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stop.append(number))
-    total = fresh = 0.0  # seconds of speech, all and spoken by this process
+    total = fresh = 0.0  # seconds of speech, in total and by this process
     start, i = time.monotonic(), part
     with manifest.open("ab", buffering=0) as file:
         while total < args.hours * 3600 / parts and not stop and i < (args.limit or 1 << 30):

@@ -2,7 +2,7 @@
 
 Recordings are the telephone prompts of asterisk-core-sounds (16 kHz, ITU-T G.722); the others are
 spoken by flite, festival and espeak-ng. Texts come from the Python documentation that every
-interpreter carries (`pydoc_data`). No audio is kept in the repository.
+interpreter includes (`pydoc_data`). No audio is kept in the repository.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def speak(voice: Voice, texts: Sequence[str], folder: Path) -> Tensor:
         [1, T] float32 at 16 kHz, peak 0.9.
 
     Raises:
-        DataError: the program fails; its message is quoted, and the package named.
+        DataError: the program fails; the message quotes its output and names the package.
     """
     source, target = folder / f"{voice.name}.txt", folder / f"{voice.name}.wav"
     source.write_text("\n".join(texts) + "\n", encoding="utf-8")
@@ -149,7 +149,7 @@ def unpack_prompts(language: str, folder: Path) -> Path:
         The folder of the speaker.
 
     Raises:
-        DataError: this is no Debian, or the package cannot be fetched.
+        DataError: this is not Debian, or the package cannot be fetched.
     """
     package = f"asterisk-core-sounds-{language}-g722"
     root = folder / package

@@ -21,7 +21,7 @@ from recipes.demo.drone import DroneParameters, synthesise
 
 SAMPLE_RATE = 16000  # Hz
 VALID_LANGUAGES = ("en", "it", "ja")
-# What the voice says: written for this project, with all sounds of English in it.
+# What the voice says: written for this project, and covers all sounds of English.
 SENTENCES = Path(__file__).with_name("sentences.txt").read_text(encoding="utf-8").splitlines()
 _DRONES = 16
 _DRONE_SECONDS = 15.0
@@ -44,13 +44,13 @@ def build_demo(
     seed: int = 0,  # of everything drawn
     progress: bool = False,  # show progress bars on stderr
 ) -> Path:
-    """Make the demo set in a few seconds, without a network; an existing one is kept.
+    """Make the demo set in a few seconds, without a network; an existing set is kept.
 
     `train/` and `valid/` hold clips of `seconds`; `test/` holds 3 clips of 6 s to listen to. All
-    are 16 kHz mono. Valid and test speak with the English, Italian and Japanese recordings, and
-    train with piper and the other languages (whether these share voices is not known). The drones
+    are 16 kHz mono. Valid and test use the English, Italian and Japanese recordings, train uses
+    piper and the other languages (whether these share voices is not known). The drones
     are disjoint as well. Sources stay in `sources/{speech,noise}`, which `MixingDataset` reads.
-    The same arguments give the same bytes, but for other builds of onnxruntime.
+    The same arguments give the same bytes with the same build of onnxruntime.
 
     Raises:
         MissingExtraError: piper, its voice or the recordings are not installed.
@@ -62,7 +62,7 @@ def build_demo(
         _package(package)
     options: dict[str, Any] = {"train": train, "valid": valid, "seconds": seconds, "seed": seed}
     options["snr"] = _SNR
-    # First, so that an interrupted build is not finished with sources of another seed.
+    # Done first, so that an interrupted build is not continued with sources of another seed.
     claim(out_dir / "demo.json", options)
     if whole:
         return out_dir
@@ -76,7 +76,7 @@ def build_demo(
 
 
 def join_recordings(folder: Path) -> None:
-    """Join the recordings of each language to `folder/audioeval-<language>/<language>.wav`."""
+    """Join the recordings of each language into `folder/audioeval-<language>/<language>.wav`."""
     samples = _package("pytest_audioeval") / "samples" / "audio"
     for language in sorted(path for path in samples.iterdir() if path.is_dir()):
         parts = []

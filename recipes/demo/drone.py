@@ -56,7 +56,7 @@ class DroneParameters:
     pole_pairs: int = 7  # of the motors; the whine is at 6 * pole_pairs * rotor speed
 
     def __post_init__(self) -> None:
-        """Refuse what no drone is."""
+        """Refuse values that no drone can have."""
         for name, value in vars(self).items():
             if name in _POSITIVE and not value > 0:
                 raise DataError(f"{name} {value} of DroneParameters is not above 0: raise it")
@@ -116,7 +116,7 @@ def synthesise(parameters: DroneParameters, samples: int, sample_rate: int, rng:
         tones += loudness * _tones(p, shaft, highest, sample_rate, rng)
         vortex += loudness * _vortex(p, shaft, sample_rate, rng)
         whine += _whine(p, shaft, highest, sample_rate, rng)
-    reference = _rms(tones) or 1.0  # rotors so fast that no tone is left: the rest is as it is
+    reference = _rms(tones) or 1.0  # rotors so fast that no tone is left: keep the rest unscaled
     noise = tones + vortex * (_gain(p.vortex_level) * reference / _rms(vortex))
     if p.whine_level is not None and whine.any():
         noise += whine * (_gain(p.whine_level) * reference / _rms(whine))
@@ -156,7 +156,7 @@ def _tones(p: DroneParameters, shaft: _Array, highest: float, rate: int, rng: _R
     blade = _harmonics(p.blades * shaft, _gain(level), rng)
     orders = np.arange(1, max(0, min(int(nyquist_order), _SHAFT_ORDERS)) + 1)
     level = p.shaft_level - 6 * np.log2(orders) + rng.normal(0, 3.0, len(orders))
-    gain = np.where(orders % p.blades == 0, 0.0, _gain(level))  # those are the blades' already
+    gain = np.where(orders % p.blades == 0, 0.0, _gain(level))  # the blades already produce these
     imbalance = _harmonics(shaft, gain, rng)
     modulation = 1 + p.am_depth * np.cos(shaft + rng.uniform(0, 2 * np.pi))
     return modulation * (blade + imbalance)
@@ -177,7 +177,7 @@ def _vortex(p: DroneParameters, shaft: _Array, rate: int, rng: _Rng) -> _Array:
     samples, frequency = len(shaft), np.fft.rfftfreq(len(shaft), 1 / rate)
     x = frequency / (p.vortex_peak * 2 ** rng.normal(0, 0.1))
     hump = (2 * x / (1 + x * x)) ** p.vortex_sharpness  # amplitude: 1 at x = 1, 0 at 0 Hz
-    # Turbulence that the rotor swallows: weaker, and falling by 3 dB per octave above 100 Hz.
+    # Turbulence ingested by the rotor: weaker, and falling by 3 dB per octave above 100 Hz.
     ingestion = _gain(-22.0) * (frequency > 20) / np.sqrt(1 + frequency / 100)
     spectrum = np.fft.rfft(rng.normal(size=samples)) * np.hypot(hump, ingestion)
     noise = np.fft.irfft(spectrum, samples) + 1e-12 * rng.normal(size=samples)  # never all zero

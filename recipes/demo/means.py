@@ -19,12 +19,12 @@ class MeanGain(NamedTuple):
     noisy: float  # mean of the mixtures; NaN if no clip has a score
     enhanced: float  # mean of the estimates
     gain: float  # enhanced - noisy
-    scored: int  # clips that the means are over
-    clips: int  # clips that there were
+    scored: int  # clips in the means
+    clips: int  # clips in total
 
 
 def summary(clips: Sequence[ScoredClip], metrics: Sequence[str]) -> list[MeanGain]:
-    """Average over clips, a row a metric; a clip without a score on either side is left out."""
+    """Average over clips, one row per metric; a clip without a score on either side is left out."""
     rows = []
     for metric in metrics:
         found = [(clip.scores[NOISY].values, clip.scores[OURS].values) for clip in clips]

@@ -1,4 +1,4 @@
-"""Pictures of a run's history: for the demo's report, the notebooks and the model's card."""
+"""Plots of a run's history, for the demo's report, the notebooks and the model's card."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from diffbuf_lib.config import AudioConfig
 from diffbuf_lib.figures import DPI, analyse, centred, draw_spectra, scale_of
 
-# Of a run: a line of its history (`read_history`) or `StepRecord.to_dict()`. One with "loss" is a
-# step, one with "valid" that is not None a validation.
+# A line of a run's history (`read_history`) or `StepRecord.to_dict()`. With "loss" it is a step;
+# with a "valid" that is not None it is a validation.
 Line = Mapping[str, Any]
 UNITS = {"si_sdr": "SI-SDR (dB)", "sdr": "SDR (dB)", "pesq": "PESQ (1 to 4.6)", "estoi": "ESTOI"}
 
@@ -34,8 +34,8 @@ def training_progress(
     metric: str = "si_sdr",  # a score of the validations, or "loss"
     clip_step: int | None = None,  # the estimate's
 ) -> Figure:
-    """Draw where a run stands: loss, validation score, gradient norm, learning rate, one clip."""
-    # Fixed margins: constrained layout takes longer than all of the drawing.
+    """Draw a run's progress: loss, validation score, gradient norm, learning rate, one clip."""
+    # Fixed margins: constrained layout takes longer than all the drawing.
     figure = Figure(figsize=(10, 5.6), dpi=DPI)
     margins = {"left": 0.06, "right": 0.92, "top": 0.94, "bottom": 0.09}
     grid = figure.add_gridspec(2, 12, hspace=0.42, wspace=6, **margins)
@@ -85,7 +85,7 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 
 
 def _draw_loss(axes: Axes, steps: Sequence[Line], valid: Sequence[Line]) -> None:
-    """Draw the loss of every step, its running mean, and that of the validations."""
+    """Draw the loss of every step, its running mean, and the validation loss."""
     axes.plot(_column(steps, "step"), _column(steps, "loss"), color="C0", alpha=0.35, linewidth=0.9)
     draw_smoothed(axes, steps, label="training, smoothed", color="C0")
     draw_points(axes, valid, "loss", label="validation", color="C1")
@@ -128,7 +128,7 @@ def _draw_clip(panels: Sequence[Axes], clip: Mapping[str, Tensor], audio: AudioC
 
 
 def _name(axes: Axes, title: str, color: str = "black") -> None:
-    """Give a panel over steps its title and the look of all of them."""
+    """Give a panel over steps its title and the common style."""
     axes.set_title(title, loc="left", fontsize=10, color=color)
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)
@@ -140,5 +140,5 @@ def _column(lines: Sequence[Line], name: str) -> list[float]:
 
 
 def _numbers(values: Iterable[float | None]) -> list[float]:
-    """Take None, which stands in a history for what is not finite, to NaN: a gap in the curve."""
+    """Map None, which a history has for non-finite values, to NaN: a gap in the curve."""
     return [float("nan") if value is None else float(value) for value in values]

@@ -1,4 +1,4 @@
-"""The whole way on the embedded demo set: data, a short training, enhanced files, a report."""
+"""The whole demo on the embedded set: data, a short training, enhanced files, a report."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def run_demo(
     data_path: Path,  # where the demo set is, or will be made
     results_path: Path,  # the run's folder; audio/ and report.html go there too
     *,
-    say: Callable[[str], None] = lambda line: None,  # told in one line what comes next
+    say: Callable[[str], None] = lambda line: None,  # called with one line about the next step
     progress: bool = False,  # show progress bars on stderr
 ) -> Path:
-    """Build the demo set, train a little, let the bundled model enhance held-out clips, report.
+    """Build the demo set, train briefly, enhance held-out clips with the bundled model, report.
 
-    What is there already is kept, and a run that was interrupted goes on where it stopped. Returns
-    the report's path.
+    Existing results are kept, and an interrupted run continues where it stopped. Returns the
+    report's path.
     """
     say(f"1/4  dataset: {data_path}")
     build_demo(data_path, progress=progress)

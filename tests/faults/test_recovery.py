@@ -138,11 +138,12 @@ def test_reader_that_dies_in_mid_step_is_no_fault_of_the_step(tmp_path):
     """Torch raises a reader's death from a signal handler, wherever the main process is."""
 
     def read(index):
-        (tmp_path / "pid").write_text(str(os.getpid()))
+        (tmp_path / f"reader-{os.getpid()}").touch()
         time.sleep(60 if len(clips.read) > 2 else 0)
 
     def kill_and_wait(mix):
-        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+        (reader,) = tmp_path.glob("reader-*")
+        os.kill(int(reader.name.partition("-")[2]), signal.SIGKILL)
         for _ in range(100):
             time.sleep(0.05)
 
