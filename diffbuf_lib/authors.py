@@ -202,7 +202,7 @@ def _widths(hyper: Mapping[str, Any]) -> dict[str, Any]:
 def _one_of(hyper: Mapping[str, Any], key: str, choices: Mapping[str, Any]) -> Any:
     value = hyper.get(key)
     if not isinstance(value, str) or value not in choices:
-        raise ConfigError(f"{key} {value!r:.40} is not supported: take {' or '.join(choices)}")
+        raise ConfigError(f"{key} {value!r:.40} is not supported, only {' or '.join(choices)}")
     return choices[value]
 
 

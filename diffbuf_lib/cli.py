@@ -60,6 +60,8 @@ def parse(command: type[Command], args: Sequence[str], prog: str) -> Command:
         for flag, instead in getattr(command, "instead", {}).items():
             if re.fullmatch(flag, part):
                 raise ConfigError(f"{part} is not supported: {instead}")
+        if part in ("--data_path", "--valid_path", "--train_path") and part in spread:
+            raise ConfigError(f"{part} is given twice: list all paths after one {part}")
         if part.startswith("-"):
             setting = part == "--set" or part.startswith("--set=")
         elif setting and "=" in part and spread[-1] != "--set":

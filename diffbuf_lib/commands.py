@@ -34,10 +34,9 @@ from diffbuf_lib.registry import Registry
 
 say = tqdm.write  # prints above a progress bar
 COMMANDS = Registry("command")
-Overrides = Annotated[
-    UseAppendAction[tuple[str, ...]],
-    arg(name="set", metavar="KEY.PATH=VALUE", help="change config keys: --set a.b=1 c.d=2"),
-]
+_SET = arg(name="set", metavar="KEY.PATH=VALUE")
+_HELP = arg(help="change config keys: --set a.b=1 c.d=2")
+Overrides = Annotated[UseAppendAction[tuple[str, ...]], _SET, _HELP]
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -216,7 +215,7 @@ class Launch(Request, Command, name="launch"):
 
     kind: Positional[Literal["slurm", "skypilot", "torchrun"]]  # what starts the job
     config_path: Positional[Path]  # YAML config of the experiment
-    data_path: str  # training data, as in train
+    data_path: tuple[str, ...]  # training data, as in train
     results_path: Path  # folder for the job, checkpoints, logs and the model
     train: str = ""  # further flags of train, in quotes
     submit: bool = False  # submit the job at once
@@ -475,7 +474,8 @@ class Evaluate(Job, Command, name="evaluate"):
     results_path: Path | None = None  # scores, report.html; a stopped evaluation resumes there
     part: str = "1/1"  # share of a job array: 2/8 scores the second of eight shares
     processes: int | None = None  # worker processes; default: this machine's cores
-    overrides: Overrides = ()
+    #: change keys of the model's config: --set diffusion_buffer.buffer_size=10
+    overrides: Annotated[UseAppendAction[tuple[str, ...]], _SET] = ()
 
     def __call__(self) -> None:
         from diffbuf_lib.evaluation import evaluate_part

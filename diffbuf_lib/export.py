@@ -124,7 +124,9 @@ def _convert(graph: Path, precision: GraphPrecision) -> None:
     for weight in model.graph.initializer:
         values, name = onnx.numpy_helper.to_array(weight), weight.name
         if values.dtype == np.float32 and values.size >= SMALL:
-            half = onnx.numpy_helper.from_array(values.astype(np.float16), f"{name}.half")
+            largest = np.finfo(np.float16).max
+            rounded = values.clip(-largest, largest).astype(np.float16)
+            half = onnx.numpy_helper.from_array(rounded, f"{name}.half")
             weight.CopyFrom(half)
             cast = onnx.helper.make_node("Cast", [half.name], [name], to=onnx.TensorProto.FLOAT)
             model.graph.node.insert(0, cast)

@@ -30,8 +30,8 @@ _PLAIN = re.compile(r"[\w@%+=:,./-]+")
 class Request:
     """What a job asks for."""
 
-    valid_path: str | None = None  # validation data
-    nodes: str = "1"  # machines; torchrun: also a range such as 1:4, for all available
+    valid_path: tuple[str, ...] = ()  # validation data, as in train
+    nodes: str = "1"  # machines; torchrun: also from:to, such as 1:4, as many as are available
     gpus: int = 1  # per machine; 0 trains on CPUs
     processes: int | None = None  # per machine; default: one per GPU
     time: str = "24:00:00"  # time limit of a Slurm job; the run continues in the next one
@@ -45,7 +45,7 @@ class Request:
 def write_job(
     kind: Kind,
     config_path: str | Path,
-    data_path: str,
+    data_path: str | Sequence[str],
     results_path: str | Path,
     *,
     train: Sequence[str] = (),  # further flags of `diffbuf train`
@@ -69,16 +69,14 @@ def write_job(
         if not re.fullmatch(pattern, value):
             raise ConfigError(f"--{name} {value!r:.80} is not valid in a {kind} job")
     # A machine that SkyPilot starts has a copy of this folder, and nothing else from here.
-    flags: dict[str, Any] = {"config_path": config_path, "results_path": results_path}
-    flags |= {"data_path": data_path, "valid_path": job.valid_path}
+    data = [data_path] if isinstance(data_path, str) else data_path
+    flags: dict[str, Sequence[Any]] = {"config_path": [config_path], "results_path": [results_path]}
+    flags |= {"data_path": data, "valid_path": job.valid_path}
     words = ["-m", "diffbuf_lib.cli", "train", "--resume_if_any"]
-    for flag, value in flags.items():
-        if value is None:
-            continue
-        path = str(value)
-        if kind != "skypilot" and "://" not in path:
-            path = str(Path(path).resolve())
-        words += [f"--{flag}", path]
+    for flag, values in flags.items():
+        words += [f"--{flag}"] if values else []
+        for path in map(str, values):
+            words.append(path if kind == "skypilot" or "://" in path else str(Path(path).resolve()))
     words += [*train, *(word for override in overrides for word in ("--set", override))]
     results_path.mkdir(parents=True, exist_ok=True)
     file = results_path / _FILES[kind]

@@ -85,6 +85,8 @@ class DiffusionBufferModel(
 
     def set_memory_format(self, name: str) -> None:
         """Keep 4-d tensors in one of the memory `FORMATS`: same values, different speed."""
+        if name not in FORMATS:
+            raise ConfigError(f"memory format {name!r:.40} is unknown: use {' or '.join(FORMATS)}")
         self.memory_format = name
         self.network.to(memory_format=FORMATS[name])
 

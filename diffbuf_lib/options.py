@@ -17,6 +17,10 @@ def _rising(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
+def _sorted(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted(names))
+
+
 _SNR = Annotated[float, Field(ge=-100, le=100)]
 _METRES = Annotated[float, Field(ge=0.01, le=10000)]
 _SECONDS = Annotated[float, Field(ge=0.01, le=3600)]
@@ -39,7 +43,7 @@ class Recipe:
     #: nearest and farthest speaker, m
     distance: Annotated[tuple[_METRES, _METRES], AfterValidator(_rising)] = (5.0, 20.0)
     #: speakers (or files) of valid and test; default: drawn
-    valid_speakers: Annotated[tuple[str, ...], AfterValidator(sorted)] | None = None
+    valid_speakers: Annotated[tuple[str, ...], AfterValidator(_sorted)] | None = None
     seed: Annotated[int, Field(ge=0)] = 0  # of all random draws
 
 

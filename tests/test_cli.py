@@ -149,8 +149,12 @@ def test_data_build_makes_a_set(data, tmp_path, monkeypatch, capsys):
     status, _, _ = call(
         monkeypatch, capsys, "data", "build", "--speech_path", data / "train", "--noise_path",
         data / "valid", "--out_path", tmp_path, "--train", 2, "--valid", 1, "--processes", 1,
+        "--test", 1, "--test_seconds", 0.5,
     )  # fmt: skip
-    assert (status, len(list((tmp_path / "train").glob("sample_*")))) == (0, 2)
+    counts = [
+        len(list((tmp_path / split).glob("sample_*"))) for split in ("train", "valid", "test")
+    ]
+    assert (status, counts) == (0, [2, 1, 1])
 
 
 def test_ctrl_c_is_status_130(monkeypatch, capsys):
@@ -173,6 +177,7 @@ def test_demo_model_needs_a_checkout(monkeypatch, capsys, tmp_path):
     [
         (["train", "--set", "training.lrr=1"], "did you mean training.lr?"),
         (["train", "--dataset_type", "99"], "--dataset_type = 99"),
+        (["train", "--data_path", "a"], "list all paths after one --data_path"),
         (["train", "--dataset_type", "2"], "--dataset_type 1"),
         (["train", "--device_ids", "0", "1"], "torchrun --nproc_per_node 2"),
         (["enhance", "a.wav", "-o", "b.wav", "--model", "nowhere"], "no model is there"),

@@ -2,6 +2,7 @@
 
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
@@ -73,12 +74,14 @@ def test_what_does_not_fit_is_refused(kind, options, tmp_path):
 
 
 def test_command(tmp_path, monkeypatch, capsys):
-    args = ["launch", "torchrun", CONFIG, "--data_path", "data", "--results_path", tmp_path,
+    args = ["launch", "torchrun", CONFIG, "--data_path", "a", "s3://b", "--results_path", tmp_path,
             "--nodes", "1:4", "--gpus", "0", "--train=--skip_doctor --max_steps 3",
             "--options=--a", "--set", "training.lr=1e-3", "training.seed=2"]  # fmt: skip
     status, out, _ = call(monkeypatch, capsys, *args)
     assert (status, out.strip()) == (0, str(tmp_path / "torchrun.sh"))
     found = words(tmp_path / "torchrun.sh")
+    data = found.index("--data_path")
+    assert found[data + 1 : data + 3] == [str(Path("a").resolve()), "s3://b"]
     end = found.index(">>")
     assert found[end - 5 : end] == ["3", "--set", "training.lr=1e-3", "--set", "training.seed=2"]
     monkeypatch.setenv("PATH", str(tmp_path))

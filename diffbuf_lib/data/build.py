@@ -82,8 +82,9 @@ def prepare(
     try:
         recipe = TypeAdapter(Recipe).validate_python(options)
     except ValidationError as error:
-        name, message = error.errors()[0]["loc"][0], error.errors()[0]["msg"]
-        raise DataError(f"{name} {options[str(name)]}: {message}: change --{name}") from error
+        problem = error.errors()[0]
+        name = str(problem["loc"][0])
+        raise DataError(f"{name} {options[name]}: {problem['msg']}: change --{name}") from error
     # With nested folders, noise would count as speech, or results as sources.
     folders = {"speech_dir": speech_dir, "noise_dir": noise_dir, "out_dir": out_dir}
     for (inner, folder), (outer, around) in permutations(folders.items(), 2):
@@ -340,7 +341,7 @@ def _plan(speech_dir: Path, noise_dir: Path, out_dir: Path, recipe: Recipe) -> l
             if count and not found[min(i, 1)]:
                 raise DataError(
                     f"too few files in {folder} ({len(found[0] + found[1])}) for {name}: add .wav "
-                    "or .flac files, or change --valid (or valid_speakers)"
+                    f"or .flac files, or change --{name} or --valid_speakers"
                 )
         folders = out_dir / name, speech_dir, noise_dir
         samples += draw_samples(Split(name, i, count, frames[i], *folders, **shared), speech, noise)
@@ -355,7 +356,8 @@ def _split_speech(folder: Path, fraction: float, recipe: Recipe) -> list[list[st
     if recipe.valid_speakers is None:
         held = set(_hold_out(sorted(set(speaker_of.values())), fraction, recipe.seed))
     elif unknown := sorted(held - set(speaker_of.values())):
-        raise DataError(f"valid_speakers {unknown[0]!r} is not a speaker (or file) of {folder}")
+        what = f"valid_speakers {unknown[0]!r} is not a speaker (or file) of {folder}"
+        raise DataError(f"{what}: give such as {min(speaker_of.values())}")
     order = np.random.default_rng([recipe.seed, 10]).permutation(len(names))
     parts: list[list[str]] = [[], []]
     for name in (names[i] for i in order):

@@ -5,8 +5,8 @@ shard-00000.npy   where they stand in it: rows of `row_type`
 index.npy         all of these together; written last, so a folder without it is not finished
 metadata.json     the folder's own, if it has one
 
-Any tar program reads them. A clip is one range of bytes, and its CRC-32 is in the index: what is
-damaged, cut short or half read is never trained on.
+Any tar program reads the .tar files. A clip is one range of bytes, and its CRC-32 is in the index:
+what is damaged, cut short or half read is never trained on.
 """
 
 from __future__ import annotations

@@ -61,8 +61,8 @@ def examine(
 
 def examine_paths(
     config_path: str | Path,
-    data_path: str | Path | Sequence[str],
-    valid_path: str | Path | Sequence[str] = (),
+    data_path: str | Path | Sequence[str | Path],
+    valid_path: str | Path | Sequence[str | Path] | None = None,
     *,
     dataset_type: int = 1,
     overrides: Sequence[str] = (),
@@ -81,7 +81,7 @@ def examine_paths(
     for name, path in (("data", data_path), ("valid", valid_path)):
         try:
             if path or name == "data":
-                sets[name] = open_datasets(dataset_type, path, cfg, training=name == "data")
+                sets[name] = open_datasets(dataset_type, path or (), cfg, training=name == "data")
         except DataError as error:
             why = "training cannot start without its data"
             findings.append(from_error(error, f"{name}.open", why))

@@ -252,6 +252,8 @@ def test_a_data_set_in_memory_is_examined_too():
 
 
 def test_what_config_or_machine_cannot_do_is_a_finding(paths, monkeypatch):
+    both = [paths["data_path"], paths["valid_path"]]
+    assert not has_error(examine_paths(paths["config_path"], both))
     (finding,) = examine_paths(**paths, overrides=["diffusion_buffer.buffer_size=99"])
     assert (finding.severity, finding.check) == ("error", "config")
     assert finding.config_key == "diffusion_buffer.buffer_size"

@@ -7,7 +7,7 @@ from diffbuf_lib import DiffusionBufferModel
 from diffbuf_lib.training import load_checkpoint, run, save_checkpoint, train
 from diffbuf_lib.training.folder import ResultsFolder
 from diffbuf_lib.training.step import fastest_format, make_accelerator
-from tests.conftest import seeded
+from tests.conftest import refused, seeded
 from tests.training.helpers import Clips, config, fit
 
 
@@ -37,6 +37,8 @@ def test_formats_give_the_same_loss():
         model.set_memory_format(name)
         losses.append(model(wave, wave, generator=seeded(1)))
     torch.testing.assert_close(*losses)
+    refused(lambda: model.set_memory_format("channels"), "use channels_last or contiguous")
+    assert model.memory_format == "contiguous"
 
 
 def test_what_is_measured(tmp_path):
