@@ -357,7 +357,7 @@ def _split_speech(folder: Path, fraction: float, recipe: Recipe) -> list[list[st
         held = set(_hold_out(sorted(set(speaker_of.values())), fraction, recipe.seed))
     elif unknown := sorted(held - set(speaker_of.values())):
         what = f"valid_speakers {unknown[0]!r} is not a speaker (or file) of {folder}"
-        raise DataError(f"{what}: give such as {min(speaker_of.values())}")
+        raise DataError(f"{what}: give such as {min(speaker_of.values(), default='none')}")
     order = np.random.default_rng([recipe.seed, 10]).permutation(len(names))
     parts: list[list[str]] = [[], []]
     for name in (names[i] for i in order):
