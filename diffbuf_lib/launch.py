@@ -45,7 +45,7 @@ class Request:
 def write_job(
     kind: Kind,
     config_path: str | Path,
-    data_path: str | Sequence[str],
+    data_path: str | Path | Sequence[str | Path],
     results_path: str | Path,
     *,
     train: Sequence[str] = (),  # further flags of `diffbuf train`
@@ -69,7 +69,7 @@ def write_job(
         if not re.fullmatch(pattern, value):
             raise ConfigError(f"--{name} {value!r:.80} is not valid in a {kind} job")
     # A machine that SkyPilot starts has a copy of this folder, and nothing else from here.
-    data = [data_path] if isinstance(data_path, str) else data_path
+    data = [data_path] if isinstance(data_path, str | Path) else data_path
     flags: dict[str, Sequence[Any]] = {"config_path": [config_path], "results_path": [results_path]}
     flags |= {"data_path": data, "valid_path": job.valid_path}
     words = ["-m", "diffbuf_lib.cli", "train", "--resume_if_any"]
